@@ -1,0 +1,37 @@
+"""Memory profiling and automatic reversibilization of PyTorch models.
+
+The public names are loaded when they are first used, so that `import autorev` stays instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from autorev.analysis import Analysis as Analysis
+    from autorev.analysis import Block as Block
+    from autorev.analysis import Chain as Chain
+    from autorev.analysis import Setting as Setting
+    from autorev.analyze import analyze as analyze
+    from autorev.analyze import predict as predict
+    from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
+    from autorev.errors import AutorevError as AutorevError
+
+_home = {
+    "Analysis": "autorev.analysis",
+    "Block": "autorev.analysis",
+    "Chain": "autorev.analysis",
+    "Setting": "autorev.analysis",
+    "AutorevError": "autorev.errors",
+    "AnnotateResiduals": "autorev.detect.fx_pass",
+    "analyze": "autorev.analyze",
+    "predict": "autorev.analyze",
+}
+__all__ = sorted(_home)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _home:
+        raise AttributeError(f"module 'autorev' has no attribute {name!r}")
+    return getattr(import_module(_home[name]), name)

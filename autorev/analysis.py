@@ -1,0 +1,302 @@
+"""What an analysis says, as frozen data: blocks, chains, refusals, and the predictions made from them.
+
+Nothing here needs torch: a report is rendered from these objects, or from their JSON, on any machine.
+Sizes are bytes, times seconds, work floating-point operations (a multiply-add counts as two).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from autorev.errors import RecordError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from cattrs import Converter
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(StrEnum):
+    """May this block be made reversible?"""
+
+    ELIGIBLE = "eligible"
+    CAVEAT = "caveat"
+    """Eligible, and `reasons` says what to know about it."""
+    REFUSED = "refused"
+
+
+class Category(StrEnum):
+    """What a byte of device memory is there for."""
+
+    PARAMETERS = "parameters"
+    """Parameters and buffers."""
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    STORED_ACTIVATIONS = "stored_activations"
+    """What the blocks keep between forward and backward."""
+    WORKING_SET = "working_set"
+    """Temporaries of the block being computed, and what a recomputed block holds for its backward."""
+    STREAMS = "streams"
+    """The chain's running state: h and v (or q and p), and their gradients."""
+    SIDE_BITS = "side_bits"
+    """The k bits per element that exact arithmetic keeps for gamma = n / 2^k."""
+    LOGITS_AND_LOSS = "logits_and_loss"
+    """Everything computed after the last block."""
+    OTHER = "other"
+    """Inputs, embeddings, masks, and the optimiser's temporaries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One residual step `h <- h + f(h)` of a block."""
+
+    kind: str
+    """attention, mlp, moe, convolution, state-space, parallel or other."""
+    branch: tuple[str, ...]
+    """Sub-modules the branch calls, in order, by path below the block."""
+    source: str
+    """`file.py:line` of the add."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One call of a module (or one inline step of a loop) on the residual stream."""
+
+    path: str
+    """The module's full name in the model."""
+    class_name: str
+    """JSON: `class`."""
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    """`code: sentence (file.py:line)`; empty for a block eligible without a caveat."""
+    steps: tuple[Step, ...]
+    stream: str
+    """Argument that carries the stream, by name."""
+    shape: tuple[int, ...]
+    """The stream's shape in the recorded call."""
+    dtype: str
+    extra_inputs: tuple[str, ...]
+    """Further tensors the block reads: masks, rotary embeddings, encoder states, caches."""
+    buffers_written: tuple[str, ...]
+    draws_random: bool
+    parameters: int
+    """Number of parameter elements."""
+    source: str
+    """`file.py:line` of the block's forward."""
+    call: int = 0
+    """0 for the first call of this module in a forward pass, 1 for the second (shared weights), ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Blocks that hand one tensor, unchanged, from each to the next."""
+
+    name: str
+    blocks: tuple[Block, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model was analysed."""
+
+    name: str
+    class_name: str
+    """JSON: `class`."""
+    parameters: int
+    source: str
+    """Where it came from: a profile, a file, a factory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The training step that is predicted."""
+
+    batch: int
+    sequence: int | None
+    """Tokens per sample; None for a model that has no sequence axis."""
+    dtype: str
+    """fp32, bf16 or fp16: weights, activations and gradients alike."""
+    optimizer: str
+    """adamw, adamw-8bit, sgd or sgd-momentum."""
+    trains: str
+    """full, lora or head."""
+    lora_rank: int | None
+    loss: str
+    """full (the logits are materialised) or chunked (torch.nn.functional.linear_cross_entropy)."""
+    device: str
+    """Name of a device profile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The peak of one training step under one strategy, and what it costs."""
+
+    strategy: str
+    peak_bytes: int
+    phase: str
+    """forward, backward or optimizer: where the peak stands."""
+    categories: dict[str, int]
+    """Bytes alive at the peak by `Category`; they sum to `peak_bytes`."""
+    phase_peaks: dict[str, int]
+    kept_bytes: int
+    """Bytes kept between forward and backward beyond parameters, optimiser state and inputs."""
+    step_flops: int
+    step_seconds: float
+    """Roofline time: a lower bound, at the device's published peak figures."""
+    side_bits: int
+    """Bits stored per stream element and block."""
+    preserves_function: bool
+    """Does a pretrained model keep its function when it is converted this way?"""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far one strategy gets on the device."""
+
+    strategy: str
+    largest_batch: int
+    """At the setting's sequence length; 0 when not even one sample fits."""
+    longest_sequence: int | None
+    """At the setting's batch, in tokens; None for a model without a sequence axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Predicted peaks of one strategy along one axis."""
+
+    axis: str
+    """batch or sequence."""
+    strategy: str
+    values: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What to do, in words."""
+
+    strategy: str
+    why: str
+    advice: tuple[str, ...] = ()
+    """Further steps that would help, most effective first."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """The part of a device profile that the figures rest on."""
+
+    name: str
+    title: str
+    memory_bytes: int
+    peak_flops: float
+    """FLOP/s in the setting's dtype, dense."""
+    bandwidth: float
+    """Bytes per second of device memory."""
+    host_bandwidth: float
+    """Bytes per second between host and device, one direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """Everything `autorev analyze` found out. The last six fields are empty until a setting is predicted."""
+
+    model: ModelInfo
+    chains: tuple[Chain, ...]
+    refused: tuple[Block, ...]
+    setting: Setting | None = None
+    device: DeviceInfo | None = None
+    predictions: tuple[Prediction, ...] = ()
+    frontier: tuple[Reach, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
+    recommendation: Recommendation | None = None
+    notes: tuple[str, ...] = ()
+    """What the reader should know of this run: options without effect, bounds used, fallbacks taken."""
+    schema_version: int = SCHEMA_VERSION
+    versions: dict[str, str] = field(default_factory=dict)
+    """autorev, torch and transformers."""
+
+    def prediction(self, strategy: str) -> Prediction | None:
+        """The prediction for `strategy`, if it was made."""
+        return next((p for p in self.predictions if p.strategy == strategy), None)
+
+    def to_json(self) -> str:
+        """One JSON object, indented; its schema is docs/analysis.schema.json."""
+        return json.dumps(_converter().unstructure(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Analysis:
+        """Read back what `to_json` wrote.
+
+        Raises:
+            RecordError: the text is not JSON, is of another schema version, or lacks a field.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordError(
+                f"this analysis is not valid JSON (line {error.lineno}: {error.msg}); write it again with --json"
+            ) from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise RecordError(
+                f"this analysis has schema version {version}, and this autorev reads {SCHEMA_VERSION}; "
+                "write it again with --json"
+            )
+        from cattrs.errors import BaseValidationError
+        from cattrs.v import transform_error
+
+        try:
+            return _converter().structure(data, cls)
+        except BaseValidationError as error:
+            problems = "; ".join(transform_error(error)[:3])
+            raise RecordError(f"this analysis does not follow its schema: {problems}") from None
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per block, refused ones included, in the order of the chains."""
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for chain in self.chains:
+            rows += [_row(block, chain.name) for block in chain.blocks]
+        rows += [_row(block, None) for block in self.refused]
+        return pd.DataFrame(rows, columns=list(_row_fields))
+
+    def __str__(self) -> str:
+        from autorev.report.terminal import render_text
+
+        return render_text(self)
+
+
+_row_fields = (
+    "chain path class verdict reasons steps stream shape dtype extra_inputs buffers_written "
+    "draws_random parameters source call"
+).split()
+
+
+def _row(block: Block, chain: str | None) -> dict[str, Any]:
+    row = {name: getattr(block, name) for name in _row_fields if name not in ("chain", "class", "steps")}
+    kinds = " + ".join(step.kind for step in block.steps)
+    return {**row, "chain": chain, "class": block.class_name, "steps": kinds, "verdict": block.verdict.value}
+
+
+def _converter() -> Converter:
+    """Dataclasses to JSON and back; Python's `class_name` is JSON's `class`."""
+    from cattrs import Converter
+    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+    converter = Converter(forbid_extra_keys=True)
+    for cls in (Block, ModelInfo):
+        rename = override(rename="class")
+        converter.register_unstructure_hook(cls, make_dict_unstructure_fn(cls, converter, class_name=rename))
+        converter.register_structure_hook(
+            cls, make_dict_structure_fn(cls, converter, class_name=rename, _cattrs_forbid_extra_keys=True)
+        )
+    return converter

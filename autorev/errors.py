@@ -1,0 +1,33 @@
+"""Every error autorev raises on purpose: what was wrong, where, and what to do about it."""
+
+
+class AutorevError(Exception):
+    """A problem the user can act on. The CLI prints its text, without a traceback, and exits with 1."""
+
+
+class ModelNotFoundError(AutorevError):
+    """MODEL names nothing that can be built."""
+
+
+class ModelBuildError(AutorevError):
+    """MODEL was found but could not be built: a broken config, a truncated file, a factory that raised."""
+
+
+class CaptureError(AutorevError):
+    """The recorded call failed: wrong example inputs, or a forward that raises."""
+
+
+class NoBlocksError(AutorevError):
+    """The model holds no residual block at all, so there is nothing to analyse."""
+
+
+class ProfileError(AutorevError):
+    """A device or model profile is missing or does not follow its schema."""
+
+
+class RecordError(AutorevError):
+    """A stored analysis cannot be read: truncated, edited by hand, or of another schema version."""
+
+
+class SettingError(AutorevError):
+    """A training setting that this model cannot have."""
