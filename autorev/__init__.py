@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from autorev.analysis import Block as Block
     from autorev.analysis import Chain as Chain
     from autorev.analysis import Setting as Setting
-    from autorev.analyze import analyze as analyze
-    from autorev.analyze import predict as predict
+    from autorev.pipeline import analyze as analyze
+    from autorev.pipeline import predict as predict
     from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
 
@@ -25,8 +25,8 @@ _home = {
     "Setting": "autorev.analysis",
     "AutorevError": "autorev.errors",
     "AnnotateResiduals": "autorev.detect.fx_pass",
-    "analyze": "autorev.analyze",
-    "predict": "autorev.analyze",
+    "analyze": "autorev.pipeline",
+    "predict": "autorev.pipeline",
 }
 __all__ = sorted(_home)
 

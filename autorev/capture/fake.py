@@ -1,0 +1,145 @@
+"""Models and calls made of fake tensors: shapes, dtypes and aliasing, but no memory and no weights."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from autorev.capture.transformers_quirks import quirks
+from autorev.errors import CaptureError
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+"""What a fake tensor raises when the program asks for a value it does not have."""
+
+KEPT = 0.9999
+"""What layer-drop draws while a call is recorded: a layer is dropped when the number is *below* its rate."""
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """Fake *CPU* tensors: on the meta device attention would decompose and save other tensors than it does in truth."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_build(build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
+    """`build(dtype)` on fake tensors: a model of any size, without its weights."""
+
+    def untouched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor
+
+    # The one initialiser of torch that looks at what it drew.
+    with mode, _RealSchedules(), mock.patch.object(nn.init, "_no_grad_trunc_normal_", untouched):
+        return build(dtype)
+
+
+class _RealSchedules(TorchFunctionMode):
+    """Constructors compute drop-path rates with `torch.linspace` and read them: these few numbers stay real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func is torch.linspace or (tensors and not any(isinstance(t, FakeTensor) for t in tensors)):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
+    """`value` (a module, or arguments) with every tensor replaced by a fake CPU tensor; `value` itself stays untouched.
+
+    Tensors that occur twice (tied weights) are replaced by one.
+
+    Raises:
+        CaptureError: `value` holds something that `copy.deepcopy` refuses.
+    """
+    try:
+        with _FakeDeepCopy(mode):
+            copied = copy.deepcopy(value)
+            return tree_map_only(torch.Tensor, lambda tensor: _fake(tensor, mode), copied)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"cannot copy {type(value).__name__} onto fake tensors ({type(error).__name__}: {error}); "
+            "autorev analyses a copy so that the model itself stays untouched: make it copyable with copy.deepcopy"
+        ) from error
+
+
+class _FakeDeepCopy(TorchFunctionMode):
+    """`copy.deepcopy` in which tensors become fake tensors, whatever device they are on."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__deepcopy__, nn.Parameter.__deepcopy__):
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _fake(tensor, self.mode)
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    if getattr(tensor, "fake_mode", None) is mode:
+        return tensor
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def every_layer_kept(drawn: list[Any] | None = None) -> Iterator[None]:
+    """Layer-drop draws `KEPT`, so that one call visits every layer; the user's random streams are not moved.
+
+    A scalar from `torch.rand`, and Python's `random.random` and `random.uniform`, are meant; each such draw is
+    appended to `drawn`.
+    """
+    draws = drawn if drawn is not None else []
+
+    def python_draw(low: float = 0.0, high: float = 1.0) -> float:
+        draws.append("random")
+        return low + (high - low) * KEPT
+
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(random, "random", python_draw))
+        stack.enter_context(mock.patch.object(random, "uniform", python_draw))
+        stack.enter_context(_ConstantScalarDraw(draws))
+        stack.enter_context(quirks())
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            torch.set_rng_state(torch_state)
+
+
+class _ConstantScalarDraw(TorchFunctionMode):
+    def __init__(self, drawn: list[Any]) -> None:
+        super().__init__()
+        self.drawn = drawn
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.rand and result.dim() <= 1 and result.numel() == 1:
+            self.drawn.append("torch.rand")
+            # A fake tensor made from a Python number remembers its value; comparisons of it can be decided.
+            return torch.tensor(KEPT if result.dim() == 0 else [KEPT], dtype=result.dtype)
+        return result

@@ -1,0 +1,168 @@
+"""The recorded call: run the model once and write down every module call, its arguments and its result."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autorev.capture.fake import every_layer_kept
+from autorev.capture.source import caller_line
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of one module, with what it received, returned and did on the side."""
+
+    path: str
+    module: nn.Module
+    index: int
+    """0 for the module's first call in this forward, 1 for its second, ..."""
+    parent: ModuleCall | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    children: list[ModuleCall] = field(default_factory=list)
+    draws_random: bool = False
+    """Did it, or anything below it, draw from torch's generator?"""
+    scalar_draws: list[Any] = field(default_factory=list)
+    """Random scalars drawn in its own code (layer-drop)."""
+    buffers_written: tuple[str, ...] = ()
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments by name."""
+        return dict(named_arguments(self.module, self.args, self.kwargs))
+
+    def walk(self) -> Iterator[ModuleCall]:
+        """This call and all below it, in the order they began."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclass(eq=False)
+class RecordedCall:
+    """The whole forward pass."""
+
+    root: ModuleCall
+    producers: dict[int, tuple[str, str]]
+    """id of a tensor -> (the function that made it outside any leaf, `file.py:line`)."""
+    alive: list[Any]
+    """Keeps every tensor alive, so that an id never names two of them."""
+
+
+def named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Arguments of a call in order, by the name `forward` gives them; an item of `*args` as `args[i]`."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    for i, value in enumerate(args):
+        yield (positional[i].name if i < len(positional) else f"{rest}[{i - len(positional)}]"), value
+    yield from kwargs.items()
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
+    """Run `model(*args, **kwargs)` once and write down every module call.
+
+    The caller decides what the tensors are (fake ones, as a rule) and how `model` is set (training or not).
+    """
+    paths = {id(module): name for name, module in model.named_modules()}
+    counts: dict[int, int] = {}
+    stack: list[ModuleCall] = []
+    drawn: list[Any] = []
+    watcher = _ProducerWatch()
+    roots: list[ModuleCall] = []
+    original = nn.Module.__call__
+
+    def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = paths.get(id(module))
+        if path is None:
+            return original(module, *args, **kwargs)
+        index = counts.get(id(module), 0)
+        counts[id(module)] = index + 1
+        call = ModuleCall(path, module, index, stack[-1] if stack else None, args, dict(kwargs))
+        (stack[-1].children if stack else roots).append(call)
+        before, versions = len(drawn), _buffer_versions(module)
+        stack.append(call)
+        try:
+            call.output = original(module, *args, **kwargs)
+        finally:
+            stack.pop()
+        inner = sum(len(child.scalar_draws) for child in call.walk() if child is not call)
+        call.scalar_draws = drawn[before : len(drawn) - inner]
+        call.buffers_written = _written(module, versions)
+        call.draws_random = call.draws_random or any(child.draws_random for child in call.children)
+        watcher.alive += [args, kwargs, call.output]
+        for tensor in tree_leaves(call.output):
+            if isinstance(tensor, torch.Tensor):
+                watcher.producers.setdefault(id(tensor), (path or type(module).__name__, caller_line()))
+        return call.output
+
+    with every_layer_kept(drawn), _RandomWatch(stack), watcher, _patched_call(recorded):
+        model(*args, **kwargs)
+    return RecordedCall(roots[0], watcher.producers, watcher.alive)
+
+
+@contextmanager
+def _patched_call(replacement: Any) -> Iterator[None]:
+    with mock.patch.object(nn.Module, "__call__", replacement):
+        yield
+
+
+class _RandomWatch(TorchDispatchMode):
+    """Marks the module whose operator drew from a random generator: seen, not guessed from `p` or class names."""
+
+    def __init__(self, stack: list[ModuleCall]) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.stack and torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func):
+            # Fused attention carries the tag even at dropout 0; with dropout it decomposes and draws visibly.
+            self.stack[-1].draws_random = True
+        return func(*args, **(kwargs or {}))
+
+
+class _ProducerWatch(TorchFunctionMode):
+    """Remembers which line of the model's code made each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.producers: dict[int, tuple[str, str]] = {}
+        self.alive: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and id(result) not in self.producers:
+            self.producers[id(result)] = (getattr(func, "__name__", str(func)), caller_line())
+            self.alive.append(result)
+        return result
+
+
+def _buffer_versions(module: nn.Module) -> dict[str, int]:
+    return {name: buffer._version for name, buffer in module.named_buffers()}
+
+
+def _written(module: nn.Module, before: dict[str, int]) -> tuple[str, ...]:
+    written = {n for n, buffer in module.named_buffers() if buffer._version != before.get(n, buffer._version)}
+    for name, child in module.named_modules():
+        # Normalisation kernels update running statistics without telling the version counter.
+        if isinstance(child, _NormBase) and child.training and child.track_running_stats:
+            prefix = f"{name}." if name else ""
+            written |= {prefix + "running_mean", prefix + "running_var"}
+    return tuple(sorted(written))

@@ -1,0 +1,64 @@
+"""Where in the user's code something happened, without naming a path of this machine."""
+
+from __future__ import annotations
+
+import sys
+from inspect import getsourcelines, unwrap
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+_here = str(Path(__file__).resolve().parents[1])
+_torch = str(Path(torch.__file__).resolve().parent)
+# torch's own blocks (nn.TransformerEncoderLayer) are user code to us; its machinery is not.
+_torch_models = str(Path(_torch) / "nn" / "modules" / "transformer.py")
+_machinery = ("<frozen", "<string>", "<eval")
+
+
+def caller_line() -> str:
+    """`file.py:line` of the innermost frame that belongs to the model's code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_model_code(frame):
+            return f"{short_path(frame.f_code.co_filename)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown source"
+
+
+def raised_line(error: BaseException) -> str:
+    """`file.py:line` of the innermost frame of the model's code that `error` passed through."""
+    found, trace = "unknown source", error.__traceback__
+    while trace is not None:
+        if _is_model_code(trace.tb_frame):
+            found = f"{short_path(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+def _is_model_code(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    if name.startswith((_here, _torch, *_machinery)):
+        return name == _torch_models
+    return not name.endswith(("/contextlib.py", "/functools.py", "/unittest/mock.py"))
+
+
+def short_path(filename: str) -> str:
+    """Relative to site-packages for libraries and to the current folder for the user's files; else the bare name."""
+    path = Path(filename)
+    if "site-packages" in path.parts:
+        return str(Path(*path.parts[path.parts.index("site-packages") + 1 :]))
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return path.name
+
+
+def definition_line(module: Any) -> str:
+    """`file.py:line` where the module's `forward` is written."""
+    forward = unwrap(type(module).forward)
+    try:
+        _, line = getsourcelines(forward)
+        return f"{short_path(forward.__code__.co_filename)}:{line}"
+    except (OSError, TypeError):  # compiled, or typed into an interpreter
+        return "unknown source"

@@ -1,0 +1,195 @@
+"""Search the recorded call for residual blocks, and join those that hand one tensor from each to the next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from autorev.analysis import Block, Chain, Verdict
+from autorev.capture.record import ModuleCall, RecordedCall
+from autorev.capture.source import definition_line
+from autorev.detect.inline import inline_blocks
+from autorev.detect.judge import Finding, judge
+from autorev.detect.obstacles import Obstacle
+
+MOST_STEPS = 4
+"""A module with more residual steps than this, found inside its own sub-modules, is a container of blocks."""
+
+_torch_blocks = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(eq=False)
+class Detection:
+    """Chains of findings, and the findings that were refused, in the order of the recorded call."""
+
+    chains: list[list[Finding]] = field(default_factory=list)
+    refused: list[Finding] = field(default_factory=list)
+    never_called: list[Block] = field(default_factory=list)
+
+    def public(self) -> tuple[tuple[Chain, ...], tuple[Block, ...]]:
+        """As frozen data."""
+        chains = tuple(Chain(chain_name(chain), tuple(f.block() for f in chain)) for chain in self.chains)
+        return chains, (*(f.block() for f in self.refused), *self.never_called)
+
+
+def detect(recorded: RecordedCall) -> Detection:
+    """Find every residual block of the recorded call, judge it, and build the chains."""
+    findings = list(_search(recorded.root))
+    if not findings:
+        findings = inline_blocks(recorded.root, alone=True)
+    _link(findings, recorded)
+    detection = Detection()
+    tail: dict[int, list[Finding]] = {}
+    for finding in findings:
+        if not finding.reversible:
+            detection.refused.append(finding)
+            continue
+        chain = tail.pop(id(finding.stream_in), None)
+        if chain is None:
+            chain = []
+            detection.chains.append(chain)
+        chain.append(finding)
+        tail[id(finding.stream_out)] = chain
+    for chain in detection.chains:
+        if len(chain) == 1:
+            text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
+            chain[0].caveats.append(Obstacle("single-block", text, definition_line(chain[0].call.module)))
+    detection.never_called = list(_never_called(recorded.root, findings))
+    return detection
+
+
+def chain_name(chain: list[Finding]) -> str:
+    """The path that all blocks share: `model.layers`."""
+    parts = [finding.path.split(".") for finding in chain]
+    if len({tuple(p) for p in parts}) == 1:  # one module called again and again
+        return chain[0].path
+    shared = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared) or chain[0].call.path or "(the model itself)"
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def _search(call: ModuleCall) -> Iterator[Finding]:
+    """Blocks below `call`, outermost first; a container of blocks gives way to what it contains."""
+    judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
+    found = False
+    for child in call.children:
+        finding = judged.get(id(child))
+        if finding is not None and finding.reversible and not _is_container(finding, judged):
+            inner = [finding]
+        else:
+            inner = list(_search(child))
+            if not inner and finding is not None and finding.residual:
+                inner = [finding]
+        found = found or bool(inner)
+        yield from inner
+    if not found and not type(call.module).__module__.startswith("torch.nn"):
+        yield from inline_blocks(call)
+
+
+def _is_candidate(child: ModuleCall, parent: ModuleCall) -> bool:
+    """Repeated modules: items of a container, a class that occurs again among its siblings, one module called twice."""
+    module = child.module
+    if isinstance(module, _torch_blocks):
+        return True
+    if type(module).__module__.startswith("torch.nn"):
+        return False
+    siblings = [other for other in parent.children if type(other.module) is type(module)]
+    return len(siblings) > 1 or child.path.rpartition(".")[2].isdigit() or _in_container(child, parent)
+
+
+def _in_container(child: ModuleCall, parent: ModuleCall) -> bool:
+    inside = child.path.removeprefix(parent.path).lstrip(".").rpartition(".")[0]
+    try:
+        return bool(inside) and isinstance(parent.module.get_submodule(inside), _containers)
+    except AttributeError:
+        return False
+
+
+def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
+    """A stage whose steps all stem from a series of equal sub-modules holds blocks, and is none itself.
+
+    A block may well be made of two equal residual wrappers; then its siblings are blocks like it.
+    """
+    assert finding.captured is not None
+    module = finding.call.module
+    opened = Counter(type(module.get_submodule(path)) for path in finding.captured.opened)
+    if not opened or max(opened.values()) < 2:
+        return False
+    if len(finding.steps) > MOST_STEPS:
+        return True
+    siblings = [f for f in judged.values() if type(f.call.module) is type(module)]
+    return len(siblings) < 2 or not all(f.reversible for f in siblings)
+
+
+# -- links between blocks ------------------------------------------------------------------------------------------------
+
+
+def _link(findings: list[Finding], recorded: RecordedCall) -> None:
+    """Notice what the model's own loop does between two neighbouring blocks."""
+    linked = {id(f) for f in findings if not f.reversible}
+    broken: dict[int, Obstacle] = {}
+    for before, after in zip(findings, findings[1:], strict=False):
+        if not (before.reversible and after.reversible) or before.call.parent is not after.call.parent:
+            continue
+        if before.stream_out is after.stream_in:
+            linked |= {id(before), id(after)}
+            continue
+        if type(before.call.module) is not type(after.call.module):
+            continue
+        name, line = recorded.producers.get(id(after.stream_in), ("something", "unknown source"))
+        text = (
+            f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
+            "receive what the other returned"
+        )
+        broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
+    for finding in findings:
+        obstacle = broken.get(id(finding))
+        if obstacle is not None:
+            if id(finding) in linked:
+                finding.caveats.append(obstacle)
+            else:
+                finding.obstacles.append(obstacle)
+        parent = finding.call.parent
+        if finding.reversible and parent is not None and parent.scalar_draws:
+            text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
+            finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
+
+
+def _never_called(root: ModuleCall, findings: list[Finding]) -> Iterator[Block]:
+    """Siblings of found blocks that the recorded call did not visit."""
+    called = {id(call.module) for call in root.walk()}
+    containers: dict[str, Finding] = {}
+    for finding in findings:
+        container, _, name = finding.call.path.rpartition(".")
+        if name.isdigit():
+            containers.setdefault(container, finding)
+    for container, finding in containers.items():
+        for name, module in root.module.get_submodule(container).named_children():
+            if type(module) is type(finding.call.module) and id(module) not in called:
+                text = "the recorded call never reached it (early exit, or a layer that this input skips)"
+                where = definition_line(module)
+                yield Block(
+                    path=f"{container}.{name}",
+                    class_name=type(module).__name__,
+                    verdict=Verdict.REFUSED,
+                    reasons=(f"not-called: {text} ({where})",),
+                    steps=(),
+                    stream="",
+                    shape=(),
+                    dtype="",
+                    extra_inputs=(),
+                    buffers_written=(),
+                    draws_random=False,
+                    parameters=sum(p.numel() for p in module.parameters()),
+                    source=where,
+                )

@@ -1,0 +1,373 @@
+"""Judge one recorded module call: which argument carries the stream, through which steps, with what verdict."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autorev.analysis import Block, Step, Verdict
+from autorev.capture.fake import DATA_DEPENDENT
+from autorev.capture.record import ModuleCall
+from autorev.capture.source import definition_line, raised_line
+from autorev.capture.tracer import CapturedBlock, capture
+from autorev.detect.obstacles import (
+    GENERIC,
+    Obstacle,
+    Question,
+    is_single_input_layer,
+    obstacles_on_stream,
+    obstacles_to_stream,
+    sum_operands_before,
+)
+from autorev.detect.stream import Add, ResidualStep, Stream, follow, reaches
+
+MOST_OPENED = 8
+"""Rounds of opening a sub-module that may hide an add; real models need two or three."""
+
+
+@dataclass(eq=False)
+class Finding:
+    """What is known about one call of a would-be block; `block()` is its public form."""
+
+    call: ModuleCall
+    captured: CapturedBlock | None
+    start: fx.Node | None
+    """The argument (or an item of one) that carries the stream."""
+    steps: list[ResidualStep]
+    obstacles: list[Obstacle]
+    caveats: list[Obstacle] = field(default_factory=list)
+    output_at: tuple[Any, ...] = ()
+    """Where in the returned structure the stream leaves: () for a bare tensor, (0,) for a tuple's first item."""
+    path: str = ""
+    """The module's path; an inline block has one of its own."""
+    end: fx.Node | None = None
+    """The node that is the stream after the last step."""
+    inline: bool = False
+    """A turn of a loop in `call`'s own code, not a module of its own."""
+
+    @property
+    def reversible(self) -> bool:
+        """Eligible, with or without a caveat."""
+        return not self.obstacles
+
+    @property
+    def residual(self) -> bool:
+        """Is it a residual block at all, if perhaps one that cannot be reversed?"""
+        return self.reversible or any(o.code not in GENERIC for o in self.obstacles)
+
+    @property
+    def stream_in(self) -> torch.Tensor | None:
+        """The recorded tensor that entered."""
+        return None if self.start is None else self.start.meta["val"]
+
+    @property
+    def stream_out(self) -> torch.Tensor | None:
+        """The recorded tensor that left."""
+        if self.inline and self.end is not None:
+            return self.end.meta["val"]
+        return dict(leaves(self.call.output)).get(self.output_at)
+
+    def block(self) -> Block:
+        """The finding as frozen data."""
+        module, start = self.call.module, self.start
+        reasons = self.obstacles or self.caveats
+        verdict = Verdict.REFUSED if self.obstacles else Verdict.CAVEAT if self.caveats else Verdict.ELIGIBLE
+        value: Any = None if start is None else start.meta["val"]
+        return Block(
+            path=self.path,
+            class_name=type(module).__name__,
+            verdict=verdict,
+            reasons=tuple(dict.fromkeys(map(str, reasons))),
+            steps=tuple(_step(step, module) for step in self.steps),
+            stream="" if start is None else argument_of(start),
+            shape=() if value is None else tuple(value.shape),
+            dtype="" if value is None else str(value.dtype).removeprefix("torch."),
+            extra_inputs=self._extra_inputs(),
+            buffers_written=self.call.buffers_written,
+            draws_random=self.call.draws_random,
+            parameters=sum(p.numel() for p in module.parameters()),
+            source=definition_line(module),
+            call=self.call.index,
+        )
+
+    def _extra_inputs(self) -> tuple[str, ...]:
+        if self.captured is None or self.start is None:
+            return ()
+        mine = argument_of(self.start)
+        read = {
+            name
+            for name, node in self.captured.placeholders.items()
+            if name != mine and node.users and any(_is_read(user) for user in node.users)
+        }
+        return tuple(name for name in self.captured.placeholders if name in read)
+
+
+def judge(call: ModuleCall) -> Finding:
+    """Trace the call's module and decide; sub-modules that may hide the add are opened one after the other."""
+    opened: frozenset[str] = frozenset()
+    for _ in range(MOST_OPENED):
+        try:
+            captured = capture(call.path, call.module, call.args, call.kwargs, opened)
+        except DATA_DEPENDENT as error:
+            return _untraced(
+                call,
+                Obstacle(
+                    "data-dependent",
+                    "the block's course depends on the values of its tensors, so running it again could take "
+                    "another path",
+                    raised_line(error),
+                ),
+            )
+        except Exception as error:  # whatever a stranger's forward may raise when it is run a second time
+            return _untraced(
+                call,
+                Obstacle(
+                    "not-repeatable",
+                    f"its forward, run a second time with the same arguments, raised {type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else 'no message'}",
+                    raised_line(error),
+                ),
+            )
+        drop_unread_items(captured)
+        starts, outputs = _starts(captured), _outputs(captured)
+        if not starts or not outputs:
+            return _untraced(
+                call,
+                Obstacle("not-residual", "it takes or returns no tensor", definition_line(call.module)),
+            )
+        streams = {start: follow(start) for start in starts}
+        for at, output in outputs:
+            for start, stream in streams.items():
+                steps = stream.steps_to(output) if output in stream else []
+                if any(step.reads_stream() for step in steps):
+                    return _on_stream(call, captured, stream, steps, at, output)
+        hidden = _may_hide_an_add(captured, starts, outputs[0][1]) - opened
+        if not hidden:
+            break
+        opened |= hidden
+    at, output = outputs[0]
+    start = _most_likely_start(starts, output)
+    obstacles = obstacles_to_stream(Question(captured, streams[start], output))
+    return Finding(call, captured, start, [], obstacles, output_at=at, path=call.path)
+
+
+def _untraced(call: ModuleCall, obstacle: Obstacle) -> Finding:
+    return Finding(call, None, None, [], [obstacle], path=call.path)
+
+
+def _on_stream(
+    call: ModuleCall,
+    captured: CapturedBlock,
+    stream: Stream,
+    steps: list[ResidualStep],
+    at: tuple[Any, ...],
+    output: fx.Node,
+) -> Finding:
+    path = path_nodes(stream, output)
+    obstacles = obstacles_on_stream(captured, stream, path) + _aux_obstacles(captured, path, at)
+    if call.scalar_draws:
+        obstacles.append(
+            Obstacle(
+                "data-dependent",
+                "the block draws a random number and decides by it what to run",
+                definition_line(call.module),
+            )
+        )
+    finding = Finding(
+        call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output
+    )
+    finding.caveats = _caveats(finding, path)
+    return finding
+
+
+def path_nodes(stream: Stream, end: fx.Node) -> set[fx.Node]:
+    """The stream nodes from start to `end`."""
+    nodes, node = {end}, end
+    while node is not stream.start:
+        made = stream.nodes[node]
+        node = made.skip if isinstance(made, Add) else made
+        nodes.add(node)
+    return nodes
+
+
+def _aux_obstacles(captured: CapturedBlock, path: set[fx.Node], at: tuple[Any, ...]) -> list[Obstacle]:
+    found = []
+    where = definition_line(captured.module)
+    for other, leaf in leaves(captured.output):
+        name = "".join(f"[{key!r}]" for key in other)
+        if other == at or leaf is None or isinstance(leaf, bool | int | float):
+            continue
+        if isinstance(leaf, fx.Node):
+            value = leaf.meta.get("val")
+            if leaf in path and leaf.op != "placeholder":
+                text = f"it also returns the stream from between its steps (output{name}), which would be kept"
+                found.append(Obstacle("aux-output", text, where))
+            elif not isinstance(value, torch.Tensor) and leaf.op != "placeholder":
+                text = f"it also returns a {type(value).__name__} (output{name}), which cannot be rebuilt in backward"
+                found.append(Obstacle("aux-output", text, where))
+        elif type(leaf).__name__ == "_Opaque":
+            text = f"it also returns a {leaf} object (output{name}), which cannot be rebuilt in backward"
+            found.append(Obstacle("aux-output", text, where))
+    return found
+
+
+def _caveats(finding: Finding, path: set[fx.Node]) -> list[Obstacle]:
+    captured, start = finding.captured, finding.start
+    assert captured is not None and start is not None
+    where = definition_line(captured.module)
+    found = []
+    if finding.call.buffers_written:
+        names = ", ".join(finding.call.buffers_written[:3]) + (
+            ", ..." if len(finding.call.buffers_written) > 3 else ""
+        )
+        text = f"it updates buffers while it runs ({names}); a second run in backward must not update them again"
+        found.append(Obstacle("buffer-write", text, where))
+    end = finding.end
+    assert end is not None
+    if end.meta["val"].dtype != start.meta["val"].dtype:
+        before, after = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (start, end))
+        found.append(
+            Obstacle("stream-cast", f"it turns a {before} stream into a {after} one", end.meta["source"])
+        )
+    for node in path:
+        overwritten = [m for m in node.meta["mutates"] if isinstance(m.meta.get("val"), torch.Tensor)]
+        if any(_same(m.meta["val"], start.meta["val"]) for m in overwritten):
+            text = "it adds to its input in place; a converted block returns a new tensor instead"
+            found.append(Obstacle("in-place-add", text, node.meta["source"]))
+    for name, tensor in captured.constants.items():
+        if tensor.requires_grad and name:
+            text = "its branch reads a tensor with gradient that is neither an argument nor a parameter"
+            found.append(Obstacle("closure", text, where))
+            break
+    return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+# -- inputs and outputs -------------------------------------------------------------------------------------------------
+
+
+def leaves(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(place, leaf) of every leaf in nested tuples, lists, dicts and dataclasses; () for a bare value."""
+    if isinstance(structure, list | tuple):
+        for i, item in enumerate(structure):
+            yield from leaves(item, (*at, i))
+    elif isinstance(structure, Mapping):
+        for key, item in structure.items():
+            yield from leaves(item, (*at, key))
+    elif is_dataclass(structure) and not isinstance(structure, type):
+        for f in fields(structure):
+            yield from leaves(getattr(structure, f.name), (*at, f.name))
+    else:
+        yield at, structure
+
+
+def argument_of(node: fx.Node) -> str:
+    """`hidden_states`, or `states[0]` for an item of an argument."""
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return f"{argument_of(node.args[0])}[{node.args[1]!r}]"
+    return str(node.meta.get("argument", node.target))
+
+
+def drop_unread_items(captured: CapturedBlock) -> None:
+    """Erase the `getitem` nodes of arguments and results that nothing reads."""
+    for node in reversed(list(captured.graph.nodes)):
+        if node.op == "call_function" and node.target is operator.getitem and not node.users:
+            captured.graph.erase_node(node)
+
+
+def _is_read(user: fx.Node) -> bool:
+    if user.target is operator.getitem and user.op == "call_function":
+        return bool(user.users)
+    return True
+
+
+def _starts(captured: CapturedBlock) -> list[fx.Node]:
+    """Arguments that may carry the stream: floating tensors with an axis to spare, positional ones first."""
+
+    def is_argument(node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return True
+        items = node.op == "call_function" and node.target is operator.getitem
+        return items and isinstance(node.args[0], fx.Node) and is_argument(node.args[0])
+
+    return [n for n in captured.graph.nodes if is_argument(n) and _is_stream_like(n.meta["val"])]
+
+
+def _outputs(captured: CapturedBlock) -> list[tuple[tuple[Any, ...], fx.Node]]:
+    return [
+        (at, leaf)
+        for at, leaf in leaves(captured.output)
+        if isinstance(leaf, fx.Node) and _is_stream_like(leaf.meta.get("val"))
+    ]
+
+
+def _is_stream_like(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def _most_likely_start(starts: list[fx.Node], output: fx.Node) -> fx.Node:
+    def rank(start: fx.Node) -> tuple[bool, bool]:
+        same_shape = start.meta["val"].shape == output.meta["val"].shape
+        return not same_shape, not reaches(start, output)
+
+    return min(starts, key=rank)
+
+
+def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.Node) -> frozenset[str]:
+    """Sub-modules right before the output that are not a plain layer: the residual add may be inside (BLOOM, T5)."""
+    shapes = {start.meta["val"].shape for start in starts}
+    hidden = set()
+    for node in sum_operands_before(output):
+        if node.op != "call_module":
+            continue
+        module = captured.module.get_submodule(str(node.target))
+        value = node.meta["val"]
+        first = value if isinstance(value, torch.Tensor) else next((v for _, v in leaves(value)), None)
+        plain = (
+            type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+        ) or is_single_input_layer(node, module)
+        if not plain and isinstance(first, torch.Tensor) and first.shape in shapes:
+            hidden.add(str(node.target))
+    return frozenset(hidden)
+
+
+# -- steps in the user's words --------------------------------------------------------------------------------------------
+
+
+def _step(step: ResidualStep, module: nn.Module) -> Step:
+    called = [str(n.target) for n in step.branch_nodes() if n.op == "call_module"]
+    return Step(_kind(step, called, module), tuple(dict.fromkeys(called)), step.source)
+
+
+_kinds = (
+    ("attention", r"attn|attention"),
+    ("moe", r"moe|experts|sparse"),
+    ("state-space", r"mamba|mixer|ssm|recurrent|rwkv"),
+    ("mlp", r"mlp|feed_?forward|ffn?|dense|intermediate|fc\d|linear\d|c_proj|up_proj"),
+    ("convolution", r"conv"),
+)
+
+
+def _kind(step: ResidualStep, called: list[str], module: nn.Module) -> str:
+    """What the branch does, told from the names of the sub-modules it calls; norms say nothing about it."""
+    kinds = set()
+    for path in called:
+        child = module.get_submodule(path)
+        words = f"{path} {type(child).__name__}".lower()
+        if "norm" in words or words.startswith("ln_"):
+            continue
+        inner = " ".join(type(m).__name__.lower() for m in child.modules() if "Conv" in type(m).__name__)
+        kind = next((k for k, pattern in _kinds if re.search(pattern, f"{words} {inner}")), None)
+        kinds.add(kind)
+    if "attention" in kinds and kinds & {"mlp", "moe"}:
+        return "parallel"
+    return next((kind for kind, _ in _kinds if kind in kinds), "other")

@@ -1,0 +1,213 @@
+"""Follow the residual stream through a block's graph and find its steps.
+
+`s0` is the input that carries the stream. A node *is the stream* when it is s0, a reshape, cast or alias of the stream,
+or the sum of the stream and something of the same shape that is not the stream. Where the block's output is the stream,
+walking back from it along the skips meets the adds; those that every path from s0 to the output runs through are the
+*cuts*. What is added between two cuts is one residual step (attention and MLP in parallel are one step of two terms).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+_adds = {operator.add, operator.iadd, torch.add, "add", "add_", "__radd__"}
+_subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
+_scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
+_copies = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
+_copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
+_cuts_gradient = {"detach", "detach_", torch.detach, "data"}
+
+
+@dataclass(eq=False)
+class Add:
+    """One add of the stream: `node = skip + branch` (or `skip - branch`)."""
+
+    node: fx.Node
+    skip: fx.Node
+    branch: tuple[Any, ...]
+    """Further operands; nodes or numbers."""
+
+
+@dataclass(eq=False)
+class ResidualStep:
+    """The adds between two cuts; the last one is the cut."""
+
+    adds: tuple[Add, ...]
+    before: fx.Node
+    """The stream node at which the step begins."""
+
+    @property
+    def after(self) -> fx.Node:
+        """The cut: the stream node at which the step ends."""
+        return self.adds[-1].node
+
+    @property
+    def source(self) -> str:
+        """`file.py:line` of the add that ends the step."""
+        return str(self.after.meta["source"])
+
+    def reads_stream(self) -> bool:
+        """Does the branch depend on the stream? A module that adds two of its arguments has no branch of its own."""
+        return any(_depends(item, self.before) for add in self.adds for item in add.branch)
+
+    def branch_nodes(self) -> list[fx.Node]:
+        """Nodes that the branch is computed by, in graph order."""
+        wanted: set[fx.Node] = set()
+        pending = [item for add in self.adds for item in add.branch if isinstance(item, fx.Node)]
+        skips = {add.skip for add in self.adds} | {add.node for add in self.adds}
+        while pending:
+            node = pending.pop()
+            if node in wanted or node in skips or node is self.before:
+                continue
+            wanted.add(node)
+            pending += node.all_input_nodes
+        return [node for node in self.before.graph.nodes if node in wanted]
+
+
+@dataclass(eq=False)
+class Stream:
+    """Everything the graph says about the stream that starts at `start`."""
+
+    start: fx.Node
+    nodes: dict[fx.Node, Add | fx.Node]
+    """Stream node -> the add that made it, or the stream node it is an alias of; `start` maps to itself."""
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.nodes
+
+    def steps_to(self, end: fx.Node) -> list[ResidualStep]:
+        """The residual steps between `start` and the stream node `end`, first one first."""
+        adds: list[Add] = []
+        node = end
+        while node is not self.start:
+            made = self.nodes[node]
+            if isinstance(made, Add):
+                adds.append(made)
+                node = made.skip
+            else:
+                node = made
+        adds.reverse()
+        steps: list[ResidualStep] = []
+        pending: list[Add] = []
+        before = self.start
+        for add in adds:
+            pending.append(add)
+            if not reaches(self.start, end, without=add.node):
+                if not any(_depends(item, self.start) for a in pending for item in a.branch) and steps:
+                    # A term that does not read the stream (a bias) belongs to the step before it.
+                    steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
+                else:
+                    steps.append(ResidualStep(tuple(pending), before))
+                pending, before = [], add.node
+        return steps
+
+
+def follow(start: fx.Node) -> Stream:
+    """Find every node that is the stream beginning at `start`."""
+    stream = Stream(start, {start: start})
+    begun = False
+    for node in start.graph.nodes:
+        if node is start:
+            begun = True
+        elif begun:
+            made = alias_of(node, stream) or residual_add(node, stream)
+            if made is not None:
+                stream.nodes[node] = made
+    return stream
+
+
+def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
+    """The stream node that `node` merely reshapes, casts or returns; None where it is not one."""
+    value = node.meta.get("val")
+    source = next((n for n in node.all_input_nodes if n in stream), None)
+    if source is None or not isinstance(value, torch.Tensor) or source in node.meta["mutates"]:
+        return None
+    name = node.args[1] if node.target is getattr else node.target
+    if name in _cuts_gradient or node.op == "output" or not node.args or node.args[0] is not source:
+        # A module that returns its argument (dropout at 0, nn.Identity) may take it by keyword.
+        return source if value is source.meta["val"] and name not in _cuts_gradient else None
+    origin: torch.Tensor = source.meta["val"]
+    if value.numel() != origin.numel() or not value.is_floating_point():
+        return None
+    if value is origin or _same_storage(value, origin) or (node.op != "call_module" and name in _copies):
+        return source
+    if name is F.dropout and value is origin:
+        return source
+    return None
+
+
+def residual_add(node: fx.Node, stream: Stream) -> Add | None:
+    """`node` as stream + something that is not the stream, unscaled and of the stream's shape; None otherwise."""
+    parts = add_operands(node)
+    if parts is None:
+        return None
+    skip, branch = parts
+    if not isinstance(skip, fx.Node) or skip not in stream:
+        if len(branch) != 1 or node.target in _subtracts or node.target in _scaled_products:
+            return None
+        skip, branch = branch[0], (skip,)
+        if not isinstance(skip, fx.Node) or skip not in stream or scale_of(node) != 1:
+            return None
+    if any(item in stream for item in branch):
+        return None
+    shape = skip.meta["val"].shape
+    if node.meta["val"].shape != shape:
+        return None
+    for item in branch:
+        if isinstance(item, fx.Node) and _depends(item, stream.start):
+            value = item.meta.get("val")
+            if len(branch) == 1 and (not isinstance(value, torch.Tensor) or value.shape != shape):
+                return None
+    return Add(node, skip, branch)
+
+
+def add_operands(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """(first operand, the others) of an addition or subtraction of tensors; None for any other node."""
+    if node.op not in ("call_function", "call_method") or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    operands = [*node.args, *(node.kwargs[k] for k in ("other", "tensor1", "tensor2") if k in node.kwargs)]
+    if node.target in _adds | _subtracts and len(operands) >= 2:
+        return operands[0], (operands[1],)
+    if node.target in _scaled_products and len(operands) >= 3:
+        return operands[0], tuple(operands[1:3])
+    return None
+
+
+def scale_of(node: fx.Node) -> Any:
+    """The factor that `torch.add(a, b, alpha=...)` puts on its second operand."""
+    return node.kwargs.get("alpha", 1)
+
+
+def is_subtraction(node: fx.Node) -> bool:
+    """Is it `a - b`?"""
+    return node.target in _subtracts
+
+
+def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> bool:
+    """Does a path of uses lead from `start` to `end`, not counting those through `without`?"""
+    if without is end:
+        return False
+    seen: set[fx.Node] = set()
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node is end:
+            return True
+        if node not in seen and node is not without:
+            seen.add(node)
+            pending += list(node.users)
+    return False
+
+
+def _depends(item: Any, start: fx.Node) -> bool:
+    return isinstance(item, fx.Node) and reaches(start, item)
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
