@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
-from autorev.capture.source import caller_line
+from autorev.capture.source import caller_line, caller_place
 
 _reads_data = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__contains__", "numpy"}
 _reads_data |= {"is_nonzero", "equal", "allclose", "nonzero", "unique"}
@@ -40,7 +40,7 @@ _reads_data |= {"is_nonzero", "equal", "allclose", "nonzero", "unique"}
 @dataclass(eq=False)
 class CapturedBlock:
     """One block's forward as a graph. Each node's `meta` has `val` (its value in the recorded call), `source`
-    (`file.py:line`), `inside` (classes of the opened sub-modules it stands in) and `mutates` (nodes whose value it
+    (`file.py:line`), `place` (the same with the instruction), `inside` (classes of the opened sub-modules it stands in) and `mutates` (nodes whose value it
     changed in place)."""
 
     path: str
@@ -227,7 +227,9 @@ class ValueTracer(fx.Tracer):
 
     def _book(self, node: fx.Node, value: Any, source: str | None = None) -> fx.Node:
         node.meta["val"] = value
-        node.meta["source"] = source or caller_line()
+        place = caller_place()
+        node.meta["source"] = source or place[0]
+        node.meta["place"] = place
         node.meta["inside"] = tuple(self.inside)
         node.meta.setdefault("mutates", ())
         self.node_of[id(value)] = node

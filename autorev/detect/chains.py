@@ -72,27 +72,31 @@ def chain_name(chain: list[Finding]) -> str:
         if len(set(names)) > 1:
             break
         shared.append(names[0])
-    return ".".join(shared) or chain[0].call.path or "(the model itself)"
+    return ".".join(shared) or "(the model itself)"
 
 
 # -- search ------------------------------------------------------------------------------------------------------------
 
 
-def _search(call: ModuleCall) -> Iterator[Finding]:
-    """Blocks below `call`, outermost first; a container of blocks gives way to what it contains."""
+def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
+    """Blocks below `call`, outermost first; a container of blocks gives way to what it contains.
+
+    `inline=False`: `call`'s own code was judged already.
+    """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
     found = False
     for child in call.children:
         finding = judged.get(id(child))
-        if finding is not None and finding.reversible and not _is_container(finding, judged):
+        if finding is not None and finding.steps and not _is_container(finding, judged):
             inner = [finding]
         else:
-            inner = list(_search(child))
+            refused = finding is not None and finding.residual and not finding.steps
+            inner = list(_search(child, inline=not refused))
             if not inner and finding is not None and finding.residual:
                 inner = [finding]
         found = found or bool(inner)
         yield from inner
-    if not found and not type(call.module).__module__.startswith("torch.nn"):
+    if inline and not found and not type(call.module).__module__.startswith("torch.nn"):
         yield from inline_blocks(call)
 
 

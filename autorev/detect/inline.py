@@ -1,12 +1,13 @@
 """Blocks without a module of their own: a loop of `x = x + f(x)` in a module's forward.
 
 The module that holds the loop is traced, its sub-modules as leaves, and the same cuts are looked for inside. One turn of
-the loop is one block: where the source lines of the adds repeat with a period of p, p steps make a block.
+the loop is one block: where the places of the adds in the code repeat with a period of p, p steps make a block.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import fx
@@ -86,7 +87,7 @@ def _longest_stream(
 def _blocks_of(
     call: ModuleCall, captured: CapturedBlock, stream: Stream, steps: list[ResidualStep]
 ) -> list[Finding]:
-    period = _period([step.source for step in steps])
+    period = _period([step.after.meta["place"] for step in steps])
     obstacles = obstacles_on_stream(captured, stream, path_nodes(stream, steps[-1].after))
     findings = []
     for number, first in enumerate(range(0, len(steps), period)):
@@ -97,9 +98,9 @@ def _blocks_of(
     return findings
 
 
-def _period(sources: list[str]) -> int:
-    for period in range(1, len(sources) // 2 + 1):
-        if len(sources) % period == 0 and all(s == sources[i % period] for i, s in enumerate(sources)):
+def _period(places: list[Any]) -> int:
+    for period in range(1, len(places) // 2 + 1):
+        if len(places) % period == 0 and all(p == places[i % period] for i, p in enumerate(places)):
             return period
     return 1
 
@@ -111,7 +112,7 @@ def _path(call: ModuleCall, steps: list[ResidualStep], number: int) -> str:
     prefix = f"{call.path}." if call.path else ""
     if shared and any(part.isdigit() for part in shared):
         return prefix + ".".join(shared)
-    return f"{call.path}[{number}]"
+    return f"{prefix}loop[{number}]"
 
 
 def _refused_loop(call: ModuleCall) -> list[Finding]:

@@ -365,7 +365,9 @@ def _kind(step: ResidualStep, called: list[str], module: nn.Module) -> str:
         words = f"{path} {type(child).__name__}".lower()
         if "norm" in words or words.startswith("ln_"):
             continue
-        inner = " ".join(type(m).__name__.lower() for m in child.modules() if "Conv" in type(m).__name__)
+        telling = list(child.children()) if isinstance(child, nn.Sequential) else []
+        names = [type(m).__name__ for m in (*telling, *child.modules()) if m in telling or "Conv" in str(type(m))]
+        inner = " ".join(names).lower()
         kind = next((k for k, pattern in _kinds if re.search(pattern, f"{words} {inner}")), None)
         kinds.add(kind)
     if "attention" in kinds and kinds & {"mlp", "moe"}:

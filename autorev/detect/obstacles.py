@@ -114,7 +114,7 @@ def scaled_shortcut(question: Question) -> Obstacle | None:
                     f"the skip enters its sum with the factor {factor}, not as it is",
                     node.meta["source"],
                 )
-            scaled = _scaling_of_stream(operand, question.stream)
+            scaled = _scaling_of_carrier(operand, question)
             if scaled is not None:
                 return Obstacle(
                     "scaled-shortcut",
@@ -123,6 +123,12 @@ def scaled_shortcut(question: Question) -> Obstacle | None:
                     scaled.meta["source"],
                 )
     last = _strip(question.output)
+    if _is_lerp(last) and any(_carries(n, question) for n in last.all_input_nodes):
+        return Obstacle(
+            "scaled-shortcut",
+            f"`{_title(last, question.block)}` weighs the skip against the branch, so the skip is scaled",
+            last.meta["source"],
+        )
     if _is_scaling(last) and _adds_below(last, question):
         return Obstacle(
             "scaled-shortcut",
@@ -148,13 +154,14 @@ def doubled_stream(question: Question) -> Obstacle | None:
 def projected_shortcut(question: Question) -> Obstacle | None:
     """`W h + f(h)`: a convolution, linear map or pooling on the skip."""
     for node in _sums(question):
-        for operand, _ in _operands(node):
-            through = _path_to_stream(operand, question)
-            if through and all(_is_projection(n, question.block) for n in through):
+        ways = [way for o in _tensor_operands(node) if (way := _path_to_stream(o, question)) is not None]
+        shortcut = min(ways, key=len, default=[])  # of two ways from the input, the shorter one is the skip
+        for through in shortcut:
+            if _is_projection(through, question.block):
                 return Obstacle(
                     "projected-shortcut",
-                    f"the skip runs through {_title(through[0], question.block)} before the branch is added",
-                    through[0].meta["source"],
+                    f"the skip runs through {_title(through, question.block)} before the branch is added",
+                    through.meta["source"],
                 )
     return None
 
@@ -164,7 +171,7 @@ def normed_shortcut(question: Question) -> Obstacle | None:
     for node in _sums(question):
         for operand, _ in _operands(node):
             inner = _strip(operand)
-            if _is_norm(inner, question.block) and any(n in question.stream for n in inner.all_input_nodes):
+            if _is_norm(inner, question.block) and any(_carries(n, question) for n in inner.all_input_nodes):
                 return Obstacle(
                     "normed-shortcut",
                     f"the skip is taken behind {_title(inner, question.block)}, not from the stream itself",
@@ -195,7 +202,7 @@ def broadcast(question: Question) -> Obstacle | None:
 def stream_dropout(question: Question) -> Obstacle | None:
     """`dropout(h + f(h))`: what is dropped from the stream cannot be reconstructed."""
     for node in [*_tail(question.output), *(_strip(o) for s in _sums(question) for o, _ in _operands(s))]:
-        if _is_dropout(node, question.block) and any(n in question.stream for n in node.all_input_nodes):
+        if _is_dropout(node, question.block) and any(_carries(n, question) for n in node.all_input_nodes):
             return Obstacle(
                 "stream-dropout",
                 "dropout acts on the residual stream itself, and what it drops cannot be reconstructed; "
@@ -360,13 +367,25 @@ def _adds_below(node: fx.Node, question: Question) -> bool:
     return False
 
 
-def _scaling_of_stream(operand: fx.Node, stream: Stream) -> fx.Node | None:
+def _carries(node: fx.Node, question: Question) -> bool:
+    """Is `node` the stream, or a residual sum that is not one only because its own skip was spoilt?"""
+    inner = _strip(node)
+    if node in question.stream or inner in question.stream:
+        return True
+    return sum(reaches(question.stream.start, o) for o in _tensor_operands(inner)) >= 2
+
+
+def _scaling_of_carrier(operand: fx.Node, question: Question) -> fx.Node | None:
     node = _strip(operand)
     if not _is_scaling(node):
         return None
     first = node.args[0] if node.args else None
-    others = [n for n in node.all_input_nodes if n in stream or _strip(n) in stream]
-    return node if others and (first in others or node.target not in (operator.truediv, "div")) else None
+    carriers = [n for n in node.all_input_nodes if _carries(n, question)]
+    return node if carriers and (first in carriers or node.target not in (operator.truediv, "div")) else None
+
+
+def _is_lerp(node: fx.Node) -> bool:
+    return node.op != "call_module" and getattr(node.target, "__name__", node.target) in ("lerp", "lerp_")
 
 
 def _is_scaling(node: fx.Node) -> bool:
@@ -374,17 +393,15 @@ def _is_scaling(node: fx.Node) -> bool:
     return node.target in _scalings or (node.op != "call_module" and name in _scaling_names)
 
 
-def _path_to_stream(operand: fx.Node, question: Question) -> list[fx.Node]:
+def _path_to_stream(operand: fx.Node, question: Question) -> list[fx.Node] | None:
     """The nodes between `operand` and the stream when the way is short and unbranched, as a shortcut's is."""
     path: list[fx.Node] = []
     node = _strip(operand)
-    while node not in question.stream:
-        if len(path) == 4 or node.op in ("placeholder", "get_attr", "output"):
-            return []
-        path.append(node)
+    while not _carries(node, question):
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(inputs) != 1:
-            return []
+        if len(path) == 4 or len(inputs) != 1:
+            return None
+        path.append(node)
         node = _strip(inputs[0])
     return path
 
