@@ -162,8 +162,8 @@ class Reach:
     """How far one strategy gets on the device."""
 
     strategy: str
-    largest_batch: int
-    """At the setting's sequence length; 0 when not even one sample fits."""
+    largest_batch: int | None
+    """At the setting's sequence length; 0 when not even one sample fits; None where the batch cannot be varied."""
     longest_sequence: int | None
     """At the setting's batch, in tokens; None for a model without a sequence axis."""
 

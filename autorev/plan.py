@@ -1,0 +1,180 @@
+"""What to do about a model's memory, and why: a pure function of the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from autorev.analysis import Analysis, Category, DeviceInfo, Prediction, Reach, Recommendation, Setting
+from autorev.report.format import format_bytes as size
+
+COMFORT = 0.9
+"""Share of the device's memory up to which a step is said to fit without worry."""
+WORTH = 0.10
+"""A reversible chain has to beat checkpointing's peak by this share to be worth a conversion."""
+DOMINANT = 0.40
+"""A category with this share of a peak is what the peak is about."""
+
+_fixed = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+_by_blocks = (Category.STORED_ACTIVATIONS, Category.STREAMS, Category.SIDE_BITS)
+
+
+def recommend(analysis: Analysis, room: int) -> Recommendation:
+    """The strategy for this setting on a device with `room` bytes to use, with its reason and further advice."""
+    assert analysis.setting is not None and analysis.device is not None
+    setting, device = analysis.setting, analysis.device
+    plain = analysis.prediction("plain")
+    assert plain is not None
+    checkpoint = analysis.prediction("checkpoint") or plain
+    reversible = analysis.prediction("momentum")
+    offload = analysis.prediction("offload")
+    advice = tuple(_advice(checkpoint, setting, device))
+
+    if plain.peak_bytes <= COMFORT * room:
+        why = (
+            f"do not convert: plain training peaks at {size(plain.peak_bytes)} of {device.title}'s "
+            f"{size(device.memory_bytes)}, and nothing is faster than keeping what fits"
+        )
+        more = _room_to_grow(analysis)
+        return Recommendation("plain", why, (more, *advice) if more else advice)
+
+    gain = 0.0 if reversible is None else 1 - reversible.peak_bytes / checkpoint.peak_bytes
+    if reversible is not None and reversible.peak_bytes <= room and (gain >= WORTH or checkpoint.peak_bytes > room):
+        fits = "fits too, but" if checkpoint.peak_bytes <= room else "does not fit:"
+        why = (
+            f"convert with the momentum coupling (exact, gamma = 1/8): the peak falls to {size(reversible.peak_bytes)}, "
+            f"where plain training needs {size(plain.peak_bytes)}; checkpointing {fits} it needs "
+            f"{size(checkpoint.peak_bytes)}, of which {size(_share_of_blocks(checkpoint))} are one stored input per block"
+        )
+        return Recommendation("momentum", why, advice)
+    if checkpoint.peak_bytes <= room:
+        why = (
+            f"checkpointing is enough: it peaks at {size(checkpoint.peak_bytes)} where plain training needs "
+            f"{size(plain.peak_bytes)}, and {_why_no_more(checkpoint, reversible, analysis)}"
+        )
+        return Recommendation("checkpoint", why, advice)
+    if offload is not None and offload.peak_bytes <= room:
+        why = (
+            f"checkpoint and keep the blocks' inputs in host memory: {size(offload.peak_bytes)} fit, where "
+            f"checkpointing on the device alone needs {size(checkpoint.peak_bytes)}"
+        )
+        return Recommendation("offload", why, advice)
+    best = min((p for p in analysis.predictions if p.preserves_function), key=lambda p: p.peak_bytes)
+    why = (
+        f"nothing fits {device.title}: even {best.strategy} needs {size(best.peak_bytes)} of {size(room)} usable; "
+        + _what_dominates(best, setting)
+    )
+    return Recommendation(best.strategy, why, advice or ("use a larger device, a smaller batch or fewer tokens",))
+
+
+def _why_no_more(checkpoint: Prediction, reversible: Prediction | None, analysis: Analysis) -> str:
+    if reversible is None:
+        if analysis.chains:
+            return "no chain is long enough to reverse"
+        return "no block of this model can be made reversible (see the refusals)"
+    saved = checkpoint.peak_bytes - reversible.peak_bytes
+    if saved <= 0:
+        text = "reversing the chain would save nothing beyond it"
+    else:
+        text = f"reversing the chain would save only {size(saved)} more"
+    dominant = _dominant(checkpoint)
+    if dominant is not None and dominant not in _by_blocks:
+        text += f", because {_words[dominant]} {'make' if dominant in _plural else 'makes'} up {_percent(checkpoint, dominant)} of the peak"
+    return text
+
+
+def _what_dominates(prediction: Prediction, setting: Setting) -> str:
+    fixed = sum(prediction.categories[c] for c in _fixed)
+    if fixed >= DOMINANT * prediction.peak_bytes:
+        return (
+            f"weights, gradients and optimiser state alone take {size(fixed)}, and no way of storing activations can help that"
+        )
+    if prediction.categories[Category.LOGITS_AND_LOSS] >= DOMINANT * prediction.peak_bytes:
+        text = f"your logits dominate with {size(prediction.categories[Category.LOGITS_AND_LOSS])}"
+        return f"{text}: use the chunked loss" if setting.loss == "full" else text
+    return "what a single block holds while it is computed is already too much"
+
+
+def _advice(checkpoint: Prediction, setting: Setting, device: DeviceInfo) -> Iterator[str]:
+    """What would lower the checkpointed peak further, most effective first."""
+    offers: list[tuple[int, str]] = []
+    categories = checkpoint.categories
+    logits = categories[Category.LOGITS_AND_LOSS]
+    if setting.loss == "full" and setting.sequence is not None and logits >= 0.2 * checkpoint.peak_bytes:
+        text = f"your logits take {size(logits)} of checkpointing's peak: use the chunked loss (--loss chunked)"
+        offers.append((logits, text))
+    fixed = sum(categories[c] for c in _fixed)
+    if setting.trains == "full" and fixed >= DOMINANT * checkpoint.peak_bytes:
+        saved = categories[Category.GRADIENTS] + categories[Category.OPTIMIZER_STATE]
+        text = (
+            f"weights, gradients and optimiser state take {size(fixed)} of checkpointing's peak, which reversibility "
+            f"cannot lower: LoRA (--trains lora) frees most of {size(saved)}"
+        )
+        offers.append((saved, text))
+        if setting.optimizer == "adamw":
+            saved = categories[Category.OPTIMIZER_STATE] * 3 // 4
+            offers.append((saved, f"an 8-bit optimiser (--optimizer adamw-8bit) frees up to {size(saved)}"))
+    if checkpoint.phase == "optimizer":
+        text = "the peak stands in the optimiser step: a fused optimiser, or one that steps during backward, lowers it"
+        offers.append((categories[Category.OTHER], text))
+    working = categories[Category.WORKING_SET]
+    if working >= DOMINANT * checkpoint.peak_bytes:
+        text = (
+            f"one block's working set takes {size(working)}, whatever is done between the blocks: a smaller batch with "
+            "gradient accumulation lowers it"
+        )
+        offers.append((working, text))
+    yield from (text for _, text in sorted(offers, key=lambda offer: -offer[0]))
+
+
+def _room_to_grow(analysis: Analysis) -> str | None:
+    """How much further another strategy would get, when plain training fits."""
+    reaches = {reach.strategy: reach for reach in analysis.frontier}
+    plain, others = reaches.get("plain"), [reaches.get("checkpoint"), reaches.get("momentum")]
+    best: Reach | None = max(
+        (r for r in others if r is not None), key=lambda r: (r.largest_batch or 0, r.longest_sequence or 0), default=None
+    )
+    if plain is None or best is None or not plain.largest_batch or not best.largest_batch:
+        return None
+    if best.largest_batch <= plain.largest_batch:
+        return None
+    longer = ""
+    if best.longest_sequence and plain.longest_sequence and best.longest_sequence > plain.longest_sequence:
+        longer = f" or {best.longest_sequence:,} tokens instead of {plain.longest_sequence:,}"
+    return (
+        f"should you want more: {best.strategy} fits a batch of {best.largest_batch:,} instead of "
+        f"{plain.largest_batch:,}{longer}"
+    )
+
+
+_words = {
+    Category.PARAMETERS: "the weights",
+    Category.GRADIENTS: "the gradients",
+    Category.OPTIMIZER_STATE: "the optimiser state",
+    Category.STORED_ACTIVATIONS: "stored activations",
+    Category.WORKING_SET: "the working set of one block",
+    Category.STREAMS: "the streams",
+    Category.SIDE_BITS: "the side bits",
+    Category.LOGITS_AND_LOSS: "the logits",
+    Category.OTHER: "everything outside the blocks",
+}
+_plural = {
+    Category.PARAMETERS,
+    Category.GRADIENTS,
+    Category.LOGITS_AND_LOSS,
+    Category.STORED_ACTIVATIONS,
+    Category.STREAMS,
+    Category.SIDE_BITS,
+}
+
+
+def _dominant(prediction: Prediction) -> Category | None:
+    name = max(prediction.categories, key=lambda c: prediction.categories[c])
+    return Category(name) if prediction.categories[name] >= 0.25 * prediction.peak_bytes else None
+
+
+def _percent(prediction: Prediction, category: Category) -> str:
+    return f"{prediction.categories[category] / prediction.peak_bytes:.0%}"
+
+
+def _share_of_blocks(prediction: Prediction) -> int:
+    return sum(prediction.categories[c] for c in _by_blocks)

@@ -1,0 +1,293 @@
+"""Run one training step of a fake twin under a strategy, and cut it into segments.
+
+Only the blocks that `Layout.active` names are run: the first, the last and one typical block of each kind. The others
+hand the stream on, and the typical block's segments stand in for theirs, so a model of 100 blocks costs as much as one
+of three. `measured=True` runs every block instead, on real tensors if the model's are real: the truth to check against.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from autorev.analysis import Category
+from autorev.capture.fake import every_layer_kept
+from autorev.capture.record import named_arguments
+from autorev.detect.judge import Finding, argument_of, leaves
+from autorev.predict.strategies import (
+    ChainState,
+    Run,
+    Strategy,
+    run_checkpointed,
+    run_offloaded,
+    run_reversible,
+)
+from autorev.predict.tracker import MemoryTracker, Segment
+from autorev.workload import Call
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where one block is called, and how its stream is found in the call."""
+
+    number: int
+    module: nn.Module
+    call: int
+    """Number of this call among the module's calls."""
+    stream: str
+    """Argument name, `hidden_states` or `states[0]`."""
+    output_at: tuple[Any, ...]
+    chain: int | None
+    """Number of its chain; None for a refused block."""
+    last: bool
+    """Is it the last of its chain?"""
+    kind: Any
+    """Blocks of one kind (class, shapes, graph) behave alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Every block of the model, in calling order."""
+
+    sites: tuple[Site, ...]
+
+    @cached_property
+    def groups(self) -> dict[Any, list[int]]:
+        """Block numbers by chain and kind."""
+        groups: dict[Any, list[int]] = {}
+        for site in self.sites:
+            groups.setdefault((site.chain, site.kind), []).append(site.number)
+        return groups
+
+    @cached_property
+    def active(self) -> frozenset[int]:
+        """The blocks that have to be run: the first, the second and the last of each kind and chain."""
+        return frozenset(n for group in self.groups.values() for n in {*group[:2], group[-1]})
+
+    def stand_in(self, number: int) -> int:
+        """The active block whose segments are this one's: itself, or the second of its kind, which is typical."""
+        site = self.sites[number]
+        return number if number in self.active else self.groups[site.chain, site.kind][1]
+
+
+def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Module) -> Layout:
+    """The blocks that strategies can be put around: every chain's, and refused ones that keep their shape."""
+    found: list[tuple[Finding, int | None, bool]] = []
+    for number, chain in enumerate(chains):
+        found += [(f, number, f is chain[-1]) for f in chain if not f.inline]
+    for finding in refused:
+        into, out = finding.stream_in, finding.stream_out
+        if not finding.inline and into is not None and out is not None and into.shape == out.shape:
+            found.append((finding, None, False))
+    order = {id(call): n for n, call in enumerate(_root(found).walk())} if found else {}
+    found.sort(key=lambda item: order.get(id(item[0].call), 0))
+    return Layout(
+        tuple(
+            Site(
+                number=n,
+                module=twin.get_submodule(f.call.path),
+                call=f.call.index,
+                stream=argument_of(f.start) if f.start is not None else "",
+                output_at=f.output_at,
+                chain=chain,
+                last=last,
+                kind=_kind(f),
+            )
+            for n, (f, chain, last) in enumerate(found)
+        )
+    )
+
+
+def _root(found: list[tuple[Finding, int | None, bool]]) -> Any:
+    call = found[0][0].call
+    while call.parent is not None:
+        call = call.parent
+    return call
+
+
+def _kind(finding: Finding) -> Any:
+    shapes = tuple((tuple(p.shape), p.dtype) for p in finding.call.module.parameters())
+    inputs = tuple(
+        (name, tuple(leaf.shape))
+        for name, value in finding.call.inputs().items()
+        for _, leaf in leaves(value)
+        if isinstance(leaf, torch.Tensor)
+    )
+    graph = tuple(str(n.target) for n in finding.captured.graph.nodes) if finding.captured else ()
+    return type(finding.call.module), shapes, inputs, graph
+
+
+@dataclass
+class StepTrace:
+    """The segments of one simulated step, and what was alive before it."""
+
+    start: dict[Category, int]
+    segments: list[Segment]
+    stream_bytes: dict[int, int]
+    """Bytes of the stream that enters each block that was run."""
+
+
+def simulate(
+    twin: nn.Module,
+    call: Call,
+    layout: Layout,
+    strategy: Strategy,
+    loss_of: Callable[[nn.Module, Call], torch.Tensor],
+    measured: bool = False,
+) -> StepTrace:
+    """One forward and backward pass of `twin` under `strategy`.
+
+    The twin's forwards are patched while it runs and restored afterwards; gradients are dropped.
+    """
+    tracker = MemoryTracker()
+    with ExitStack() as stack:
+        stack.enter_context(every_layer_kept())
+        stack.enter_context(tracker)
+        tracker.adopt(twin)
+        for _, leaf in leaves(call):
+            if isinstance(leaf, torch.Tensor):
+                tracker.see(leaf, Category.OTHER)
+        start = tracker.total()
+        tracker.begin("forward", None, Category.OTHER)
+        steps = _Steps(layout, strategy, tracker, run_all=measured)
+        stack.enter_context(steps.patched())
+        loss = loss_of(twin, call)
+        tracker.begin("backward", None, Category.LOGITS_AND_LOSS)
+        loss.backward()
+        del loss
+        steps.states.clear()
+        tracker.begin("optimizer", None, Category.OTHER)
+        segments = tracker.finish()[1:]
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return StepTrace(dict(start), segments, steps.stream_bytes)
+
+
+class _Steps:
+    """Wraps every block's forward for the length of one simulated step."""
+
+    def __init__(self, layout: Layout, strategy: Strategy, tracker: MemoryTracker, run_all: bool) -> None:
+        self.layout, self.strategy, self.tracker = layout, strategy, tracker
+        self.active = frozenset(s.number for s in layout.sites) if run_all else layout.active
+        self.calls: dict[int, int] = {}
+        self.states: dict[int, ChainState] = {}
+        self.returned: dict[Any, Any] = {}
+        self.stream_bytes: dict[int, int] = {}
+        self.last_output: Callable[[], torch.Tensor | None] = lambda: None
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in {id(site.module): site.module for site in self.layout.sites}.values():
+                stack.enter_context(mock.patch.object(module, "forward", self._wrapper(module, module.forward)))
+            yield
+
+    def _wrapper(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        sites = {site.call: site for site in self.layout.sites if site.module is module}
+
+        @wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls.get(id(module), 0)
+            self.calls[id(module)] = call + 1
+            site = sites.get(call)
+            return forward(*args, **kwargs) if site is None else self._run(site, forward, args, kwargs)
+
+        return wrapped
+
+    def _run(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        place, stream = _find_stream(site, args, kwargs)
+        if site.number not in self.active:
+            return _put(self.returned[site.chain, site.kind], site.output_at, stream)
+        self.tracker.begin("forward", site.number, Category.WORKING_SET)
+        self.stream_bytes[site.number] = stream.numel() * stream.element_size()
+
+        # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
+        blank = _put((args, kwargs), place, None)
+        del args, kwargs
+
+        def run(value: torch.Tensor) -> Any:
+            filled = _put(blank, place, value)
+            return forward(*filled[0], **filled[1])
+
+        if stream.requires_grad and stream is not self.last_output():
+            stream.register_hook(lambda grad: self._enter_backward(None))
+        returned = self._under_strategy(site, run, stream)
+        out = dict(leaves(returned))[site.output_at]
+        if out.requires_grad:
+            out.register_hook(lambda grad: self._enter_backward(site.number))
+        self.last_output = weakref.ref(out)
+        self.returned[site.chain, site.kind] = _put(returned, site.output_at, None)
+        self.tracker.settle(Category.STORED_ACTIVATIONS)
+        last = site.number == max(self.active)
+        del out, stream
+        self.tracker.begin("forward", None, Category.LOGITS_AND_LOSS if last else Category.OTHER)
+        return returned
+
+    def _under_strategy(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
+        kind = self.strategy.kind
+        if kind == "plain" or (kind == "reversible" and site.chain is None):
+            return run(stream)
+        if kind == "checkpoint":
+            return run_checkpointed(run, stream)
+        if kind == "offload":
+            return run_offloaded(run, stream)
+        assert site.chain is not None
+        return run_reversible(
+            run,
+            stream,
+            place=lambda returned, value: _put(returned, site.output_at, value),
+            take=lambda returned: dict(leaves(returned))[site.output_at],
+            state=self.states.setdefault(site.chain, ChainState()),
+            number=site.number,
+            side_bits=self.strategy.side_bits,
+            recompute=not site.last,
+            tracker=self.tracker,
+        )
+
+    def _enter_backward(self, number: int | None) -> None:
+        label = Category.OTHER if number is None else Category.WORKING_SET
+        if self.tracker.current.phase == "backward":
+            self.tracker.begin("backward", number, label)
+
+
+def _find_stream(site: Site, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """Where in (args, kwargs) the stream is, and the stream."""
+    wanted, _, item = site.stream.partition("[")
+    names = [name for name, _ in named_arguments(site.module, args, kwargs)]
+    at = names.index(wanted if wanted in names else site.stream)
+    place: tuple[Any, ...] = (0, at) if at < len(args) else (1, names[at])
+    if item and wanted in names:
+        key = item.rstrip("]")
+        place += (int(key) if key.lstrip("-").isdigit() else key.strip("'\""),)
+    value: Any = (args, kwargs)
+    for key in place:
+        value = value[key]
+    return place, value
+
+
+def _put(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
+    """`structure` with the leaf at `at` replaced; containers on the way are copied."""
+    if not at:
+        return value
+    key, rest = at[0], at[1:]
+    if isinstance(structure, tuple):
+        items = [(_put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
+        return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
+    if isinstance(structure, list):
+        return [(_put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
+    if isinstance(structure, dict):
+        copied = structure.copy()
+        copied[key] = _put(structure[key], rest, value)
+        return copied
+    twin = copy.copy(structure)
+    setattr(twin, key, _put(getattr(structure, key), rest, value))
+    return twin

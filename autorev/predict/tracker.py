@@ -1,0 +1,213 @@
+"""Count the bytes of live tensors, operation by operation, on fake or on real tensors.
+
+`MemoryTracker` is a dispatch mode that knows every storage by a weak reference: O(1) per operation. Each byte carries a
+`Category`; the step is cut into *segments* (a block's forward, its backward, what lies between), and every segment
+remembers what it changed for good and what was alive at its highest point. `Segment`s are what strategies are composed of.
+
+Known limitations: temporaries inside one kernel are invisible; a storage is counted at its own size, not at what the
+allocator rounds it up to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from autorev.analysis import Category
+
+aten = torch.ops.aten
+_cpu_attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+_cpu_attention_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass
+class Segment:
+    """A stretch of the step. Bytes are relative to where it began."""
+
+    phase: str
+    """forward, backward or optimizer."""
+    block: int | None = None
+    """The block's number, or None outside the blocks."""
+    change: Counter[Category] = field(default_factory=Counter)
+    """What it left behind (negative: freed), by category."""
+    top: Counter[Category] = field(default_factory=Counter)
+    """`change` at the segment's highest point."""
+    top_bytes: int = 0
+    flops: int = 0
+    matmul_bytes: int = 0
+    """Bytes read and written by operations that do `flops`."""
+    other_bytes: int = 0
+    """Bytes read and written by all other operations."""
+
+
+@dataclass(eq=False)
+class _Live:
+    bytes: int
+    category: Category
+    born: Segment
+
+
+class MemoryTracker(TorchDispatchMode):
+    """See the module's docstring. Enter it after the fake mode, and build nothing before `adopt`ing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, _Live] = {}
+        self.segments: list[Segment] = []
+        self.current = Segment("forward")
+        self.label = Category.OTHER
+        self.gradients: set[int] = set()
+        self.counting_work = True
+        self._hooks: list[Any] = []
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: str, block: int | None, label: Category) -> None:
+        """Close the current segment and open the next; what it allocates is called `label` unless told otherwise."""
+        self.segments.append(self.current)
+        self.current = Segment(phase, block)
+        self.label = label
+
+    def settle(self, category: Category) -> None:
+        """What the current segment allocated as working set and still holds is `category` from now on."""
+        for live in self.live.values():
+            if live.born is self.current and live.category is Category.WORKING_SET:
+                self._count(live.category, -live.bytes)
+                live.category = category
+                self._count(category, live.bytes)
+
+    def finish(self) -> list[Segment]:
+        """Close the last segment and return all of them."""
+        self.segments.append(self.current)
+        for hook in self._hooks:
+            hook.remove()
+        return self.segments
+
+    @contextmanager
+    def labelled(self, label: Category) -> Iterator[None]:
+        """Allocations in this stretch are `label`."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def total(self) -> Counter[Category]:
+        """Bytes alive now, by category."""
+        totals: Counter[Category] = Counter()
+        for live in self.live.values():
+            totals[live.category] += live.bytes
+        return totals
+
+    # -- storages --------------------------------------------------------------------------------------------------
+
+    def adopt(self, model: nn.Module) -> None:
+        """Count a model's parameters and buffers, and follow its gradients when they appear."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self.see(tensor, Category.PARAMETERS)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
+
+    def see(self, tensor: torch.Tensor, category: Category | None = None) -> None:
+        """Count a tensor's storage, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.live or storage.nbytes() == 0:
+            return
+        live = _Live(storage.nbytes(), category or self.label, self.current)
+        self.live[key] = live
+        weakref.finalize(storage, self._freed, key).atexit = False
+        self._count(live.category, live.bytes)
+
+    def relabel(self, tensor: torch.Tensor, category: Category) -> None:
+        """A counted tensor is `category` from now on."""
+        live = self.live.get(tensor.untyped_storage()._cdata)
+        if live is not None and live.category is not category:
+            self._count(live.category, -live.bytes)
+            live.category = category
+            self._count(category, live.bytes)
+
+    def _freed(self, key: int) -> None:
+        live = self.live.pop(key, None)
+        if live is not None:
+            self.gradients.discard(key)
+            self._count(live.category, -live.bytes)
+
+    def _gradient_arrived(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self.see(parameter.grad, Category.GRADIENTS)
+            self.relabel(parameter.grad, Category.GRADIENTS)
+            self.gradients.add(parameter.grad.untyped_storage()._cdata)
+
+    def _count(self, category: Category, size: int) -> None:
+        segment = self.current
+        segment.change[category] += size
+        if size > 0:
+            total = sum(segment.change.values())
+            if total > segment.top_bytes:
+                segment.top_bytes, segment.top = total, segment.change.copy()
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func is aten.add.Tensor and self._is_accumulation(args):
+            # Under a dispatch mode autograd adds gradients out of place; in real training it adds in place.
+            func = aten.add_.Tensor
+        result = func(*args, **kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        for tensor in made:
+            self.see(tensor)
+        if self.counting_work:
+            self._count_work(func, args, kwargs, result, made)
+        return result
+
+    def _is_accumulation(self, args: Any) -> bool:
+        if not self.gradients or len(args) != 2 or not isinstance(args[0], torch.Tensor):
+            return False
+        return args[0].untyped_storage()._cdata in self.gradients
+
+    def _count_work(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[torch.Tensor]) -> None:
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        inputs = {t.untyped_storage()._cdata for t in read}
+        if made and all(t.untyped_storage()._cdata in inputs for t in made) and not _writes(func):
+            return  # a view moves nothing
+        moved = sum(t.numel() * t.element_size() for t in (*read, *made))
+        flops = flops_of(func, args, kwargs, result)
+        self.current.flops += flops
+        if flops:
+            self.current.matmul_bytes += moved
+        else:
+            self.current.other_bytes += moved
+
+
+def _writes(func: Any) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Floating-point operations of matrix products, convolutions and attention; 0 for everything else.
+
+    torch's own formulas, and the CPU's fused attention, which they lack. A causal mask does not halve the count.
+    """
+    if func is _cpu_attention:
+        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+    if func is _cpu_attention_backward:
+        return int(
+            sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape)
+        )
+    formula = flop_registry.get(func._overloadpacket)
+    return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0

@@ -1,0 +1,193 @@
+"""What a training step does besides the model's forward: which parameters train, which loss, which optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autorev.analysis import Setting
+from autorev.detect.judge import leaves
+from autorev.errors import SettingError
+from autorev.workload import Call
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LowRank(nn.Module):
+    """A linear layer with a LoRA of rank r beside it, arXiv 2106.09685: `y = W x + B A x`, only A and B train."""
+
+    def __init__(self, base: nn.Module, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        like = next(base.parameters())
+        self.down = nn.Parameter(torch.empty(rank, inputs, dtype=like.dtype))
+        self.up = nn.Parameter(torch.empty(outputs, rank, dtype=like.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] -> [..., outputs]"""
+        out: torch.Tensor = self.base(x) + F.linear(F.linear(x, self.down), self.up)
+        return out
+
+
+def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -> list[str]:
+    """Freeze what does not train, and put LoRA beside every linear layer of the blocks when asked.
+
+    Called under the fake mode that `twin` was made in; returns notes for the reader.
+
+    Raises:
+        SettingError: the model has no head, or no linear layer inside its blocks.
+    """
+    if setting.trains == "full":
+        return []
+    twin.requires_grad_(False)
+    if setting.trains == "head":
+        return _train_head(twin)
+    assert setting.lora_rank is not None
+    adapted = 0
+    for block in blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                sizes = _linear_sizes(child)
+                if sizes is not None and not isinstance(parent, LowRank):
+                    setattr(parent, name, LowRank(child, *sizes, setting.lora_rank))
+                    adapted += 1
+    if not adapted:
+        raise SettingError(
+            "LoRA needs linear layers inside the blocks, and this model has none there; use --trains full or head"
+        )
+    return []
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
+        rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+        return int(rows), int(columns)
+    return None
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the model's outputs: what `transformers` calls output embeddings, else a last linear layer."""
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(output_embeddings, nn.Module):
+        return output_embeddings
+    last: nn.Module | None = None
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            last = child
+    return last if isinstance(last, nn.Linear) else None
+
+
+def _train_head(twin: nn.Module) -> list[str]:
+    head = find_head(twin)
+    if head is None:
+        raise SettingError(
+            f"{type(twin).__name__} has no output layer to train alone; use --trains full or lora"
+        )
+    elsewhere = {id(p) for m in twin.modules() if m is not head for p in m._parameters.values() if p is not None}
+    notes = []
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        if id(parameter) in elsewhere:
+            # Training the shared matrix would send gradients through the embedding, and with it every block.
+            setattr(head, name, nn.Parameter(torch.empty_like(parameter)))
+            notes.append("the head shares its weight with the embedding; training it alone unties them")
+    head.requires_grad_(True)
+    return notes
+
+
+# -- loss ----------------------------------------------------------------------------------------------------------------
+
+
+def loss_function(model: nn.Module, loss: str) -> Callable[[nn.Module, Call], torch.Tensor]:
+    """What `simulate` calls to get a scalar loss: the model's own, or the chunked loss on its last hidden states.
+
+    Raises:
+        SettingError: a chunked loss of a model that has no vocabulary head.
+    """
+    if loss == "full":
+        return _own_loss
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear):
+        raise SettingError(
+            f"{type(model).__name__} has no vocabulary head (get_output_embeddings), so there is nothing to chunk; "
+            "use --loss full"
+        )
+    return _chunked_loss
+
+
+def _own_loss(model: nn.Module, call: Call) -> torch.Tensor:
+    args, kwargs = call
+    out = model(*args, **kwargs)
+    loss = getattr(out, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    tensors = [
+        leaf
+        for _, leaf in leaves(out)
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.requires_grad
+    ]
+    if not tensors:
+        raise SettingError(f"no output of {type(model).__name__} depends on a trainable parameter: nothing to train")
+    total = tensors[0].mean()
+    for tensor in tensors[1:]:
+        total = total + tensor.mean()
+    return total
+
+
+def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
+    """`torch.nn.functional.linear_cross_entropy` on the head's input, in place of the head."""
+    args, kwargs = call
+    labels = kwargs["labels"]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    seen: list[torch.Tensor] = []
+
+    def keep_input(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden[..., :1]
+
+    head.forward = keep_input
+    try:
+        model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
+    finally:
+        del head.forward
+    hidden = seen.pop().flatten(0, -2)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(
+        hidden, head.weight, labels.flatten(), linear_bias=head.bias, options=options
+    )
+
+
+# -- optimiser -----------------------------------------------------------------------------------------------------------
+
+STATE_BYTES_PER_ELEMENT: dict[str, float | None] = {
+    "adamw": None,  # two tensors like the parameter
+    "adamw-8bit": 2 + 8 / 256,  # two bytes, and two fp32 scales for every block of 256
+    "sgd": 0,
+    "sgd-momentum": None,  # one tensor like the parameter
+}
+
+
+def optimizer_bytes(model: nn.Module, optimizer: str, device_kind: str) -> tuple[int, int, int]:
+    """(state, temporary, moved) bytes of one update of the trainable parameters.
+
+    torch's defaults: on a GPU the multi-tensor (foreach) form, whose temporaries are as large as all parameters
+    together; on a CPU one parameter after the other.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sizes = [p.numel() * p.element_size() for p in trained]
+    elements = sum(p.numel() for p in trained)
+    total, largest = sum(sizes), max(sizes, default=0)
+    per_element = STATE_BYTES_PER_ELEMENT[optimizer]
+    copies = {"adamw": 2, "sgd-momentum": 1}.get(optimizer, 0)
+    # AdamW also keeps a step count per parameter, one fp32 number.
+    counts = 4 * len(trained) if optimizer == "adamw" else 0
+    state = round(elements * per_element) if per_element is not None else copies * total + counts
+    temporaries = {"adamw": 2 * largest, "adamw-8bit": 0, "sgd": 0, "sgd-momentum": 0}[optimizer]
+    if device_kind == "cuda" and optimizer == "adamw":
+        temporaries = total
+    return state, temporaries, 3 * total + 2 * state
