@@ -172,6 +172,16 @@ def analyze_workload(
     return _forecast(replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster, progress)
 
 
+def predict(model: str | Workload | None = None, **setting: Any) -> Analysis:
+    """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
+
+    `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.
+    """
+    from autorev.models import resolve
+
+    return analyze_workload(model if isinstance(model, Workload) else resolve(model), **setting)
+
+
 def _setting(
     workload: Workload,
     batch: int | None,
@@ -223,10 +233,16 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, progress: Progress) ->
         progress(f"simulating {strategy.name}", 0.3 + 0.6 * number / len(strategies))
         here = forecaster.trace(strategy, setting.batch, setting.sequence)
         predictions[strategy.name] = forecaster.prediction(strategy, here)
-        batches = forecaster.along_batch(strategy, here) if forecaster.resizable else None
-        lengths = forecaster.along_sequence(strategy, here) if setting.sequence is not None else None
-        frontier[strategy.name] = forecaster.reach(strategy, batches, lengths)
-        scaled += [(axis, strategy, s) for axis, s in (("batch", batches), ("sequence", lengths)) if s is not None]
+        curves = {}
+        if forecaster.resizable:
+            curves["batch"] = forecaster.along_batch(strategy, here)
+        if setting.sequence is not None:
+            curves["sequence"] = forecaster.along_sequence(strategy, here)
+        limits: dict[str, int] = {}
+        for axis, curve in curves.items():
+            limits[axis], sharpened = forecaster.limit(strategy, curve, axis)
+            scaled.append((axis, strategy, sharpened))
+        frontier[strategy.name] = Reach(strategy.name, limits.get("batch"), limits.get("sequence"))
     progress("comparing", 0.95)
     analysis = replace(
         analysis,
@@ -247,7 +263,7 @@ def _sweeps(
         if here is None:
             continue
         reached = [
-            r.largest_batch if axis == "batch" else r.longest_sequence or 0 for r in frontier.values()
+            (r.largest_batch if axis == "batch" else r.longest_sequence) or 0 for r in frontier.values()
         ]
         most = min(max([2 * here, *(2 * r for r in reached)]), 256 * here)
         if axis == "sequence" and forecaster.longest_sequence is not None:

@@ -143,3 +143,18 @@ class _ConstantScalarDraw(TorchFunctionMode):
             # A fake tensor made from a Python number remembers its value; comparisons of it can be decided.
             return torch.tensor(KEPT if result.dim() == 0 else [KEPT], dtype=result.dtype)
         return result
+
+
+@contextmanager
+def fused_attention_dropout() -> Iterator[None]:
+    """A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
+    which keep the whole attention matrix. While this lasts, attention runs without dropout, and keeps what a GPU keeps."""
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def without(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) > 4:  # query, key, value, mask, dropout, ...
+            return original(*args[:4], 0.0, *args[5:], **kwargs)
+        return original(*args, **{**kwargs, "dropout_p": 0.0})
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", without):
+        yield

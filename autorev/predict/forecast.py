@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autorev.analysis import Category, DeviceInfo, Prediction, Reach, Setting, Sweep
+from autorev.analysis import Category, DeviceInfo, Prediction, Setting, Sweep
+from autorev.capture.fake import fused_attention_dropout
+from autorev.capture.record import record
+from autorev.detect.chains import detect
 from autorev.predict.compose import StepCost, compose
 from autorev.predict.scaling import ScaledTrace
-from autorev.predict.simulate import Layout, StepTrace, simulate
+from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.strategies import STRATEGIES, Strategy
 from autorev.predict.training import loss_function, optimizer_bytes
 from autorev.workload import Call
 
 RESERVE_BYTES = 2**30
 """What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
+
+MOST_CORRECTIONS = 5
+"""Simulated steps to settle how far a strategy reaches; two are the rule."""
+CLOSE = 0.002
+"""Relative difference at which a proposed peak and the simulated one are the same."""
 
 Example = Callable[[int, int | None], Call]
 
@@ -40,16 +49,41 @@ class Forecaster:
     longest_sequence: int | None
 
     def strategies(self) -> tuple[Strategy, ...]:
-        """The strategies that say something about this model."""
+        """The strategies that say something about this model.
+
+        `keep_last=1` spares the last block's recomputation for nothing when the step peaks in that block's backward. Where
+        it peaks in the loss, what is kept is alive beside the logits: then `keep_last=0` is the better choice.
+        """
         chosen = STRATEGIES if self.layout.sites else STRATEGIES[:1]
-        return tuple(s for s in chosen if self.reversible or s.kind != "reversible")
+        if not self.reversible:
+            return tuple(s for s in chosen if s.kind != "reversible")
+        sample = next(s for s in chosen if s.name == "leapfrog")
+        peaks = [
+            self.peak(self.trace(replace(sample, keep_last=n), self.setting.batch, self.setting.sequence), sample)
+            for n in (0, 1)
+        ]
+        keep_last = int(peaks[1] <= 1.001 * peaks[0])
+        return tuple(
+            replace(s, keep_last=keep_last, note=f"{s.note}; keep_last={keep_last}") if s.kind == "reversible" else s
+            for s in chosen
+        )
 
     def trace(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
         """One simulated step."""
         with self.mode:
             call = self.example(batch, sequence)
+            layout = self._layout_for(call)
             loss = loss_function(self.twin, self.setting.loss)
-            return simulate(self.twin, call, self.layout, strategy, loss)
+            fused: AbstractContextManager[None] = fused_attention_dropout() if self.device_kind == "cuda" else nullcontext()
+            with fused:
+                return simulate(self.twin, call, layout, strategy, loss)
+
+    def _layout_for(self, call: Call) -> Layout:
+        """Inline blocks are run from their graph, which holds for one shape: they are traced anew for another."""
+        if not self.layout.outlined:
+            return self.layout
+        detection = detect(record(self.twin, *call))
+        return layout_of(detection.chains, detection.refused, self.twin)
 
     def cost(self, trace: StepTrace, strategy: Strategy) -> StepCost:
         """The step's memory and work, optimiser included."""
@@ -114,17 +148,26 @@ class Forecaster:
         """Peak bytes of a trace."""
         return max(self.cost(trace, strategy).phase_peaks.values())
 
-    def reach(self, strategy: Strategy, batches: ScaledTrace | None, lengths: ScaledTrace | None) -> Reach:
-        """The largest batch and the longest sequence that fit the device."""
+    def limit(self, strategy: Strategy, scaled: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
+        """The largest size along `axis` that fits the device, and the trace sharpened around it.
+
+        The polynomial proposes a size and a simulated step at that size disposes.
+        """
         room = self.device.memory_bytes - RESERVE_BYTES
-        batch: int | None = None
-        if batches is not None:
-            batch = largest(lambda b: self.peak(batches.at(b), strategy) <= room, 2**20)
-        length: int | None = None
-        if lengths is not None:
-            most = self.longest_sequence or 2**24
-            length = largest(lambda s: self.peak(lengths.at(s), strategy) <= room, most)
-        return Reach(strategy.name, batch, length)
+        batch, sequence = self.setting.batch, self.setting.sequence
+        most = 2**20 if axis == "batch" else self.longest_sequence or 2**24
+        size = 0
+        for _ in range(MOST_CORRECTIONS):
+            curve = scaled
+            size = largest(lambda n: self.peak(curve.at(n), strategy) <= room, most)  # noqa: B023 - used at once
+            if size == 0 or size in scaled.points:
+                break
+            trace = self.trace(strategy, *((size, sequence) if axis == "batch" else (batch, size)))
+            simulated, proposed = self.peak(trace, strategy), self.peak(scaled.at(size), strategy)
+            scaled = scaled.with_point(size, trace)
+            if simulated <= room and abs(simulated - proposed) <= CLOSE * proposed:
+                break
+        return size, scaled
 
     def sweep(self, axis: str, strategy: Strategy, scaled: ScaledTrace, values: tuple[int, ...]) -> Sweep:
         """Peaks along one axis, for the figures."""

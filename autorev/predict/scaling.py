@@ -23,6 +23,15 @@ class ScaledTrace:
     points: tuple[int, ...]
     traces: tuple[StepTrace, ...]
 
+    def with_point(self, size: int, trace: StepTrace) -> ScaledTrace:
+        """The same with one more simulated size, in place of the one farthest from it."""
+        known = dict(zip(self.points, self.traces, strict=True))
+        farthest = max(self.points, key=lambda point: abs(point - size))
+        del known[farthest]
+        known[size] = trace
+        points = tuple(sorted(known))
+        return ScaledTrace(points, tuple(known[p] for p in points))
+
     def at(self, size: int) -> StepTrace:
         """The step's trace at `size`, by the polynomial through the simulated points."""
         if size in self.points:

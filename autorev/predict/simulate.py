@@ -23,6 +23,7 @@ from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
 from autorev.detect.judge import Finding, argument_of, leaves
+from autorev.detect.outline import Outlined, outline
 from autorev.predict.strategies import (
     ChainState,
     Run,
@@ -52,6 +53,8 @@ class Site:
     """Is it the last of its chain?"""
     kind: Any
     """Blocks of one kind (class, shapes, graph) behave alike."""
+    turn: int | None = None
+    """For an inline block: which turn of `module`'s loop it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,8 @@ class Layout:
     """Every block of the model, in calling order."""
 
     sites: tuple[Site, ...]
+    outlined: dict[nn.Module, Outlined]
+    """Modules that hold inline blocks, with these taken out of their forward."""
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -83,28 +88,35 @@ def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Modu
     """The blocks that strategies can be put around: every chain's, and refused ones that keep their shape."""
     found: list[tuple[Finding, int | None, bool]] = []
     for number, chain in enumerate(chains):
-        found += [(f, number, f is chain[-1]) for f in chain if not f.inline]
+        found += [(f, number, f is chain[-1]) for f in chain]
     for finding in refused:
         into, out = finding.stream_in, finding.stream_out
         if not finding.inline and into is not None and out is not None and into.shape == out.shape:
             found.append((finding, None, False))
+    inline: dict[Any, list[Finding]] = {}
+    for finding, _, _ in found:
+        if finding.inline:
+            inline.setdefault(finding.captured, []).append(finding)
+    outlined = [outline(captured, findings) for captured, findings in inline.items()]
+    turns = {id(f): n for holder in outlined for n, f in enumerate(holder.blocks)}
+    found = [item for item in found if not item[0].inline or id(item[0]) in turns]
     order = {id(call): n for n, call in enumerate(_root(found).walk())} if found else {}
-    found.sort(key=lambda item: order.get(id(item[0].call), 0))
-    return Layout(
-        tuple(
-            Site(
-                number=n,
-                module=twin.get_submodule(f.call.path),
-                call=f.call.index,
-                stream=argument_of(f.start) if f.start is not None else "",
-                output_at=f.output_at,
-                chain=chain,
-                last=last,
-                kind=_kind(f),
-            )
-            for n, (f, chain, last) in enumerate(found)
+    found.sort(key=lambda item: order.get(id(item[0].call), 0))  # stable: turns of one loop keep their order
+    sites = tuple(
+        Site(
+            number=n,
+            module=twin.get_submodule(f.call.path),
+            call=f.call.index,
+            stream=argument_of(f.start) if f.start is not None and not f.inline else "",
+            output_at=f.output_at,
+            chain=chain,
+            last=last,
+            kind=_kind(f),
+            turn=turns.get(id(f)),
         )
+        for n, (f, chain, last) in enumerate(found)
     )
+    return Layout(sites, {twin.get_submodule(holder.captured.path): holder for holder in outlined})
 
 
 def _root(found: list[tuple[Finding, int | None, bool]]) -> Any:
@@ -115,7 +127,11 @@ def _root(found: list[tuple[Finding, int | None, bool]]) -> Any:
 
 
 def _kind(finding: Finding) -> Any:
-    shapes = tuple((tuple(p.shape), p.dtype) for p in finding.call.module.parameters())
+    module = finding.call.module
+    if finding.inline:
+        nodes = [n for step in finding.steps for n in step.branch_nodes()]
+        called = [module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"]
+        return type(module), _shapes(called), tuple(str(n.target) for n in nodes if n.op == "call_function")
     inputs = tuple(
         (name, tuple(leaf.shape))
         for name, value in finding.call.inputs().items()
@@ -123,7 +139,11 @@ def _kind(finding: Finding) -> Any:
         if isinstance(leaf, torch.Tensor)
     )
     graph = tuple(str(n.target) for n in finding.captured.graph.nodes) if finding.captured else ()
-    return type(finding.call.module), shapes, inputs, graph
+    return type(module), _shapes([module]), inputs, graph
+
+
+def _shapes(modules: list[nn.Module]) -> Any:
+    return tuple((type(m), tuple(p.shape), p.dtype) for m in modules for p in m.parameters())
 
 
 @dataclass
@@ -187,8 +207,12 @@ class _Steps:
     @contextmanager
     def patched(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for module in {id(site.module): site.module for site in self.layout.sites}.values():
+            modules = {id(s.module): s.module for s in self.layout.sites if s.turn is None}.values()
+            for module in modules:
                 stack.enter_context(mock.patch.object(module, "forward", self._wrapper(module, module.forward)))
+            for module, outlined in self.layout.outlined.items():
+                forward = self._outlined_forward(module, outlined, module.forward)
+                stack.enter_context(mock.patch.object(module, "forward", forward))
             yield
 
     def _wrapper(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,25 +223,43 @@ class _Steps:
             call = self.calls.get(id(module), 0)
             self.calls[id(module)] = call + 1
             site = sites.get(call)
-            return forward(*args, **kwargs) if site is None else self._run(site, forward, args, kwargs)
+            if site is None:
+                return forward(*args, **kwargs)
+            place, stream = _find_stream(site, args, kwargs)
+            # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
+            blank = _put((args, kwargs), place, None)
+            del args, kwargs
+
+            def run(value: torch.Tensor) -> Any:
+                filled = _put(blank, place, value)
+                return forward(*filled[0], **filled[1])
+
+            return self._block(site, run, stream)
 
         return wrapped
 
-    def _run(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        place, stream = _find_stream(site, args, kwargs)
+    def _outlined_forward(
+        self, module: nn.Module, outlined: Outlined, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        sites = {site.turn: site for site in self.layout.sites if site.module is module}
+
+        def call_turn(number: int, turn: Callable[..., Any], stream: torch.Tensor, *inputs: Any) -> Any:
+            return self._block(sites[number], lambda value: turn(value, *inputs), stream)
+
+        @wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            assert outlined.forward is not None
+            named = dict(named_arguments(module, args, kwargs))
+            outlined.call_turn = call_turn
+            return outlined.forward(*(named[name] for name in outlined.captured.placeholders))
+
+        return wrapped
+
+    def _block(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
         if site.number not in self.active:
             return _put(self.returned[site.chain, site.kind], site.output_at, stream)
         self.tracker.begin("forward", site.number, Category.WORKING_SET)
         self.stream_bytes[site.number] = stream.numel() * stream.element_size()
-
-        # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
-        blank = _put((args, kwargs), place, None)
-        del args, kwargs
-
-        def run(value: torch.Tensor) -> Any:
-            filled = _put(blank, place, value)
-            return forward(*filled[0], **filled[1])
-
         if stream.requires_grad and stream is not self.last_output():
             stream.register_hook(lambda grad: self._enter_backward(None))
         returned = self._under_strategy(site, run, stream)
@@ -234,6 +276,8 @@ class _Steps:
 
     def _under_strategy(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
         kind = self.strategy.kind
+        if not stream.requires_grad and not any(p.requires_grad for p in site.module.parameters()):
+            return run(stream)  # nothing of it is ever kept
         if kind == "plain" or (kind == "reversible" and site.chain is None):
             return run(stream)
         if kind == "checkpoint":
@@ -249,7 +293,7 @@ class _Steps:
             state=self.states.setdefault(site.chain, ChainState()),
             number=site.number,
             side_bits=self.strategy.side_bits,
-            recompute=not site.last,
+            recompute=not (site.last and self.strategy.keep_last),
             tracker=self.tracker,
         )
 

@@ -33,6 +33,8 @@ class Strategy:
     """k of gamma = n / 2^k; 0 where nothing need be stored."""
     preserves_function: bool = True
     note: str = ""
+    keep_last: int = 1
+    """Blocks at the end of a reversible chain that are stored instead of recomputed."""
     like: str = ""
     """Another strategy with the same memory and work: predicted once."""
 
@@ -41,13 +43,13 @@ STRATEGIES: tuple[Strategy, ...] = (
     Strategy("plain", "plain", note="torch autograd keeps every activation"),
     Strategy("checkpoint", "checkpoint", note="torch.utils.checkpoint around every block"),
     Strategy("offload", "offload", note="checkpoint, with the blocks' inputs kept in host memory"),
-    Strategy("momentum", "reversible", 3, note="gamma = 1/8, c = 7/8, exact; keep_last=1"),
-    Strategy("bdia", "reversible", 1, False, "gamma = +-1/2, exact; keep_last=1"),
-    Strategy("leapfrog", "reversible", 0, False, "gamma = 1, c = 1; keep_last=1"),
-    Strategy("midpoint", "reversible", 0, False, "gamma = -1, c = 2; keep_last=1", like="leapfrog"),
-    Strategy("midpoint_a", "reversible", 3, False, "gamma = -a, a = n/8 per layer; keep_last=1", like="momentum"),
-    Strategy("hamiltonian", "reversible", 0, False, "two streams (q, p); keep_last=1", like="leapfrog"),
-    Strategy("revnet", "reversible", 0, False, "two streams (x1, x2); keep_last=1", like="leapfrog"),
+    Strategy("momentum", "reversible", 3, note="gamma = 1/8, c = 7/8, exact"),
+    Strategy("bdia", "reversible", 1, False, "gamma = +-1/2, exact"),
+    Strategy("leapfrog", "reversible", 0, False, "gamma = 1, c = 1"),
+    Strategy("midpoint", "reversible", 0, False, "gamma = -1, c = 2", like="leapfrog"),
+    Strategy("midpoint_a", "reversible", 3, False, "gamma = -a, a = n/8 per layer", like="momentum"),
+    Strategy("hamiltonian", "reversible", 0, False, "two streams (q, p)", like="leapfrog"),
+    Strategy("revnet", "reversible", 0, False, "two streams (x1, x2)", like="leapfrog"),
 )
 
 
