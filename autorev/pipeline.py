@@ -47,9 +47,9 @@ def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
 
 def _example_call(model: torch.nn.Module) -> Call:
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
-        from autorev.example_call import example_call_for
+        from autorev.models.example_call import example_call_for
 
-        return example_call_for(model, 1, 128)
+        return example_call_for(model, 1, None)
     raise CaptureError(
         f"autorev.analyze({type(model).__name__}) needs example arguments: pass what you would pass to the model itself, "
         "autorev.analyze(model, *args, **kwargs)"
@@ -116,7 +116,7 @@ def analyze_workload(
         CaptureError: the model's forward fails.
         NoBlocksError: the model has no residual block, reversible or not.
     """
-    from autorev.capture.fake import DATA_DEPENDENT, fake_build, new_fake_mode
+    from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
     from autorev.capture.record import record
     from autorev.capture.source import raised_line
     from autorev.detect.chains import detect
@@ -130,7 +130,8 @@ def analyze_workload(
 
     progress("building the model without its weights", 0.0)
     mode = new_fake_mode()
-    twin = fake_build(workload.build, DTYPES[dtype], mode).train()
+    with mode:
+        twin = workload.build(DTYPES[dtype]).train()
     progress("recording one call", 0.1)
     with mode:
         args, kwargs = workload.example(setting.batch, setting.sequence)
@@ -177,7 +178,7 @@ def predict(model: str | Workload | None = None, **setting: Any) -> Analysis:
 
     `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.
     """
-    from autorev.models import resolve
+    from autorev.models.resolve import resolve
 
     return analyze_workload(model if isinstance(model, Workload) else resolve(model), **setting)
 

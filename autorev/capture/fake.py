@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -14,12 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
-    unset_fake_temporarily,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from autorev.capture.transformers_quirks import quirks
 from autorev.errors import CaptureError
@@ -34,28 +32,6 @@ KEPT = 0.9999
 def new_fake_mode() -> FakeTensorMode:
     """Fake *CPU* tensors: on the meta device attention would decompose and save other tensors than it does in truth."""
     return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def fake_build(build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
-    """`build(dtype)` on fake tensors: a model of any size, without its weights."""
-
-    def untouched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return tensor
-
-    # The one initialiser of torch that looks at what it drew.
-    with mode, _RealSchedules(), mock.patch.object(nn.init, "_no_grad_trunc_normal_", untouched):
-        return build(dtype)
-
-
-class _RealSchedules(TorchFunctionMode):
-    """Constructors compute drop-path rates with `torch.linspace` and read them: these few numbers stay real."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if func is torch.linspace or (tensors and not any(isinstance(t, FakeTensor) for t in tensors)):
-            with unset_fake_temporarily():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def fake_copy(value: Any, mode: FakeTensorMode) -> Any:

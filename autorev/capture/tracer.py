@@ -322,7 +322,7 @@ class _MadeHere(TorchDispatchMode):
     """Knows which storages came into being during the trace: a tensor with one of them that no node made was lost."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
         self.alive: list[torch.Tensor] = []
 

@@ -6,14 +6,18 @@ does not take:
 - `masking_utils.find_packed_sequence_indices` asks whether a row packs several texts. Unable to see, it says
   yes, and every causal model then builds and keeps a [batch, 1, sequence, sequence] mask in place of SDPA's
   `is_causal`. The calls that autorev makes hold one text per row.
-- `integrations.moe._can_use_grouped_mm` allows a kernel whose fake version exists in bf16 alone, while the real
-  one also runs in fp32 and fp16. The fallback that `transformers` brings has a fake version in every dtype and
-  saves the same tensors for backward: the sorted tokens and the experts' weights, no copy of them.
+- `integrations.moe._can_use_grouped_mm` allows a kernel whose fake version exists in bf16 alone, while the
+  real one also runs in fp32 and fp16. The fallback that `transformers` brings has a fake version in every
+  dtype and keeps the same tensors for backward: the tokens sorted by expert, and the weights, not copied.
+  (Of the other implementations "batched_mm" copies the experts' weights for every token, and "eager" asks
+  which experts were hit. Real training takes "grouped_mm".)
 """
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,10 +41,25 @@ def quirks() -> Iterator[None]:
     patch("transformers.masking_utils", "find_packed_sequence_indices", _one_text_per_row)
     patch("transformers.integrations.moe", "_can_use_grouped_mm", _grouped_only_where_it_can_be_faked)
     try:
-        yield
+        with quiet():
+            yield
     finally:
         for module, name, original in reversed(undo):
             setattr(module, name, original)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what `transformers` advises on configs and missing kernels: the model is not run in earnest."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="transformers")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _one_text_per_row(original: Any) -> Any:

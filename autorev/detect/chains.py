@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import nn
 
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
-from autorev.detect.inline import inline_blocks
+from autorev.detect.inline import common_start, inline_blocks
 from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
 
@@ -67,15 +68,10 @@ def chain_name(chain: list[Finding]) -> str:
     parts = [finding.path.split(".") for finding in chain]
     if len({tuple(p) for p in parts}) == 1:  # one module called again and again
         return chain[0].path
-    shared = []
-    for names in zip(*parts, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared) or "(the model itself)"
+    return ".".join(common_start(parts)) or "(the model itself)"
 
 
-# -- search ------------------------------------------------------------------------------------------------------------
+# -- search
 
 
 def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
@@ -135,18 +131,19 @@ def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
     return len(siblings) < 2 or not all(f.reversible for f in siblings)
 
 
-# -- links between blocks ------------------------------------------------------------------------------------------------
+# -- links between blocks
 
 
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:
     """Notice what the model's own loop does between two neighbouring blocks."""
-    linked = {id(f) for f in findings if not f.reversible}
+    given = {id(f.stream_out) for f in findings if f.reversible}
+    taken = {id(f.stream_in) for f in findings if f.reversible}
+    linked = {id(f) for f in findings if id(f.stream_out) in taken or id(f.stream_in) in given}
     broken: dict[int, Obstacle] = {}
-    for before, after in zip(findings, findings[1:], strict=False):
+    for before, after in pairwise(findings):
         if not (before.reversible and after.reversible) or before.call.parent is not after.call.parent:
             continue
-        if before.stream_out is after.stream_in:
-            linked |= {id(before), id(after)}
+        if id(before.stream_out) in taken or id(after.stream_in) in given:
             continue
         if type(before.call.module) is not type(after.call.module):
             continue

@@ -6,7 +6,6 @@ the loop is one block: where the places of the adds in the code repeat with a pe
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import fx
 
 from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
+from autorev.detect.around import Question
 from autorev.detect.judge import Finding, drop_unread_items, path_nodes
-from autorev.detect.obstacles import Obstacle, Question, between_sums, obstacles_on_stream
+from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
 from autorev.detect.stream import ResidualStep, Stream, add_operands, follow, reaches
 
 
@@ -108,11 +108,21 @@ def _period(places: list[Any]) -> int:
 def _path(call: ModuleCall, steps: list[ResidualStep], number: int) -> str:
     """The sub-module that the whole block runs (`layers.3`), or the holder's path with the turn of its loop."""
     called = [str(n.target) for step in steps for n in step.branch_nodes() if n.op == "call_module"]
-    shared = os.path.commonprefix([path.split(".") for path in called]) if called else []
+    shared = common_start([path.split(".") for path in called])
     prefix = f"{call.path}." if call.path else ""
     if shared and any(part.isdigit() for part in shared):
         return prefix + ".".join(shared)
     return f"{prefix}loop[{number}]"
+
+
+def common_start(paths: list[list[str]]) -> list[str]:
+    """The names with which all paths begin."""
+    shared: list[str] = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return shared
 
 
 def _refused_loop(call: ModuleCall) -> list[Finding]:
@@ -120,7 +130,7 @@ def _refused_loop(call: ModuleCall) -> list[Finding]:
     captured = _captured(call)
     if captured is None:
         return []
-    findings = []
+    findings: list[Finding] = []
     for node in _sums(captured):
         for skip in node.all_input_nodes:
             others = [n for n in node.all_input_nodes if n is not skip]

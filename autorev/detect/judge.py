@@ -16,15 +16,8 @@ from autorev.capture.fake import DATA_DEPENDENT
 from autorev.capture.record import ModuleCall
 from autorev.capture.source import definition_line, raised_line
 from autorev.capture.tracer import CapturedBlock, capture
-from autorev.detect.obstacles import (
-    GENERIC,
-    Obstacle,
-    Question,
-    is_single_input_layer,
-    obstacles_on_stream,
-    obstacles_to_stream,
-    sum_operands_before,
-)
+from autorev.detect.around import Question, is_single_input_layer, sum_operands_before
+from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_on_stream, obstacles_to_stream
 from autorev.detect.stream import Add, ResidualStep, Stream, follow, reaches
 
 MOST_OPENED = 8
@@ -64,13 +57,15 @@ class Finding:
     @property
     def stream_in(self) -> torch.Tensor | None:
         """The recorded tensor that entered."""
-        return None if self.start is None else self.start.meta["val"]
+        value: torch.Tensor | None = None if self.start is None else self.start.meta["val"]
+        return value
 
     @property
     def stream_out(self) -> torch.Tensor | None:
         """The recorded tensor that left."""
         if self.inline and self.end is not None:
-            return self.end.meta["val"]
+            value: torch.Tensor = self.end.meta["val"]
+            return value
         return dict(leaves(self.call.output)).get(self.output_at)
 
     def block(self) -> Block:
@@ -143,9 +138,9 @@ def judge(call: ModuleCall) -> Finding:
             )
         streams = {start: follow(start) for start in starts}
         for at, output in outputs:
-            for start, stream in streams.items():
+            for stream in streams.values():
                 steps = stream.steps_to(output) if output in stream else []
-                if any(step.reads_stream() for step in steps):
+                if any(step.reads_stream() for step in steps) or (steps and captured.lost):
                     return _on_stream(call, captured, stream, steps, at, output)
         hidden = _may_hide_an_add(captured, starts, outputs[0][1]) - opened
         if not hidden:
@@ -249,10 +244,10 @@ def _caveats(finding: Finding, path: set[fx.Node]) -> list[Obstacle]:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
-# -- inputs and outputs -------------------------------------------------------------------------------------------------
+# -- inputs and outputs
 
 
 def leaves(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -340,7 +335,7 @@ def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.
     return frozenset(hidden)
 
 
-# -- steps in the user's words --------------------------------------------------------------------------------------------
+# -- steps in the user's words
 
 
 def _step(step: ResidualStep, module: nn.Module) -> Step:

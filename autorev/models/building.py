@@ -1,0 +1,112 @@
+"""Running a model's constructor under fake tensors, where it finds shapes and dtypes but no values.
+
+Constructors do three things that need values or real memory. Here each is given what it needs to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from autorev.capture.transformers_quirks import quiet
+from autorev.workload import Call
+
+Build = Callable[[torch.dtype], nn.Module]
+Example = Callable[[int, int | None], Call]
+
+
+@contextmanager
+def building(dtype: torch.dtype) -> Iterator[None]:
+    """Constructors inside run on fake tensors as they do on real ones; floating tensors are of `dtype`."""
+    with (
+        _default_dtype(dtype),
+        # It draws until every value lies within its bounds, and there is none to look at.
+        mock.patch.object(nn.init, "_no_grad_trunc_normal_", _as_it_is),
+        mock.patch.object(nn.Module, "_apply", _apply_by_replacing),
+        _RealLinspace(),
+        quiet(),
+    ):
+        yield
+
+
+def in_one_dtype(build: Build, example: Example) -> tuple[Build, Example]:
+    """The same two functions; the second makes floating inputs of the dtype that the first was last given."""
+    latest = torch.get_default_dtype()
+
+    def noted_build(dtype: torch.dtype) -> nn.Module:
+        nonlocal latest
+        latest = dtype
+        return build(dtype)
+
+    def following_example(batch: int, sequence: int | None) -> Call:
+        with _default_dtype(latest):
+            return example(batch, sequence)
+
+    return noted_build, following_example
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put a model of fake tensors on the CPU, its floating parameters in `dtype`, whatever it chose."""
+
+    def parameter(old: torch.Tensor) -> torch.Tensor:
+        wanted = dtype if old.is_floating_point() else old.dtype
+        return torch.empty_like(old, dtype=wanted, device="cpu")
+
+    _replace(model, "_parameters", parameter)
+    _replace(model, "_buffers", lambda old: torch.empty_like(old, device="cpu"))
+
+
+def _as_it_is(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+def _apply_by_replacing(
+    self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    """What `.to()`, `.half()` and the like call; torch's own swaps tensors, which fake ones refuse."""
+    _replace(self, "_parameters", fn)
+    _replace(self, "_buffers", fn)
+    return self
+
+
+def _replace(model: nn.Module, kind: str, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    replaced: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    with torch.no_grad():
+        for module in model.modules():
+            tensors: dict[str, torch.Tensor | None] = getattr(module, kind)
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in replaced:
+                    new = fn(old)
+                    is_parameter = isinstance(old, nn.Parameter)
+                    replaced[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+                tensors[name] = replaced[id(old)]
+
+
+class _RealLinspace(TorchFunctionMode):
+    """`torch.linspace` and what is computed from it is real: vision models read drop-path rates off it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        is_real = bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        with unset_fake_temporarily() if is_real or func is torch.linspace else nullcontext():
+            return func(*args, **(kwargs or {}))

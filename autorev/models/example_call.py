@@ -1,0 +1,284 @@
+"""For a `transformers` config: which class trains it, and an example call of that class.
+
+Nothing is downloaded and no tokeniser is needed: the call holds random token ids, images or sound of the
+right shapes, and the labels that make the model return a loss. Under fake tensors nothing is allocated; with
+real ones the values are valid, and the caller's random numbers are left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autorev.errors import ModelBuildError
+
+if TYPE_CHECKING:
+    import torch
+
+    from autorev.workload import Call
+
+# Searched in this order: a CLIP is trained on pairs and a BERT to fill gaps, though the one is also an image
+# classifier and the other also a causal model. `MODEL_MAPPING_NAMES` holds the headless classes.
+_TASKS = (
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES",
+)
+
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+
+# These number their positions from `pad_token_id + 1`: a table of 514 rows serves 512 tokens.
+_POSITIONS_START_AFTER_PADDING = frozenset(
+    {
+        "camembert",
+        "clap_text_model",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "layoutlmv3",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+
+_SOUND_SAMPLES = 16_000
+"""One second at the rate every speech model of `transformers` listens at."""
+_SOUND_FRAMES = 200
+_LABEL_TOKENS = 8
+"""Length of a transcript, which must be shorter than the sound's frames."""
+
+
+def model_class(config: Any) -> type[Any]:
+    """The class to build for `config`: the one it names, else its type's usual class with a training loss.
+
+    Raises:
+        ModelBuildError: this `transformers` has no model of the config's type.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    named = list(getattr(config, "architectures", None) or [])
+    tasks = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *_TASKS] if getattr(config, "is_decoder", False) else _TASKS
+    for task in tasks:
+        classes = getattr(modeling_auto, task, {}).get(config.model_type, ())
+        named += [classes] if isinstance(classes, str) else list(classes)
+    for name in named:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and hasattr(found, "main_input_name"):
+            return found
+    raise ModelBuildError(
+        f"transformers {transformers.__version__} has no model of type {config.model_type!r}; "
+        "install a version that has it, or write a function that builds it and give package.module:function"
+    )
+
+
+def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | None) -> Call:
+    """Arguments for one call of `model_cls`, on the CPU, with floating inputs of torch's default dtype.
+
+    `sequence` is the number of tokens per sample; None stands for as many as the model takes, at most 128.
+    """
+    import torch
+
+    maker = _Maker(config, model_cls, batch, sequence, torch.get_default_dtype(), torch.device("cpu"))
+    return (), maker.keywords()
+
+
+def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
+    """Arguments for one call of a live `transformers` model, on its device and in its dtype."""
+    return (), _Maker(model.config, type(model), batch, sequence, model.dtype, model.device).keywords()
+
+
+def has_sequence(config: Any, model_cls: type[Any]) -> bool:
+    """Does `model_cls` read tokens, so that the length of a sample can be chosen?"""
+    accepted = _accepted(model_cls)
+    reads_text = "input_ids" in accepted and (
+        model_cls.main_input_name == "input_ids" or "return_loss" in accepted
+    )
+    return reads_text or "decoder_input_ids" in accepted
+
+
+def has_images(model_cls: type[Any]) -> bool:
+    """Does an example call of `model_cls` hold images?"""
+    accepted = _accepted(model_cls)
+    return "pixel_values" in accepted and (
+        model_cls.main_input_name == "pixel_values" or "return_loss" in accepted
+    )
+
+
+def sequence_limit(config: Any) -> int | None:
+    """The most tokens that the model has positions for; None where positions are relative or absent."""
+    text = config.get_text_config()
+    if getattr(text, "alibi", False):
+        return None
+    # A key that the config class does not declare says nothing: T5's relative positions have no limit,
+    # whatever `n_positions` its config.json still carries.
+    declared = inspect.signature(type(text)).parameters
+    for name in _LIMITS:
+        limit = getattr(text, name, None) if name in declared else None
+        if isinstance(limit, int) and limit > 0:
+            skipped = text.model_type in _POSITIONS_START_AFTER_PADDING
+            return limit - (text.pad_token_id or 0) - 1 if skipped else limit
+    return None
+
+
+def _accepted(model_cls: type[Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_cls.forward).parameters)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the arguments of one call."""
+
+    config: Any
+    model_cls: type[Any]
+    batch: int
+    sequence: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def keywords(self) -> dict[str, Any]:
+        accepted = _accepted(self.model_cls)
+        contrastive = "return_loss" in accepted
+        makers = {
+            "input_ids": self.tokens,
+            "pixel_values": self.images,
+            "input_values": self.sound,
+            "input_features": self.spectrum,
+        }
+        call: dict[str, Any] = {
+            name: make()
+            for name, make in makers.items()
+            if name in accepted and (contrastive or name == self.model_cls.main_input_name)
+        }
+        if not call:
+            raise ModelBuildError(
+                f"{self.model_cls.__name__} reads {self.model_cls.main_input_name}, "
+                "which autorev cannot make up; "
+                "write a function that returns (model, args, kwargs) and give package.module:function"
+            )
+        if "decoder_input_ids" in accepted:
+            call["decoder_input_ids"] = self.tokens()
+        call |= self.targets(accepted)
+        if "use_cache" in accepted:
+            call["use_cache"] = False
+        if contrastive:
+            call["return_loss"] = True
+        return call
+
+    def targets(self, accepted: frozenset[str]) -> dict[str, Any]:
+        """The labels with which this class computes its loss; nothing for a class without one."""
+        name = self.model_cls.__name__
+        if name.endswith("ForQuestionAnswering") and "start_positions" in accepted:
+            return {"start_positions": self.integers(1, ()), "end_positions": self.integers(1, ())}
+        extra: dict[str, Any] = {
+            key: self.integers(2, ())
+            for key in ("next_sentence_label", "sentence_order_label")
+            if key in accepted
+        }
+        if "labels" not in accepted:
+            return extra
+        labels = self.labels(name)
+        return extra if labels is None else {"labels": labels, **extra}
+
+    def labels(self, name: str) -> torch.Tensor | None:
+        if name.endswith(("ForImageClassification", "ForSequenceClassification", "ForAudioClassification")):
+            return self.classes()
+        if name.endswith("ForTokenClassification"):
+            return self.integers(self.config.num_labels, (self.length,))
+        if name.endswith("ForSemanticSegmentation"):
+            return self.integers(self.config.num_labels, self.image_shape[1:])
+        if name.endswith("ForCTC"):
+            return self.tokens(_LABEL_TOKENS)
+        return self.tokens() if has_sequence(self.config, self.model_cls) else None
+
+    def classes(self) -> torch.Tensor:
+        """One class per sample, in the form that the config's loss reads."""
+        count: int = self.config.num_labels
+        if getattr(self.config, "problem_type", None) == "multi_label_classification":
+            return self.noise((count,))
+        return self.noise(()) if count == 1 else self.integers(count, ())
+
+    def tokens(self, length: int | None = None) -> torch.Tensor:
+        """Ordinary tokens, then the token that ends a text: CLIP and BART read their summary at it."""
+        text = self.config.get_text_config()
+        special = _special_tokens(self.config, text.vocab_size)
+        plain = next((token for token in range(text.vocab_size) if token not in special), 0)
+        ids = self.integers(text.vocab_size, (length or self.length,))
+        for token in special:
+            ids.masked_fill_(ids == token, plain)
+        end = getattr(text, "eos_token_id", None)
+        if isinstance(end, int) and 0 <= end < text.vocab_size:
+            ids[:, -1] = end
+        return ids
+
+    @property
+    def length(self) -> int:
+        return self.sequence or min(sequence_limit(self.config) or 128, 128)
+
+    def images(self) -> torch.Tensor:
+        return self.noise(self.image_shape)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        nested = (getattr(self.config, name, None) for name in ("vision_config", "encoder"))
+        vision = next((part for part in nested if hasattr(part, "image_size")), self.config)
+        size = (
+            getattr(vision, "image_size", None) or 224
+        )  # convolutional networks take any; 224 is ImageNet's
+        height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+        return getattr(vision, "num_channels", 3), height, width
+
+    def sound(self) -> torch.Tensor:
+        if hasattr(self.config, "num_mel_bins"):  # the audio spectrogram transformer calls its spectrum so
+            return self.noise((self.config.max_length, self.config.num_mel_bins))
+        return self.noise((_SOUND_SAMPLES,))
+
+    def spectrum(self) -> torch.Tensor:
+        if hasattr(self.config, "max_source_positions") and hasattr(self.config, "num_mel_bins"):
+            return self.noise((self.config.num_mel_bins, 2 * self.config.max_source_positions))  # Whisper
+        return self.noise((_SOUND_FRAMES, getattr(self.config, "feature_projection_input_dim", 80)))
+
+    def integers(self, below: int, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        return torch.randint(below, (self.batch, *shape), generator=_generator()).to(self.device)
+
+    def noise(self, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        drawn = torch.randn((self.batch, *shape), generator=_generator(), dtype=torch.float32)
+        return drawn.to(self.device, self.dtype)
+
+
+def _generator() -> torch.Generator:
+    """A generator of our own: drawing from torch's would change what the user's program draws next."""
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+def _special_tokens(config: Any, vocabulary: int) -> set[int]:
+    """Ids with a meaning of their own: padding, end of text, a place for an image."""
+    special: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if key.endswith(("_token_id", "_token_index")):
+                special.update(
+                    value if isinstance(value, list) else [value] if isinstance(value, int) else []
+                )
+    return {token for token in special if 0 <= token < vocabulary}

