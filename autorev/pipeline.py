@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, Sweep
+from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
 from autorev.plan import recommend
-from autorev.predict.forecast import RESERVE_BYTES, Forecaster, powers_around, rename
-from autorev.predict.scaling import ScaledTrace
-from autorev.predict.strategies import Strategy
+from autorev.predict.forecast import PROBES, RESERVE_BYTES, Forecaster, rename, walks_through_sequence
+from autorev.predict.frontier import Exploration, explore, sweeps
 from autorev.workload import Call, Workload
 
 if TYPE_CHECKING:
@@ -95,6 +94,30 @@ def _detect(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, 
 
 
 def analyze_workload(
+    workload: Workload, *, progress: Progress = lambda what, fraction: None, **setting: Any
+) -> Analysis:
+    """Analyse a workload, predict a training step of it under every strategy, and recommend one.
+
+    `setting` is what `prepare` takes. `progress` is told what is being done, and the fraction done.
+
+    Raises:
+        SettingError: the model cannot be trained that way (a chunked loss without a vocabulary head, ...).
+        CaptureError: the model's forward or backward fails.
+        NoBlocksError: the model has no residual block, reversible or not.
+    """
+    analysis, forecaster = prepare(workload, progress=progress, **setting)
+    try:
+        return _forecast(analysis, forecaster, progress)
+    except AutorevError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"a training step of {analysis.model.class_name} could not be simulated: {_first_line(error)}; "
+            "if the model trains outside autorev, please report this"
+        ) from error
+
+
+def prepare(
     workload: Workload,
     *,
     batch: int | None = None,
@@ -106,20 +129,12 @@ def analyze_workload(
     loss: str = "full",
     device: str = "h100-80gb",
     progress: Progress = lambda what, fraction: None,
-) -> Analysis:
-    """Analyse a workload, predict a training step of it under every strategy, and recommend one.
+) -> tuple[Analysis, Forecaster]:
+    """The analysis without predictions, and the fake twin that they are made with.
 
-    `batch` and `sequence` default to the workload's own. `progress` is told what is being done, and the fraction done.
-
-    Raises:
-        SettingError: the model cannot be trained that way (a chunked loss without a vocabulary head, ...).
-        CaptureError: the model's forward fails.
-        NoBlocksError: the model has no residual block, reversible or not.
+    `batch` and `sequence` default to the workload's own. Raises what `analyze_workload` raises.
     """
-    from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
-    from autorev.capture.record import record
-    from autorev.capture.source import raised_line
-    from autorev.detect.chains import detect
+    from autorev.capture.fake import new_fake_mode
     from autorev.predict.simulate import layout_of
     from autorev.predict.training import DTYPES, choose_trained
     from autorev.profiles import load_device
@@ -132,23 +147,16 @@ def analyze_workload(
     mode = new_fake_mode()
     with mode:
         twin = workload.build(DTYPES[dtype]).train()
-    progress("recording one call", 0.1)
-    with mode:
-        args, kwargs = workload.example(setting.batch, setting.sequence)
-        try:
-            recorded = record(twin, args, kwargs)
-        except DATA_DEPENDENT as error:
-            raise CaptureError(
-                f"the forward of {type(twin).__name__} looks at the values of its tensors ({raised_line(error)}), and "
-                "on the command line there are none; call autorev.analyze(model, ...) with the real model instead"
-            ) from None
-        except AutorevError:
-            raise
-        except Exception as error:
-            raise CaptureError(forward_failed(twin, error)) from error
-        progress("tracing the blocks", 0.2)
-        detection = detect(recorded)
-    del recorded
+        progress("recording one call", 0.1)
+        walks = setting.sequence is not None and walks_through_sequence(twin, workload.example, setting.batch)
+        length = setting.sequence
+        if walks and length is not None and length > PROBES[-1]:
+            length = PROBES[0]
+            notes.append(
+                f"the model walks through its tokens one at a time; figures for more than {PROBES[-1]} tokens are "
+                f"extrapolated from {', '.join(map(str, PROBES))}"
+            )
+        detection = _detect_on_twin(twin, workload.example(setting.batch, length), progress)
     analysis = _analysis(detection, twin, workload.name, workload.source)
     if not analysis.chains and not analysis.refused:
         raise NoBlocksError(
@@ -169,8 +177,30 @@ def analyze_workload(
         reversible=any(site.chain is not None for site in layout.sites),
         resizable=workload.resizable,
         longest_sequence=workload.longest_sequence,
+        walks=walks,
     )
-    return _forecast(replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster, progress)
+    return replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster
+
+
+def _detect_on_twin(twin: torch.nn.Module, call: Call, progress: Progress) -> Detection:
+    from autorev.capture.fake import DATA_DEPENDENT
+    from autorev.capture.record import record
+    from autorev.capture.source import raised_line
+    from autorev.detect.chains import detect
+
+    try:
+        recorded = record(twin, *call)
+    except DATA_DEPENDENT as error:
+        raise CaptureError(
+            f"the forward of {type(twin).__name__} looks at the values of its tensors ({raised_line(error)}), and "
+            "on the command line there are none; call autorev.analyze(model, ...) with the real model instead"
+        ) from None
+    except AutorevError:
+        raise
+    except Exception as error:
+        raise CaptureError(forward_failed(twin, error)) from error
+    progress("tracing the blocks", 0.2)
+    return detect(recorded)
 
 
 def predict(model: str | Workload | None = None, **setting: Any) -> Analysis:
@@ -225,65 +255,43 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, progress: Progress) ->
     setting, strategies = forecaster.setting, forecaster.strategies()
     predictions: dict[str, Prediction] = {}
     frontier: dict[str, Reach] = {}
-    scaled: list[tuple[str, Strategy, ScaledTrace]] = []
+    explored: list[Exploration] = []
     for number, strategy in enumerate(strategies):
         if strategy.like:
             predictions[strategy.name] = rename(predictions[strategy.like], strategy)
             frontier[strategy.name] = replace(frontier[strategy.like], strategy=strategy.name)
             continue
-        progress(f"simulating {strategy.name}", 0.3 + 0.6 * number / len(strategies))
+        progress(f"simulating {strategy.name}", 0.3 + 0.65 * number / len(strategies))
         here = forecaster.trace(strategy, setting.batch, setting.sequence)
         predictions[strategy.name] = forecaster.prediction(strategy, here)
-        curves = {}
-        if forecaster.resizable:
-            curves["batch"] = forecaster.along_batch(strategy, here)
-        if setting.sequence is not None:
-            curves["sequence"] = forecaster.along_sequence(strategy, here)
-        limits: dict[str, int] = {}
-        for axis, curve in curves.items():
-            limits[axis], sharpened = forecaster.limit(strategy, curve, axis)
-            scaled.append((axis, strategy, sharpened))
-        frontier[strategy.name] = Reach(strategy.name, limits.get("batch"), limits.get("sequence"))
+        explored.append(explore(forecaster, strategy, here))
+        frontier[strategy.name] = explored[-1].reach()
     progress("comparing", 0.95)
+    problems = [problem for exploration in explored for problem in exploration.problems]
     analysis = replace(
         analysis,
         predictions=tuple(predictions.values()),
         frontier=tuple(frontier.values()),
-        sweeps=tuple(_sweeps(forecaster, scaled, frontier)),
+        sweeps=tuple(sweeps(forecaster, explored)),
+        notes=(*analysis.notes, *dict.fromkeys(problems)),
     )
     room = forecaster.device.memory_bytes - RESERVE_BYTES
     return replace(analysis, recommendation=recommend(analysis, room))
-
-
-def _sweeps(
-    forecaster: Forecaster, scaled: list[tuple[str, Strategy, ScaledTrace]], frontier: dict[str, Reach]
-) -> Iterator[Sweep]:
-    """Every strategy over the same sizes, up to a little beyond what the best of them reaches."""
-    setting = forecaster.setting
-    for axis, here in (("batch", setting.batch), ("sequence", setting.sequence)):
-        if here is None:
-            continue
-        reached = [
-            (r.largest_batch if axis == "batch" else r.longest_sequence) or 0 for r in frontier.values()
-        ]
-        most = min(max([2 * here, *(2 * r for r in reached)]), 256 * here)
-        if axis == "sequence" and forecaster.longest_sequence is not None:
-            most = min(most, forecaster.longest_sequence)
-        values = powers_around(here, most)
-        for along, strategy, trace in scaled:
-            if along == axis:
-                yield forecaster.sweep(axis, strategy, trace, values)
 
 
 def forward_failed(model: torch.nn.Module, error: Exception) -> str:
     """One line on a forward that raised: where, what, and what to check."""
     from autorev.capture.source import raised_line
 
-    text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     return (
-        f"the forward of {type(model).__name__} raised {type(error).__name__} at {raised_line(error)}: {text}; "
+        f"the forward of {type(model).__name__} failed at {raised_line(error)}: {_first_line(error)}; "
         "check that the example arguments are those the model takes"
     )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _analysis(detection: Detection, model: torch.nn.Module, name: str, source: str) -> Analysis:

@@ -26,9 +26,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
-        return self.out(
-            F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
-        )
+        return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0])
 
 
 class MLP(nn.Module):
@@ -525,7 +523,7 @@ class WritingItsMask(Parts):
     """Overwrites an argument other than the stream."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        mask.mul_(0.5)  # here: in-place
+        mask.mul_(0.5)  # here: argument-write
         return x + self.mlp(self.norm1(x) * mask)
 
 
@@ -573,3 +571,57 @@ class EarlyExit(Stack):
         for block in self.blocks[:2]:
             x = block(x)
         return self.head(self.norm(x))
+
+
+class DeeplySupervised(Stack):
+    """Reads the stream between its blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        total = torch.zeros(())
+        for block in self.blocks:
+            x = block(x)
+            total = total + x.square().mean()  # here: stream-read
+        return self.head(x) + total
+
+
+class Collecting(Stack):
+    """Returns every state of its stream."""
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:  # here: stream-read
+        states = [self.embedding(tokens)]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return tuple(states)
+
+
+class Remembering(Block):
+    """Appends what it computed to a list that it is given: a cache."""
+
+    def forward(self, x: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:  # here: argument-write
+        cache.append(x)
+        return super().forward(x)
+
+
+class RememberingStack(Stack):
+    """Hands one cache to all blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        cache: list[torch.Tensor] = []
+        for block in self.blocks:
+            x = block(x, cache)
+        return self.head(self.norm(x))
+
+
+class HyperConnected(Parts):
+    """Several copies of the stream, mixed by a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        added = self.mlp(self.norm1(x.unflatten(0, (2, -1)).mean(0)))
+        mixed = torch.einsum("ij,jbtd->ibtd", self.mix, x.unflatten(0, (2, -1)))  # here: projected-shortcut
+        return (mixed + added).flatten(0, 1)

@@ -125,12 +125,14 @@ class _ConstantScalarDraw(TorchFunctionMode):
 def fused_attention_dropout() -> Iterator[None]:
     """A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
     which keep the whole attention matrix. While this lasts, attention runs without dropout, and keeps what a GPU keeps."""
-    original = torch.nn.functional.scaled_dot_product_attention
+    original: Any = torch.nn.functional.scaled_dot_product_attention
 
     def without(*args: Any, **kwargs: Any) -> torch.Tensor:
         if len(args) > 4:  # query, key, value, mask, dropout, ...
-            return original(*args[:4], 0.0, *args[5:], **kwargs)
-        return original(*args, **{**kwargs, "dropout_p": 0.0})
+            attended: torch.Tensor = original(*args[:4], 0.0, *args[5:], **kwargs)
+            return attended
+        attended = original(*args, **{**kwargs, "dropout_p": 0.0})
+        return attended
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", without):
         yield

@@ -57,13 +57,13 @@ class RecordedCall:
     root: ModuleCall
     producers: dict[int, tuple[str, str]]
     """id of a tensor -> (the function that made it outside any leaf, `file.py:line`)."""
+    readers: dict[int, list[tuple[ModuleCall, str, str]]]
+    """id of a tensor -> (the call whose code read it, the function, `file.py:line`)."""
     alive: list[Any]
     """Keeps every tensor alive, so that an id never names two of them."""
 
 
-def named_arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Arguments of a call in order, by the name `forward` gives them; an item of `*args` as `args[i]`."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
@@ -85,7 +85,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     counts: dict[int, int] = {}
     stack: list[ModuleCall] = []
     drawn: list[Any] = []
-    watcher = _ProducerWatch()
+    watcher = _Watch(stack)
     roots: list[ModuleCall] = []
     original = nn.Module.__call__
 
@@ -100,22 +100,29 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         before, versions = len(drawn), _buffer_versions(module)
         stack.append(call)
         try:
-            call.output = original(module, *args, **kwargs)
+            result = original(module, *args, **kwargs)
         finally:
             stack.pop()
         inner = sum(len(child.scalar_draws) for child in call.walk() if child is not call)
         call.scalar_draws = drawn[before : len(drawn) - inner]
         call.buffers_written = _written(module, versions)
         call.draws_random = call.draws_random or any(child.draws_random for child in call.children)
-        watcher.alive += [args, kwargs, call.output]
+        watcher.alive += [args, kwargs, call.output, result]
         for tensor in tree_leaves(call.output):
             if isinstance(tensor, torch.Tensor):
                 watcher.producers.setdefault(id(tensor), (path or type(module).__name__, caller_line()))
-        return call.output
+        return result
 
-    with every_layer_kept(drawn), _RandomWatch(stack), watcher, _patched_call(recorded):
+    with (
+        every_layer_kept(drawn),
+        _without_caches(model),
+        _RandomWatch(stack),
+        watcher,
+        _patched_call(recorded),
+        _inside_of_hooks(stack),
+    ):
         model(*args, **kwargs)
-    return RecordedCall(roots[0], watcher.producers, watcher.alive)
+    return RecordedCall(roots[0], watcher.producers, watcher.readers, watcher.alive)
 
 
 @contextmanager
@@ -138,19 +145,58 @@ class _RandomWatch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _ProducerWatch(TorchFunctionMode):
-    """Remembers which line of the model's code made each tensor."""
+@contextmanager
+def _inside_of_hooks(stack: list[ModuleCall]) -> Iterator[None]:
+    """Records what a module's `forward` got and returned: its own hooks may change either, and are no part of it."""
 
-    def __init__(self) -> None:
+    def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if stack and stack[-1].module is module:
+            stack[-1].args, stack[-1].kwargs, stack[-1].output = args, dict(kwargs), output
+
+    handle = nn.modules.module.register_module_forward_hook(seen, with_kwargs=True)  # runs before all others
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """A `transformers` model fills a key-value cache by default, in training too, where nobody reads it."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    filling = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    for config in filling:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in filling:
+            config.use_cache = True
+
+
+class _Watch(TorchFunctionMode):
+    """Remembers which line of the model's code made each tensor, and which code read it."""
+
+    def __init__(self, stack: list[ModuleCall]) -> None:
         super().__init__()
+        self.stack = stack
         self.producers: dict[int, tuple[str, str]] = {}
+        self.readers: dict[int, list[tuple[ModuleCall, str, str]]] = {}
         self.alive: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and id(result) not in self.producers:
-            self.producers[id(result)] = (getattr(func, "__name__", str(func)), caller_line())
+        if not isinstance(result, torch.Tensor):
+            return result
+        name, line = getattr(func, "__name__", str(func)), caller_line()
+        if id(result) not in self.producers:
+            self.producers[id(result)] = name, line
             self.alive.append(result)
+        if self.stack and not name.startswith(("new_", "__get__")) and not name.endswith("_like"):
+            for read in tree_leaves((args, kwargs)):
+                if isinstance(read, torch.Tensor) and read is not result:
+                    self.readers.setdefault(id(read), []).append((self.stack[-1], name, line))
+                    self.alive.append(read)
         return result
 
 

@@ -39,9 +39,12 @@ _reads_data |= {"is_nonzero", "equal", "allclose", "nonzero", "unique"}
 
 @dataclass(eq=False)
 class CapturedBlock:
-    """One block's forward as a graph. Each node's `meta` has `val` (its value in the recorded call), `source`
-    (`file.py:line`), `place` (the same with the instruction), `inside` (classes of the opened sub-modules it stands in) and `mutates` (nodes whose value it
-    changed in place)."""
+    """One block's forward as a graph.
+
+    Each node's `meta` has `val` (its value in the recorded call), `source` (`file.py:line`), `place` (the same with
+    the instruction), `inside` (classes of the opened sub-modules it stands in) and `mutates` (nodes whose value it
+    changed in place).
+    """
 
     path: str
     module: nn.Module
@@ -128,9 +131,7 @@ class ValueTracer(fx.Tracer):
             return self._call_module(lambda: original_call(module, *args, **kwargs), module, args, kwargs)
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._leaf(
-                lambda: original_apply(cls, *args, **kwargs), "call_function", cls.apply, args, kwargs
-            )
+            return self._leaf(lambda: original_apply(cls, *args, **kwargs), "call_function", cls.apply, args, kwargs)
 
         with (
             every_layer_kept(),
@@ -178,14 +179,10 @@ class ValueTracer(fx.Tracer):
         for key, item in items:
             if isinstance(item, torch.Tensor):
                 if id(item) not in self.node_of:
-                    self._book(
-                        self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]
-                    )
+                    self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"])
             elif isinstance(item, list | tuple | Mapping) and tree_leaves(item):
                 self._take_apart(
-                    self._book(
-                        self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]
-                    ),
+                    self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]),
                     item,
                 )
 
@@ -236,9 +233,7 @@ class ValueTracer(fx.Tracer):
         self.alive.append(value)
         return node
 
-    def _leaf(
-        self, function: Callable[[], Any], kind: str, target: Any, args: tuple[Any, ...], kwargs: Any
-    ) -> Any:
+    def _leaf(self, function: Callable[[], Any], kind: str, target: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run `function` unrecorded, and write it down as one node."""
         if self.paused:
             return function()
@@ -262,9 +257,7 @@ class ValueTracer(fx.Tracer):
             self._take_apart(node, result if not is_dataclass(result) else vars(result))
         return result
 
-    def _call_module(
-        self, function: Callable[[], Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any
-    ) -> Any:
+    def _call_module(self, function: Callable[[], Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         path = self.paths.get(id(module))
         if self.paused or path is None:
             return function()
@@ -305,17 +298,15 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # a property of a tensor: x.shape, x.T, x.data
             descriptor = getattr(func.__self__, "__name__", None) or func.__self__.fget.__name__
-            return self.tracer._leaf(
-                lambda: func(*args, **kwargs), "call_function", getattr, (args[0], descriptor), {}
-            )
+            return self.tracer._leaf(lambda: func(*args, **kwargs), "call_function", getattr, (args[0], descriptor), {})
         kind, target = ("call_method", name) if _is_tensor_method(func) else ("call_function", func)
         return self.tracer._leaf(lambda: func(*args, **kwargs), kind, target, args, kwargs)
 
 
 def _is_tensor_method(func: Any) -> bool:
-    return getattr(func, "__objclass__", None) is torch._C.TensorBase or getattr(
-        func, "__qualname__", ""
-    ).startswith("Tensor.")
+    return getattr(func, "__objclass__", None) is torch._C.TensorBase or getattr(func, "__qualname__", "").startswith(
+        "Tensor."
+    )
 
 
 class _MadeHere(TorchDispatchMode):

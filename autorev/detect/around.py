@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,13 @@ from autorev.detect.stream import Stream, add_operands, is_subtraction, reaches,
 _norm_functions = {F.layer_norm, F.rms_norm, F.batch_norm, F.group_norm, F.instance_norm, F.normalize}
 _norm_functions |= {torch.layer_norm, torch.rms_norm, torch.batch_norm, torch.group_norm}
 _activations = {"relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "leaky_relu", "elu", "mish"}
-_activations |= {"hardswish", "softplus", "relu6", "selu", "celu", "prelu", "quick_gelu"}
+_activations |= {"hardswish", "softplus", "relu6", "selu", "celu", "prelu", "quick_gelu", "hardtanh", "hardtanh_"}
+# Not called activations, but as little to be undone.
+_activations |= {"clamp", "clamp_", "clip", "clip_", "nan_to_num", "nan_to_num_", "where", "masked_fill"}
+_activations |= {"masked_fill_"}
 _scalings = {operator.mul, operator.imul, operator.truediv, operator.neg, operator.itruediv}
 _scaling_names = {"mul", "mul_", "multiply", "div", "div_", "divide", "neg", "lerp", "lerp_", "__rmul__"}
+_projections = ("conv", "linear", "matmul", "pool", "interpolate", "pad", "bmm", "einsum", "tensordot")
 _weighted = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Sequential)
 
 
@@ -31,8 +36,6 @@ class Question:
     """The stream as far as it goes from the argument that carries it."""
     output: fx.Node
     """The block's first output tensor."""
-
-
 
 
 def strip(node: fx.Node) -> fx.Node:
@@ -53,7 +56,17 @@ def strip(node: fx.Node) -> fx.Node:
         node = inputs[0]
 
 
-_reshapes: set[Any] = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_reshapes: set[Any] = {
+    "__getitem__",
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+}
 _reshapes |= {"contiguous", "to", "float", "half", "bfloat16", "type_as", "clone", "movedim", "swapaxes"}
 _reshapes |= {"view_as", "reshape_as", "t", torch.permute, torch.transpose, torch.flatten, torch.clone}
 
@@ -157,12 +170,22 @@ def is_scaling(node: fx.Node) -> bool:
     return node.target in _scalings or (node.op != "call_module" and name in _scaling_names)
 
 
-def path_to_stream(operand: fx.Node, question: Question) -> list[fx.Node] | None:
+def shortcut(node: fx.Node, question: Question) -> list[fx.Node]:
+    """What stands between the sum `node` and the stream on the skip's way: of two ways, the shorter one is the skip."""
+    ways = [way for o in tensor_operands(node) if (way := _path_to_stream(o, question)) is not None]
+    shortest = min(map(len, ways), default=0)
+    return [through for way in ways if len(way) == shortest for through in way]
+
+
+def _path_to_stream(operand: fx.Node, question: Question) -> list[fx.Node] | None:
     """The nodes between `operand` and the stream when the way is short and unbranched, as a shortcut's is."""
     path: list[fx.Node] = []
     node = strip(operand)
     while not carries(node, question):
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if is_projection(node, question.block):
+            # `A @ h`, with a matrix that may be computed from h too (hyper-connections)
+            inputs = [n for n in inputs if carries(n, question)][:1] or inputs
         if len(path) == 4 or len(inputs) != 1:
             return None
         path.append(node)
@@ -179,16 +202,26 @@ def is_projection(node: fx.Node, block: CapturedBlock) -> bool:
         words = ("shortcut", "downsample", "project", "pool", "patchmerging")
         return isinstance(module, _weighted) or any(word in name for word in words)
     name = getattr(node.target, "__name__", str(node.target))
-    return any(word in name for word in ("conv", "linear", "matmul", "pool", "interpolate", "pad", "bmm"))
+    return any(word in name for word in _projections)
 
 
 def is_norm(node: fx.Node, block: CapturedBlock) -> bool:
-    if any("norm" in name.lower() for name in node.meta.get("inside", ())):
+    if any(_norm_name.search(name.lower()) for name in node.meta.get("inside", ())):
         return True
     if node.op == "call_module":
-        name = _class(block.module.get_submodule(str(node.target)))
-        return "norm" in name or name in ("affine", "scalenorm")
+        return is_norm_module(block.module.get_submodule(str(node.target)))
     return node.target in _norm_functions
+
+
+def is_norm_module(module: nn.Module) -> bool:
+    """Is it a norm by name, and not something larger that has "norm" in its name (`RobertaPreLayerNormAttention`)?"""
+    name = _class(module)
+    larger = any(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in module.modules())
+    return ("norm" in name and not larger) or name == "affine"
+
+
+# Class names of opened modules: a norm, not a wrapper or a model named after one.
+_norm_name = re.compile(r"(?<!pre)norm(?!.*(attention|output|layer|block|residual|intermediate|coder))")
 
 
 def is_activation(node: fx.Node, block: CapturedBlock) -> bool:
@@ -233,7 +266,6 @@ def sum_operands_before(output: fx.Node) -> list[fx.Node]:
 def is_single_input_layer(node: fx.Node, module: nn.Module) -> bool:
     """A custom norm, dropout or activation that takes one tensor: it cannot hold a residual add of two."""
     name = _class(module)
-    words = ("norm", "dropout", "droppath", "stochasticdepth", "activation")
-    return len(node.all_input_nodes) == 1 and any(word in name for word in words)
-
-
+    words = ("dropout", "droppath", "stochasticdepth", "activation")
+    plain = is_norm_module(module) or any(word in name for word in words)
+    return len(node.all_input_nodes) == 1 and plain

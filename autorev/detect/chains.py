@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
@@ -145,7 +146,9 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             continue
         if id(before.stream_out) in taken or id(after.stream_in) in given:
             continue
-        if type(before.call.module) is not type(after.call.module):
+        if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
+            continue
+        if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
             continue
         name, line = recorded.producers.get(id(after.stream_in), ("something", "unknown source"))
         text = (
@@ -153,6 +156,11 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             "receive what the other returned"
         )
         broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
+    receivers = {id(f.stream_in): f for f in reversed(findings) if f.reversible and not f.inline}
+    for finding in findings:
+        receiver = receivers.get(id(finding.stream_out)) if finding.reversible else None
+        if receiver is not None and finding.stream_in is not finding.stream_out:  # it is, where blocks add in place
+            finding.caveats += _read_outside(finding, receiver, recorded)
     for finding in findings:
         obstacle = broken.get(id(finding))
         if obstacle is not None:
@@ -164,6 +172,23 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
         if finding.reversible and parent is not None and parent.scalar_draws:
             text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
             finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
+
+
+def _read_outside(before: Finding, after: Finding, recorded: RecordedCall) -> list[Obstacle]:
+    """Long skips, deep supervision: what else keeps the state between two blocks."""
+    assert before.stream_out is not None
+    own = {id(call) for finding in (before, after) for call in finding.call.walk()}
+    for call, function, line in recorded.readers.get(id(before.stream_out), []):
+        if id(call) not in own:
+            text = (
+                f"the model reads the stream between {before.path} and {after.path} for something else as well "
+                f"(`{function}`), so that state stays in memory"
+            )
+            return [Obstacle("stream-read", text, line)]
+    if any(leaf is before.stream_out for leaf in tree_leaves(recorded.root.output)):
+        text = f"the model also returns the stream as {before.path} leaves it, so that state stays in memory"
+        return [Obstacle("stream-read", text, definition_line(recorded.root.module))]
+    return []
 
 
 def _never_called(root: ModuleCall, findings: list[Finding]) -> Iterator[Block]:

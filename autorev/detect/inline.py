@@ -1,7 +1,7 @@
 """Blocks without a module of their own: a loop of `x = x + f(x)` in a module's forward.
 
-The module that holds the loop is traced, its sub-modules as leaves, and the same cuts are looked for inside. One turn of
-the loop is one block: where the places of the adds in the code repeat with a period of p, p steps make a block.
+The module that holds the loop is traced, its sub-modules as leaves, and the same cuts are looked for inside. One turn
+of the loop is one block: where the places of the adds in the code repeat with a period of p, p steps make a block.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def _is_wide(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
 
 
-def _longest_stream(
-    captured: CapturedBlock, taken: set[fx.Node]
-) -> tuple[Stream, list[ResidualStep]] | None:
+def _longest_stream(captured: CapturedBlock, taken: set[fx.Node]) -> tuple[Stream, list[ResidualStep]] | None:
     """The stream with the most steps (two at least) among the sums that are not `taken` yet."""
     best: tuple[Stream, list[ResidualStep]] | None = None
     covered: set[fx.Node] = set(taken)
@@ -84,9 +82,7 @@ def _longest_stream(
     return best
 
 
-def _blocks_of(
-    call: ModuleCall, captured: CapturedBlock, stream: Stream, steps: list[ResidualStep]
-) -> list[Finding]:
+def _blocks_of(call: ModuleCall, captured: CapturedBlock, stream: Stream, steps: list[ResidualStep]) -> list[Finding]:
     period = _period([step.after.meta["place"] for step in steps])
     obstacles = obstacles_on_stream(captured, stream, path_nodes(stream, steps[-1].after))
     findings = []

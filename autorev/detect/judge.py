@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import operator
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from autorev.analysis import Block, Step, Verdict
+from autorev.analysis import Block, Verdict
 from autorev.capture.fake import DATA_DEPENDENT
 from autorev.capture.record import ModuleCall
 from autorev.capture.source import definition_line, raised_line
 from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.around import Question, is_single_input_layer, sum_operands_before
+from autorev.detect.ends import argument_of as argument_of
+from autorev.detect.ends import drop_unread_items as drop_unread_items
+from autorev.detect.ends import is_read, most_likely_start, outputs_of, starts_of
+from autorev.detect.ends import leaves as leaves
+from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_on_stream, obstacles_to_stream
-from autorev.detect.stream import Add, ResidualStep, Stream, follow, reaches
+from autorev.detect.stream import Add, ResidualStep, Stream, follow
 
 MOST_OPENED = 8
 """Rounds of opening a sub-module that may hide an add; real models need two or three."""
@@ -79,7 +82,7 @@ class Finding:
             class_name=type(module).__name__,
             verdict=verdict,
             reasons=tuple(dict.fromkeys(map(str, reasons))),
-            steps=tuple(_step(step, module) for step in self.steps),
+            steps=tuple(public_step(step, module) for step in self.steps),
             stream="" if start is None else argument_of(start),
             shape=() if value is None else tuple(value.shape),
             dtype="" if value is None else str(value.dtype).removeprefix("torch."),
@@ -94,18 +97,17 @@ class Finding:
     def _extra_inputs(self) -> tuple[str, ...]:
         if self.captured is None or self.start is None:
             return ()
-        mine = argument_of(self.start)
-        read = {
-            name
-            for name, node in self.captured.placeholders.items()
-            if name != mine and node.users and any(_is_read(user) for user in node.users)
-        }
-        return tuple(name for name in self.captured.placeholders if name in read)
+        if self.inline:  # the holder reads more than this turn of its loop does
+            turn = {node for step in self.steps for node in step.branch_nodes()}
+            return tuple(name for name, node in self.captured.placeholders.items() if node in turn)
+        arguments = self.captured.placeholders.items()
+        return tuple(name for name, node in arguments if is_read(node, apart_from=self.start))
 
 
 def judge(call: ModuleCall) -> Finding:
     """Trace the call's module and decide; sub-modules that may hide the add are opened one after the other."""
     opened: frozenset[str] = frozenset()
+    before = _contents(call)
     for _ in range(MOST_OPENED):
         try:
             captured = capture(call.path, call.module, call.args, call.kwargs, opened)
@@ -120,6 +122,8 @@ def judge(call: ModuleCall) -> Finding:
                 ),
             )
         except Exception as error:  # whatever a stranger's forward may raise when it is run a second time
+            if changed := _changed_argument(call, before):
+                return _untraced(call, changed)
             return _untraced(
                 call,
                 Obstacle(
@@ -130,7 +134,7 @@ def judge(call: ModuleCall) -> Finding:
                 ),
             )
         drop_unread_items(captured)
-        starts, outputs = _starts(captured), _outputs(captured)
+        starts, outputs = starts_of(captured), outputs_of(captured)
         if not starts or not outputs:
             return _untraced(
                 call,
@@ -141,15 +145,43 @@ def judge(call: ModuleCall) -> Finding:
             for stream in streams.values():
                 steps = stream.steps_to(output) if output in stream else []
                 if any(step.reads_stream() for step in steps) or (steps and captured.lost):
-                    return _on_stream(call, captured, stream, steps, at, output)
+                    finding = _on_stream(call, captured, stream, steps, at, output)
+                    finding.obstacles += filter(None, [_changed_argument(call, before)])
+                    return finding
         hidden = _may_hide_an_add(captured, starts, outputs[0][1]) - opened
         if not hidden:
             break
         opened |= hidden
     at, output = outputs[0]
-    start = _most_likely_start(starts, output)
+    start = most_likely_start(starts, output)
     obstacles = obstacles_to_stream(Question(captured, streams[start], output))
     return Finding(call, captured, start, [], obstacles, output_at=at, path=call.path)
+
+
+def _contents(call: ModuleCall) -> dict[str, list[int]]:
+    """The tensors that each object among the arguments holds: a cache, a list that results are appended to."""
+    return {name: list(_held(value)) for name, value in call.inputs().items()}
+
+
+def _held(value: Any, depth: int = 10) -> Iterator[int]:
+    if isinstance(value, torch.Tensor):
+        yield id(value)
+    elif depth and isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _held(item, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        yield from _held(vars(value), depth - 1)
+
+
+def _changed_argument(call: ModuleCall, before: dict[str, list[int]]) -> Obstacle | None:
+    after = _contents(call)
+    name = next((name for name in after if after[name] != before[name]), None)
+    if name is None:
+        return None
+    kind = type(call.inputs()[name]).__name__
+    remedy = "; train without a cache (use_cache=False)" if "cache" in f"{name} {kind}".lower() else ""
+    text = f"it changes its argument {name} (a {kind}) while it runs; run again in backward, it would do so once more"
+    return Obstacle("argument-write", text + remedy, definition_line(call.module))
 
 
 def _untraced(call: ModuleCall, obstacle: Obstacle) -> Finding:
@@ -174,9 +206,7 @@ def _on_stream(
                 definition_line(call.module),
             )
         )
-    finding = Finding(
-        call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output
-    )
+    finding = Finding(call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output)
     finding.caveats = _caveats(finding, path)
     return finding
 
@@ -218,18 +248,14 @@ def _caveats(finding: Finding, path: set[fx.Node]) -> list[Obstacle]:
     where = definition_line(captured.module)
     found = []
     if finding.call.buffers_written:
-        names = ", ".join(finding.call.buffers_written[:3]) + (
-            ", ..." if len(finding.call.buffers_written) > 3 else ""
-        )
+        names = ", ".join(finding.call.buffers_written[:3]) + (", ..." if len(finding.call.buffers_written) > 3 else "")
         text = f"it updates buffers while it runs ({names}); a second run in backward must not update them again"
         found.append(Obstacle("buffer-write", text, where))
     end = finding.end
     assert end is not None
     if end.meta["val"].dtype != start.meta["val"].dtype:
         before, after = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (start, end))
-        found.append(
-            Obstacle("stream-cast", f"it turns a {before} stream into a {after} one", end.meta["source"])
-        )
+        found.append(Obstacle("stream-cast", f"it turns a {before} stream into a {after} one", end.meta["source"]))
     for node in path:
         overwritten = [m for m in node.meta["mutates"] if isinstance(m.meta.get("val"), torch.Tensor)]
         if any(_same(m.meta["val"], start.meta["val"]) for m in overwritten):
@@ -245,76 +271,6 @@ def _caveats(finding: Finding, path: set[fx.Node]) -> list[Obstacle]:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-
-
-# -- inputs and outputs
-
-
-def leaves(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(place, leaf) of every leaf in nested tuples, lists, dicts and dataclasses; () for a bare value."""
-    if isinstance(structure, list | tuple):
-        for i, item in enumerate(structure):
-            yield from leaves(item, (*at, i))
-    elif isinstance(structure, Mapping):
-        for key, item in structure.items():
-            yield from leaves(item, (*at, key))
-    elif is_dataclass(structure) and not isinstance(structure, type):
-        for f in fields(structure):
-            yield from leaves(getattr(structure, f.name), (*at, f.name))
-    else:
-        yield at, structure
-
-
-def argument_of(node: fx.Node) -> str:
-    """`hidden_states`, or `states[0]` for an item of an argument."""
-    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return f"{argument_of(node.args[0])}[{node.args[1]!r}]"
-    return str(node.meta.get("argument", node.target))
-
-
-def drop_unread_items(captured: CapturedBlock) -> None:
-    """Erase the `getitem` nodes of arguments and results that nothing reads."""
-    for node in reversed(list(captured.graph.nodes)):
-        if node.op == "call_function" and node.target is operator.getitem and not node.users:
-            captured.graph.erase_node(node)
-
-
-def _is_read(user: fx.Node) -> bool:
-    if user.target is operator.getitem and user.op == "call_function":
-        return bool(user.users)
-    return True
-
-
-def _starts(captured: CapturedBlock) -> list[fx.Node]:
-    """Arguments that may carry the stream: floating tensors with an axis to spare, positional ones first."""
-
-    def is_argument(node: fx.Node) -> bool:
-        if node.op == "placeholder":
-            return True
-        items = node.op == "call_function" and node.target is operator.getitem
-        return items and isinstance(node.args[0], fx.Node) and is_argument(node.args[0])
-
-    return [n for n in captured.graph.nodes if is_argument(n) and _is_stream_like(n.meta["val"])]
-
-
-def _outputs(captured: CapturedBlock) -> list[tuple[tuple[Any, ...], fx.Node]]:
-    return [
-        (at, leaf)
-        for at, leaf in leaves(captured.output)
-        if isinstance(leaf, fx.Node) and _is_stream_like(leaf.meta.get("val"))
-    ]
-
-
-def _is_stream_like(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
-
-
-def _most_likely_start(starts: list[fx.Node], output: fx.Node) -> fx.Node:
-    def rank(start: fx.Node) -> tuple[bool, bool]:
-        same_shape = start.meta["val"].shape == output.meta["val"].shape
-        return not same_shape, not reaches(start, output)
-
-    return min(starts, key=rank)
 
 
 def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.Node) -> frozenset[str]:
@@ -333,38 +289,3 @@ def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.
         if not plain and isinstance(first, torch.Tensor) and first.shape in shapes:
             hidden.add(str(node.target))
     return frozenset(hidden)
-
-
-# -- steps in the user's words
-
-
-def _step(step: ResidualStep, module: nn.Module) -> Step:
-    called = [str(n.target) for n in step.branch_nodes() if n.op == "call_module"]
-    return Step(_kind(step, called, module), tuple(dict.fromkeys(called)), step.source)
-
-
-_kinds = (
-    ("attention", r"attn|attention"),
-    ("moe", r"moe|experts|sparse"),
-    ("state-space", r"mamba|mixer|ssm|recurrent|rwkv"),
-    ("mlp", r"mlp|feed_?forward|ffn?|dense|intermediate|fc\d|linear\d|c_proj|up_proj"),
-    ("convolution", r"conv"),
-)
-
-
-def _kind(step: ResidualStep, called: list[str], module: nn.Module) -> str:
-    """What the branch does, told from the names of the sub-modules it calls; norms say nothing about it."""
-    kinds = set()
-    for path in called:
-        child = module.get_submodule(path)
-        words = f"{path} {type(child).__name__}".lower()
-        if "norm" in words or words.startswith("ln_"):
-            continue
-        telling = list(child.children()) if isinstance(child, nn.Sequential) else []
-        names = [type(m).__name__ for m in (*telling, *child.modules()) if m in telling or "Conv" in str(type(m))]
-        inner = " ".join(names).lower()
-        kind = next((k for k, pattern in _kinds if re.search(pattern, f"{words} {inner}")), None)
-        kinds.add(kind)
-    if "attention" in kinds and kinds & {"mlp", "moe"}:
-        return "parallel"
-    return next((kind for kind, _ in _kinds if kind in kinds), "other")

@@ -24,12 +24,11 @@ from autorev.detect.around import (
     is_projection,
     is_scaling,
     operands,
-    path_to_stream,
     scaling_of_carrier,
+    shortcut,
     strip,
     sums,
     tail,
-    tensor_operands,
     title,
 )
 from autorev.detect.stream import Add, Stream, add_operands
@@ -151,9 +150,7 @@ def doubled_stream(question: Question) -> Obstacle | None:
 def projected_shortcut(question: Question) -> Obstacle | None:
     """`W h + f(h)`: a convolution, linear map or pooling on the skip."""
     for node in sums(question):
-        ways = [way for o in tensor_operands(node) if (way := path_to_stream(o, question)) is not None]
-        shortest = min(map(len, ways), default=0)  # of two ways from the input, the shorter one is the skip
-        for through in (node for way in ways if len(way) == shortest for node in way):
+        for through in shortcut(node, question):
             if is_projection(through, question.block):
                 return Obstacle(
                     "projected-shortcut",
@@ -166,12 +163,12 @@ def projected_shortcut(question: Question) -> Obstacle | None:
 def normed_shortcut(question: Question) -> Obstacle | None:
     """`norm(h) + f(norm(h))`: the skip starts behind the norm (BLOOM's post-layernorm residual)."""
     for node in sums(question):
-        for operand, _ in operands(node):
-            inner = strip(operand)
-            if is_norm(inner, question.block) and any(carries(n, question) for n in inner.all_input_nodes):
+        way = shortcut(node, question)
+        for through in way if not any(is_projection(n, question.block) for n in way) else ():
+            if is_norm(through, question.block):
                 return Obstacle(
                     "normed-shortcut",
-                    f"the skip is taken behind {title(inner, question.block)}, not from the stream itself",
+                    f"the skip is taken behind {title(through, question.block)}, not from the stream itself",
                     node.meta["source"],
                 )
     return None
@@ -228,9 +225,7 @@ def detached(question: Question) -> Obstacle | None:
     """The skip is cut off from autograd."""
     for node in sums(question):
         for operand, _ in operands(node):
-            if operand.target in ("detach", torch.detach) or (
-                operand.target is getattr and operand.args[1] == "data"
-            ):
+            if operand.target in ("detach", torch.detach) or (operand.target is getattr and operand.args[1] == "data"):
                 return Obstacle(
                     "detached",
                     "the skip is detached, so no gradient flows through the stream",
@@ -314,8 +309,9 @@ def _overwritten_values(block: CapturedBlock, stream: Stream, path: set[fx.Node]
         if changed & own and not (node in path and isinstance(stream.nodes[node], Add)):
             yield _in_place(node, block)
         for argument in (given[storage] for storage in changed - own if storage in given):
-            text = f"`{title(node, block)}` overwrites its argument {argument.meta['argument']}, and would do so twice"
-            yield Obstacle("in-place", text, node.meta["source"])
+            name = argument.meta["argument"]
+            text = f"`{title(node, block)}` overwrites its argument {name}, and would do so once more in backward"
+            yield Obstacle("argument-write", text, node.meta["source"])
 
 
 def _storage(node: fx.Node) -> int | None:

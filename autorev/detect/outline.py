@@ -16,6 +16,7 @@ from torch import fx
 from autorev.capture.tracer import CapturedBlock
 from autorev.detect.judge import Finding
 
+
 @dataclass(eq=False)
 class Outlined:
     """A forward with its inline blocks taken out.

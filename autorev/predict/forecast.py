@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from autorev.analysis import Category, DeviceInfo, Prediction, Setting, Sweep
-from autorev.capture.fake import fused_attention_dropout
+from autorev.analysis import Category, DeviceInfo, Prediction, Setting
+from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.predict.compose import StepCost, compose
@@ -24,10 +26,8 @@ from autorev.workload import Call
 RESERVE_BYTES = 2**30
 """What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
 
-MOST_CORRECTIONS = 5
-"""Simulated steps to settle how far a strategy reaches; two are the rule."""
-CLOSE = 0.002
-"""Relative difference at which a proposed peak and the simulated one are the same."""
+PROBES = (64, 128, 192)
+"""Sequence lengths at which a model is simulated that walks through its tokens one at a time."""
 
 Example = Callable[[int, int | None], Call]
 
@@ -47,6 +47,8 @@ class Forecaster:
     """Are there chains to reverse?"""
     resizable: bool
     longest_sequence: int | None
+    walks: bool
+    """Does the model walk through the sequence token by token, in Python? Then long ones are extrapolated."""
 
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies that say something about this model.
@@ -69,13 +71,15 @@ class Forecaster:
         )
 
     def trace(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
-        """One simulated step."""
+        """One simulated step; of a model that walks through long sequences, the polynomial through short ones."""
+        if self.walks and sequence is not None and sequence > PROBES[-1]:
+            probes = tuple(self.trace(strategy, batch, probe) for probe in PROBES)
+            return ScaledTrace(PROBES, probes).at(sequence)
         with self.mode:
             call = self.example(batch, sequence)
             layout = self._layout_for(call)
             loss = loss_function(self.twin, self.setting.loss)
-            fused: AbstractContextManager[None] = fused_attention_dropout() if self.device_kind == "cuda" else nullcontext()
-            with fused:
+            with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
                 return simulate(self.twin, call, layout, strategy, loss)
 
     def _layout_for(self, call: Call) -> Layout:
@@ -113,6 +117,10 @@ class Forecaster:
             note=strategy.note,
         )
 
+    def peak(self, trace: StepTrace, strategy: Strategy) -> int:
+        """Peak bytes of a step."""
+        return max(self.cost(trace, strategy).phase_peaks.values())
+
     def seconds(self, cost: StepCost) -> float:
         """Roofline: each kind of work takes at least its FLOPs or its bytes, and host traffic overlaps with all of it."""
         products = max(cost.flops / self.device.peak_flops, cost.matmul_bytes / self.device.bandwidth)
@@ -120,88 +128,33 @@ class Forecaster:
         on_device = products + moved / self.device.bandwidth
         return max(on_device, 2 * cost.host_bytes / self.device.host_bandwidth)
 
-    # -- how far it goes -------------------------------------------------------------------------------------------
 
-    def along_batch(self, strategy: Strategy, here: StepTrace) -> ScaledTrace:
-        """The step at any batch size."""
-        batch, sequence = self.setting.batch, self.setting.sequence
-        # Not from a batch of one: kernels treat an axis of one element differently (views instead of copies).
-        other = batch + 2 if batch > 1 else 3
-        traces = {batch: here, other: self.trace(strategy, other, sequence)}
-        if batch == 1:
-            traces = {2: self.trace(strategy, 2, sequence), 3: traces[3]}
-        points = tuple(sorted(traces))
-        return ScaledTrace(points, tuple(traces[p] for p in points))
+def walks_through_sequence(twin: nn.Module, example: Example, batch: int) -> bool:
+    """Does the number of operations grow with the sequence (Mamba without its kernels, recurrent layers)?
 
-    def along_sequence(self, strategy: Strategy, here: StepTrace) -> ScaledTrace:
-        """The step at any sequence length."""
-        batch, sequence = self.setting.batch, self.setting.sequence
-        assert sequence is not None
-        limit = self.longest_sequence or 4 * sequence
-        points = tuple(sorted({sequence, max(sequence // 2, 8), min(2 * sequence, max(limit, sequence // 4))}))
-        if len(points) < 3:
-            points = tuple(sorted({*points, max(sequence // 4, 4)}))
-        traces = [here if p == sequence else self.trace(strategy, batch, p) for p in points]
-        return ScaledTrace(points, tuple(traces))
-
-    def peak(self, trace: StepTrace, strategy: Strategy) -> int:
-        """Peak bytes of a trace."""
-        return max(self.cost(trace, strategy).phase_peaks.values())
-
-    def limit(self, strategy: Strategy, scaled: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
-        """The largest size along `axis` that fits the device, and the trace sharpened around it.
-
-        The polynomial proposes a size and a simulated step at that size disposes.
-        """
-        room = self.device.memory_bytes - RESERVE_BYTES
-        batch, sequence = self.setting.batch, self.setting.sequence
-        most = 2**20 if axis == "batch" else self.longest_sequence or 2**24
-        size = 0
-        for _ in range(MOST_CORRECTIONS):
-            curve = scaled
-            size = largest(lambda n: self.peak(curve.at(n), strategy) <= room, most)  # noqa: B023 - used at once
-            if size == 0 or size in scaled.points:
-                break
-            trace = self.trace(strategy, *((size, sequence) if axis == "batch" else (batch, size)))
-            simulated, proposed = self.peak(trace, strategy), self.peak(scaled.at(size), strategy)
-            scaled = scaled.with_point(size, trace)
-            if simulated <= room and abs(simulated - proposed) <= CLOSE * proposed:
-                break
-        return size, scaled
-
-    def sweep(self, axis: str, strategy: Strategy, scaled: ScaledTrace, values: tuple[int, ...]) -> Sweep:
-        """Peaks along one axis, for the figures."""
-        peaks = tuple(self.peak(scaled.at(value), strategy) for value in values)
-        return Sweep(axis, strategy.name, values, peaks)
+    Called under the twin's fake mode.
+    """
+    counts = []
+    for sequence in (16, 32):
+        counter = _OperationCount()
+        args, kwargs = example(batch, sequence)
+        try:
+            with torch.no_grad(), every_layer_kept(), counter:
+                twin(*args, **kwargs)
+        except Exception:  # a model that cannot be so short; whether it can be called at all is seen elsewhere
+            return False
+        counts.append(counter.count)
+    return counts[1] > 1.2 * counts[0]
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n <= `most` with `fits(n)`, for a test that turns from true to false once; 0 when none fits."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+class _OperationCount(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.count = 0
 
-
-def powers_around(value: int, most: int) -> tuple[int, ...]:
-    """Powers of two from an eighth of `value` up to `most`, with `value` itself."""
-    first = max(value // 8, 1)
-    values = {value}
-    power = 1
-    while power <= most:
-        if power >= first:
-            values.add(power)
-        power *= 2
-    return tuple(sorted(v for v in values if v <= max(most, value)))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace != "prim"
+        return func(*args, **(kwargs or {}))
 
 
 def rename(prediction: Prediction, strategy: Strategy) -> Prediction:
@@ -213,5 +166,3 @@ def rename(prediction: Prediction, strategy: Strategy) -> Prediction:
         preserves_function=strategy.preserves_function,
         side_bits=strategy.side_bits,
     )
-
-

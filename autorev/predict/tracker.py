@@ -10,6 +10,7 @@ allocator rounds it up to.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ class MemoryTracker(TorchDispatchMode):
     """See the module's docstring. Enter it after the fake mode, and build nothing before `adopt`ing it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.live: dict[int, _Live] = {}
         self.segments: list[Segment] = []
         self.current = Segment("forward")
@@ -167,6 +168,8 @@ class MemoryTracker(TorchDispatchMode):
         if func is aten.add.Tensor and self._is_accumulation(args):
             # Under a dispatch mode autograd adds gradients out of place; in real training it adds in place.
             func = aten.add_.Tensor
+        if func is aten.add.Tensor and self._is_summed_by_engine(args):
+            self._forget(args[0])
         result = func(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         for tensor in made:
@@ -179,6 +182,27 @@ class MemoryTracker(TorchDispatchMode):
         if not self.gradients or len(args) != 2 or not isinstance(args[0], torch.Tensor):
             return False
         return args[0].untyped_storage()._cdata in self.gradients
+
+    def _is_summed_by_engine(self, args: Any) -> bool:
+        """Does autograd's engine add up two gradients of one tensor? It reuses the first one's memory."""
+        if self.current.phase != "backward" or len(args) != 2 or not isinstance(args[0], torch.Tensor):
+            return False
+        live = self.live.get(args[0].untyped_storage()._cdata)
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code.co_name in ("_fn", "inner"):  # torch's own wrappers of modes
+            frame = frame.f_back
+        return (
+            live is not None
+            and live.born.phase == "backward"
+            and live.bytes == args[0].numel() * args[0].element_size()
+            and frame.f_code.co_name == "_engine_run_backward"
+        )
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory is taken over by the result of the next operation."""
+        live = self.live.pop(tensor.untyped_storage()._cdata, None)
+        if live is not None:
+            self._count(live.category, -live.bytes)
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[torch.Tensor]) -> None:
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

@@ -97,6 +97,20 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
         "stream-replaced",
         2,
     ),
+    "deep supervision": (
+        lambda: hand.DeeplySupervised(*blocks(hand.Block, 3)),
+        TOKENS,
+        hand.DeeplySupervised,
+        "stream-read",
+        2,
+    ),
+    "all states": (
+        lambda: hand.Collecting(*blocks(hand.Block, 3)),
+        TOKENS,
+        hand.Collecting,
+        "stream-read",
+        2,
+    ),
     "single": (lambda: hand.stack_of(hand.OnlyOne, 1), TOKENS, hand.OnlyOne, "single-block", 1),
 }
 
@@ -125,13 +139,20 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
             (hand.OnceOnly, "not-repeatable"),
             (hand.Unseen, "unseen-code"),
             (hand.InPlaceActivation, "in-place"),
+            (hand.HyperConnected, "projected-shortcut"),
         ]
     },
     "WritingItsMask": (
         lambda: hand.MaskedStack(*blocks(hand.WritingItsMask, 3)),
         TOKENS,
         hand.WritingItsMask,
-        "in-place",
+        "argument-write",
+    ),
+    "Remembering": (
+        lambda: hand.RememberingStack(*blocks(hand.Remembering, 3)),
+        TOKENS,
+        hand.Remembering,
+        "argument-write",
     ),
     "WithInnerStream": (
         lambda: hand.TakingApart(*blocks(hand.WithInnerStream, 3)),
@@ -233,6 +254,21 @@ def test_a_projected_first_block_is_refused_and_the_rest_is_a_chain() -> None:
     assert split(block.reasons[0])[1] in marked_lines(hand.PreActivation, "projected-shortcut")
 
 
+def hooked() -> nn.Module:
+    """Every block's result is halved by a hook of the user."""
+    model = hand.stack_of(hand.Block)
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    return model
+
+
+def test_a_hook_that_changes_the_stream_is_seen() -> None:
+    """A forward hook is no part of the block, and what it does to the stream lies between two blocks."""
+    analysis = analyze(hooked(), TOKENS)
+    assert analysis.chains == ()
+    assert {split(reason)[0] for block in analysis.refused for reason in block.reasons} == {"stream-replaced"}
+
+
 def test_blocks_behind_an_early_exit_are_told() -> None:
     """What the recorded call did not reach is refused, not forgotten."""
     analysis = analyze(hand.EarlyExit(*blocks(hand.Block, 4)), TOKENS)
@@ -264,9 +300,7 @@ def _codes_in_source() -> set[str]:
     found = set()
     for file in folder.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            called = (
-                isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Obstacle"
-            )
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Obstacle"
             if called and isinstance(node.args[0], ast.Constant):
                 found.add(str(node.args[0].value))
     assert len(found) > 10

@@ -16,9 +16,12 @@ import transformers as hf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autorev.analysis import Analysis, Category
+from autorev.analysis import Analysis, Category, Prediction
 from autorev.models.resolve import transformers_workload
-from autorev.pipeline import analyze_workload
+from autorev.pipeline import prepare
+from autorev.predict.forecast import RESERVE_BYTES, Forecaster
+from autorev.predict.frontier import explore
+from autorev.profiles import load_device
 from autorev.workload import Workload
 from tests.zoo import BART, GPT2, HEADS, IMAGE, SIZES
 
@@ -27,7 +30,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], int, int | None]] = {
     # model class, config class, sizes, batch, sequence
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, HEADS | DEEP | {"head_dim": 16}, 2, 64),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2 | {"n_layer": 7, "n_embd": 64}, 2, 64),
-    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, HEADS | DEEP, 2, 48),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, HEADS | DEEP | {"head_dim": 16}, 2, 64),
     "falcon": (
         hf.FalconForCausalLM,
         hf.FalconConfig,
@@ -56,7 +59,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], int, int | None]] = {
     "vit": (
         hf.ViTForImageClassification,
         hf.ViTConfig,
-        IMAGE | {"num_hidden_layers": 7, "image_size": 64, "patch_size": 8},
+        IMAGE | DEEP | {"intermediate_size": 256, "image_size": 64, "patch_size": 8},
         4,
         None,
     ),
@@ -77,13 +80,12 @@ def test_peak_agrees_with_the_allocator(family: str) -> None:
     model_cls, config_cls, sizes, batch, sequence = FAMILIES[family]
     config = config_cls(**sizes)
     workload = workload_of(model_cls, config)
-    analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
-    for strategy, wrap in (("plain", None), ("checkpoint", checkpointed)):
-        predicted = analysis.prediction(strategy)
-        assert predicted is not None
+    analysis, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
+    for name, wrap in (("plain", None), ("checkpoint", checkpointed)):
+        predicted = predict(forecaster, name)
         assert sum(predicted.categories.values()) == predicted.peak_bytes
         truth = allocator_peak(workload, analysis, wrap, batch, sequence)
-        assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), f"{family}, {strategy}"
+        assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), f"{family}, {name}"
 
 
 def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
@@ -96,11 +98,10 @@ def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
         {"optimizer": "sgd-momentum"},
         {"optimizer": "sgd"},
     ):
-        analysis = analyze_workload(
+        analysis, forecaster = prepare(
             workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", **setting
         )
-        predicted = analysis.prediction("plain")
-        assert predicted is not None
+        predicted = predict(forecaster, "plain")
         truth = allocator_peak(workload, analysis, None, batch, sequence)
         assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), str(setting)
 
@@ -109,9 +110,8 @@ def test_bf16_agrees_with_the_allocator() -> None:
     """Two-byte weights, activations and optimiser state."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes))
-    analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="bf16", device="cpu")
-    predicted = analysis.prediction("plain")
-    assert predicted is not None
+    analysis, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="bf16", device="cpu")
+    predicted = predict(forecaster, "plain")
     truth = allocator_peak(workload, analysis, None, batch, sequence, dtype=torch.bfloat16)
     assert predicted.peak_bytes == pytest.approx(truth, rel=0.02)
 
@@ -124,9 +124,9 @@ def test_kept_bytes_per_block_are_what_each_strategy_claims() -> None:
     kept: dict[str, list[int]] = {}
     for depth in (6, 10):
         workload = workload_of(model_cls, config_cls(**sizes | {"num_hidden_layers": depth}))
-        analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
-        for prediction in analysis.predictions:
-            kept.setdefault(prediction.strategy, []).append(prediction.kept_bytes)
+        _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
+        for strategy in forecaster.strategies():
+            kept.setdefault(strategy.name, []).append(predict(forecaster, strategy.name).kept_bytes)
     slope = {name: (after - before) / 4 for name, (before, after) in kept.items()}
     assert slope["checkpoint"] == 4 * elements
     assert slope["offload"] == 0
@@ -138,32 +138,28 @@ def test_kept_bytes_per_block_are_what_each_strategy_claims() -> None:
 
 def test_the_frontier_is_where_the_device_ends() -> None:
     """The largest batch fits the device and the next one does not, by simulating both."""
-    from autorev.predict.forecast import RESERVE_BYTES
-    from autorev.profiles import load_device
-
     model_cls, config_cls, sizes, _, _ = FAMILIES["gpt2"]
     workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 5000}))
     room = load_device("cpu").memory_bytes - RESERVE_BYTES
-    analysis = analyze_workload(workload, batch=8, sequence=64, dtype="fp32", device="cpu")
-    for reach in analysis.frontier:
-        if reach.strategy not in ("plain", "checkpoint", "momentum"):
-            continue
+    _, forecaster = prepare(workload, batch=8, sequence=64, dtype="fp32", device="cpu")
+    for strategy in (s for s in forecaster.strategies() if s.name in ("plain", "checkpoint", "momentum")):
+        here = forecaster.trace(strategy, 8, 64)
+        reach = explore(forecaster, strategy, here).reach()
         assert reach.largest_batch is not None and reach.largest_batch > 100
-        peaks = []
-        for batch in (reach.largest_batch, reach.largest_batch + max(reach.largest_batch // 200, 1)):
-            again = analyze_workload(workload, batch=batch, sequence=64, dtype="fp32", device="cpu")
-            prediction = again.prediction(reach.strategy)
-            assert prediction is not None
-            peaks.append(prediction.peak_bytes)
-        assert peaks[0] <= room < peaks[1], reach.strategy
+        beyond = reach.largest_batch + max(reach.largest_batch // 200, 1)
+        fits, does_not = (
+            forecaster.peak(forecaster.trace(strategy, batch, 64), strategy)
+            for batch in (reach.largest_batch, beyond)
+        )
+        assert fits <= room < does_not, strategy.name
 
 
 def test_flops_are_three_forwards_and_four_with_recomputation() -> None:
     """Matrix products: plain 3 F, and every block's forward once more where it is recomputed."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 8, "num_hidden_layers": 12}))
-    analysis = analyze_workload(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
-    flops = {p.strategy: p.step_flops for p in analysis.predictions}
+    _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
+    flops = {s.name: predict(forecaster, s.name).step_flops for s in forecaster.strategies()}
     assert 1.25 < flops["checkpoint"] / flops["plain"] < 4 / 3
     assert flops["momentum"] <= 4 / 3 * flops["plain"]
     assert flops["momentum"] == flops["leapfrog"] == flops["hamiltonian"]
@@ -173,11 +169,20 @@ def test_a_head_alone_leaves_nothing_to_reverse() -> None:
     """Where only the head trains, blocks keep nothing, and every strategy is plain training."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes))
-    analysis = analyze_workload(
+    _, forecaster = prepare(
         workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", trains="head"
     )
-    assert len({p.peak_bytes for p in analysis.predictions}) == 1
-    assert analysis.predictions[0].categories[Category.STORED_ACTIVATIONS] == 0
+    predictions = [predict(forecaster, strategy.name) for strategy in forecaster.strategies()]
+    assert len({p.peak_bytes for p in predictions}) == 1
+    stream = 4 * batch * (sequence or 1) * sizes["hidden_size"]
+    assert predictions[0].categories[Category.STORED_ACTIVATIONS] <= stream  # the head's own input
+
+
+def predict(forecaster: Forecaster, name: str) -> Prediction:
+    """One strategy's prediction at the setting's own sizes."""
+    strategy = next(s for s in forecaster.strategies() if s.name == name)
+    trace = forecaster.trace(strategy, forecaster.setting.batch, forecaster.setting.sequence)
+    return forecaster.prediction(strategy, trace)
 
 
 # -- the truth ---------------------------------------------------------------------------------------------------------

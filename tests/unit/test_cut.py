@@ -64,9 +64,7 @@ def swap_submodules(cut_block: CutBlock) -> CutBlock:
     graph = cut_block.branches[-1].piece.graph
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     for node in calls:
-        node.target = {"block.norm1": "block.norm2", "block.norm2": "block.norm1"}.get(
-            node.target, node.target
-        )
+        node.target = {"block.norm1": "block.norm2", "block.norm2": "block.norm1"}.get(node.target, node.target)
     graph.recompile()
     return cut_block
 

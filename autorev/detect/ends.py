@@ -1,0 +1,83 @@
+"""Where tensors enter and leave a captured block."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autorev.capture.tracer import CapturedBlock
+from autorev.detect.stream import reaches
+
+
+def leaves(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(place, leaf) of every leaf in nested tuples, lists, dicts and dataclasses; () for a bare value."""
+    if isinstance(structure, list | tuple):
+        for i, item in enumerate(structure):
+            yield from leaves(item, (*at, i))
+    elif isinstance(structure, Mapping):
+        for key, item in structure.items():
+            yield from leaves(item, (*at, key))
+    elif is_dataclass(structure) and not isinstance(structure, type):
+        for f in fields(structure):
+            yield from leaves(getattr(structure, f.name), (*at, f.name))
+    else:
+        yield at, structure
+
+
+def argument_of(node: fx.Node) -> str:
+    """`hidden_states`, or `states[0]` for an item of an argument."""
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return f"{argument_of(node.args[0])}[{node.args[1]!r}]"
+    return str(node.meta.get("argument", node.target))
+
+
+def drop_unread_items(captured: CapturedBlock) -> None:
+    """Erase the `getitem` nodes of arguments and results that nothing reads."""
+    for node in reversed(list(captured.graph.nodes)):
+        if node.op == "call_function" and node.target is operator.getitem and not node.users:
+            captured.graph.erase_node(node)
+
+
+def is_read(node: fx.Node, apart_from: fx.Node) -> bool:
+    """Does anything use the argument, or an item of it, other than the stream `apart_from`?"""
+    if node is apart_from:
+        return False
+    items = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem]
+    return len(items) < len(node.users) or any(is_read(item, apart_from) for item in items)
+
+
+def starts_of(captured: CapturedBlock) -> list[fx.Node]:
+    """Arguments that may carry the stream: floating tensors with an axis to spare, positional ones first."""
+
+    def is_argument(node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return True
+        items = node.op == "call_function" and node.target is operator.getitem
+        return items and isinstance(node.args[0], fx.Node) and is_argument(node.args[0])
+
+    return [n for n in captured.graph.nodes if is_argument(n) and is_stream_like(n.meta["val"])]
+
+
+def outputs_of(captured: CapturedBlock) -> list[tuple[tuple[Any, ...], fx.Node]]:
+    return [
+        (at, leaf)
+        for at, leaf in leaves(captured.output)
+        if isinstance(leaf, fx.Node) and is_stream_like(leaf.meta.get("val"))
+    ]
+
+
+def is_stream_like(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def most_likely_start(starts: list[fx.Node], output: fx.Node) -> fx.Node:
+    def rank(start: fx.Node) -> tuple[bool, bool]:
+        same_shape = start.meta["val"].shape == output.meta["val"].shape
+        return not same_shape, not reaches(start, output)
+
+    return min(starts, key=rank)

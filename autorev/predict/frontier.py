@@ -1,0 +1,144 @@
+"""How far each strategy gets on the device, and its peaks on the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autorev.analysis import Reach, Sweep
+from autorev.predict.forecast import RESERVE_BYTES, Forecaster
+from autorev.predict.scaling import ScaledTrace
+from autorev.predict.simulate import StepTrace
+from autorev.predict.strategies import Strategy
+
+AXES = ("batch", "sequence")
+MOST_CORRECTIONS = 5
+"""Simulated steps to settle how far a strategy reaches; one is the rule."""
+CLOSE = 0.002
+"""Relative difference at which a proposed peak and the simulated one are the same."""
+
+
+@dataclass(eq=False)
+class Exploration:
+    """One strategy's step at other sizes."""
+
+    strategy: Strategy
+    curves: dict[str, ScaledTrace] = field(default_factory=dict)
+    """Axis -> the step along it; an axis that cannot be varied is missing."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Axis -> the largest size that fits the device."""
+    problems: list[str] = field(default_factory=list)
+
+    def reach(self) -> Reach:
+        """The public form of the limits."""
+        return Reach(self.strategy.name, self.limits.get("batch"), self.limits.get("sequence"))
+
+
+def explore(forecaster: Forecaster, strategy: Strategy, here: StepTrace) -> Exploration:
+    """Vary batch and sequence around `here`, a simulated step at the setting's own sizes."""
+    exploration = Exploration(strategy)
+    for axis in AXES:
+        if size_at(forecaster, axis) is None or (axis == "batch" and not forecaster.resizable):
+            continue
+        try:
+            curve = _curve(forecaster, strategy, here, axis)
+            limit, curve = _limit(forecaster, strategy, curve, axis)
+        except Exception as error:  # the model ran at the setting's sizes; that it does not at others is an answer
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            exploration.problems.append(f"the {axis} axis could not be varied: {reason}")
+            continue
+        exploration.curves[axis], exploration.limits[axis] = curve, limit
+    return exploration
+
+
+def size_at(forecaster: Forecaster, axis: str) -> int | None:
+    """The setting's own size along an axis."""
+    return forecaster.setting.batch if axis == "batch" else forecaster.setting.sequence
+
+
+def _trace(forecaster: Forecaster, strategy: Strategy, axis: str, size: int) -> StepTrace:
+    setting = forecaster.setting
+    if axis == "batch":
+        return forecaster.trace(strategy, size, setting.sequence)
+    return forecaster.trace(strategy, setting.batch, size)
+
+
+def _curve(forecaster: Forecaster, strategy: Strategy, here: StepTrace, axis: str) -> ScaledTrace:
+    size = size_at(forecaster, axis)
+    assert size is not None
+    points: tuple[int, ...]
+    if axis == "batch":
+        # Not through a batch of one: kernels treat an axis of one element differently (views instead of copies).
+        points = (2, 3) if size == 1 else (size, size + 2)
+    else:
+        longest = forecaster.longest_sequence or 2 * size
+        points = (max(size // 4, 2), max(size // 2, 4), size)
+        if 2 * size <= longest:
+            points = (max(size // 2, 4), size, 2 * size)
+    traces = (here if p == size else _trace(forecaster, strategy, axis, p) for p in points)
+    return ScaledTrace(points, tuple(traces))
+
+
+def _limit(
+    forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis: str
+) -> tuple[int, ScaledTrace]:
+    """The largest size that fits, and the curve sharpened there: it proposes a size, a simulated step disposes."""
+    room = forecaster.device.memory_bytes - RESERVE_BYTES
+    most = 2**20 if axis == "batch" else forecaster.longest_sequence or 2**24
+
+    def fits(size: int) -> bool:
+        return forecaster.peak(curve.at(size), strategy) <= room
+
+    size = largest(fits, most)
+    for _ in range(MOST_CORRECTIONS):
+        if size == 0 or size in curve.points:
+            break
+        trace = _trace(forecaster, strategy, axis, size)
+        simulated, proposed = forecaster.peak(trace, strategy), forecaster.peak(curve.at(size), strategy)
+        curve = curve.with_point(size, trace)
+        if simulated <= room and abs(simulated - proposed) <= CLOSE * proposed:
+            break
+        size = largest(fits, most)
+    return size, curve
+
+
+def sweeps(forecaster: Forecaster, explored: list[Exploration]) -> list[Sweep]:
+    """Every strategy's peaks over the same sizes, up to a little beyond what the best of them reaches."""
+    found = []
+    for axis in AXES:
+        here = size_at(forecaster, axis)
+        if here is None:
+            continue
+        most = min(max([2 * here, *(2 * e.limits.get(axis, 0) for e in explored)]), 256 * here)
+        if axis == "sequence" and forecaster.longest_sequence is not None:
+            most = min(most, forecaster.longest_sequence)
+        values = powers_around(here, most)
+        for exploration in explored:
+            curve, strategy = exploration.curves.get(axis), exploration.strategy
+            if curve is not None:
+                peaks = tuple(forecaster.peak(curve.at(value), strategy) for value in values)
+                found.append(Sweep(axis, strategy.name, values, peaks))
+    return found
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n <= `most` with `fits(n)`, for a test that turns from true to false once; 0 when none fits."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def powers_around(value: int, most: int) -> tuple[int, ...]:
+    """Powers of two from an eighth of `value` up to `most`, with `value` itself."""
+    powers = [2**n for n in range(most.bit_length()) if max(value // 8, 1) <= 2**n <= most]
+    return tuple(sorted({value, *powers}))
