@@ -120,8 +120,29 @@ class Dropping(Parts):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + F.dropout(self.attention(self.norm1(x)), 0.2, self.training)
-        keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype).bernoulli_(0.8)
+        keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype)
+        keep[:] = torch.rand(x.shape[0], 1, 1) < 0.8
         return x + self.mlp(self.norm2(x)) * keep / 0.8
+
+
+class WithSideStream(Parts):
+    """Carries a second stream beside its own, which the first step feeds."""
+
+    def forward(self, x: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.attention(self.norm1(x))
+        x = x + F.dropout(h, 0.2, self.training)
+        x = x + F.dropout(self.mlp(self.norm2(x)), 0.2, self.training)
+        return x, side + F.dropout(h, 0.2, self.training)
+
+
+class TwoStreams(Stack):
+    """Hands two streams from block to block."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = side = self.embedding(tokens)
+        for block in self.blocks:
+            x, side = block(x, side)
+        return self.head(self.norm(x + side))
 
 
 class Flattening(Parts):

@@ -114,6 +114,7 @@ class ValueTracer(fx.Tracer):
             self.owned.setdefault(id(tensor), name)
         self.node_of: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
+        self.original: dict[int, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.decided: list[str] = []
         self.lost: list[str] = []
@@ -123,6 +124,7 @@ class ValueTracer(fx.Tracer):
 
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedBlock:
         """Trace once; a tracer is not used twice."""
+        args, kwargs = self._told_apart(args, kwargs)
         placeholders = self._placeholders(args, kwargs)
         original_call = nn.Module.__call__
         original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
@@ -156,6 +158,20 @@ class ValueTracer(fx.Tracer):
 
     # -- arguments -------------------------------------------------------------------------------------------------
 
+    def _told_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """One tensor given for two arguments (a stream that is its own memory) becomes a tensor and a view of it."""
+        seen: set[int] = set()
+
+        def apart(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or id(value) not in seen:
+                seen.add(id(value))
+                return value
+            view = value.view_as(value)
+            self.original[id(view)] = value
+            return view
+
+        return tuple(map(apart, args)), {name: apart(value) for name, value in kwargs.items()}
+
     def _placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, fx.Node]:
         named = dict(named_arguments(self.root, args, kwargs))
         nodes: dict[str, fx.Node] = {}
@@ -164,6 +180,7 @@ class ValueTracer(fx.Tracer):
                 continue
             node = self.graph.placeholder(name.replace("[", "_").replace("]", "").replace(".", "_"))
             nodes[name] = self._book(node, value, source="argument")
+            node.meta["val"] = self.original.get(id(value), value)
             node.meta["argument"] = name
         for name, node in nodes.items():
             self._take_apart(node, named[name])

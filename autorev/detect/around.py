@@ -217,9 +217,11 @@ def is_norm_module(module: nn.Module) -> bool:
     """Is it a norm by name, and not something larger that has "norm" in its name (`RobertaPreLayerNormAttention`)?"""
     name = _class(module)
     larger = any(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in module.modules())
-    return ("norm" in name and not larger) or name == "affine"
+    return ("norm" in name and not larger) or bool(_gated_norm.search(name)) or name == "affine"
 
 
+# A norm that computes a gate, but no `PreNorm(attention)`.
+_gated_norm = re.compile(r"(?<!pre)(?<!post)norm(\dd)?$")
 # Class names of opened modules: a norm, not a wrapper or a model named after one.
 _norm_name = re.compile(r"(?<!pre)norm(?!.*(attention|output|layer|block|residual|intermediate|coder))")
 

@@ -121,12 +121,16 @@ class Cutter:
         output = next(iter(reversed(self.captured.graph.nodes)))
         self.stage[output] = self.last
         together = _written_together(nodes)
-        for node in reversed(nodes):
-            group = together.get(node, [node])
-            if node is group[0] and not any(self.stage[n] for n in group):
-                readers = {r for n in group for r in self.readers(n, apart_from=group)}
-                if len(readers) == 1:  # what one piece alone needs is computed there
-                    self.stage |= dict.fromkeys(group, readers.pop() or 0)
+        moved = True
+        while moved:  # what one piece alone needs is computed there
+            moved = False
+            for node in reversed(nodes):
+                group = together.get(node, [node])
+                if node is group[0] and not any(self.stage[n] for n in group):
+                    readers = {r for n in group for r in self.readers(n, apart_from=group)}
+                    if len(readers) == 1 and (only := readers.pop()):
+                        self.stage.update((n, only) for n in group)
+                        moved = True
         del self.stage[output]
         return self.stage
 

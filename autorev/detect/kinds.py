@@ -39,12 +39,12 @@ def _kind(called: list[str], block: nn.Module) -> str:
 
 def _kind_of_module(path: str, child: nn.Module, block: nn.Module) -> str | None:
     """Its class says it if it can (`layer.mlp` may hold experts), else its name, else what it is made of."""
-    inner = [type(m) for m in child.modules() if m is not child]
-    made_of = " ".join(_words(cls.__name__) for cls in inner if "Conv" in cls.__name__ or _is_told(child))
+    inner = " ".join(_words(type(m).__name__) for m in child.modules() if m is not child)
+    made_of = inner if _is_told(child) else "conv" if "conv" in inner else ""
     for words in (_own_words(child, block), _words(path), made_of):
         kind = next((kind for kind, pattern in _kinds if re.search(pattern, words)), None)
         if kind is not None:
-            return kind
+            return "moe" if kind == "mlp" and "experts" in inner else kind
     return None
 
 

@@ -131,9 +131,7 @@ def test_every_option_is_explained() -> None:
 
 def test_options_reach_the_analysis(asked: dict[str, Any]) -> None:
     """Every option of the setting arrives under its own name, `--seq` as `sequence`."""
-    given = (
-        "--batch 2 --seq 8 --dtype fp32 --optimizer sgd --trains head --loss chunked --device t4 --no-html"
-    )
+    given = "--batch 2 --seq 8 --dtype fp32 --optimizer sgd --trains head --loss chunked --device t4 --no-html"
     assert autorev("user_net:make", *given.split()).exit_code == 0
     setting = {key: asked[key] for key in ("batch", "sequence", "dtype", "optimizer", "trains")}
     assert setting == {"batch": 2, "sequence": 8, "dtype": "fp32", "optimizer": "sgd", "trains": "head"}

@@ -28,9 +28,9 @@ from tests.zoo import BART, GPT2, HEADS, IMAGE, SIZES
 DEEP = {"num_hidden_layers": 7, "hidden_size": 64, "intermediate_size": 128}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], int, int | None]] = {
     # model class, config class, sizes, batch, sequence
-    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, HEADS | DEEP | {"head_dim": 16}, 2, 64),
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, HEADS | DEEP | {"head_dim": 16}, 2, 32),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2 | {"n_layer": 7, "n_embd": 64}, 2, 64),
-    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, HEADS | DEEP | {"head_dim": 16}, 2, 64),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, HEADS | DEEP | {"head_dim": 16}, 2, 32),
     "falcon": (
         hf.FalconForCausalLM,
         hf.FalconConfig,
@@ -98,9 +98,7 @@ def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
         {"optimizer": "sgd-momentum"},
         {"optimizer": "sgd"},
     ):
-        analysis, forecaster = prepare(
-            workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", **setting
-        )
+        analysis, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", **setting)
         predicted = predict(forecaster, "plain")
         truth = allocator_peak(workload, analysis, None, batch, sequence)
         assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), str(setting)
@@ -148,8 +146,7 @@ def test_the_frontier_is_where_the_device_ends() -> None:
         assert reach.largest_batch is not None and reach.largest_batch > 100
         beyond = reach.largest_batch + max(reach.largest_batch // 200, 1)
         fits, does_not = (
-            forecaster.peak(forecaster.trace(strategy, batch, 64), strategy)
-            for batch in (reach.largest_batch, beyond)
+            forecaster.peak(forecaster.trace(strategy, batch, 64), strategy) for batch in (reach.largest_batch, beyond)
         )
         assert fits <= room < does_not, strategy.name
 
@@ -169,9 +166,7 @@ def test_a_head_alone_leaves_nothing_to_reverse() -> None:
     """Where only the head trains, blocks keep nothing, and every strategy is plain training."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes))
-    _, forecaster = prepare(
-        workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", trains="head"
-    )
+    _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", trains="head")
     predictions = [predict(forecaster, strategy.name) for strategy in forecaster.strategies()]
     assert len({p.peak_bytes for p in predictions}) == 1
     stream = 4 * batch * (sequence or 1) * sizes["hidden_size"]

@@ -80,6 +80,7 @@ NOT_THE_STREAM = {
     "norm behind": lambda m, x: F.layer_norm(x + m.f(x), (8,)),
     "norm before the skip": lambda m, x: F.layer_norm(x, (8,)) + m.f(x),
     "broadcast branch": lambda m, x: x + m.f(x).mean(1, keepdim=True),
+    "broadcast stream": lambda m, x: x + m.f(x) + torch.ones(3, 1, 1, 1),
     "concatenated": lambda m, x: torch.cat([x, m.f(x)], -1),
     "part of it": lambda m, x: (x + m.f(x))[:, 1:],
     "relu in place": lambda m, x: F.relu(x, inplace=True) + m.f(x),

@@ -200,3 +200,11 @@ def test_caches_stay_off_while_a_call_is_recorded() -> None:
     model.config = Config()
     assert record(model, (X,), {}).root.children == []
     assert model.config.use_cache is True
+
+
+def test_one_tensor_for_two_arguments_is_two_placeholders() -> None:
+    """A first decoder block may be given its own stream as memory; the two are not confused."""
+    captured = traced(lambda m, x, memory: m.f(x) - memory, X, X)
+    (sub,) = (node for node in captured.graph.nodes if node.target == "sub")
+    assert sub.args[1] is captured.placeholders["args[1]"]
+    assert all(node.meta["val"] is X for node in captured.placeholders.values())

