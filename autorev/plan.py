@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from autorev.analysis import Analysis, Category, DeviceInfo, Prediction, Reach, Recommendation, Setting
 from autorev.report.format import format_bytes as size
+from autorev.report.words import CATEGORY_TITLES
 
 COMFORT = 0.9
 """Share of the device's memory up to which a step is said to fit without worry."""
-WORTH = 0.10
-"""A reversible chain has to beat checkpointing's peak by this share to be worth a conversion."""
+WORTH = 0.05
+"""Where checkpointing fits narrowly, a reversible chain has to beat its peak by this share to be worth a conversion."""
 DOMINANT = 0.40
 """A category with this share of a peak is what the peak is about."""
 
@@ -36,24 +37,26 @@ def recommend(analysis: Analysis, room: int) -> Recommendation:
             f"do not convert: plain training peaks at {size(plain.peak_bytes)} of {device.title}'s "
             f"{size(device.memory_bytes)}, and nothing is faster than keeping what fits"
         )
-        more = _room_to_grow(analysis)
-        return Recommendation("plain", why, (more, *advice) if more else advice)
+        return Recommendation("plain", why, (*_further(analysis, "plain"), *advice))
 
+    enough = (
+        f"checkpointing is enough: it peaks at {size(checkpoint.peak_bytes)} where plain training needs "
+        f"{size(plain.peak_bytes)}, and {_why_no_more(checkpoint, reversible, analysis)}"
+    )
+    if checkpoint.peak_bytes <= COMFORT * room:
+        return Recommendation("checkpoint", enough, (*_further(analysis, "checkpoint"), *advice))
     gain = 0.0 if reversible is None else 1 - reversible.peak_bytes / checkpoint.peak_bytes
     if reversible is not None and reversible.peak_bytes <= room and (gain >= WORTH or checkpoint.peak_bytes > room):
-        fits = "fits too, but" if checkpoint.peak_bytes <= room else "does not fit:"
+        fits = "fits narrowly:" if checkpoint.peak_bytes <= room else "does not fit:"
         why = (
-            f"convert with the momentum coupling (exact, gamma = 1/8): the peak falls to {size(reversible.peak_bytes)}, "
-            f"where plain training needs {size(plain.peak_bytes)}; checkpointing {fits} it needs "
-            f"{size(checkpoint.peak_bytes)}, of which {size(_share_of_blocks(checkpoint))} are one stored input per block"
+            "convert with the momentum coupling (exact, gamma = 1/8): the peak falls to "
+            f"{size(reversible.peak_bytes)}, where plain training needs {size(plain.peak_bytes)}; checkpointing {fits} "
+            f"it needs {size(checkpoint.peak_bytes)}, of which {size(_share_of_blocks(checkpoint))} are one stored "
+            "input per block"
         )
         return Recommendation("momentum", why, (*advice, NOT_YET))
     if checkpoint.peak_bytes <= room:
-        why = (
-            f"checkpointing is enough: it peaks at {size(checkpoint.peak_bytes)} where plain training needs "
-            f"{size(plain.peak_bytes)}, and {_why_no_more(checkpoint, reversible, analysis)}"
-        )
-        return Recommendation("checkpoint", why, advice)
+        return Recommendation("checkpoint", enough, advice)
     if offload is not None and offload.peak_bytes <= room:
         why = (
             f"checkpoint and keep the blocks' inputs in host memory: {size(offload.peak_bytes)} fit, where "
@@ -77,10 +80,13 @@ def _why_no_more(checkpoint: Prediction, reversible: Prediction | None, analysis
     if saved <= 0:
         text = "reversing the chain would save nothing beyond it"
     else:
-        text = f"reversing the chain would save only {size(saved)} more"
+        text = f"reversing the chain would save {size(saved)} more, which nothing here needs"
+        if saved < 0.1 * checkpoint.peak_bytes:
+            text = f"reversing the chain would save only {size(saved)} more"
     dominant = _dominant(checkpoint)
-    if dominant is not None and dominant not in _by_blocks:
-        text += f", because {_words[dominant]} {'make' if dominant in _plural else 'makes'} up {_percent(checkpoint, dominant)} of the peak"
+    if dominant is not None and dominant not in _by_blocks and saved < 0.1 * checkpoint.peak_bytes:
+        share = checkpoint.categories[dominant] / checkpoint.peak_bytes
+        text += f", because {share:.0%} of the peak is {CATEGORY_TITLES[dominant]}"
     return text
 
 
@@ -88,7 +94,8 @@ def _what_dominates(prediction: Prediction, setting: Setting) -> str:
     fixed = sum(prediction.categories[c] for c in _fixed)
     if fixed >= DOMINANT * prediction.peak_bytes:
         return (
-            f"weights, gradients and optimiser state alone take {size(fixed)}, and no way of storing activations can help that"
+            f"weights, gradients and optimiser state alone take {size(fixed)}, and no way of storing activations can "
+            "help that"
         )
     if prediction.categories[Category.LOGITS_AND_LOSS] >= DOMINANT * prediction.peak_bytes:
         text = f"your logits dominate with {size(prediction.categories[Category.LOGITS_AND_LOSS])}"
@@ -128,54 +135,23 @@ def _advice(checkpoint: Prediction, setting: Setting, device: DeviceInfo) -> Ite
     yield from (text for _, text in sorted(offers, key=lambda offer: -offer[0]))
 
 
-def _room_to_grow(analysis: Analysis) -> str | None:
-    """How much further another strategy would get, when plain training fits."""
+def _further(analysis: Analysis, strategy: str) -> Iterator[str]:
+    """How much further another way of training would get, when `strategy` is enough for now."""
     reaches = {reach.strategy: reach for reach in analysis.frontier}
-    plain, others = reaches.get("plain"), [reaches.get("checkpoint"), reaches.get("momentum")]
-    best: Reach | None = max(
-        (r for r in others if r is not None), key=lambda r: (r.largest_batch or 0, r.longest_sequence or 0), default=None
-    )
-    if plain is None or best is None or not plain.largest_batch or not best.largest_batch:
-        return None
-    if best.largest_batch <= plain.largest_batch:
-        return None
-    longer = ""
-    if best.longest_sequence and plain.longest_sequence and best.longest_sequence > plain.longest_sequence:
-        longer = f" or {best.longest_sequence:,} tokens instead of {plain.longest_sequence:,}"
-    return (
-        f"should you want more: {best.strategy} fits a batch of {best.largest_batch:,} instead of "
-        f"{plain.largest_batch:,}{longer}"
-    )
-
-
-_words = {
-    Category.PARAMETERS: "the weights",
-    Category.GRADIENTS: "the gradients",
-    Category.OPTIMIZER_STATE: "the optimiser state",
-    Category.STORED_ACTIVATIONS: "stored activations",
-    Category.WORKING_SET: "the working set of one block",
-    Category.STREAMS: "the streams",
-    Category.SIDE_BITS: "the side bits",
-    Category.LOGITS_AND_LOSS: "the logits",
-    Category.OTHER: "everything outside the blocks",
-}
-_plural = {
-    Category.PARAMETERS,
-    Category.GRADIENTS,
-    Category.LOGITS_AND_LOSS,
-    Category.STORED_ACTIVATIONS,
-    Category.STREAMS,
-    Category.SIDE_BITS,
-}
+    mine = reaches[strategy]
+    others = [reaches[name] for name in ("checkpoint", "momentum") if name in reaches and name != strategy]
+    for axis in ("largest_batch", "longest_sequence"):
+        now = getattr(mine, axis)
+        best: Reach | None = max(others, key=lambda r: getattr(r, axis) or 0, default=None)
+        most = getattr(best, axis) if best is not None else None
+        if best is not None and now and most and most > now:
+            what = f"a batch of {most:,}" if axis == "largest_batch" else f"{most:,} tokens"
+            yield f"should you want more: {best.strategy} fits {what} instead of {now:,}"
 
 
 def _dominant(prediction: Prediction) -> Category | None:
     name = max(prediction.categories, key=lambda c: prediction.categories[c])
     return Category(name) if prediction.categories[name] >= 0.25 * prediction.peak_bytes else None
-
-
-def _percent(prediction: Prediction, category: Category) -> str:
-    return f"{prediction.categories[category] / prediction.peak_bytes:.0%}"
 
 
 def _share_of_blocks(prediction: Prediction) -> int:
