@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from autorev.analysis import Block as Block
     from autorev.analysis import Chain as Chain
     from autorev.analysis import Setting as Setting
-    from autorev.pipeline import analyze as analyze
-    from autorev.pipeline import predict as predict
     from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
+    from autorev.pipeline import analyze as analyze
+    from autorev.pipeline import predict as predict
 
 _home = {
     "Analysis": "autorev.analysis",

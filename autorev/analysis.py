@@ -276,9 +276,9 @@ class Analysis:
 
 
 _row_fields = (
-    "chain path class verdict reasons steps stream shape dtype extra_inputs buffers_written "
-    "draws_random parameters source call"
-).split()
+    *("chain", "path", "class", "verdict", "reasons", "steps", "stream", "shape", "dtype", "extra_inputs"),
+    *("buffers_written", "draws_random", "parameters", "source", "call"),
+)
 
 
 def _row(block: Block, chain: str | None) -> dict[str, Any]:

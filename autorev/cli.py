@@ -200,9 +200,7 @@ def _what_trains(trains: str | None, lora_rank: int | None) -> tuple[str, int | 
     return "lora", lora_rank
 
 
-def _write_reports(
-    analysis: Analysis, command: str, html: Path | None, markdown: Path | None, quiet: bool
-) -> None:
+def _write_reports(analysis: Analysis, command: str, html: Path | None, markdown: Path | None, quiet: bool) -> None:
     if html:
         from autorev.report.html import render_html
 

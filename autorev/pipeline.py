@@ -50,8 +50,8 @@ def _example_call(model: torch.nn.Module) -> Call:
 
         return example_call_for(model, 1, None)
     raise CaptureError(
-        f"autorev.analyze({type(model).__name__}) needs example arguments: pass what you would pass to the model itself, "
-        "autorev.analyze(model, *args, **kwargs)"
+        f"autorev.analyze({type(model).__name__}) needs example arguments: pass what you would pass to the model "
+        "itself, autorev.analyze(model, *args, **kwargs)"
     )
 
 
@@ -76,8 +76,8 @@ def _detect(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, 
         where = raised_line(error)
         if any(p.is_meta for p in model.parameters()):
             raise CaptureError(
-                f"the forward of {type(model).__name__} looks at the values of its tensors ({where}), and a model on the "
-                "meta device has none; analyse it with its weights loaded"
+                f"the forward of {type(model).__name__} looks at the values of its tensors ({where}), and a model on "
+                "the meta device has none; analyse it with its weights loaded"
             ) from None
     except AutorevError:
         raise
@@ -232,8 +232,8 @@ def _setting(
     limit = workload.longest_sequence
     if sequence is not None and limit is not None and sequence > limit:
         raise SettingError(
-            f"{workload.name} takes at most {limit:,} tokens (its position embeddings end there), and {sequence:,} were "
-            f"asked for; use --sequence {limit} or fewer"
+            f"{workload.name} takes at most {limit:,} tokens (its position embeddings end there), and {sequence:,} "
+            f"were asked for; use --sequence {limit} or fewer"
         )
     if limit is not None and workload.default_sequence is not None:
         notes.append(f"sequence lengths end at the model's own limit of {limit:,} tokens")

@@ -137,8 +137,7 @@ def _find(kind: Kind, name_or_path: str | Path) -> Path:
     close = get_close_matches(path.name.removesuffix(".json").lower(), files)
     guess = f"; did you mean {' or '.join(close)}?" if close else "."
     raise ProfileError(
-        f"{name_or_path} is neither a {kind} profile nor a JSON file{guess} "
-        f"The {kind} profiles are: {', '.join(files)}"
+        f"{name_or_path} is neither a {kind} profile nor a JSON file{guess} The {kind} profiles are: {', '.join(files)}"
     )
 
 
@@ -161,9 +160,7 @@ def _checked(kind: Kind, path: Path, data: object) -> dict[str, Any]:
 
     schema = _schema(kind)
     if not isinstance(data, dict):
-        raise ProfileError(
-            f"{path}: not a {kind} profile: $ is not an object (expected: {schema['description']})"
-        )
+        raise ProfileError(f"{path}: not a {kind} profile: $ is not an object (expected: {schema['description']})")
     errors = sorted(Draft202012Validator(schema).iter_errors(data), key=lambda error: error.json_path)
     # jsonschema reports each missing field by itself, and `_problems` names them all each time.
     problems = dict.fromkeys(problem for error in errors for problem in _problems(error))
@@ -199,9 +196,7 @@ def main(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
     parser = ArgumentParser(prog="python -m autorev.profiles", description="Check device and model profiles.")
-    parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="JSON files (default: autorev's own profiles)"
-    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="JSON files (default: autorev's own profiles)")
     given = [Path(file) for file in parser.parse_args(arguments).files]
     failed = False
     for path in given or [*_files("device").values(), *_files("model").values()]:

@@ -38,9 +38,7 @@ H100 = DeviceInfo(
     bandwidth=3.35e12,
     host_bandwidth=55e9,
 )
-POST_NORM = (
-    "post-norm: the residual sum passes through LayerNorm before it leaves the block (modeling_bert.py:310)"
-)
+POST_NORM = "post-norm: the residual sum passes through LayerNorm before it leaves the block (modeling_bert.py:310)"
 LAYER_DROP = (
     "layer-drop: the block is left out at random in training; it is made reversible only where every block "
     "runs (modeling_clip.py:480)"
@@ -157,9 +155,7 @@ def bert() -> Analysis:
         predictions=tuple(prediction(costs, name, 16 * 512) for name in names),
         frontier=tuple(reach(costs, name, 16, 512) for name in names),
         sweeps=sweeps(costs, 16, 512, names),
-        recommendation=Recommendation(
-            "plain", "Plain autograd fits with room to spare, and no block can be reversed."
-        ),
+        recommendation=Recommendation("plain", "Plain autograd fits with room to spare, and no block can be reversed."),
         versions=VERSIONS,
     )
 
@@ -176,9 +172,7 @@ def clip() -> Analysis:
         setting=Setting(64, None, "fp32", "sgd-momentum", "full", None, "full", H100.name),
         device=H100,
         predictions=tuple(prediction(costs, name, 64 * 127) for name in STRATEGIES[:6]),
-        frontier=tuple(
-            replace(reach(costs, name, 64, 127), longest_sequence=None) for name in STRATEGIES[:6]
-        ),
+        frontier=tuple(replace(reach(costs, name, 64, 127), longest_sequence=None) for name in STRATEGIES[:6]),
         sweeps=tuple(sweep for sweep in sweeps(costs, 64, 127, STRATEGIES[:6]) if sweep.axis == "batch"),
         recommendation=Recommendation("plain", "Plain autograd fits: the peak is 6 % of the memory."),
         versions=VERSIONS,
@@ -296,9 +290,7 @@ def prediction(costs: Costs, strategy: str, tokens: int) -> Prediction:
         step_seconds=flops / H100.peak_flops * 1.6,
         side_bits=SIDE_BITS.get(strategy, 0),
         preserves_function=strategy in ("plain", "checkpoint", "offload", "momentum"),
-        note="Host traffic of 0.53 GiB each way is hidden behind the blocks."
-        if strategy == "offload"
-        else "",
+        note="Host traffic of 0.53 GiB each way is hidden behind the blocks." if strategy == "offload" else "",
     )
 
 

@@ -123,8 +123,11 @@ class _ConstantScalarDraw(TorchFunctionMode):
 
 @contextmanager
 def fused_attention_dropout() -> Iterator[None]:
-    """A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
-    which keep the whole attention matrix. While this lasts, attention runs without dropout, and keeps what a GPU keeps."""
+    """While it lasts, attention runs without dropout, and keeps what a GPU keeps.
+
+    A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
+    which keep the whole attention matrix.
+    """
     original: Any = torch.nn.functional.scaled_dot_product_attention
 
     def without(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -132,7 +135,7 @@ def fused_attention_dropout() -> Iterator[None]:
             attended: torch.Tensor = original(*args[:4], 0.0, *args[5:], **kwargs)
             return attended
         attended = original(*args, **{**kwargs, "dropout_p": 0.0})
-        return attended
+        return attended  # noqa: RET504 - typed above, where torch leaves it untyped
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", without):
         yield

@@ -96,7 +96,7 @@ def _blocks_of(call: ModuleCall, captured: CapturedBlock, stream: Stream, steps:
 
 def _period(places: list[Any]) -> int:
     for period in range(1, len(places) // 2 + 1):
-        if len(places) % period == 0 and all(p == places[i % period] for i, p in enumerate(places)):
+        if all(p == places[i % period] for i, p in enumerate(places)):
             return period
     return 1
 

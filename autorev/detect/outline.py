@@ -1,7 +1,7 @@
 """Give the turns of an inline loop a function of their own.
 
-A block that is a module can be wrapped where it is called. A turn of `x = x + f(x)` in somebody's forward cannot: so the
-forward's captured graph is rebuilt with every turn as one call `turn(stream, *further inputs) -> stream`.
+A block that is a module can be wrapped where it is called. A turn of `x = x + f(x)` in somebody's forward cannot: so
+the forward's captured graph is rebuilt with every turn as one call `turn(stream, *further inputs) -> stream`.
 """
 
 from __future__ import annotations

@@ -78,9 +78,7 @@ def _as_it_is(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
-def _apply_by_replacing(
-    self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> nn.Module:
+def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """What `.to()`, `.half()` and the like call; torch's own swaps tensors, which fake ones refuse."""
     _replace(self, "_parameters", fn)
     _replace(self, "_buffers", fn)

@@ -106,18 +106,14 @@ def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
 def has_sequence(config: Any, model_cls: type[Any]) -> bool:
     """Does `model_cls` read tokens, so that the length of a sample can be chosen?"""
     accepted = _accepted(model_cls)
-    reads_text = "input_ids" in accepted and (
-        model_cls.main_input_name == "input_ids" or "return_loss" in accepted
-    )
+    reads_text = "input_ids" in accepted and (model_cls.main_input_name == "input_ids" or "return_loss" in accepted)
     return reads_text or "decoder_input_ids" in accepted
 
 
 def has_images(model_cls: type[Any]) -> bool:
     """Does an example call of `model_cls` hold images?"""
     accepted = _accepted(model_cls)
-    return "pixel_values" in accepted and (
-        model_cls.main_input_name == "pixel_values" or "return_loss" in accepted
-    )
+    return "pixel_values" in accepted and (model_cls.main_input_name == "pixel_values" or "return_loss" in accepted)
 
 
 def sequence_limit(config: Any) -> int | None:
@@ -186,9 +182,7 @@ class _Maker:
         if name.endswith("ForQuestionAnswering") and "start_positions" in accepted:
             return {"start_positions": self.integers(1, ()), "end_positions": self.integers(1, ())}
         extra: dict[str, Any] = {
-            key: self.integers(2, ())
-            for key in ("next_sentence_label", "sentence_order_label")
-            if key in accepted
+            key: self.integers(2, ()) for key in ("next_sentence_label", "sentence_order_label") if key in accepted
         }
         if "labels" not in accepted:
             return extra
@@ -237,9 +231,7 @@ class _Maker:
     def image_shape(self) -> tuple[int, int, int]:
         nested = (getattr(self.config, name, None) for name in ("vision_config", "encoder"))
         vision = next((part for part in nested if hasattr(part, "image_size")), self.config)
-        size = (
-            getattr(vision, "image_size", None) or 224
-        )  # convolutional networks take any; 224 is ImageNet's
+        size = getattr(vision, "image_size", None) or 224  # convolutional networks take any; 224 is ImageNet's
         height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
         return getattr(vision, "num_channels", 3), height, width
 
@@ -278,7 +270,5 @@ def _special_tokens(config: Any, vocabulary: int) -> set[int]:
     for part in (config, config.get_text_config()):
         for key, value in part.to_dict().items():
             if key.endswith(("_token_id", "_token_index")):
-                special.update(
-                    value if isinstance(value, list) else [value] if isinstance(value, int) else []
-                )
+                special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
     return {token for token in special if 0 <= token < vocabulary}

@@ -13,16 +13,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autorev.models.building import Build, building, in_one_dtype, settle
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.source import raised_line
 from autorev.errors import ModelBuildError, ModelNotFoundError
+from autorev.models.building import Build, building, in_one_dtype, settle
 from autorev.models.resolve import transformers_workload
 from autorev.workload import Call, Workload
 
-_REMEDY = (
-    "let it return model, (model, args) or (model, args, kwargs), with the arguments of one forward call"
-)
+_REMEDY = "let it return model, (model, args) or (model, args, kwargs), with the arguments of one forward call"
 
 
 def factory_workload(spec: str) -> Workload:
@@ -106,9 +104,7 @@ def _checked(factory: Any, spec: str) -> Callable[[], Any]:
     try:
         inspect.signature(factory).bind()
     except TypeError as error:
-        raise ModelBuildError(
-            f"{spec} is called without arguments, and it is {error}; give them defaults"
-        ) from None
+        raise ModelBuildError(f"{spec} is called without arguments, and it is {error}; give them defaults") from None
     except ValueError:  # written in C: no signature to look at
         pass
     function: Callable[[], Any] = factory
@@ -132,9 +128,7 @@ def _made(factory: Callable[[], Any], spec: str, dtype: torch.dtype) -> tuple[nn
         ) from error
     model, *rest = returned if isinstance(returned, tuple | list) else (returned,)
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise ModelBuildError(
-            f"{spec} returned the class {model.__name__}, not a model; return {model.__name__}(...)"
-        )
+        raise ModelBuildError(f"{spec} returned the class {model.__name__}, not a model; return {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise ModelBuildError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module; {_REMEDY}")
     settle(model, dtype)

@@ -26,8 +26,7 @@ def check_whole(path: Path) -> None:
     size = path.stat().st_size
     if size < needed:
         raise ModelBuildError(
-            f"{path} is cut short: its header announces {needed:,} bytes and the file has {size:,}; "
-            "download it again"
+            f"{path} is cut short: its header announces {needed:,} bytes and the file has {size:,}; download it again"
         )
 
 

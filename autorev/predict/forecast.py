@@ -53,8 +53,8 @@ class Forecaster:
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies that say something about this model.
 
-        `keep_last=1` spares the last block's recomputation for nothing when the step peaks in that block's backward. Where
-        it peaks in the loss, what is kept is alive beside the logits: then `keep_last=0` is the better choice.
+        `keep_last=1` spares the last block's recomputation for nothing when the step peaks in that block's backward.
+        Where it peaks in the loss, what is kept is alive beside the logits: then `keep_last=0` is the better choice.
         """
         chosen = STRATEGIES if self.layout.sites else STRATEGIES[:1]
         if not self.reversible:
@@ -122,7 +122,7 @@ class Forecaster:
         return max(self.cost(trace, strategy).phase_peaks.values())
 
     def seconds(self, cost: StepCost) -> float:
-        """Roofline: each kind of work takes at least its FLOPs or its bytes, and host traffic overlaps with all of it."""
+        """Roofline: matrix products take their FLOPs or their bytes, all else its bytes; host traffic overlaps."""
         products = max(cost.flops / self.device.peak_flops, cost.matmul_bytes / self.device.bandwidth)
         moved = cost.other_bytes + self.optimizer()[2]
         on_device = products + moved / self.device.bandwidth

@@ -79,9 +79,7 @@ def _curve(forecaster: Forecaster, strategy: Strategy, here: StepTrace, axis: st
     return ScaledTrace(points, tuple(traces))
 
 
-def _limit(
-    forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis: str
-) -> tuple[int, ScaledTrace]:
+def _limit(forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
     """The largest size that fits, and the curve sharpened there: it proposes a size, a simulated step disposes."""
     room = forecaster.device.memory_bytes - RESERVE_BYTES
     most = 2**20 if axis == "batch" else forecaster.longest_sequence or 2**24

@@ -1,8 +1,8 @@
 """Peaks at other batch sizes and sequence lengths, from a few simulated steps.
 
 Every segment's bytes are a polynomial of the batch size (degree 1) and of the sequence length (degree 2: an attention
-mask, eager attention). Simulating at as many points as the degree asks for gives each segment's polynomial; composing the
-segments anew gives the peak anywhere, wherever in the step the peak has moved to.
+mask, eager attention). Simulating at as many points as the degree asks for gives each segment's polynomial; composing
+the segments anew gives the peak anywhere, wherever in the step the peak has moved to.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class ScaledTrace:
             return self.traces[self.points.index(size)]
         weights = lagrange(self.points, size)
         start = _combine([Counter(t.start) for t in self.traces], weights)
-        segments = [
-            _segment(same, weights) for same in zip(*(t.segments for t in self.traces), strict=True)
-        ]
+        segments = [_segment(same, weights) for same in zip(*(t.segments for t in self.traces), strict=True)]
         streams = {
             block: round(sum(w * t.stream_bytes[block] for w, t in zip(weights, self.traces, strict=True)))
             for block in self.traces[0].stream_bytes

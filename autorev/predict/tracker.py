@@ -2,7 +2,7 @@
 
 `MemoryTracker` is a dispatch mode that knows every storage by a weak reference: O(1) per operation. Each byte carries a
 `Category`; the step is cut into *segments* (a block's forward, its backward, what lies between), and every segment
-remembers what it changed for good and what was alive at its highest point. `Segment`s are what strategies are composed of.
+remembers what it changed for good and what was alive at its highest point.
 
 Known limitations: temporaries inside one kernel are invisible; a storage is counted at its own size, not at what the
 allocator rounds it up to.
@@ -230,8 +230,6 @@ def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if func is _cpu_attention:
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if func is _cpu_attention_backward:
-        return int(
-            sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape)
-        )
+        return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
     formula = flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0

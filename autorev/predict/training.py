@@ -72,7 +72,7 @@ def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes the model's outputs: what `transformers` calls output embeddings, else a last linear layer."""
+    """The layer that makes the model's outputs: `transformers`' output embeddings, else a last linear layer."""
     output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(output_embeddings, nn.Module):
         return output_embeddings
@@ -86,9 +86,7 @@ def find_head(model: nn.Module) -> nn.Module | None:
 def _train_head(twin: nn.Module) -> list[str]:
     head = find_head(twin)
     if head is None:
-        raise SettingError(
-            f"{type(twin).__name__} has no output layer to train alone; use --trains full or lora"
-        )
+        raise SettingError(f"{type(twin).__name__} has no output layer to train alone; use --trains full or lora")
     elsewhere = {id(p) for m in twin.modules() if m is not head for p in m._parameters.values() if p is not None}
     notes = []
     for name, parameter in list(head.named_parameters(recurse=False)):
@@ -100,7 +98,7 @@ def _train_head(twin: nn.Module) -> list[str]:
     return notes
 
 
-# -- loss ----------------------------------------------------------------------------------------------------------------
+# -- loss ------------------------------------------------------------
 
 
 def loss_function(model: nn.Module, loss: str) -> Callable[[nn.Module, Call], torch.Tensor]:
@@ -157,12 +155,10 @@ def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
         del head.forward
     hidden = seen.pop().flatten(0, -2)
     options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(
-        hidden, head.weight, labels.flatten(), linear_bias=head.bias, options=options
-    )
+    return F.linear_cross_entropy(hidden, head.weight, labels.flatten(), linear_bias=head.bias, options=options)
 
 
-# -- optimiser -----------------------------------------------------------------------------------------------------------
+# -- optimiser ------------------------------------------------------------
 
 STATE_BYTES_PER_ELEMENT: dict[str, float | None] = {
     "adamw": None,  # two tensors like the parameter

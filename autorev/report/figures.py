@@ -221,9 +221,7 @@ def _mark_capacity(figure: go.Figure, device: DeviceInfo, unit: ByteUnit, color:
     axis = figure.layout.xaxis
     # On a logarithmic axis a shape is placed by the value itself, an annotation by its logarithm.
     spot = log10(at) if axis.type == "log" else at
-    figure.add_shape(
-        type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=_capacity_line | {"color": color}
-    )
+    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=_capacity_line | {"color": color})
     figure.add_annotation(
         text=_capacity_text(device),
         x=spot,

@@ -54,9 +54,7 @@ def _recommendation(analysis: Analysis) -> Iterator[str]:
     yield f"## Recommendation: {_text(headline(analysis.recommendation.strategy))}"
     yield _text(sentence(analysis.recommendation.why))
     if analysis.recommendation.advice:
-        yield "\n".join(
-            f"{i}. {_text(sentence(step))}" for i, step in enumerate(analysis.recommendation.advice, 1)
-        )
+        yield "\n".join(f"{i}. {_text(sentence(step))}" for i, step in enumerate(analysis.recommendation.advice, 1))
 
 
 def _strategies(analysis: Analysis) -> Iterator[str]:

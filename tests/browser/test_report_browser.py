@@ -116,9 +116,7 @@ def ink_of_plot(browser: Any) -> str:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("width", [1280, 400])
-def test_every_plot_is_drawn_and_nothing_overflows(
-    browser: Any, tmp_path: Path, example: str, width: int
-) -> None:
+def test_every_plot_is_drawn_and_nothing_overflows(browser: Any, tmp_path: Path, example: str, width: int) -> None:
     """On a desk and on a phone: no error, no request, no scrolling sideways, and every trace has a size."""
     show(browser, tmp_path, example, width)
     plots = browser.execute_script(MEASURE_PLOTS)
@@ -144,11 +142,7 @@ def requests(browser: Any) -> set[str]:
     """Every address that the page asked for; Chromium's own start page is not ours."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return {
-        each["request"]["url"]
-        for each in sent
-        if not each["documentURL"].startswith(("chrome", "about", "data"))
-    }
+    return {each["request"]["url"] for each in sent if not each["documentURL"].startswith(("chrome", "about", "data"))}
 
 
 def test_tables_scroll_inside_their_own_box(browser: Any, tmp_path: Path) -> None:

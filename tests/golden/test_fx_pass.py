@@ -31,9 +31,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, t, c = x.shape
         heads = self.qkv(x).view(b, t, 2, 3 * (c // 2)).transpose(1, 2).chunk(3, -1)
-        return self.out(
-            F.scaled_dot_product_attention(*(heads[i] for i in range(3))).transpose(1, 2).reshape(b, t, c)
-        )
+        return self.out(F.scaled_dot_product_attention(*(heads[i] for i in range(3))).transpose(1, 2).reshape(b, t, c))
 
 
 class MLP(nn.Module):

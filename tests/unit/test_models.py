@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autorev.models import resolve as models
 from autorev.capture.fake import new_fake_mode
 from autorev.capture.transformers_quirks import quirks
 from autorev.errors import ModelBuildError, ModelNotFoundError
+from autorev.models import resolve as models
 from autorev.models.resolve import resolve
 from autorev.profiles import model_names
 from autorev.workload import Workload
@@ -222,9 +222,7 @@ def test_a_config_that_no_model_can_follow_fails_in_build(tmp_path: Path) -> Non
     """Numbers that contradict each other are reported with the class and the file."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}))
-    with pytest.raises(
-        ModelBuildError, match=r"BertForMaskedLM cannot be built from .*config\.json.*multiple"
-    ):
+    with pytest.raises(ModelBuildError, match=r"BertForMaskedLM cannot be built from .*config\.json.*multiple"):
         built(resolve(str(path)))
 
 

@@ -197,9 +197,7 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: bytes) ->
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_wrong_device_profile_is_refused_with_the_field(
-    tmp_path: Path, edit: Edit, expected: list[str]
-) -> None:
+def test_a_wrong_device_profile_is_refused_with_the_field(tmp_path: Path, edit: Edit, expected: list[str]) -> None:
     """The error names the file, the path of the wrong field, and what is expected there."""
     with pytest.raises(ProfileError) as raised:
         load_device(written(tmp_path, "devices", "h100-80gb", edit))
@@ -223,9 +221,7 @@ def test_a_wrong_device_profile_is_refused_with_the_field(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_wrong_model_profile_is_refused_with_the_field(
-    tmp_path: Path, edit: Edit, expected: list[str]
-) -> None:
+def test_a_wrong_model_profile_is_refused_with_the_field(tmp_path: Path, edit: Edit, expected: list[str]) -> None:
     """The error names the file, the path of the wrong field, and what is expected there."""
     with pytest.raises(ProfileError) as raised:
         load_model(written(tmp_path, "models", "gpt2", edit))
@@ -276,8 +272,6 @@ def test_an_installed_package_reads_its_own_copy_without_torch(tmp_path: Path) -
         "print(profiles.load_device('a10').name, profiles.load_model('gpt2').name); "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.stderr == ""
     assert run.stdout.splitlines() == [str(device_names() + model_names()), "a10 gpt2"]

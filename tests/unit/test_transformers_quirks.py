@@ -59,9 +59,7 @@ def kept_bytes(family: str, dtype: torch.dtype, fake: bool) -> int:
 @pytest.mark.parametrize("family", MODELS)
 def test_fake_and_real_training_keep_the_same_bytes(family: str, dtype: torch.dtype) -> None:
     """No mask is made up and no expert copied: the two agree to the few bytes of the experts' offsets."""
-    assert kept_bytes(family, dtype, fake=True) == pytest.approx(
-        kept_bytes(family, dtype, fake=False), abs=64
-    )
+    assert kept_bytes(family, dtype, fake=True) == pytest.approx(kept_bytes(family, dtype, fake=False), abs=64)
 
 
 def test_what_was_patched_is_put_back() -> None:
