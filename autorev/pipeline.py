@@ -161,7 +161,7 @@ def prepare(
     if not analysis.chains and not analysis.refused:
         raise NoBlocksError(
             f"{workload.name} ({analysis.model.class_name}) has no residual block: nowhere is a module's or a loop's "
-            "input added to its output; autorev has nothing to say about such a model"
+            "input added to its output, so there is nothing to reverse; if you know of one, please report the model"
         )
     layout = layout_of(detection.chains, detection.refused, twin)
     with mode:

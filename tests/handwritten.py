@@ -125,6 +125,25 @@ class Dropping(Parts):
         return x + self.mlp(self.norm2(x)) * keep / 0.8
 
 
+class PreNormAttention(Parts):
+    """Half a block, with a name that says norm and is none (RoBERTa-PreLayerNorm)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(self.norm1(x))
+
+
+class OfHalves(Parts):
+    """The first add stands in a sub-module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = PreNormAttention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return x + self.mlp(self.norm2(x))
+
+
 class WithSideStream(Parts):
     """Carries a second stream beside its own, which the first step feeds."""
 
@@ -368,6 +387,29 @@ class PostNorm(Parts):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x + self.attention(x))
         return self.norm2(x + self.mlp(x))  # here: post-norm
+
+
+class GatedNorm(nn.LayerNorm):
+    """A norm with a linear map of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x * torch.sigmoid(self.gate(x))
+
+
+class PostGatedNorm(Parts):
+    """The original Transformer, with another norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = GatedNorm()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gated(x + self.mlp(x))  # here: post-norm
 
 
 class PostActivation(Parts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -94,6 +95,10 @@ def every_layer_kept(drawn: list[Any] | None = None) -> Iterator[None]:
         draws.append("random")
         return low + (high - low) * KEPT
 
+    # It logs a traceback for every error under fake tensors; ours is reported in one line.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logged = logger.disabled
+    logger.disabled = True
     state, torch_state = random.getstate(), torch.get_rng_state()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(random, "random", python_draw))
@@ -103,6 +108,7 @@ def every_layer_kept(drawn: list[Any] | None = None) -> Iterator[None]:
         try:
             yield
         finally:
+            logger.disabled = logged
             random.setstate(state)
             torch.set_rng_state(torch_state)
 

@@ -56,6 +56,7 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
     "tuple": (lambda: hand.TakingApart(*blocks(hand.WithTuple, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "dataclass": (lambda: hand.TakingApart(*blocks(hand.WithDataclass, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "shared weights": (shared_blocks, TOKENS, [("blocks.0", [TWO] * 3)]),
+    "half in a child": (lambda: hand.stack_of(hand.OfHalves), TOKENS, [("blocks", [TWO] * 3)]),
     "side stream": (lambda: hand.TwoStreams(*blocks(hand.WithSideStream, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),
@@ -121,6 +122,7 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
         block.__name__: (lambda block=block: hand.stack_of(block), TOKENS, block, code)
         for block, code in [
             (hand.PostNorm, "post-norm"),
+            (hand.PostGatedNorm, "post-norm"),
             (hand.PostActivation, "post-activation"),
             (hand.NormedShortcut, "normed-shortcut"),
             (hand.ProjectedShortcut, "projected-shortcut"),
