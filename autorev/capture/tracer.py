@@ -321,9 +321,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _is_tensor_method(func: Any) -> bool:
-    return getattr(func, "__objclass__", None) is torch._C.TensorBase or getattr(func, "__qualname__", "").startswith(
-        "Tensor."
-    )
+    return getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
 
 
 class _MadeHere(TorchDispatchMode):

@@ -141,8 +141,13 @@ def test_structured_results_keep_their_places() -> None:
 
 def test_the_graph_computes_what_the_forward_computes() -> None:
     """A capture is a program, not only a picture."""
-    module = Holder(lambda m, x, mask: torch.where(mask, m.inner(x).transpose(1, 2).softmax(1).transpose(1, 2), x))
-    mask = X > 0
+
+    def body(m: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = m.inner(x).transpose(1, 2).softmax(1).transpose(1, 2)
+        h = (1 - h) ** 3 / (2 + 3**h) - x @ x.mT.sum(-1, keepdim=True) + h[..., :1] // 1
+        return torch.where(mask, -h, x)
+
+    module, mask = Holder(body), X > 0
     captured = capture("", module, (X, mask), {})
     assert torch.equal(captured.graph_module()(X, mask), module(X, mask))
 
