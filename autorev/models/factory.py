@@ -17,7 +17,7 @@ from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.source import raised_line
 from autorev.errors import ModelBuildError, ModelNotFoundError
 from autorev.models.building import Build, building, in_one_dtype, settle
-from autorev.models.resolve import transformers_workload
+from autorev.models.from_config import transformers_workload
 from autorev.workload import Call, Workload
 
 _REMEDY = "let it return model, (model, args) or (model, args, kwargs), with the arguments of one forward call"

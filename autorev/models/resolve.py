@@ -5,7 +5,6 @@ No weights are read. What is needed of a model is its config, and from it the sh
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import re
@@ -13,18 +12,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import AutorevError, ModelBuildError, ModelNotFoundError
-from autorev.workload import Call, Workload
+from autorev.errors import ModelBuildError, ModelNotFoundError
+from autorev.models.from_config import config_workload, needs_transformers, one_line
+from autorev.workload import Workload
 
 if TYPE_CHECKING:
-    import torch
-
-    from autorev.models.building import Build
+    pass
 
 _EMBEDDED = "smollm2"
-_USUAL_SEQUENCE = 2048
-"""Tokens per sample where nothing else is asked for; fewer where the model has fewer positions."""
-_USUAL_IMAGES = 32
 _HUB_TIMEOUT = 5.0
 """Seconds."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,7 +45,7 @@ def resolve(model: str | None) -> Workload:
     if path.suffix == ".json" and path.is_file():
         return _from_json(path, path.resolve().parent.name if path.name == "config.json" else path.stem)
     if model in profiles.model_names():
-        return _from_config(profiles.load_model(model).config, model, f"profile {model}")
+        return config_workload(profiles.load_model(model).config, model, f"profile {model}")
     if _FACTORY.fullmatch(model):
         from autorev.models.factory import factory_workload
 
@@ -58,7 +53,7 @@ def resolve(model: str | None) -> Workload:
     if path.exists():
         raise ModelNotFoundError(f"{path} holds no config.json, which says what the model is; {_ways()}")
     if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".json"):
-        return _from_config(_hub_config(model), model, f"hub id {model}")
+        return config_workload(_hub_config(model), model, f"hub id {model}")
     close = get_close_matches(model.lower(), [*profiles.model_names(), _EMBEDDED])
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise ModelNotFoundError(f"{model} is neither a file nor a profile; {guess}{_ways()}")
@@ -90,7 +85,7 @@ def _from_gguf(path: Path, name: str, source: str) -> Workload:
         import gguf  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise _needs_transformers(error) from None
+        raise needs_transformers(error) from None
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     from autorev.capture.transformers_quirks import quiet
@@ -102,10 +97,10 @@ def _from_gguf(path: Path, name: str, source: str) -> Workload:
             config = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
     except Exception as error:
         raise ModelBuildError(
-            f"transformers cannot read the config in {path} ({_one_line(error)}); "
+            f"transformers cannot read the config in {path} ({one_line(error)}); "
             "give the folder with the model's config.json"
         ) from None
-    return _from_config(config, name, source)
+    return config_workload(config, name, source)
 
 
 def _from_json(path: Path, name: str) -> Workload:
@@ -122,7 +117,7 @@ def _from_json(path: Path, name: str) -> Workload:
         from autorev import profiles
 
         config = profiles.load_model(path).config
-    return _from_config(config, name, str(path))
+    return config_workload(config, name, str(path))
 
 
 def _hub_config(model: str) -> dict[str, Any]:
@@ -134,7 +129,7 @@ def _hub_config(model: str) -> dict[str, Any]:
     try:
         from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     except ImportError as error:
-        raise _needs_transformers(error) from None
+        raise needs_transformers(error) from None
     cached = try_to_load_from_cache(model, "config.json")
     if isinstance(cached, str):
         text: str | bytes = Path(cached).read_text(encoding="utf-8")
@@ -148,7 +143,7 @@ def _hub_config(model: str) -> dict[str, Any]:
             with error:
                 raise _unreachable(model, f"the hub answered {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _unreachable(model, f"the hub could not be reached: {_one_line(error)}") from None
+            raise _unreachable(model, f"the hub could not be reached: {one_line(error)}") from None
     try:
         config: dict[str, Any] = json.loads(text)
     except ValueError:
@@ -163,91 +158,3 @@ def _unreachable(model: str, why: str) -> ModelNotFoundError:
         f"{model} is not a profile or a file, and {why}. Without the hub, give a local folder that holds its "
         f"config.json (no weights are needed), or a profile: {', '.join(profiles.model_names())}"
     )
-
-
-def _from_config(data: Any, name: str, source: str) -> Workload:
-    """The workload of a `transformers` config given as a dictionary."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise _needs_transformers(error) from None
-    from autorev.models.example_call import model_class
-
-    config = _parsed(data, source)
-    model_cls = model_class(config)
-
-    def build(dtype: torch.dtype) -> torch.nn.Module:
-        from autorev.models.building import building, settle
-
-        try:
-            with building(dtype):
-                built: torch.nn.Module = model_cls._from_config(copy.deepcopy(config), dtype=dtype)
-        except AutorevError:
-            raise
-        except Exception as error:
-            raise ModelBuildError(
-                f"{model_cls.__name__} cannot be built from {source}: {_one_line(error)}; correct the config"
-            ) from error
-        settle(built, dtype)  # Mamba makes some of its parameters in fp32 and loads them in the weights' dtype
-        return built.train()
-
-    return transformers_workload(config, model_cls, build, name, source)
-
-
-def transformers_workload(config: Any, model_cls: type[Any], build: Build, name: str, source: str) -> Workload:
-    """The workload of a `transformers` class: what it is called with follows from its config."""
-    from autorev.models.building import in_one_dtype
-    from autorev.models.example_call import example_call, has_images, has_sequence, sequence_limit
-
-    has_text = has_sequence(config, model_cls)
-    limit = sequence_limit(config) if has_text else None
-
-    def example(batch: int, sequence: int | None) -> Call:
-        return example_call(config, model_cls, batch, sequence)
-
-    matched_build, matched_example = in_one_dtype(build, example)
-    return Workload(
-        name=name,
-        source=source,
-        build=matched_build,
-        example=matched_example,
-        default_batch=_USUAL_IMAGES if has_images(model_cls) else 1,
-        default_sequence=min(limit or _USUAL_SEQUENCE, _USUAL_SEQUENCE) if has_text else None,
-        longest_sequence=limit,
-    )
-
-
-def _parsed(data: Any, source: str) -> Any:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from autorev.capture.transformers_quirks import quiet
-
-    kind = data.get("model_type") if isinstance(data, dict) else None
-    if not isinstance(kind, str):
-        raise ModelBuildError(f"{source} has no model_type, so it is not a transformers config; {_ways()}")
-    if kind not in CONFIG_MAPPING:
-        raise ModelBuildError(
-            f"{source} is of type {kind!r}, which transformers {transformers.__version__} does not know; "
-            "install a version that does, or write a function that returns (model, args) and "
-            "give package.module:function"
-        )
-    # The weights that are trained are those of the setting's dtype, however the published ones are packed.
-    keys = {key: value for key, value in data.items() if key != "quantization_config"}
-    try:
-        with quiet():
-            return CONFIG_MAPPING[kind].from_dict(keys)
-    except Exception as error:
-        raise ModelBuildError(f"transformers refuses the config of {source}: {_one_line(error)}; correct it") from None
-
-
-def _needs_transformers(error: ImportError) -> ModelBuildError:
-    return ModelBuildError(
-        f"this MODEL needs transformers and gguf, and {error.name} is missing: pip install 'transformers>=5' gguf"
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    """The text of an exception in one line, led by its type."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autorev.analysis import Analysis, Category, Prediction
-from autorev.models.resolve import transformers_workload
+from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare
 from autorev.predict.forecast import RESERVE_BYTES, Forecaster
 from autorev.predict.frontier import explore
