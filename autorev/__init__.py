@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
     from autorev.pipeline import analyze as analyze
-    from autorev.pipeline import predict as predict
+    from autorev.pipeline import forecast as forecast
 
 _home = {
     "Analysis": "autorev.analysis",
@@ -26,7 +26,7 @@ _home = {
     "AutorevError": "autorev.errors",
     "AnnotateResiduals": "autorev.detect.fx_pass",
     "analyze": "autorev.pipeline",
-    "predict": "autorev.pipeline",
+    "forecast": "autorev.pipeline",
 }
 __all__ = sorted(_home)
 

@@ -203,7 +203,7 @@ def _detect_on_twin(twin: torch.nn.Module, call: Call, progress: Progress) -> De
     return detect(recorded)
 
 
-def predict(model: str | Workload | None = None, **setting: Any) -> Analysis:
+def forecast(model: str | Workload | None = None, **setting: Any) -> Analysis:
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
     `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.

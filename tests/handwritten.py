@@ -176,6 +176,14 @@ class Flattening(Parts):
         return (x + self.mlp(self.norm2(x))).view(shape)
 
 
+class AddingInDouble(Parts):
+    """Adds in a wider dtype and rounds the sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x.double() + self.attention(self.norm1(x)).double() / 3).to(x.dtype)
+        return (x.double() + self.mlp(self.norm2(x)).double() / 3).to(x.dtype)
+
+
 class KeywordOnly(Block):
     """Takes its stream by keyword, and a mask that it never reads."""
 

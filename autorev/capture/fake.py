@@ -44,8 +44,12 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
         CaptureError: `value` holds something that `copy.deepcopy` refuses.
     """
     try:
+        memo: dict[int, Any] = {}
+        if isinstance(value, nn.Module):  # a parameter's own __deepcopy__ would copy its data
+            owned = [*value.parameters(), *value.buffers()]
+            memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
         with _FakeDeepCopy(mode):
-            copied = copy.deepcopy(value)
+            copied = copy.deepcopy(value, memo)
             return tree_map_only(torch.Tensor, lambda tensor: _fake(tensor, mode), copied)
     except CaptureError:
         raise

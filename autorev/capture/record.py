@@ -38,6 +38,10 @@ class ModuleCall:
     scalar_draws: list[Any] = field(default_factory=list)
     """Random scalars drawn in its own code (layer-drop)."""
     buffers_written: tuple[str, ...] = ()
+    entered: dict[int, int] = field(default_factory=dict)
+    """id of a tensor it received -> how often that had been written to by then."""
+    left: dict[int, int] = field(default_factory=dict)
+    """The same for what it returned."""
 
     def inputs(self) -> dict[str, Any]:
         """Arguments by name."""
@@ -57,6 +61,8 @@ class RecordedCall:
     root: ModuleCall
     producers: dict[int, tuple[str, str]]
     """id of a tensor -> (the function that made it outside any leaf, `file.py:line`)."""
+    writers: dict[int, tuple[str, str]]
+    """id of a tensor -> (the function that last wrote to it in place, `file.py:line`)."""
     readers: dict[int, list[tuple[ModuleCall, str, str]]]
     """id of a tensor -> (the call whose code read it, the function, `file.py:line`)."""
     alive: list[Any]
@@ -98,6 +104,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         call = ModuleCall(path, module, index, stack[-1] if stack else None, args, dict(kwargs))
         (stack[-1].children if stack else roots).append(call)
         before, versions = len(drawn), _buffer_versions(module)
+        call.entered = _tensor_versions((args, kwargs))
         stack.append(call)
         try:
             result = original(module, *args, **kwargs)
@@ -107,6 +114,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         call.scalar_draws = drawn[before : len(drawn) - inner]
         call.buffers_written = _written(module, versions)
         call.draws_random = call.draws_random or any(child.draws_random for child in call.children)
+        call.left = _tensor_versions(call.output)
         watcher.alive += [args, kwargs, call.output, result]
         for tensor in tree_leaves(call.output):
             if isinstance(tensor, torch.Tensor):
@@ -122,7 +130,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         _inside_of_hooks(stack),
     ):
         model(*args, **kwargs)
-    return RecordedCall(roots[0], watcher.producers, watcher.readers, watcher.alive)
+    return RecordedCall(roots[0], watcher.producers, watcher.writers, watcher.readers, watcher.alive)
 
 
 @contextmanager
@@ -181,14 +189,18 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.stack = stack
         self.producers: dict[int, tuple[str, str]] = {}
+        self.writers: dict[int, tuple[str, str]] = {}
         self.readers: dict[int, list[tuple[ModuleCall, str, str]]] = {}
         self.alive: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if name == "__setitem__" or (isinstance(result, torch.Tensor) and args and result is args[0]):
+            self.writers[id(args[0])] = name, caller_line()
         if not isinstance(result, torch.Tensor):
             return result
-        name, line = getattr(func, "__name__", str(func)), caller_line()
+        line = caller_line()
         if id(result) not in self.producers:
             self.producers[id(result)] = name, line
             self.alive.append(result)
@@ -198,6 +210,10 @@ class _Watch(TorchFunctionMode):
                     self.readers.setdefault(id(read), []).append((self.stack[-1], name, line))
                     self.alive.append(read)
         return result
+
+
+def _tensor_versions(structure: Any) -> dict[int, int]:
+    return {id(t): t._version for t in tree_leaves(structure) if isinstance(t, torch.Tensor)}
 
 
 def _buffer_versions(module: nn.Module) -> dict[str, int]:

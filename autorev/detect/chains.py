@@ -45,17 +45,17 @@ def detect(recorded: RecordedCall) -> Detection:
         findings = inline_blocks(recorded.root, alone=True)
     _link(findings, recorded)
     detection = Detection()
-    tail: dict[int, list[Finding]] = {}
+    tail: dict[State, list[Finding]] = {}
     for finding in findings:
         if not finding.reversible:
             detection.refused.append(finding)
             continue
-        chain = tail.pop(id(finding.stream_in), None)
+        chain = tail.pop(_entry(finding), None)
         if chain is None:
             chain = []
             detection.chains.append(chain)
         chain.append(finding)
-        tail[id(finding.stream_out)] = chain
+        tail[_exit(finding)] = chain
     for chain in detection.chains:
         if len(chain) == 1:
             text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
@@ -135,22 +135,35 @@ def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
 # -- links between blocks
 
 
+State = tuple[int, int]
+"""A tensor, and how often it had been written to: what one block returns is what the next receives."""
+
+
+def _entry(finding: Finding) -> State:
+    return id(finding.stream_in), 0 if finding.inline else finding.call.entered.get(id(finding.stream_in), 0)
+
+
+def _exit(finding: Finding) -> State:
+    return id(finding.stream_out), 0 if finding.inline else finding.call.left.get(id(finding.stream_out), 0)
+
+
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:
     """Notice what the model's own loop does between two neighbouring blocks."""
-    given = {id(f.stream_out) for f in findings if f.reversible}
-    taken = {id(f.stream_in) for f in findings if f.reversible}
-    linked = {id(f) for f in findings if id(f.stream_out) in taken or id(f.stream_in) in given}
+    given = {_exit(f) for f in findings if f.reversible}
+    taken = {_entry(f) for f in findings if f.reversible}
+    linked = {id(f) for f in findings if _exit(f) in taken or _entry(f) in given}
     broken: dict[int, Obstacle] = {}
     for before, after in pairwise(findings):
         if not (before.reversible and after.reversible) or before.call.parent is not after.call.parent:
             continue
-        if id(before.stream_out) in taken or id(after.stream_in) in given:
+        if _exit(before) in taken or _entry(after) in given:
             continue
         if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
             continue
         if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
             continue
-        name, line = recorded.producers.get(id(after.stream_in), ("something", "unknown source"))
+        made = recorded.writers if before.stream_out is after.stream_in else recorded.producers
+        name, line = made.get(id(after.stream_in), ("an in-place operation", "unknown source"))
         text = (
             f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
             "receive what the other returned"

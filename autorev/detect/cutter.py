@@ -72,7 +72,7 @@ class Cutter:
         return CutBlock(
             prologue=pieces[0],
             branches=tuple(
-                Branch(piece, tuple(join_of(add) for add in step.adds))
+                Branch(piece, tuple(join_of(add) for add in step.adds), self._rounds_to(step))
                 for piece, step in zip(pieces[1:-1], self.steps, strict=True)
             ),
             epilogue=pieces[-1],
@@ -85,6 +85,13 @@ class Cutter:
     def name(self, node: fx.Node) -> str:
         """The name of a node's value among the values of a fold."""
         return f"argument:{node.meta['argument']}" if node.op == "placeholder" else node.name
+
+    def _rounds_to(self, step: ResidualStep) -> torch.dtype | None:
+        """The narrowest dtype in which the stream is passed on between this step's add and the next one."""
+        behind = [node for node in self.level if self.level[node] == self.level[step.after] and not self._adds(node)]
+        dtypes = [node.meta["val"].dtype for node in (step.after, *behind)]
+        narrowest = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        return None if narrowest == step.after.meta["val"].dtype else narrowest
 
     def layout(self, node: fx.Node) -> list[fx.Node]:
         """The nodes between start and the stream node `node` that change the stream's form, in order."""

@@ -21,7 +21,7 @@ from autorev.detect.ends import is_read, most_likely_start, outputs_of, starts_o
 from autorev.detect.ends import leaves as leaves
 from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_on_stream, obstacles_to_stream
-from autorev.detect.stream import Add, ResidualStep, Stream, follow
+from autorev.detect.stream import Add, ResidualStep, Stream, follow, keeps_order
 
 MOST_OPENED = 8
 """Rounds of opening a sub-module that may hide an add; real models need two or three."""
@@ -198,6 +198,9 @@ def _on_stream(
 ) -> Finding:
     path = path_nodes(stream, output)
     obstacles = obstacles_on_stream(captured, stream, path) + _aux_obstacles(captured, path, at)
+    if not keeps_order(stream, output):
+        text = "the skip comes out with its axes permuted, so the block adds to a rearranged stream"
+        obstacles.append(Obstacle("permuted-shortcut", text, output.meta["source"]))
     if call.scalar_draws:
         obstacles.append(
             Obstacle(
@@ -253,9 +256,14 @@ def _caveats(finding: Finding, path: set[fx.Node]) -> list[Obstacle]:
         found.append(Obstacle("buffer-write", text, where))
     end = finding.end
     assert end is not None
-    if end.meta["val"].dtype != start.meta["val"].dtype:
-        before, after = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (start, end))
+    before, after = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (start, end))
+    narrow = [n for n in path if n.meta["val"].dtype.itemsize < start.meta["val"].dtype.itemsize]
+    if before != after:
         found.append(Obstacle("stream-cast", f"it turns a {before} stream into a {after} one", end.meta["source"]))
+    elif narrow:
+        between = str(narrow[0].meta["val"].dtype).removeprefix("torch.")
+        text = f"it rounds its {before} stream to {between} on the way"
+        found.append(Obstacle("stream-cast", text, narrow[0].meta["source"]))
     for node in path:
         overwritten = [m for m in node.meta["mutates"] if isinstance(m.meta.get("val"), torch.Tensor)]
         if any(_same(m.meta["val"], start.meta["val"]) for m in overwritten):

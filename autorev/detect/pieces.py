@@ -52,6 +52,8 @@ class Branch:
 
     piece: Piece
     joins: tuple[Join, ...]
+    rounds_to: torch.dtype | None = None
+    """The narrower dtype to which the block rounds the stream behind this step, if it added in a wider one."""
 
     def delta(self, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor:
         """What the step adds to a stream shaped `like`, as one tensor: equal to the joins up to rounding."""
@@ -101,6 +103,8 @@ class CutBlock:
             values |= branch.piece.run(values)
             for join in branch.joins:
                 values[self.stream] = join(values[self.stream], values)
+            if branch.rounds_to is not None:
+                values[self.stream] = values[self.stream].to(branch.rounds_to)
         return self.rebuild(self.epilogue.run(values)["output"])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _adds = {operator.add, operator.iadd, torch.add, "add", "add_", "__radd__"}
 _subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
@@ -120,6 +121,53 @@ def follow(start: fx.Node) -> Stream:
             if made is not None:
                 stream.nodes[node] = made
     return stream
+
+
+def keeps_order(stream: Stream, end: fx.Node) -> bool:
+    """Are the stream's elements in the same places at `end` as at the start?
+
+    Shapes do not tell: a transpose that is never undone adds the branch to a permuted skip. So the views on the way are
+    taken of a tensor that holds each element's number.
+    """
+    way: list[fx.Node] = []
+    node = end
+    while node is not stream.start:
+        made = stream.nodes[node]
+        if not isinstance(made, Add):
+            way.append(node)
+        node = made.skip if isinstance(made, Add) else made
+    if not any(_name(n) in _moves or (n.target is getattr and n.args[1] in _moves) for n in way):
+        return True
+    shape = stream.start.meta["val"].shape
+    with unset_fake_temporarily():
+        before = torch.arange(shape.numel(), dtype=torch.int32).reshape(shape)
+        places = before
+        for step in reversed(way):
+            if _name(step) in _moves or step.target is getattr or _name(step) in _views:
+                places = _moved(step, places)
+            else:
+                places = places.reshape(step.meta["val"].shape)
+        return torch.equal(places, before)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _moved(node: fx.Node, places: torch.Tensor) -> torch.Tensor:
+    args = list(node.args[1:])
+    if node.target is getattr:
+        moved = getattr(places, str(args[0]))
+    elif node.op == "call_method":
+        moved = getattr(places, str(node.target))(*args, **node.kwargs)
+    else:
+        moved = node.target(places, *args, **node.kwargs)  # type: ignore[operator]
+    assert isinstance(moved, torch.Tensor)
+    return moved
+
+
+_moves = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
+_views = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
 def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:

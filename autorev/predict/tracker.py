@@ -90,6 +90,7 @@ class MemoryTracker(TorchDispatchMode):
     def finish(self) -> list[Segment]:
         """Close the last segment and return all of them."""
         self.segments.append(self.current)
+        self.current = Segment("after")  # what is freed from here on is no part of the step
         for hook in self._hooks:
             hook.remove()
         return self.segments

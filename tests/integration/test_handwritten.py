@@ -57,6 +57,7 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
     "dataclass": (lambda: hand.TakingApart(*blocks(hand.WithDataclass, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "shared weights": (shared_blocks, TOKENS, [("blocks.0", [TWO] * 3)]),
     "half in a child": (lambda: hand.stack_of(hand.OfHalves), TOKENS, [("blocks", [TWO] * 3)]),
+    "adding in double": (lambda: hand.stack_of(hand.AddingInDouble), TOKENS, [("blocks", [TWO] * 3)]),
     "side stream": (lambda: hand.TwoStreams(*blocks(hand.WithSideStream, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),

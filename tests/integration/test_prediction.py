@@ -88,6 +88,18 @@ def test_peak_agrees_with_the_allocator(family: str) -> None:
         assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), f"{family}, {name}"
 
 
+def test_a_peak_in_the_optimizer_phase_agrees_with_the_allocator() -> None:
+    """On a short sequence the update itself is the peak: weights, every gradient, optimiser state and temporaries."""
+    model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 2000}))
+    analysis, forecaster = prepare(workload, batch=1, sequence=8, dtype="fp32", device="cpu")
+    predicted = predict(forecaster, "plain")
+    assert predicted.phase == "optimizer"
+    trained = analysis.model.parameters * 4
+    assert predicted.categories[Category.GRADIENTS] == trained
+    assert predicted.peak_bytes == pytest.approx(allocator_peak(workload, analysis, None, 1, 8), rel=0.02)
+
+
 def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
     """The setting's other axes are counted too: LoRA, a head alone, a chunked loss, SGD with momentum."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
