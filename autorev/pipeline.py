@@ -111,9 +111,11 @@ def analyze_workload(
     except AutorevError:
         raise
     except Exception as error:
+        remedy = "if the model trains outside autorev, please report this"
+        if type(error).__name__ == "CheckpointError":
+            remedy = "it seems to checkpoint its blocks itself: switch that off, autorev compares with and without"
         raise CaptureError(
-            f"a training step of {analysis.model.class_name} could not be simulated: {_first_line(error)}; "
-            "if the model trains outside autorev, please report this"
+            f"a training step of {analysis.model.class_name} could not be simulated: {_first_line(error)}; {remedy}"
         ) from error
 
 
