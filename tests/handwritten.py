@@ -482,6 +482,21 @@ class NegatedShortcut(Parts):
         return self.mlp(self.norm1(x)) - x  # here: scaled-shortcut
 
 
+class PermutedShortcut(Parts):
+    """`P x + f(x)`: the shape is a residual block's, the elements are not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).reshape(x.shape) + self.mlp(self.norm1(x))  # here: permuted-shortcut
+
+
+class UndoneTranspose(Parts):
+    """The stream is transposed for the add and put back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = x.transpose(1, 2) + self.mlp(self.norm1(x)).transpose(1, 2)
+        return turned.transpose(1, 2)
+
+
 class HalvedSum(Parts):
     """The sum itself is scaled."""
 
