@@ -482,6 +482,15 @@ class NegatedShortcut(Parts):
         return self.mlp(self.norm1(x)) - x  # here: scaled-shortcut
 
 
+class PostNormWrittenOut(Parts):
+    """A norm of the block's own, without a name that says so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mlp(x)
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x * scale  # here: post-norm
+
+
 class PermutedShortcut(Parts):
     """`P x + f(x)`: the shape is a residual block's, the elements are not."""
 

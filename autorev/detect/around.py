@@ -213,6 +213,19 @@ def is_norm(node: fx.Node, block: CapturedBlock) -> bool:
     return node.target in _norm_functions
 
 
+def is_written_out_norm(node: fx.Node) -> bool:
+    """`x * rsqrt(mean(x ** 2) + eps)` and the like: scaled by a statistic that is smaller than what it scales."""
+    if not is_scaling(node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    statistics = [n for n in node.all_input_nodes if n.op != "get_attr" and 0 < size(n) < size(node)]
+    for _ in range(6):
+        names = {str(getattr(n.target, "__name__", n.target)) for n in statistics}
+        if names & {"rsqrt", "sqrt", "std", "var", "norm", "vector_norm"}:
+            return True
+        statistics = [i for n in statistics for i in n.all_input_nodes if 0 < size(i) < size(node)]
+    return False
+
+
 def is_norm_module(module: nn.Module) -> bool:
     """Is it a norm by name, and not something larger that has "norm" in its name (`RobertaPreLayerNormAttention`)?"""
     name = _class(module)

@@ -23,6 +23,7 @@ from autorev.detect.around import (
     is_norm,
     is_projection,
     is_scaling,
+    is_written_out_norm,
     operands,
     scaling_of_carrier,
     shortcut,
@@ -50,8 +51,9 @@ def obstacles_to_stream(question: Question) -> list[Obstacle]:
     """Why the block's output is not the stream; most telling reason first, never empty."""
     found = [obstacle for check in _checks if (obstacle := check(question)) is not None]
     if found and found[0].code == "post-norm":
-        # Inside a post-norm block every later skip starts behind a norm, which is the same fact told twice.
-        found = [obstacle for obstacle in found if obstacle.code != "normed-shortcut"]
+        # The norm itself scales the sum, and every later skip starts behind one: the same fact told again.
+        told = {"normed-shortcut", "scaled-shortcut", "broadcast"}
+        found = [obstacle for obstacle in found if obstacle.code not in told]
     return found or [_not_residual(question)]
 
 
@@ -65,8 +67,9 @@ GENERIC = {"not-residual"}
 def post_norm(question: Question) -> Obstacle | None:
     """`norm(h + f(h))`: BERT, the original Transformer, OPT-350m."""
     for node in tail(question.output):
-        if is_norm(node, question.block) and adds_below(node, question):
-            name = title(node, question.block)
+        written_out = is_written_out_norm(node)
+        if (written_out or is_norm(node, question.block)) and adds_below(node, question):
+            name = "a norm written out" if written_out and not node.meta["inside"] else title(node, question.block)
             return Obstacle(
                 "post-norm",
                 f"the residual sum passes through {name} before it leaves the block, so the skip is not free",

@@ -132,6 +132,7 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
             (hand.ScaledShortcut, "scaled-shortcut"),
             (hand.ScaledByAlpha, "scaled-shortcut"),
             (hand.NegatedShortcut, "scaled-shortcut"),
+            (hand.PostNormWrittenOut, "post-norm"),
             (hand.PermutedShortcut, "permuted-shortcut"),
             (hand.HalvedSum, "scaled-shortcut"),
             (hand.DoubledShortcut, "scaled-shortcut"),
