@@ -148,9 +148,12 @@ def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
         seen.append(hidden)
         return hidden[..., :1]
 
+    without = {name: value for name, value in kwargs.items() if name != "labels"}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        without.setdefault("decoder_input_ids", labels)  # which the model would derive from the labels
     head.forward = keep_input
     try:
-        model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
+        model(*args, **without)
     finally:
         del head.forward
     hidden = seen.pop().flatten(0, -2)

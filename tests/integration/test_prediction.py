@@ -100,8 +100,8 @@ def test_a_peak_in_the_optimizer_phase_agrees_with_the_allocator() -> None:
     assert predicted.peak_bytes == pytest.approx(allocator_peak(workload, analysis, None, 1, 8), rel=0.02)
 
 
-def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
-    """The setting's other axes are counted too: LoRA, a head alone, a chunked loss, SGD with momentum."""
+def test_other_settings_agree_with_the_allocator() -> None:
+    """The setting's other axes are counted too: LoRA, a head alone, SGD with and without momentum."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 2000}))
     for setting in (
@@ -114,6 +114,19 @@ def test_lora_and_chunked_loss_agree_with_the_allocator() -> None:
         predicted = predict(forecaster, "plain")
         truth = allocator_peak(workload, analysis, None, batch, sequence)
         assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), str(setting)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_chunked_loss_takes_the_logits_off_the_peak(family: str) -> None:
+    """With a wide vocabulary the full loss holds several copies of the logits, and the chunked one none."""
+    model_cls, config_cls, sizes, _, _ = FAMILIES[family]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 4000}))
+    batch, sequence = 8, 128  # many more tokens than the width: below that, chunking is no gain
+    peaks = {}
+    for loss in ("full", "chunked"):
+        _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", loss=loss)
+        peaks[loss] = predict(forecaster, "checkpoint").phase_peaks["forward"]
+    assert peaks["full"] - peaks["chunked"] >= 4 * batch * sequence * 4000
 
 
 def test_bf16_agrees_with_the_allocator() -> None:
