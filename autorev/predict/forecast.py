@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from autorev.workload import Call
 RESERVE_BYTES = 2**30
 """What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
 
-PROBES = (64, 128, 192)
+PROBES = (32, 64, 96)
 """Sequence lengths at which a model is simulated that walks through its tokens one at a time."""
 
 Example = Callable[[int, int | None], Call]
@@ -49,6 +49,8 @@ class Forecaster:
     longest_sequence: int | None
     walks: bool
     """Does the model walk through the sequence token by token, in Python? Then long ones are extrapolated."""
+    probed: dict[tuple[Strategy, int], ScaledTrace] = field(default_factory=dict)
+    """Strategy and batch -> its steps at `PROBES`."""
 
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies that say something about this model.
@@ -73,8 +75,10 @@ class Forecaster:
     def trace(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
         """One simulated step; of a model that walks through long sequences, the polynomial through short ones."""
         if self.walks and sequence is not None and sequence > PROBES[-1]:
-            probes = tuple(self.trace(strategy, batch, probe) for probe in PROBES)
-            return ScaledTrace(PROBES, probes).at(sequence)
+            if (strategy, batch) not in self.probed:
+                probes = tuple(self.trace(strategy, batch, probe) for probe in PROBES)
+                self.probed[strategy, batch] = ScaledTrace(PROBES, probes)
+            return self.probed[strategy, batch].at(sequence)
         with self.mode:
             call = self.example(batch, sequence)
             layout = self._layout_for(call)
