@@ -143,7 +143,7 @@ class _RandomWatch(TorchDispatchMode):
     """Marks the module whose operator drew from a random generator: seen, not guessed from `p` or class names."""
 
     def __init__(self, stack: list[ModuleCall]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.stack = stack
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -127,7 +127,7 @@ class ValueTracer(fx.Tracer):
         args, kwargs = self._told_apart(args, kwargs)
         placeholders = self._placeholders(args, kwargs)
         original_call = nn.Module.__call__
-        original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+        original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # a classmethod
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._call_module(lambda: original_call(module, *args, **kwargs), module, args, kwargs)
@@ -328,7 +328,7 @@ class _MadeHere(TorchDispatchMode):
     """Knows which storages came into being during the trace: a tensor with one of them that no node made was lost."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.storages: set[int] = set()
         self.alive: list[torch.Tensor] = []
 

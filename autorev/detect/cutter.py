@@ -291,7 +291,7 @@ class PieceWriter:
 def _order(alias: fx.Node) -> Any:
     """What an alias of the stream does to its axes: the permutation, "reshaped" or "same"."""
     name = str(alias.args[1] if alias.target is getattr else getattr(alias.target, "__name__", alias.target))
-    before, after = alias.args[0].meta["val"], alias.meta["val"]  # type: ignore[union-attr]
+    before, after = alias.args[0].meta["val"], alias.meta["val"]  # type: ignore[union-attr]  # an alias reads a node
     if name in _permutations:
         probe = torch.empty(tuple(range(2, 2 + before.dim())), device="meta")
         moved = getattr(probe, name)

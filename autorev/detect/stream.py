@@ -161,7 +161,7 @@ def _moved(node: fx.Node, places: torch.Tensor) -> torch.Tensor:
     elif node.op == "call_method":
         moved = getattr(places, str(node.target))(*args, **node.kwargs)
     else:
-        moved = node.target(places, *args, **node.kwargs)  # type: ignore[operator]
+        moved = node.target(places, *args, **node.kwargs)  # type: ignore[operator]  # a function here
     assert isinstance(moved, torch.Tensor)
     return moved
 

@@ -21,7 +21,7 @@ _USUAL_IMAGES = 32
 def config_workload(data: Any, name: str, source: str) -> Workload:
     """The workload of a `transformers` config given as a dictionary."""
     try:
-        import transformers  # noqa: F401
+        import transformers  # noqa: F401 - is it installed?
     except ImportError as error:
         raise needs_transformers(error) from None
     from autorev.models.example_call import model_class

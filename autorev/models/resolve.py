@@ -82,8 +82,8 @@ def _embedded_file() -> Path:
 
 def _from_gguf(path: Path, name: str, source: str) -> Workload:
     try:
-        import gguf  # noqa: F401
-        import transformers  # noqa: F401
+        import gguf  # noqa: F401 - is it installed?
+        import transformers  # noqa: F401 - is it installed?
     except ImportError as error:
         raise needs_transformers(error) from None
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -66,7 +66,7 @@ def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
-        rows, columns = module.weight.shape  # type: ignore[misc]
+        rows, columns = module.weight.shape  # type: ignore[misc]  # two axes
         return int(rows), int(columns)
     return None
 
