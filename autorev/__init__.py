@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from autorev.errors import AutorevError as AutorevError
     from autorev.pipeline import analyze as analyze
     from autorev.pipeline import forecast as forecast
+    from autorev.rewrite.convert import convert as convert
+    from autorev.rewrite.convert import drift as drift
+    from autorev.rewrite.convert import revert as revert
+    from autorev.rewrite.remember import load as load
+    from autorev.rewrite.summary import Conversion as Conversion
 
 _home = {
     "Analysis": "autorev.analysis",
@@ -27,6 +32,11 @@ _home = {
     "AnnotateResiduals": "autorev.detect.fx_pass",
     "analyze": "autorev.pipeline",
     "forecast": "autorev.pipeline",
+    "convert": "autorev.rewrite.convert",
+    "drift": "autorev.rewrite.convert",
+    "revert": "autorev.rewrite.convert",
+    "load": "autorev.rewrite.remember",
+    "Conversion": "autorev.rewrite.summary",
 }
 __all__ = sorted(_home)
 

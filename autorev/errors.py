@@ -31,3 +31,15 @@ class RecordError(AutorevError):
 
 class SettingError(AutorevError):
     """A training setting that this model cannot have."""
+
+
+class ConversionError(AutorevError):
+    """A model, or this part of it, cannot be converted that way; the model is as it was."""
+
+
+class ReconstructionError(AutorevError):
+    """A reversible chain could not be rebuilt in backward as it was in forward; no gradient may be trusted."""
+
+
+class FixedPointRangeError(AutorevError):
+    """An activation does not fit the fixed-point grid of its chain, or is not a number."""

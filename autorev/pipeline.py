@@ -40,7 +40,7 @@ def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
         raise CaptureError(f"autorev.analyze needs a torch.nn.Module instance, and got {what}")
     if not args and not kwargs:
         args, kwargs = _example_call(model)
-    detection, _ = _detect(model, args, kwargs)
+    detection, _ = detect_in(model, args, kwargs)
     return _analysis(detection, model, type(model).__name__, "a model in user code")
 
 
@@ -55,7 +55,7 @@ def _example_call(model: torch.nn.Module) -> Call:
     )
 
 
-def _detect(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
+def detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
     """Detection on a fake copy; where the model must see its data to run, on a real copy."""
     import copy
 

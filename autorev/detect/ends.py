@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -81,3 +82,43 @@ def most_likely_start(starts: list[fx.Node], output: fx.Node) -> fx.Node:
         return not same_shape, not reaches(start, output)
 
     return min(starts, key=rank)
+
+
+def find_stream(
+    named: Iterable[tuple[str, Any]], argument: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], Any]:
+    """Where in (args, kwargs) the stream is, and the stream. `named`: the call's arguments, in order, by name.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: the call has no such argument.
+    """
+    wanted, _, item = argument.partition("[")
+    names = [name for name, _ in named]
+    at = names.index(wanted if wanted in names else argument)
+    place: tuple[Any, ...] = (0, at) if at < len(args) else (1, names[at])
+    if item and wanted in names:
+        key = item.rstrip("]")
+        place += (int(key) if key.lstrip("-").isdigit() else key.strip("'\""),)
+    value: Any = (args, kwargs)
+    for key in place:
+        value = value[key]
+    return place, value
+
+
+def put(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
+    """`structure` with the leaf at `at` replaced; containers on the way are copied."""
+    if not at:
+        return value
+    key, rest = at[0], at[1:]
+    if isinstance(structure, tuple):
+        items = [(put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
+        return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
+    if isinstance(structure, list):
+        return [(put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
+    if isinstance(structure, dict):
+        copied = structure.copy()
+        copied[key] = put(structure[key], rest, value)
+        return copied
+    twin = copy.copy(structure)
+    setattr(twin, key, put(getattr(structure, key), rest, value))
+    return twin

@@ -15,6 +15,7 @@ from torch import fx
 
 from autorev.capture.tracer import CapturedBlock
 from autorev.detect.judge import Finding
+from autorev.detect.pieces import LiveGraph
 
 
 @dataclass(eq=False)
@@ -49,10 +50,9 @@ def outline(captured: CapturedBlock, findings: list[Finding]) -> Outlined:
 
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    root = captured.graph_module()
     for node in captured.graph.nodes:
         if node not in inner:
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
+            copied[node] = _live_copy(captured, graph, node, copied)
             continue
         finding = outlined.blocks[inner[node]]
         if node is finding.end:
@@ -61,10 +61,10 @@ def outline(captured: CapturedBlock, findings: list[Finding]) -> Outlined:
             nodes = [n for n in captured.graph.nodes if inner.get(n) == inner[end]]
             read = (i for n in nodes for i in n.all_input_nodes if i not in nodes and i is not start)
             outer = list(dict.fromkeys(read))
-            outlined.turns.append(_turn(root, nodes, start, outer))
+            outlined.turns.append(_turn(captured, nodes, start, outer))
             inputs = [copied[i] for i in outer]
             copied[end] = graph.call_function(call_turn, (inner[end], copied[start], *inputs))
-    outlined.forward = fx.GraphModule(root, graph)
+    outlined.forward = LiveGraph(captured.module, captured.constants, graph)
     return outlined
 
 
@@ -95,12 +95,20 @@ def _downstream(start: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _turn(root: fx.GraphModule, nodes: list[fx.Node], start: fx.Node, outer: list[fx.Node]) -> fx.GraphModule:
+def _turn(captured: CapturedBlock, nodes: list[fx.Node], start: fx.Node, outer: list[fx.Node]) -> fx.GraphModule:
     graph = fx.Graph()
     copied = {start: graph.placeholder("stream")}
     for number, node in enumerate(outer):
         copied[node] = graph.placeholder(f"input_{number}")
     for node in nodes:
-        copied[node] = graph.node_copy(node, lambda n: copied[n])
+        copied[node] = _live_copy(captured, graph, node, copied)
     graph.output(copied[nodes[-1]])
-    return fx.GraphModule(root, graph)
+    return LiveGraph(captured.module, captured.constants, graph)
+
+
+def _live_copy(captured: CapturedBlock, graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of `node` that finds modules, parameters and constants where `LiveGraph` has them."""
+    new = graph.node_copy(node, lambda n: copied[n])
+    if node.op in ("get_attr", "call_module"):
+        new.target = f"{'constants' if node.target in captured.constants else 'block'}.{node.target}"
+    return new

@@ -7,7 +7,6 @@ of three. `measured=True` runs every block instead, on real tensors if the model
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from torch import nn
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
+from autorev.detect.ends import find_stream, put
 from autorev.detect.judge import Finding, argument_of, leaves
 from autorev.detect.outline import Outlined, outline
 from autorev.predict.strategies import (
@@ -225,13 +225,13 @@ class _Steps:
             site = sites.get(call)
             if site is None:
                 return forward(*args, **kwargs)
-            place, stream = _find_stream(site, args, kwargs)
+            place, stream = find_stream(named_arguments(site.module, args, kwargs), site.stream, args, kwargs)
             # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
-            blank = _put((args, kwargs), place, None)
+            blank = put((args, kwargs), place, None)
             del args, kwargs
 
             def run(value: torch.Tensor) -> Any:
-                filled = _put(blank, place, value)
+                filled = put(blank, place, value)
                 return forward(*filled[0], **filled[1])
 
             return self._block(site, run, stream)
@@ -257,7 +257,7 @@ class _Steps:
 
     def _block(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
         if site.number not in self.active:
-            return _put(self.returned[site.chain, site.kind], site.output_at, stream)
+            return put(self.returned[site.chain, site.kind], site.output_at, stream)
         self.tracker.begin("forward", site.number, Category.WORKING_SET)
         self.stream_bytes[site.number] = stream.numel() * stream.element_size()
         if stream.requires_grad and stream is not self.last_output():
@@ -267,7 +267,7 @@ class _Steps:
         if out.requires_grad:
             out.register_hook(lambda grad: self._enter_backward(site.number))
         self.last_output = weakref.ref(out)
-        self.returned[site.chain, site.kind] = _put(returned, site.output_at, None)
+        self.returned[site.chain, site.kind] = put(returned, site.output_at, None)
         self.tracker.settle(Category.STORED_ACTIVATIONS)
         last = site.number == max(self.active)
         del out, stream
@@ -288,7 +288,7 @@ class _Steps:
         return run_reversible(
             run,
             stream,
-            place=lambda returned, value: _put(returned, site.output_at, value),
+            place=lambda returned, value: put(returned, site.output_at, value),
             take=lambda returned: dict(leaves(returned))[site.output_at],
             state=self.states.setdefault(site.chain, ChainState()),
             number=site.number,
@@ -301,37 +301,3 @@ class _Steps:
         label = Category.OTHER if number is None else Category.WORKING_SET
         if self.tracker.current.phase == "backward":
             self.tracker.begin("backward", number, label)
-
-
-def _find_stream(site: Site, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
-    """Where in (args, kwargs) the stream is, and the stream."""
-    wanted, _, item = site.stream.partition("[")
-    names = [name for name, _ in named_arguments(site.module, args, kwargs)]
-    at = names.index(wanted if wanted in names else site.stream)
-    place: tuple[Any, ...] = (0, at) if at < len(args) else (1, names[at])
-    if item and wanted in names:
-        key = item.rstrip("]")
-        place += (int(key) if key.lstrip("-").isdigit() else key.strip("'\""),)
-    value: Any = (args, kwargs)
-    for key in place:
-        value = value[key]
-    return place, value
-
-
-def _put(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
-    """`structure` with the leaf at `at` replaced; containers on the way are copied."""
-    if not at:
-        return value
-    key, rest = at[0], at[1:]
-    if isinstance(structure, tuple):
-        items = [(_put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
-        return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
-    if isinstance(structure, list):
-        return [(_put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
-    if isinstance(structure, dict):
-        copied = structure.copy()
-        copied[key] = _put(structure[key], rest, value)
-        return copied
-    twin = copy.copy(structure)
-    setattr(twin, key, _put(getattr(structure, key), rest, value))
-    return twin

@@ -1,0 +1,140 @@
+"""How a chain's two streams are held and computed with: `FixedPoint`, which is exact, or `Floating`, which drifts.
+
+Both offer the same eight operations to the couplings. Where `FixedPoint` works in place, it may: its integers are never
+handed to anybody. `Floating` hands its stream to the model, so it makes a new tensor for each state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from autorev.couplings.side_bits import pack, unpack
+
+LIMIT = 2**29
+"""|H| of a fixed-point stream stays below this.
+
+Then no overflow can hide. Let |H| < 2^29 before a step, hence |V| < 2^30. The step adds q, |q| <= |V|, and an increment
+that int32 can hold (a float that it cannot hold becomes -2^31 or 2^31 - 1). The true |H'| is below 2^29 + 2^30 + 2^31,
+so if it is not a number that passes the check, neither is what it wraps round to.
+"""
+MOST_SIDE_BITS = 8
+LEAST_FRACTION_BITS = 8
+MOST_FRACTION_BITS = 24
+"""Beyond a float32's own precision a finer grid holds nothing more."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Streams as int32 multiples of 2^-fraction_bits: sums are exact, and so is a product with n / 2^k if k bits stay.
+
+    Source: the integer representation of Maclaurin et al., arXiv 1502.03492, and Momentum ResNets, arXiv 2102.07870.
+    """
+
+    fraction_bits: int
+
+    @property
+    def largest(self) -> float:
+        """The largest activation that the grid can hold."""
+        return LIMIT * 2.0**-self.fraction_bits
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """A floating tensor, rounded to the grid: int32, contiguous."""
+        return _wide(value).mul(2.0**self.fraction_bits).round_().to(torch.int32, memory_format=torch.contiguous_format)
+
+    def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """An int32 stream as a new floating tensor of `dtype`."""
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        return torch.mul(stream, 2.0**-self.fraction_bits, out=torch.empty_like(stream, dtype=wide)).to(dtype)
+
+    def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
+        """round(c * (out - h) * 2^s), int32: what a branch `out = h + f(h)` adds to the velocity."""
+        change = _wide(out) - stream
+        return change.mul_(factor * 2.0**self.fraction_bits).round_().to(torch.int32).contiguous()
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a + b, in a's memory."""
+        return a.add_(b)
+
+    def subtract(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a - b, in a's memory."""
+        return a.sub_(b)
+
+    def scale(self, velocity: torch.Tensor, gamma: Fraction) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V n = q 2^k + r: q in V's memory, and r packed to k bits an element (None for k = 0)."""
+        bits = side_bits_of(gamma)
+        if gamma.numerator == -1:
+            velocity.neg_()
+        elif gamma.numerator != 1:
+            velocity.mul_(gamma.numerator)
+        if not bits:
+            return velocity, None
+        side = pack(velocity, bits)
+        return velocity.bitwise_right_shift_(bits), side
+
+    def unscale(self, velocity: torch.Tensor, gamma: Fraction, side: torch.Tensor | None) -> torch.Tensor:
+        """The V that `scale` was given, from what it returned, in q's memory."""
+        bits = side_bits_of(gamma)
+        if side is not None:
+            velocity.bitwise_left_shift_(bits)
+            velocity.bitwise_or_(unpack(side, bits, velocity.shape))
+        if gamma.numerator == -1:
+            return velocity.neg_()
+        if gamma.numerator != 1:
+            return torch.div(velocity, gamma.numerator, rounding_mode="trunc", out=velocity)
+        return velocity
+
+
+@dataclass(frozen=True)
+class Floating:
+    """Streams in float32 (float64 for float64 models): reconstruction is right up to rounding, which it amplifies."""
+
+    def encode(self, value: torch.Tensor) -> torch.Tensor:
+        """A floating tensor as a stream."""
+        return _wide(value)
+
+    def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A stream in the model's dtype; the stream itself where that is its own."""
+        return stream.to(dtype)
+
+    def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
+        """c * (out - h)."""
+        change = _wide(out) - stream
+        return change if factor == 1 else change.mul_(factor)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a + b."""
+        return a + b
+
+    def subtract(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a - b."""
+        return a - b
+
+    def scale(self, velocity: torch.Tensor, gamma: Fraction) -> tuple[torch.Tensor, None]:
+        """gamma v."""
+        return (velocity if gamma == 1 else velocity * float(gamma)), None
+
+    def unscale(self, velocity: torch.Tensor, gamma: Fraction, side: None) -> torch.Tensor:
+        """v / gamma."""
+        return velocity if gamma == 1 else velocity / float(gamma)
+
+
+Arithmetic = FixedPoint | Floating
+
+
+def side_bits_of(gamma: Fraction) -> int:
+    """k of gamma = n / 2^k."""
+    return gamma.denominator.bit_length() - 1
+
+
+def grid_for(largest: float, head_room: float) -> int:
+    """The most fraction bits with which activations `head_room` times as large as `largest` do not overflow."""
+    needed = max(largest * head_room, 2.0**-MOST_FRACTION_BITS)
+    return min(MOST_FRACTION_BITS, math.floor(math.log2(LIMIT / needed)))
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()

@@ -1,0 +1,101 @@
+"""What every coupling is: a state of two streams, and a step that can be undone once its branch is known again.
+
+    advance     (x, p), f(x)  ->  (x', p')      forward
+    reopen      (x', p')      ->  x             the branch's input, before the branch has run again
+    retreat     x, f(x)       ->  p             with the branch's output, the rest of the state before
+
+`reopen` needs no branch: that is why one evaluation of f in backward serves both the reconstruction and the gradient.
+`vjp` is the same step as autograd sees it, a linear map that needs none of the values.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from autorev.couplings.arithmetic import Arithmetic
+
+Gradient = torch.Tensor | None
+
+
+@dataclass(eq=False)
+class State:
+    """A chain's two streams in their arithmetic: int32 grid points, or floats."""
+
+    stream: torch.Tensor
+    """x: what the next branch reads, and what the model's own loop carries from block to block."""
+    partner: torch.Tensor
+    """p: the velocity, or the other stream."""
+
+    def clone(self) -> State:
+        """A state of its own."""
+        return State(self.stream.clone(), self.partner.clone())
+
+
+class Coupling(ABC):
+    """One step of a reversible chain; immutable, so that any number of calls may share it."""
+
+    side_bits: int = 0
+    """Bits per element that a step must keep besides the state, in exact arithmetic."""
+    invertible: bool = True
+    """False for the residual step itself, whose activations have to be stored."""
+    growth: float = 1.0
+    """Factor by which undoing a step enlarges a rounding error of the state."""
+
+    def drawn(self, training: bool, generator: random.Random) -> Coupling:
+        """The coupling of one call; another than this where it is random."""
+        return self
+
+    def first_partner(self, stream: torch.Tensor) -> torch.Tensor | None:
+        """The input of the chain that its first partner has its gradient from; None for a constant."""
+        return None
+
+    @abstractmethod
+    def begin(self, stream: torch.Tensor) -> State:
+        """The chain's first state."""
+
+    @abstractmethod
+    def residue(self, state: State) -> torch.Tensor:
+        """What is zero in the first state, and so again after a whole backward pass: the integrity check."""
+
+    def reach(self, state: State) -> float:
+        """The largest value that the grid has to hold for this state and the next step."""
+        return max(float(state.stream.abs().max()), float(state.partner.abs().max()) / 2)
+
+    @abstractmethod
+    def advance(
+        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
+    ) -> torch.Tensor | None:
+        """Take the step whose branch gave `out = value + f(value)`; returns the packed side bits, if any."""
+
+    @abstractmethod
+    def reopen(self, state: State, arithmetic: Arithmetic) -> None:
+        """Make `state.stream` the input of the last step's branch again."""
+
+    @abstractmethod
+    def close(self, state: State, arithmetic: Arithmetic) -> None:
+        """Undo `reopen`."""
+
+    @abstractmethod
+    def retreat(
+        self,
+        state: State,
+        out: torch.Tensor,
+        value: torch.Tensor,
+        side: torch.Tensor | None,
+        arithmetic: Arithmetic,
+    ) -> None:
+        """Undo the rest of the reopened step."""
+
+    @abstractmethod
+    def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:
+        """Gradients of (x', p') -> gradients of (x, p, out), where `out = x + f(x)` is an input of its own."""
+
+    @abstractmethod
+    def plain(
+        self, stream: torch.Tensor, partner: torch.Tensor | None, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x', p') by ordinary differentiable operations: the oracle. `partner` is None in the first state."""

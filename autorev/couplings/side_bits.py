@@ -1,0 +1,57 @@
+"""Pack the low k bits of each integer of a stream into k/8 bytes an element, and unpack them again.
+
+Eight elements share k bytes. They are not neighbours: the stream is taken as eight rows, and the bits of one column go
+into one word, so that every step is a whole-row operation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ROWS = 8
+_WORD = 4
+"""Bits per element that eight rows fit into an int32."""
+
+
+def pack(stream: torch.Tensor, bits: int) -> torch.Tensor:
+    """The low `bits` bits of an int32 tensor as uint8: `bits` bytes for every eight elements, begun ones included."""
+    rows = _as_rows(stream)
+    parts = []
+    for low in range(0, bits, _WORD):
+        width = min(_WORD, bits - low)
+        source = rows if low == 0 else rows >> low
+        word = source[0] & _mask(width)
+        row = torch.empty_like(word)
+        for i in range(1, _ROWS):
+            torch.bitwise_and(source[i], _mask(width), out=row)
+            word.add_(row, alpha=1 << (width * i))
+        parts.append(word.view(torch.uint8).view(-1, _WORD)[:, :width].contiguous())
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
+    """The bits that `pack` took from a tensor of `shape`, as int32."""
+    columns = packed.shape[0]
+    found = torch.zeros(_ROWS, columns, dtype=torch.int32, device=packed.device)
+    row = torch.empty(columns, dtype=torch.int32, device=packed.device)
+    for low in range(0, bits, _WORD):
+        width = min(_WORD, bits - low)
+        word = torch.zeros(columns, _WORD, dtype=torch.uint8, device=packed.device)
+        word[:, :width] = packed[:, low : low + width]
+        word = word.view(torch.int32).view(-1)
+        for i in range(_ROWS):
+            torch.bitwise_right_shift(word, width * i, out=row)
+            found[i].add_(row.bitwise_and_(_mask(width)), alpha=1 << low)
+    return found.view(-1)[: shape.numel()].view(shape)
+
+
+def _as_rows(stream: torch.Tensor) -> torch.Tensor:
+    flat = stream.reshape(-1)
+    missing = -flat.numel() % _ROWS
+    if missing:
+        flat = torch.nn.functional.pad(flat, (0, missing))
+    return flat.view(_ROWS, -1)
+
+
+def _mask(width: int) -> int:
+    return (1 << width) - 1

@@ -1,0 +1,135 @@
+"""The velocity family: one stream h with a velocity v. Nearly every reversible residual network is one of these.
+
+    forward    v' = gamma v + c f(h)           inverse    h = h' - v'
+               h' = h + v'                                v = (v' - c f(h)) / gamma         v_0 = 0
+
+    name          gamma    c           source
+    leapfrog      1        h^2         Reversing Large Language Models, arXiv 2512.02056, eq. 2.6
+    midpoint      -1       2 h         the same, eq. 2.4
+    midpoint_a    -a       h           the same, eq. 3.6; a = +-1 + U(-1/2, 1/2), drawn once per block
+    momentum      g        1 - g       Momentum Residual Networks, Sander et al. 2021, arXiv 2102.07870
+    bdia          -g       1 + g       BDIA, Zhang et al. 2024, arXiv 2407.09093; g = +-1/2, in eval mode 0
+    residual      0        1           the network as it was: not invertible
+
+(`p_{l+1} = a p_{l-1} + b p_l + c f(p_l)` with a + b = 1 is this with v = p_l - p_{l-1} and gamma = -a.)
+
+Function. A pretrained network was trained with gamma = 0, c = 1; it is preserved as far as gamma is near 0. With
+c = 1 - gamma a branch's contribution, c (1 + gamma + gamma^2 + ...) f, adds up to f over the layers that follow.
+
+Error growth. Undoing a step divides by gamma: 1/|gamma| per layer in floating point, which only |gamma| = 1 survives at
+depth. In fixed point, gamma = n / 2^k loses the remainder of a division by 2^k, k side bits an element, and no more.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from autorev.couplings.arithmetic import Arithmetic, side_bits_of
+from autorev.couplings.coupling import Coupling, Gradient, State
+
+
+@dataclass(frozen=True)
+class Velocity(Coupling):
+    """One step with its two numbers."""
+
+    gamma: Fraction
+    c: float
+
+    @property
+    def side_bits(self) -> int:  # type: ignore[override]  # an attribute of the base
+        """k of gamma = n / 2^k."""
+        return side_bits_of(self.gamma)
+
+    @property
+    def invertible(self) -> bool:  # type: ignore[override]
+        """gamma is not 0."""
+        return self.gamma != 0
+
+    @property
+    def growth(self) -> float:  # type: ignore[override]
+        """1 / |gamma|."""
+        return math.inf if self.gamma == 0 else 1 / abs(float(self.gamma))
+
+    def begin(self, stream: torch.Tensor) -> State:
+        """v_0 = 0."""
+        return State(stream, torch.zeros_like(stream))
+
+    def reach(self, state: State) -> float:
+        """V n has to fit into an int32, too."""
+        return max(float(state.stream.abs().max()), float(state.partner.abs().max()) * abs(self.gamma.numerator) / 2)
+
+    def residue(self, state: State) -> torch.Tensor:
+        """v."""
+        return state.partner
+
+    def advance(
+        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
+    ) -> torch.Tensor | None:
+        """v' = gamma v + c f; h' = h + v'."""
+        change = arithmetic.increment(out, value, self.c)
+        if self.gamma == 0:
+            state.partner, side = change, None
+        else:
+            velocity, side = arithmetic.scale(state.partner, self.gamma)
+            state.partner = arithmetic.add(velocity, change)
+        state.stream = arithmetic.add(state.stream, state.partner)
+        return side
+
+    def reopen(self, state: State, arithmetic: Arithmetic) -> None:
+        """h = h' - v'."""
+        state.stream = arithmetic.subtract(state.stream, state.partner)
+
+    def close(self, state: State, arithmetic: Arithmetic) -> None:
+        """h' = h + v'."""
+        state.stream = arithmetic.add(state.stream, state.partner)
+
+    def retreat(
+        self,
+        state: State,
+        out: torch.Tensor,
+        value: torch.Tensor,
+        side: torch.Tensor | None,
+        arithmetic: Arithmetic,
+    ) -> None:
+        """v = (v' - c f) / gamma."""
+        change = arithmetic.increment(out, value, self.c)
+        scaled = arithmetic.subtract(state.partner, change)
+        state.partner = arithmetic.unscale(scaled, self.gamma, side)  # type: ignore[arg-type]  # side fits arithmetic
+
+    def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:
+        """With w = dh' + dv': dout = c w, dv = gamma w, dh = dh' - c w; h also reaches the loss through `out`."""
+        if grad_partner is None:
+            assert grad_stream is not None
+            total = grad_stream if grad_stream.dtype is torch.float64 else grad_stream.float()
+        else:
+            total = grad_partner if grad_stream is None else grad_partner + grad_stream
+        grad_out = total if self.c == 1 else total * self.c
+        grad_in = -grad_out if grad_stream is None else grad_stream - grad_out
+        grad_velocity = total if self.gamma == 1 else total * float(self.gamma)
+        return grad_in, grad_velocity, grad_out
+
+    def plain(
+        self, stream: torch.Tensor, partner: torch.Tensor | None, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The equations, written down."""
+        velocity = self.c * (out - stream)
+        if partner is not None:
+            velocity = float(self.gamma) * partner + velocity
+        return stream + velocity, velocity
+
+
+@dataclass(frozen=True)
+class Bdia(Velocity):
+    """BDIA: in training gamma is +-1/2 with equal odds, drawn for each call of a block; in eval mode it is 0."""
+
+    def drawn(self, training: bool, generator: random.Random) -> Coupling:
+        """The coupling of one call."""
+        if not training:
+            return Velocity(Fraction(0), 1.0)
+        sign = generator.choice((-1, 1))
+        return Velocity(sign * self.gamma, 1 - float(sign * self.gamma))

@@ -1,0 +1,96 @@
+"""The coupling as a node of autograd's graph: it computes values with the chain's arithmetic and saves none of them.
+
+The partner stream has its values on the tape; in the graph it is a tensor of the right shape and no memory (one zero,
+expanded), which exists for its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from autorev.couplings.arithmetic import Arithmetic, FixedPoint
+from autorev.couplings.coupling import Coupling, State
+
+
+def couple(
+    coupling: Coupling,
+    advance: Callable[[], torch.Tensor],
+    stream: torch.Tensor,
+    partner: torch.Tensor | None,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x', p') with the gradients of `Coupling.vjp`; `advance()` computes x'."""
+    new: tuple[torch.Tensor, torch.Tensor] = _Couple.apply(coupling, advance, stream, partner, out)  # type: ignore[no-untyped-call]
+    return new
+
+
+class _Couple(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        coupling: Coupling,
+        advance: Callable[[], torch.Tensor],
+        stream: torch.Tensor,
+        partner: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.coupling = coupling
+        ctx.set_materialize_grads(False)
+        new = advance()
+        return new, _valueless(new)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_stream, grad_partner = grads
+        grad_in, grad_carried, grad_out = ctx.coupling.vjp(grad_stream, grad_partner)
+        return None, None, grad_in, grad_carried if ctx.needs_input_grad[3] else None, grad_out
+
+
+def _valueless(like: torch.Tensor) -> torch.Tensor:
+    """Gradients of the partner are summed over the depth of the chain: float32 at least."""
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
+
+
+def enter(arithmetic: Arithmetic, state: State, stream: torch.Tensor) -> torch.Tensor:
+    """The chain's input as its first branch reads it; the gradient goes straight through the rounding to the grid."""
+    if not isinstance(arithmetic, FixedPoint):
+        if state.stream is stream:
+            state.stream = stream.detach()
+        return stream
+    entered: torch.Tensor = _Enter.apply(stream, arithmetic, state)  # type: ignore[no-untyped-call]
+    return entered
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: torch.Tensor, arithmetic: Arithmetic, state: State) -> torch.Tensor:
+        return arithmetic.decode(state.stream, stream.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None
+
+
+def read_out(arithmetic: Arithmetic, state: State, stream: torch.Tensor, partner: torch.Tensor | None) -> torch.Tensor:
+    """(q + p) / 2 of a chain's last state, in the stream's dtype."""
+    mean: torch.Tensor = _ReadOut.apply(stream, partner, arithmetic, state)  # type: ignore[no-untyped-call]
+    return mean
+
+
+class _ReadOut(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, stream: torch.Tensor, partner: torch.Tensor | None, arithmetic: Arithmetic, state: State
+    ) -> torch.Tensor:
+        wide = torch.float64 if stream.dtype is torch.float64 else torch.float32
+        other = arithmetic.decode(state.partner, wide)
+        return arithmetic.decode(state.stream, wide).add(other).div_(2).to(stream.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        half = grads[0] / 2
+        return half, half if ctx.needs_input_grad[1] else None, None, None

@@ -1,0 +1,296 @@
+"""`autorev.convert` and `autorev.revert`: the only place that touches the user's model.
+
+Everything that can fail on the arguments or on the model fails before the first block is changed; the one thing that
+has to run the converted model, the probe that chooses the grid, undoes the conversion when it fails.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
+from autorev.couplings.coupling import Coupling
+from autorev.couplings.presets import Preset, check_dyadic, coupling_for, preset_named
+from autorev.couplings.velocity import Velocity
+from autorev.detect.chains import chain_name
+from autorev.detect.judge import Finding, argument_of
+from autorev.engine.chain import ReversibleChain
+from autorev.errors import ConversionError
+from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
+from autorev.rewrite.in_pieces import InlineLoop, InPieces, by_steps
+from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
+from autorev.rewrite.remember import forget, remember
+from autorev.rewrite.select import Chosen, Numbers, choose
+from autorev.rewrite.summary import Conversion, ConvertedChain, saving_of
+
+TOLERANCE = 1e-3
+"""Relative error of a reconstructed float stream beyond which float arithmetic is refused."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `convert`."""
+
+    coupling: str = "momentum"
+    gamma: Numbers = None
+    c: Numbers = None
+    arithmetic: str = "exact"
+    blocks: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] | None = None
+    keep_last: int = 1
+    granularity: str = "block"
+    fraction_bits: int | Mapping[str, int] | None = None
+
+
+def convert(
+    model: nn.Module,
+    *,
+    coupling: str = "momentum",
+    gamma: Numbers = None,
+    c: Numbers = None,
+    arithmetic: str = "exact",
+    blocks: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    keep_last: int = 1,
+    granularity: str = "block",
+    fraction_bits: int | Mapping[str, int] | None = None,
+    example_args: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+) -> Conversion:
+    """Make the residual chains of `model` reversible, in place.
+
+    The class, the module tree, the `state_dict` keys, hooks and the optimiser's parameters stay; `revert` undoes it.
+    A `transformers` model needs no example call.
+
+    Args:
+        coupling: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet; `autorev.couplings.presets`.
+        gamma: for momentum: a number n / 2^k, or a dict from block patterns to numbers. Default 1/8.
+        c: the factor of the branches, likewise. Default: the coupling's own (for momentum 1 - gamma, and 1 in the
+            first and the last step).
+        arithmetic: "exact" (int32 fixed point and side bits: reconstruction without any error) or "float".
+        blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
+        exclude: patterns of blocks to leave out.
+        keep_last: so many blocks at the end of each chain are stored instead of recomputed.
+        granularity: "block", or "sublayer" for a step per residual add.
+        fraction_bits: the fixed-point grid is 2^-fraction_bits, for all chains or by chain name; default: chosen per
+            chain by a probe of the example.
+        example_args: positional arguments of a call of the model.
+        example_kwargs: keyword arguments of that call.
+
+    Raises:
+        ConversionError: nothing can be converted that way; says why, and the model is as it was.
+        CaptureError: the model cannot be called with the example arguments.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"autorev.convert needs a torch.nn.Module, and got a {type(model).__name__}")
+    request = Request(coupling, gamma, c, arithmetic, blocks, exclude, keep_last, granularity, fraction_bits)
+    preset = _checked(request)
+    if any(forwards_of(model)):
+        raise ConversionError(
+            f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
+        )
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ConversionError(
+            f"{type(model).__name__} checkpoints its blocks, which reversible blocks make superfluous; call "
+            "model.gradient_checkpointing_disable() first"
+        )
+    args, kwargs = _example(model, example_args, example_kwargs)
+    chosen = choose(model, args, kwargs, request.blocks, request.exclude)
+    built = [_Built(model, chain, request, preset) for chain in chosen.chains]
+    if not built:
+        raise ConversionError(_nothing(model, chosen))
+    names = list(model.state_dict())
+    for item in built:
+        item.install()
+    try:
+        notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
+        if list(model.state_dict()) != names:
+            raise ConversionError("the conversion changed the state_dict's keys; please report the model")
+    except BaseException:
+        revert(model)
+        raise
+    remember(model, request, {item.chain.name: item.chain for item in built})
+    return Conversion(
+        coupling=preset.name,
+        arithmetic=request.arithmetic,
+        granularity=request.granularity,
+        chains=tuple(item.summary() for item in built),
+        not_converted=tuple(chosen.left_out),
+        notes=tuple(notes),
+    )
+
+
+def revert(model: nn.Module) -> int:
+    """Restore every converted block of `model`; returns how many there were. The weights stay as they are."""
+    found = list(forwards_of(model))
+    for forward in found:
+        if forward.replaced is None:
+            del forward.block.__dict__["forward"]
+        else:
+            forward.block.__dict__["forward"] = forward.replaced
+    forget(model)
+    return len(found)
+
+
+def drift(model: nn.Module) -> dict[str, float]:
+    """By chain, what the integrity check of the last backward pass found: 0.0 in exact arithmetic; in float arithmetic
+    the largest leftover of the first partner stream, relative to the stream. Chains without a backward are missing."""
+    chains = {forward.chain.name: forward.chain for forward in forwards_of(model)}
+    return {name: chain.drift for name, chain in chains.items() if chain.drift is not None}
+
+
+def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
+    """The replaced forwards of `model`'s converted blocks."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, ReversibleForward):
+            yield forward
+
+
+# -- arguments
+
+
+def _checked(request: Request) -> Preset:
+    preset = preset_named(request.coupling)
+    if request.arithmetic not in ("exact", "float"):
+        raise ConversionError(f"arithmetic is 'exact' or 'float', not {request.arithmetic!r}")
+    if request.granularity not in ("block", "sublayer"):
+        raise ConversionError(f"granularity is 'block' or 'sublayer', not {request.granularity!r}")
+    if not isinstance(request.keep_last, int) or request.keep_last < 0:
+        raise ConversionError(f"keep_last is a number of blocks, 0 or more, not {request.keep_last!r}")
+    if request.fraction_bits is not None and request.arithmetic == "float":
+        raise ConversionError("fraction_bits belongs to arithmetic='exact'; leave it out")
+    return preset
+
+
+def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
+    if args or kwargs:
+        return tuple(args or ()), dict(kwargs or {})
+    if hasattr(model, "config") and hasattr(model, "main_input_name"):
+        from autorev.models.example_call import example_call_for
+
+        return example_call_for(model, 1, None)
+    raise ConversionError(
+        f"autorev.convert({type(model).__name__}) needs an example call: example_args=(...), example_kwargs={{...}}, "
+        "what you would pass to the model itself"
+    )
+
+
+def _nothing(model: nn.Module, chosen: Chosen) -> str:
+    text = f"no chain of blocks of {type(model).__name__} can be converted"
+    if not chosen.left_out:
+        return f"{text}: it has no residual block"
+    path, reason = chosen.left_out[0]
+    more = f" (and {len(chosen.left_out) - 1} more; autorev.analyze lists them)" if len(chosen.left_out) > 1 else ""
+    return f"{text}: {path}: {reason}{more}"
+
+
+# -- one chain
+
+
+class _Built:
+    """A chain ready to be installed."""
+
+    def __init__(self, model: nn.Module, findings: list[Finding], request: Request, preset: Preset) -> None:
+        pieces = request.granularity == "sublayer" or preset.two_streams
+        inline = findings[0].inline
+        findings = by_steps(findings) if pieces and inline else findings
+        self.findings, self.preset = findings, preset
+        self.first: list[int] = []
+        """Number of each block's first step."""
+        paths: list[str] = []
+        for finding in findings:
+            self.first.append(len(paths))
+            paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
+        couplings = [
+            coupling_for(preset, path, n, len(paths), _number_for(request.gamma, path), _number_for(request.c, path))
+            for n, path in enumerate(paths)
+        ]
+        kept = min(request.keep_last, len(findings))
+        stored_from = self.first[len(findings) - kept] if kept else len(couplings)
+        arithmetic = _arithmetic(request, couplings[:stored_from], paths, findings)
+        name = chain_name(findings)
+        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, random.Random(name))
+        self.forwards = self._forwards(model, pieces)
+
+    def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
+        if self.findings[0].inline:
+            holder = model.get_submodule(self.findings[0].call.path)
+            return [InlineLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
+        by_module: dict[str, list[int]] = {}
+        for position, finding in enumerate(self.findings):
+            by_module.setdefault(finding.call.path, []).append(position)
+        made: list[ReversibleForward] = []
+        for path, positions in by_module.items():
+            finding = self.findings[positions[0]]
+            block = model.get_submodule(path)
+            assert finding.start is not None
+            known: dict[str, Any] = {
+                "block": block,
+                "path": path,
+                "chain": self.chain,
+                "numbers": tuple(self.first[p] for p in positions),
+                "argument": argument_of(finding.start),
+                "output_at": finding.output_at,
+                "written": finding.call.buffers_written,
+                "overwrites": any(o.code == "in-place-add" for o in finding.caveats),
+                "replaced": block.__dict__.get("forward"),
+            }
+            made.append(InPieces(**known, steps=len(finding.steps)) if pieces else WholeBlock(**known))
+        return made
+
+    def install(self) -> None:
+        """Put the new forwards in place."""
+        for forward in self.forwards:
+            forward.block.__dict__["forward"] = forward
+
+    def summary(self) -> ConvertedChain:
+        """What the user is told about it."""
+        chain = self.chain
+        gammas = tuple(float(c.gamma) for c in chain.couplings if isinstance(c, Velocity))
+        return ConvertedChain(
+            name=chain.name,
+            blocks=tuple(finding.path for finding in self.findings),
+            steps=len(chain.couplings),
+            stored_steps=len(chain.couplings) - chain.stored_from,
+            gamma=gammas,
+            c=tuple(c.c for c in chain.couplings if isinstance(c, Velocity)),
+            side_bits=tuple(c.side_bits for c in chain.couplings),
+            fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
+            saving=saving_of(self.findings, chain),
+        )
+
+
+def _number_for(numbers: Numbers, path: str) -> float | None:
+    """gamma or c of a block; None: the coupling's own."""
+    if not isinstance(numbers, Mapping):
+        return numbers
+    return next((number for pattern, number in numbers.items() if fnmatchcase(path, pattern)), None)
+
+
+def _arithmetic(request: Request, recomputed: list[Coupling], paths: list[str], findings: list[Finding]) -> Arithmetic:
+    if request.arithmetic == "exact":
+        for coupling, path in zip(recomputed, paths, strict=False):
+            if isinstance(coupling, Velocity):
+                check_dyadic(coupling.gamma, path)
+        return FixedPoint(USUAL_FRACTION_BITS)
+    worst, product = 1.0, 1.0
+    for coupling in recomputed:
+        product *= coupling.growth if coupling.invertible else 1.0
+        worst = max(worst, product)
+    double = findings[0].stream_in is not None and findings[0].stream_in.dtype is torch.float64
+    error = worst * (2.0**-53 if double else 2.0**-24)
+    if error > TOLERANCE:
+        raise ConversionError(
+            f"in float arithmetic, rounding errors of {chain_name(findings)} would grow to {error:.1g} of the stream "
+            f"over its {len(recomputed)} steps (each divides by gamma); use arithmetic='exact', which has none, or "
+            "|gamma| = 1"
+        )
+    return Floating()

@@ -1,0 +1,87 @@
+"""A conversion that outlives the process: written into a `transformers` config, and applied by `autorev.load`.
+
+A plain `from_pretrained` of the same folder gives the vanilla model, which ignores the entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autorev.couplings.arithmetic import FixedPoint
+from autorev.errors import ConversionError, ModelBuildError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from autorev.engine.chain import ReversibleChain
+    from autorev.rewrite.convert import Request
+
+KEY = "autorev"
+
+
+def remember(model: nn.Module, request: Request, chains: Mapping[str, ReversibleChain]) -> None:
+    """Write the conversion into the model's config, if it has one."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return
+    grids = {n: c.arithmetic.fraction_bits for n, c in chains.items() if isinstance(c.arithmetic, FixedPoint)}
+    entry = {name: _plain(getattr(request, name)) for name in request.__dataclass_fields__}
+    setattr(config, KEY, {**entry, "fraction_bits": grids or None})
+
+
+def forget(model: nn.Module) -> None:
+    """Remove the entry."""
+    config = getattr(model, "config", None)
+    if config is not None and KEY in vars(config):
+        delattr(config, KEY)
+
+
+def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
+    """A model saved by `save_pretrained`, converted as it was when it was saved.
+
+    `from_pretrained`: keyword arguments of the `transformers` function of that name.
+
+    Raises:
+        ModelNotFoundError: the folder holds no config.json.
+        ModelBuildError: transformers cannot load it.
+        ConversionError: it was not converted when it was saved, or cannot be converted that way any more.
+    """
+    from autorev.models.example_call import model_class
+    from autorev.models.from_config import one_line
+    from autorev.rewrite.convert import convert
+
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model: Any = model_class(config).from_pretrained(path, **from_pretrained)
+    except Exception as error:
+        raise ModelBuildError(f"transformers cannot load {path}: {one_line(error)}") from error
+    entry = getattr(model.config, KEY, None)
+    if not isinstance(entry, Mapping):
+        raise ConversionError(
+            f"{path} holds a model that was not converted; use transformers' from_pretrained, and autorev.convert"
+        )
+    settings = dict(entry)
+    forget(model)
+    try:
+        convert(model, **settings)
+    except TypeError as error:
+        raise ConversionError(
+            f"{path}/config.json has an autorev entry of another version: {one_line(error)}"
+        ) from None
+    return model  # type: ignore[no-any-return]  # transformers is untyped here
+
+
+def _plain(value: Any) -> Any:
+    """JSON's kinds of values."""
+    if isinstance(value, Mapping):
+        return {str(k): float(v) for k, v in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return list(value)
+    return value
