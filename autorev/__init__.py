@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from autorev.rewrite.convert import convert as convert
     from autorev.rewrite.convert import drift as drift
     from autorev.rewrite.convert import revert as revert
+    from autorev.rewrite.fx_pass import ReverseChains as ReverseChains
     from autorev.rewrite.remember import load as load
     from autorev.rewrite.summary import Conversion as Conversion
+    from autorev.verification import Verification as Verification
+    from autorev.verification import verify as verify
 
 _home = {
     "Analysis": "autorev.analysis",
@@ -36,7 +39,10 @@ _home = {
     "drift": "autorev.rewrite.convert",
     "revert": "autorev.rewrite.convert",
     "load": "autorev.rewrite.remember",
+    "ReverseChains": "autorev.rewrite.fx_pass",
     "Conversion": "autorev.rewrite.summary",
+    "Verification": "autorev.verification",
+    "verify": "autorev.verification",
 }
 __all__ = sorted(_home)
 

@@ -39,20 +39,32 @@ def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise CaptureError(f"autorev.analyze needs a torch.nn.Module instance, and got {what}")
     if not args and not kwargs:
-        args, kwargs = _example_call(model)
+        args, kwargs = example_call_of(model, "analyze")
     detection, _ = detect_in(model, args, kwargs)
     return _analysis(detection, model, type(model).__name__, "a model in user code")
 
 
-def _example_call(model: torch.nn.Module) -> Call:
+def example_call_of(model: torch.nn.Module, function: str) -> Call:
+    """A call of a `transformers` model, derived from its config; `function` is the one that the user called.
+
+    Raises:
+        CaptureError: it is a model of another kind.
+    """
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         from autorev.models.example_call import example_call_for
 
         return example_call_for(model, 1, None)
     raise CaptureError(
-        f"autorev.analyze({type(model).__name__}) needs example arguments: pass what you would pass to the model "
-        "itself, autorev.analyze(model, *args, **kwargs)"
+        f"autorev.{function}({type(model).__name__}) needs example arguments: pass what you would pass to the model "
+        f"itself, {_PASSING[function]}"
     )
+
+
+_PASSING = {
+    "analyze": "autorev.analyze(model, *args, **kwargs)",
+    "convert": "autorev.convert(model, example_args=(...), example_kwargs={...})",
+    "verify": "autorev.verify(model, batch)",
+}
 
 
 def detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:

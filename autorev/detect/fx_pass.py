@@ -108,9 +108,9 @@ class AnnotateResiduals(PassBase):
             CaptureError: the graph cannot be run on fake tensors with these inputs.
         """
         graph = read_user_graph(graph_module, self.example_inputs)
-        runs = _chains(graph.block.graph)
+        runs = longest_runs(graph.block.graph)
         roles = _roles(graph, runs)
-        chains = [_graph_chain(graph, run) for run in runs]
+        chains = [graph_chain(graph, run) for run in runs]
         modified = graph_module.meta.get(KEY) != chains
         graph_module.meta[KEY] = chains
         for node in graph_module.graph.nodes:
@@ -138,8 +138,8 @@ class AnnotateResiduals(PassBase):
 
 
 @dataclass(eq=False)
-class _Run:
-    """A chain in the copied graph."""
+class Run:
+    """A chain in the copied graph of a `UserGraph`."""
 
     stream: Stream
     steps: list[ResidualStep]
@@ -162,9 +162,9 @@ class _Run:
         return {*self.path(), *(n for branch in self.branches for n in branch)}
 
 
-def _chains(graph: fx.Graph) -> list[_Run]:
+def longest_runs(graph: fx.Graph) -> list[Run]:
     """The longest chains that do not overlap, in graph order; one inside another's branch is not reported."""
-    candidates: list[_Run] = []
+    candidates: list[Run] = []
     covered: set[fx.Node] = set()
     for total in _sums(graph):
         for start in total.all_input_nodes:
@@ -184,10 +184,10 @@ def _chains(graph: fx.Graph) -> list[_Run]:
     return sorted(chosen, key=lambda run: order[run.steps[0].before])
 
 
-def _longest(stream: Stream) -> _Run | None:
+def _longest(stream: Stream) -> Run | None:
     """The most steps that lead to one end of the stream; it may fork."""
     adds = [made for made in stream.nodes.values() if isinstance(made, Add)]
-    best: _Run | None = None
+    best: Run | None = None
     for add in reversed(adds):
         # The number of sums on the way bounds the number of steps, and is cheap to count.
         if _depth(stream, add.node) < max(2, len(best.steps) + 1 if best else 0):
@@ -196,7 +196,7 @@ def _longest(stream: Stream) -> _Run | None:
         while steps and not steps[0].reads_stream():  # token + position embedding: a sum, but no step
             steps = steps[1:]
         if len(steps) >= 2 and (best is None or len(steps) > len(best.steps)):
-            best = _Run(stream, steps)
+            best = Run(stream, steps)
     return best
 
 
@@ -218,7 +218,8 @@ def _is_wide(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
 
 
-def _graph_chain(graph: UserGraph, run: _Run) -> GraphChain:
+def graph_chain(graph: UserGraph, run: Run) -> GraphChain:
+    """The run in public words."""
     obstacles = obstacles_on_stream(graph.block, run.stream, set(run.path()))
     reasons = obstacles or _caveats(graph, run)
     verdict = Verdict.REFUSED if obstacles else Verdict.CAVEAT if reasons else Verdict.ELIGIBLE
@@ -231,7 +232,7 @@ def _graph_chain(graph: UserGraph, run: _Run) -> GraphChain:
     )
 
 
-def _name(run: _Run) -> str:
+def _name(run: Run) -> str:
     """The path that the modules of all branches share, as a chain of blocks is named."""
     paths = [n.meta["module"].split(".") for branch in run.branches for n in branch if n.meta["module"]]
     shared = []
@@ -242,7 +243,7 @@ def _name(run: _Run) -> str:
     return ".".join(shared) or "(the model itself)"
 
 
-def _caveats(graph: UserGraph, run: _Run) -> list[Obstacle]:
+def _caveats(graph: UserGraph, run: Run) -> list[Obstacle]:
     found = []
     for branch in run.branches:
         for node in branch:
@@ -370,7 +371,7 @@ _telling = (Role.CUT, Role.REFUSED, Role.STREAM, Role.BRANCH)
 """Which role a leaf module takes that holds nodes of several."""
 
 
-def _roles(graph: UserGraph, runs: list[_Run]) -> dict[fx.Node, NodeRole]:
+def _roles(graph: UserGraph, runs: list[Run]) -> dict[fx.Node, NodeRole]:
     """The user's nodes and their roles."""
     found: dict[fx.Node, list[NodeRole]] = {}
 

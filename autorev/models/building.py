@@ -27,7 +27,7 @@ Example = Callable[[int, int | None], Call]
 def building(dtype: torch.dtype) -> Iterator[None]:
     """Constructors inside run on fake tensors as they do on real ones; floating tensors are of `dtype`."""
     with (
-        _default_dtype(dtype),
+        default_dtype(dtype),
         # It draws until every value lies within its bounds, and there is none to look at.
         mock.patch.object(nn.init, "_no_grad_trunc_normal_", _as_it_is),
         mock.patch.object(nn.Module, "_apply", _apply_by_replacing),
@@ -47,14 +47,15 @@ def in_one_dtype(build: Build, example: Example) -> tuple[Build, Example]:
         return build(dtype)
 
     def following_example(batch: int, sequence: int | None) -> Call:
-        with _default_dtype(latest):
+        with default_dtype(latest):
             return example(batch, sequence)
 
     return noted_build, following_example
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Floating tensors are made in `dtype` while it lasts."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

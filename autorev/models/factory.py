@@ -46,6 +46,24 @@ def factory_workload(spec: str) -> Workload:
     return _resizable_workload(call or _no_arguments(model, spec), build, name, spec)
 
 
+def made_for_real(spec: str) -> tuple[nn.Module, Call | None]:
+    """What the factory returns when it is called on real tensors: the model with its weights, and the call if any.
+
+    Raises:
+        ModelNotFoundError: there is no such function.
+        ModelBuildError: it raises, or does not return a model.
+    """
+    factory = _imported(spec)
+    try:
+        returned = factory()
+    except Exception as error:
+        raise ModelBuildError(f"{spec} raised {_described(error)}") from error
+    model, *rest = returned if isinstance(returned, tuple | list) else (returned,)
+    if not isinstance(model, nn.Module):
+        raise ModelBuildError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module; {_REMEDY}")
+    return model, _call(rest, spec)
+
+
 def _imported(spec: str) -> Callable[[], Any]:
     """The function that `package.module:factory` names."""
     module_name, _, attributes = spec.partition(":")

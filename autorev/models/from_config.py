@@ -26,7 +26,7 @@ def config_workload(data: Any, name: str, source: str) -> Workload:
         raise needs_transformers(error) from None
     from autorev.models.example_call import model_class
 
-    config = _parsed(data, source)
+    config = parse_config(data, source)
     model_cls = model_class(config)
 
     def build(dtype: torch.dtype) -> torch.nn.Module:
@@ -70,7 +70,12 @@ def transformers_workload(config: Any, model_cls: type[Any], build: Build, name:
     )
 
 
-def _parsed(data: Any, source: str) -> Any:
+def parse_config(data: Any, source: str) -> Any:
+    """The `transformers` config of a dictionary.
+
+    Raises:
+        ModelBuildError: it is none that this `transformers` knows.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

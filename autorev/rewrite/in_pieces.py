@@ -141,7 +141,7 @@ class InlineLoop(ReversibleForward):
         return rebuild(outlined.forward(*(named[name] for name in outlined.captured.placeholders)))
 
     def _take(self, number: int, turn: Callable[..., Any], stream: torch.Tensor, *inputs: Any) -> torch.Tensor:
-        group, written = _modules_of(turn, self.block, self.written)
+        group, written = modules_of(turn, self.block, self.written)
         site = Site(group, f"{self.path} (turn {number})", _Turn(turn), written, overwrites=False)
         step = self.numbers[number]
         last = step == len(self.chain.couplings) - 1
@@ -191,16 +191,19 @@ class _Turn:
         return None, self.turn(x, *inputs)
 
 
-def _modules_of(turn: Any, holder: nn.Module, written: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
-    """The sub-modules that a turn calls, as a module, and the buffers among `written` that are theirs."""
-    targets = [n.target.removeprefix("block.") for n in turn.graph.nodes if n.op == "call_module"]
-    paths = list(dict.fromkeys(targets))
+def modules_of(turn: Any, holder: nn.Module, written: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+    """The sub-modules whose parameters a turn uses, as a module, and the buffers among `written` that are theirs."""
+    paths: dict[str, None] = {}
+    for node in turn.graph.nodes:
+        if node.op in ("call_module", "get_attr") and str(node.target).startswith("block."):
+            path = str(node.target).removeprefix("block.")
+            paths[path if node.op == "call_module" else path.rpartition(".")[0]] = None
     group = nn.ModuleList(holder.get_submodule(path) for path in paths)
     group.training = holder.training
     own = tuple(
-        name.replace(f"{path}.", f"{number}.", 1)
+        f"{number}.{name.removeprefix(f'{path}.')}"
         for name in written
         for number, path in enumerate(paths)
-        if name.startswith(f"{path}.")
+        if not path or name.startswith(f"{path}.")
     )
     return group, own

@@ -125,7 +125,7 @@ def test_the_embedded_model_is_the_default() -> None:
 def test_smollm2_is_the_name_of_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model can be asked for by name; its package, which wants llama.cpp, is not imported."""
     asked: list[Any] = []
-    monkeypatch.setattr(models, "_embedded_file", lambda: Path("smollm2.gguf"))
+    monkeypatch.setattr(models, "embedded_file", lambda: Path("smollm2.gguf"))
     monkeypatch.setattr(models, "_from_gguf", lambda *args: asked.append(args))
     resolve(None)
     resolve("smollm2")

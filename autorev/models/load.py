@@ -1,0 +1,105 @@
+"""MODEL on the command line -> the model itself: with its weights where it has some, with random ones where not."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.errors import ModelBuildError, SettingError
+from autorev.models.building import default_dtype
+from autorev.models.from_config import one_line, parse_config
+from autorev.models.resolve import config_of, embedded_file, is_embedded
+from autorev.workload import Call
+
+MOST_OF_MEMORY = 0.25
+"""Share of this machine's memory that the weights may take: gradients and activations come on top."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model in training mode, and a call of it."""
+
+    model: nn.Module
+    call: Call
+    name: str
+    pretrained: bool
+    """False: the weights are random."""
+
+
+def load_model(model: str | None, dtype: torch.dtype, batch: int, sequence: int | None) -> Loaded:
+    """The model that MODEL names (`models/resolve.py` says how), in `dtype`, on the CPU.
+
+    Raises:
+        ModelNotFoundError: it names nothing.
+        ModelBuildError: it names something that cannot be built or loaded.
+        SettingError: it is too large for this machine.
+    """
+    path = Path(model or "").expanduser()
+    if is_embedded(model):
+        file = embedded_file()
+        return _pretrained(file.parent, "SmolLM2-135M-Instruct", dtype, batch, sequence, gguf_file=file.name)
+    if path.suffix == ".gguf" and path.is_file():
+        return _pretrained(path.parent, path.stem, dtype, batch, sequence, gguf_file=path.name)
+    assert model is not None
+    if path.is_dir() and any(p.suffix in (".safetensors", ".bin") for p in path.iterdir()):
+        return _pretrained(path, path.resolve().name, dtype, batch, sequence)
+    if ":" in model and not path.exists():
+        return _from_factory(model, dtype)
+    data, name, source = config_of(model)
+    return _random(parse_config(data, source), name, dtype, batch, sequence)
+
+
+def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, **how: Any) -> Loaded:
+    from transformers import AutoConfig
+
+    from autorev.capture.transformers_quirks import quiet
+    from autorev.models.example_call import example_call_for, model_class
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, **how)
+            cls = model_class(config)
+            _check_size(cls, config, name, dtype)
+            model: Any = cls.from_pretrained(folder, dtype=dtype, **how)
+    except (ModelBuildError, SettingError):
+        raise
+    except Exception as error:
+        raise ModelBuildError(f"transformers cannot load {folder}: {one_line(error)}") from error
+    return Loaded(model.train(), example_call_for(model, batch, sequence), name, pretrained=True)
+
+
+def _random(config: Any, name: str, dtype: torch.dtype, batch: int, sequence: int | None) -> Loaded:
+    from autorev.models.example_call import example_call_for, model_class
+
+    cls = model_class(config)
+    _check_size(cls, config, name, dtype)
+    model = cls._from_config(config, dtype=dtype)
+    return Loaded(model.train(), example_call_for(model, batch, sequence), name, pretrained=False)
+
+
+def _from_factory(spec: str, dtype: torch.dtype) -> Loaded:
+    from autorev.models.example_call import example_call_for
+    from autorev.models.factory import made_for_real
+
+    with default_dtype(dtype):
+        model, call = made_for_real(spec)
+    if call is None and hasattr(model, "config") and hasattr(model, "main_input_name"):
+        call = example_call_for(model, 1, None)
+    return Loaded(model.train(), call or ((), {}), spec.partition(":")[2], pretrained=False)
+
+
+def _check_size(cls: Any, config: Any, name: str, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in cls._from_config(config).parameters())
+    needed = parameters * dtype.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > MOST_OF_MEMORY * memory:
+        raise SettingError(
+            f"{name} has {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')}, and this machine "
+            f"{memory / 2**30:.0f} GiB of memory, of which gradients and activations need a part; name a smaller model"
+        )

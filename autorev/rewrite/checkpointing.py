@@ -1,0 +1,61 @@
+"""`gradient_checkpointing_enable()` on a converted `transformers` model: explained, and not done twice.
+
+A checkpoint around a reversible block would store its input, which the chain rebuilds anyway, and run it once more.
+Trainers switch checkpointing on by an argument, so it is no error: the converted blocks leave it off and say so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from autorev.rewrite.block_forward import ReversibleForward
+
+METHOD = "gradient_checkpointing_enable"
+
+
+@dataclass(eq=False)
+class CheckpointingEnable:
+    """Stands in for the method of one `PreTrainedModel`."""
+
+    model: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Switch checkpointing on in what is not reversible."""
+        result = getattr(type(self.model), METHOD)(self.model, *args, **kwargs)
+        left_off = []
+        for name, module in self.model.named_modules():
+            reversible = isinstance(module.__dict__.get("forward"), ReversibleForward)
+            if reversible and getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
+                left_off.append(name)
+        if left_off:
+            logging.getLogger("autorev").warning(
+                "gradient checkpointing stays off for the %d reversible blocks %s to %s: they keep no activations that "
+                "it could save; autorev.revert(model) first if you want checkpointing instead",
+                len(left_off),
+                left_off[0],
+                left_off[-1],
+            )
+        return result
+
+
+def explain_checkpointing(model: nn.Module) -> None:
+    """Put the explanation in the method's place, in `model` and in models inside it (adapters wrap them)."""
+    for module in _pretrained(model):
+        module.__dict__[METHOD] = CheckpointingEnable(module)
+
+
+def stop_explaining(model: nn.Module) -> None:
+    """Undo `explain_checkpointing`."""
+    for module in _pretrained(model):
+        if isinstance(module.__dict__.get(METHOD), CheckpointingEnable):
+            del module.__dict__[METHOD]
+
+
+def _pretrained(model: nn.Module) -> Iterable[nn.Module]:
+    return [module for module in model.modules() if callable(getattr(type(module), METHOD, None))]

@@ -1,0 +1,190 @@
+"""The conversion as an fx pass, for people who transform graphs themselves.
+
+    ReverseChains(coupling="momentum", example_inputs=(x,))(gm)
+
+Every residual chain that `AnnotateResiduals` calls eligible is rewritten: the nodes of a step become one `call_module`
+of a `ReversibleStep`, which runs them on `gm`'s own live modules and parameters. `gm`'s `state_dict` keys stay.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
+from autorev.couplings.presets import check_dyadic, coupling_for, preset_named
+from autorev.couplings.velocity import Velocity
+from autorev.detect.fx_pass import Run, graph_chain, longest_runs
+from autorev.detect.pieces import LiveGraph
+from autorev.detect.user_graph import REMEDY, UserGraph, missing_values, read_user_graph
+from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, mode, take_step
+from autorev.errors import CaptureError, ConversionError
+from autorev.rewrite.in_pieces import modules_of
+from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
+
+
+class ReversibleStep(nn.Module):
+    """One residual step of a rewritten graph; owns no parameter."""
+
+    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, chain: ReversibleChain, number: int) -> None:
+        super().__init__()
+        self.chain, self.number = chain, number
+        # In `__dict__`, as the graph refers to `gm`, which this module is a part of.
+        self.__dict__["gm"], self.__dict__["turn"] = gm, LiveGraph(gm, {}, graph)
+
+    def forward(self, stream: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """stream + what the step adds, coupled."""
+        turn: Any = self.__dict__["turn"]
+        if mode() == ORIGINAL:
+            result: torch.Tensor = turn(stream, *inputs)
+            return result
+        group, _ = modules_of(turn, self.__dict__["gm"], ())
+        path = f"step {self.number} of {self.chain.name}"
+        site = Site(group, path, lambda x, further: (None, turn(x, *further)), (), overwrites=True)
+        last = self.number == len(self.chain.couplings) - 1
+        return take_step(self.chain, self.number, stream, site, inputs, last)[1]
+
+
+class ReverseChains(PassBase):
+    """Rewrite the residual chains of a graph reversibly, in place.
+
+    `coupling`, `gamma`, `c`, `arithmetic`, `keep_last` and `fraction_bits` are those of `autorev.convert`, and
+    `keep_last` counts steps; `example_inputs` are those of `AnnotateResiduals`, and choose the fixed-point grid.
+    """
+
+    def __init__(
+        self,
+        example_inputs: Sequence[Any] | None = None,
+        *,
+        coupling: str = "momentum",
+        gamma: float | None = None,
+        c: float | None = None,
+        arithmetic: str = "exact",
+        keep_last: int = 1,
+        fraction_bits: int | None = None,
+    ) -> None:
+        self.example_inputs = example_inputs
+        self.preset, self.gamma, self.c = preset_named(coupling), gamma, c
+        if arithmetic not in ("exact", "float"):
+            raise ConversionError(f"arithmetic is 'exact' or 'float', not {arithmetic!r}")
+        self.arithmetic: Arithmetic = FixedPoint(USUAL_FRACTION_BITS) if arithmetic == "exact" else Floating()
+        self.keep_last, self.fraction_bits = keep_last, fraction_bits
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every input that is read has a value or a shape.
+
+        Raises:
+            CaptureError: one has not, and there are no example inputs.
+        """
+        missing = missing_values(graph_module)
+        if missing and self.example_inputs is None:
+            raise CaptureError(f"the shape of input {', '.join(missing)} is not known; {REMEDY}")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite; `modified` is False where there is no eligible chain, or the graph was rewritten before.
+
+        Raises:
+            CaptureError: the graph cannot be run on fake tensors with these inputs.
+            ConversionError: the coupling cannot be had with these numbers.
+        """
+        if any(isinstance(module, ReversibleStep) for module in graph_module.modules()):
+            return PassResult(graph_module, False)
+        graph = read_user_graph(graph_module, self.example_inputs)
+        chains: list[tuple[ReversibleChain, list[_Unit]]] = []
+        for run in longest_runs(graph.block.graph):
+            public = graph_chain(graph, run)
+            units = [] if public.verdict == "refused" else _units(graph, graph_module, run)
+            if len(units) > 1:
+                chains.append((self._chain(public.name, len(chains), len(units)), units))
+        for number, (chain, units) in enumerate(chains):
+            # The last one first: what it begins with is then still the user's own node.
+            for step, unit in reversed(list(enumerate(units))):
+                unit.install(graph_module, chain, f"reversible_{number}_{step}", step)
+        if not chains:
+            return PassResult(graph_module, False)
+        graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+        inputs = () if self.example_inputs is None else tuple(self.example_inputs)
+        if inputs:
+            choose_grids(graph_module, [chain for chain, _ in chains], self.fraction_bits, inputs, {})
+        elif self.fraction_bits is not None:
+            for chain, _ in chains:
+                chain.arithmetic = FixedPoint(self.fraction_bits)
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """The rewritten graph is well formed."""
+        graph_module.graph.lint()
+
+    def _chain(self, name: str, number: int, steps: int) -> ReversibleChain:
+        full = f"{name} (graph chain {number})"
+        couplings = [coupling_for(self.preset, full, n, steps, self.gamma, self.c) for n in range(steps)]
+        stored_from = max(steps - self.keep_last, 0)
+        for coupling in couplings[:stored_from]:
+            if isinstance(self.arithmetic, FixedPoint) and isinstance(coupling, Velocity):
+                check_dyadic(coupling.gamma, full)
+        return ReversibleChain(full, couplings, self.arithmetic, stored_from, self.preset.averages, random.Random(full))
+
+
+@dataclass(eq=False)
+class _Unit:
+    """The user's nodes of one step; of several, where a leaf module holds them or the stream's form changes between."""
+
+    start: fx.Node
+    nodes: list[fx.Node]
+    end: fx.Node
+
+    def install(self, gm: fx.GraphModule, chain: ReversibleChain, name: str, number: int) -> None:
+        """Put one `ReversibleStep` in the nodes' place."""
+        graph = fx.Graph()
+        copied = {self.start: graph.placeholder("stream")}
+        read = (i for n in self.nodes for i in n.all_input_nodes if i not in self.nodes and i is not self.start)
+        outer = list(dict.fromkeys(read))
+        for node in outer:
+            copied[node] = graph.placeholder(node.name)
+        for node in self.nodes:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+            if node.op in ("call_module", "get_attr"):
+                copied[node].target = f"block.{node.target}"
+        graph.output(copied[self.end])
+        gm.add_submodule(name, ReversibleStep(gm, graph, chain, number))
+        with gm.graph.inserting_after(self.end):
+            new = gm.graph.call_module(name, (self.start, *outer))
+        new.meta = dict(self.end.meta)
+        self.end.replace_all_uses_with(new)
+        for node in reversed(self.nodes):
+            gm.graph.erase_node(node)
+
+
+def _units(graph: UserGraph, gm: fx.GraphModule, run: Run) -> list[_Unit]:
+    """The run in the user's own nodes, step by step; empty where a value inside a step is read from outside."""
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    path = run.path()
+    units: list[_Unit] = []
+    pending: set[fx.Node] = set()
+    start = graph.origin[run.steps[0].before]
+    shape = run.steps[0].before.meta["val"].shape
+    for step, branch in zip(run.steps, run.branches, strict=True):
+        between = path[path.index(step.before) + 1 : path.index(step.after) + 1]
+        pending |= {graph.origin[node] for node in (*branch, *between)}
+        end = graph.origin[step.after]
+        if step.after.meta["val"].shape != shape:
+            continue  # flattened for this add: the step ends where its form is restored
+        if units and units[-1].end is end:  # a leaf module that holds several steps
+            units[-1].nodes = sorted({*units[-1].nodes, *pending}, key=order.__getitem__)
+        else:
+            units.append(_Unit(start, sorted(pending - {start}, key=order.__getitem__), end))
+        start, pending = end, set()
+    for unit in units:
+        inside = set(unit.nodes)
+        if any(user not in inside for node in unit.nodes if node is not unit.end for user in node.users):
+            return []
+        if unit.end not in inside or unit.start in inside:
+            return []
+    return units

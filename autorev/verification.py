@@ -1,0 +1,186 @@
+"""`autorev.verify`: are the gradients of a converted model, on the user's own batch, those of ordinary autograd?
+
+The oracle is the same coupling with every activation stored: no tape, no second run, no side bits. The model runs once
+each way from one random state; neither its `.grad`, its buffers, nor the random streams are touched. The oracle needs
+the memory that reversibility saves: choose a batch that plain training could hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from autorev.engine.chain import ORACLE, ORIGINAL, REVERSIBLE, running
+from autorev.errors import ConversionError
+from autorev.rewrite.convert import drift, forwards_of
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Relative gradient error that passes, by the narrowest dtype among the parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found; `print` it."""
+
+    passed: bool
+    loss: float
+    oracle_loss: float
+    original_loss: float
+    """Of the blocks as they were before the conversion."""
+    gradient_error: float
+    """|g - g_oracle| / |g_oracle| over all parameters."""
+    gradient_cosine: float
+    worst: tuple[tuple[str, float], ...]
+    """The parameters with the largest relative errors, worst first."""
+    missing: tuple[str, ...]
+    """Parameters that get a gradient from the oracle and none from the converted model."""
+    drift: dict[str, float]
+    tolerance: float
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        verdict = "PASSED" if self.passed else "FAILED"
+        lines = [
+            f"{verdict}: gradients are those of ordinary autograd under the same coupling"
+            if self.passed
+            else f"{verdict}: gradients differ from ordinary autograd under the same coupling",
+            f"  gradient error  {self.gradient_error:.3g} relative (tolerance {self.tolerance:g}), "
+            f"cosine {self.gradient_cosine:.9f}",
+            f"  loss            {self.loss:.6f}; by the oracle {self.oracle_loss:.6f}; "
+            f"of the original model {self.original_loss:.6f} ({self.loss - self.original_loss:+.4f})",
+            "  reconstruction  " + ("; ".join(f"{n}: off by {d:.3g}" for n, d in self.drift.items()) or "none ran"),
+        ]
+        if not self.passed:
+            lines += [f"  {name}: {error:.3g}" for name, error in self.worst]
+            lines += [f"  {name}: no gradient" for name in self.missing[:5]]
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.Tensor] | None = None) -> Verification:
+    """Check the gradients of a converted model against the oracle, on `batch`.
+
+    `batch` is what the model is called with: a dict of keyword arguments, a tuple of positional ones, or one tensor; a
+    `transformers` model needs none. `loss` takes what the model returns to a scalar; by default its `.loss`, or the
+    mean square of every floating tensor that it returns.
+
+    Raises:
+        ConversionError: the model is not converted, or there is nothing to compare.
+        ReconstructionError: the reconstruction itself noticed that it went wrong.
+    """
+    if not any(forwards_of(model)):
+        raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+    args, kwargs = _call(model, batch)
+    scalar = loss or _default_loss
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    if not parameters:
+        raise ConversionError(f"no parameter of {type(model).__name__} requires a gradient; unfreeze some")
+
+    def run(how: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        with running(how), _undisturbed(model):
+            value = scalar(model(*args, **kwargs))
+            if how == ORIGINAL:
+                return float(value.detach()), ()
+            return float(value.detach()), torch.autograd.grad(value, parameters, allow_unused=True)
+
+    own_loss, own = run(REVERSIBLE)
+    found_drift = drift(model)
+    oracle_loss, expected = run(ORACLE)
+    with torch.no_grad():
+        original_loss, _ = run(ORIGINAL)
+    return _compared(named, own, expected, (own_loss, oracle_loss, original_loss), found_drift)
+
+
+def _compared(
+    named: list[tuple[str, nn.Parameter]],
+    own: tuple[torch.Tensor | None, ...],
+    expected: tuple[torch.Tensor | None, ...],
+    losses: tuple[float, float, float],
+    found_drift: dict[str, float],
+) -> Verification:
+    off = norm = dot = own_norm = 0.0
+    errors: list[tuple[str, float]] = []
+    missing = []
+    for (name, _), mine, theirs in zip(named, own, expected, strict=True):
+        if theirs is None:
+            continue
+        if mine is None:
+            missing.append(name)
+            continue
+        a, b = mine.double(), theirs.double()
+        difference, size = float((a - b).square().sum()), float(b.square().sum())
+        off, norm, own_norm, dot = (
+            off + difference,
+            norm + size,
+            own_norm + float(a.square().sum()),
+            dot + float((a * b).sum()),
+        )
+        errors.append((name, math.sqrt(difference / size) if size else math.sqrt(difference)))
+    if not norm:
+        raise ConversionError("every gradient of the oracle is zero, so there is nothing to compare; use another batch")
+    error = math.sqrt(off / norm)
+    narrowest = min((p.dtype for _, p in named), key=lambda dtype: torch.finfo(dtype).bits)
+    tolerance = TOLERANCE[narrowest]
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        tolerance = max(tolerance, TOLERANCE[torch.bfloat16])
+    return Verification(
+        passed=error <= tolerance and not missing,
+        loss=losses[0],
+        oracle_loss=losses[1],
+        original_loss=losses[2],
+        gradient_error=error,
+        gradient_cosine=dot / math.sqrt(norm * own_norm) if own_norm else 0.0,
+        worst=tuple(sorted(errors, key=lambda item: -item[1])[:5]),
+        missing=tuple(missing),
+        drift=found_drift,
+        tolerance=tolerance,
+    )
+
+
+def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if batch is None:
+        from autorev.pipeline import example_call_of
+
+        return example_call_of(model, "verify")
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def _default_loss(returned: Any) -> torch.Tensor:
+    loss = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    wide = [t.double() for t in tree_leaves(returned) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not wide:
+        raise ConversionError("the model returned no floating tensor; pass loss=, a function of what it returns")
+    return torch.stack([t.square().mean() for t in wide]).sum()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Random states and buffers, afterwards as before."""
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
+    generators = {forward.chain.generator for forward in forwards_of(model)}
+    states = [(generator, generator.getstate()) for generator in generators]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.setstate(state)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
