@@ -251,14 +251,14 @@ def verify(
         from autorev.models.load import load_model
         from autorev.predict.training import DTYPES
         from autorev.rewrite.convert import convert
-        from autorev.verification import verify as verify_model
+        from autorev.verification import verify_call
 
         loaded = load_model(model, {**DTYPES, "fp64": torch.float64}[dtype], batch, sequence)
         args, kwargs = loaded.call
         progress("converting", 0.3)
         conversion = convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
         progress("running both ways", 0.6)
-        found = verify_model(loaded.model, kwargs if not args else args)
+        found = verify_call(loaded.model, args, kwargs)
     if as_json:
         fields = {"model": loaded.name, "pretrained": loaded.pretrained}
         parts = {"conversion": json.loads(conversion.to_json()), "verification": json.loads(found.to_json())}

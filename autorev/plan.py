@@ -15,7 +15,7 @@ WORTH = 0.05
 DOMINANT = 0.40
 """A category with this share of a peak is what the peak is about."""
 
-NOT_YET = "this version of autorev predicts the conversion; the function that performs it is still being built"
+HOW = "autorev.convert(model) does it in user code, and autorev.verify(model) checks the gradients"
 
 _fixed = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 _by_blocks = (Category.STORED_ACTIVATIONS, Category.STREAMS, Category.SIDE_BITS)
@@ -54,7 +54,7 @@ def recommend(analysis: Analysis, room: int) -> Recommendation:
             f"it needs {size(checkpoint.peak_bytes)}, of which {size(_share_of_blocks(checkpoint))} are one stored "
             "input per block"
         )
-        return Recommendation("momentum", why, (*advice, NOT_YET))
+        return Recommendation("momentum", why, (*advice, HOW))
     if checkpoint.peak_bytes <= room:
         return Recommendation("checkpoint", enough, advice)
     if offload is not None and offload.peak_bytes <= room:

@@ -78,9 +78,15 @@ def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.T
         ConversionError: the model is not converted, or there is nothing to compare.
         ReconstructionError: the reconstruction itself noticed that it went wrong.
     """
+    return verify_call(model, *_call(model, batch), loss=loss)
+
+
+def verify_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[[Any], torch.Tensor] | None = None
+) -> Verification:
+    """`verify` on the call `model(*args, **kwargs)`."""
     if not any(forwards_of(model)):
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
-    args, kwargs = _call(model, batch)
     scalar = loss or _default_loss
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]

@@ -1,7 +1,7 @@
 """How a chain's two streams are held and computed with: `FixedPoint`, which is exact, or `Floating`, which drifts.
 
-Both offer the same eight operations to the couplings. Where `FixedPoint` works in place, it may: its integers are never
-handed to anybody. `Floating` hands its stream to the model, so it makes a new tensor for each state.
+Both offer the same operations to the couplings, and work in place: a state's tensors are never handed to anybody, what
+the model is given is decoded from them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fractions import Fraction
 import torch
 
 from autorev.couplings.side_bits import pack, unpack
+from autorev.errors import FixedPointRangeError
 
 LIMIT = 2**29
 """|H| of a fixed-point stream stays below this.
@@ -69,6 +70,7 @@ class FixedPoint:
         if gamma.numerator == -1:
             velocity.neg_()
         elif gamma.numerator != 1:
+            _check_product(velocity, gamma.numerator)
             velocity.mul_(gamma.numerator)
         if not bits:
             return velocity, None
@@ -93,12 +95,12 @@ class Floating:
     """Streams in float32 (float64 for float64 models): reconstruction is right up to rounding, which it amplifies."""
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
-        """A floating tensor as a stream."""
-        return _wide(value)
+        """A floating tensor as a stream of its own."""
+        return value.to(torch.float64 if value.dtype is torch.float64 else torch.float32, copy=True)
 
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A stream in the model's dtype; the stream itself where that is its own."""
-        return stream.to(dtype)
+        """A stream as a new tensor of `dtype`."""
+        return stream.to(dtype, copy=True)
 
     def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
         """c * (out - h)."""
@@ -106,20 +108,20 @@ class Floating:
         return change if factor == 1 else change.mul_(factor)
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a + b."""
-        return a + b
+        """a + b, in a's memory."""
+        return a.add_(b)
 
     def subtract(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a - b."""
-        return a - b
+        """a - b, in a's memory."""
+        return a.sub_(b)
 
     def scale(self, velocity: torch.Tensor, gamma: Fraction) -> tuple[torch.Tensor, None]:
-        """gamma v."""
-        return (velocity if gamma == 1 else velocity * float(gamma)), None
+        """gamma v, in v's memory."""
+        return (velocity if gamma == 1 else velocity.mul_(float(gamma))), None
 
     def unscale(self, velocity: torch.Tensor, gamma: Fraction, side: None) -> torch.Tensor:
-        """v / gamma."""
-        return velocity if gamma == 1 else velocity / float(gamma)
+        """v / gamma, in v's memory."""
+        return velocity if gamma == 1 else velocity.div_(float(gamma))
 
 
 Arithmetic = FixedPoint | Floating
@@ -133,7 +135,20 @@ def side_bits_of(gamma: Fraction) -> int:
 def grid_for(largest: float, head_room: float) -> int:
     """The most fraction bits with which activations `head_room` times as large as `largest` do not overflow."""
     needed = max(largest * head_room, 2.0**-MOST_FRACTION_BITS)
-    return min(MOST_FRACTION_BITS, math.floor(math.log2(LIMIT / needed)))
+    return min(MOST_FRACTION_BITS, math.ceil(math.log2(LIMIT / needed)) - 1)  # |H| stays *below* the limit
+
+
+def _check_product(velocity: torch.Tensor, factor: int) -> None:
+    """V n has to fit into an int32; |V| < 2^30 is known from the stream, so n = +-1 needs no look at V.
+
+    Raises:
+        FixedPointRangeError: it does not.
+    """
+    if velocity.is_meta or hasattr(velocity, "fake_mode") or not velocity.numel():
+        return
+    low, high = torch.aminmax(velocity)
+    if max(-int(low), int(high)) * abs(factor) >= 2**31:
+        raise FixedPointRangeError(f"a velocity times {factor}, the numerator of gamma, left the fixed-point grid")
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

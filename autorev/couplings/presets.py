@@ -40,10 +40,12 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "momentum",
             Fraction(1, 8),
-            lambda gamma: 1 - float(gamma),
+            # A branch adds c f at once and c f / (1 - gamma) over the layers that follow. With c = 1 - gamma that is f
+            # in the end, with c = 1 it is f for the next block; a pretrained model is closest to itself in the middle
+            # (benchmarks/zero_shot_*.md).
+            lambda gamma: 1 - float(gamma) / 2,
             "Momentum Residual Networks, Sander et al. 2021, arXiv 2102.07870",
-            # What a branch adds, c (1 + gamma + gamma^2 + ...) f, is f in the middle of a chain. The first step is made
-            # exact as in the source (v_1 = f(h_0)); after the last one nothing follows that would add the rest.
+            # The first step is exact as in the source (v_1 = f(h_0)); after the last no layers follow.
             c_at_ends=1.0,
             gamma_is_free=True,
         ),

@@ -7,14 +7,14 @@
     leapfrog      1        h^2         Reversing Large Language Models, arXiv 2512.02056, eq. 2.6
     midpoint      -1       2 h         the same, eq. 2.4
     midpoint_a    -a       h           the same, eq. 3.6; a = +-1 + U(-1/2, 1/2), drawn once per block
-    momentum      g        1 - g       Momentum Residual Networks, Sander et al. 2021, arXiv 2102.07870
+    momentum      g        1 - g       Momentum Residual Networks, Sander et al. 2021, arXiv 2102.07870;
+                                       by default c is 1 - g/2, and 1 at both ends of a chain: see presets.py
     bdia          -g       1 + g       BDIA, Zhang et al. 2024, arXiv 2407.09093; g = +-1/2, in eval mode 0
     residual      0        1           the network as it was: not invertible
 
 (`p_{l+1} = a p_{l-1} + b p_l + c f(p_l)` with a + b = 1 is this with v = p_l - p_{l-1} and gamma = -a.)
 
-Function. A pretrained network was trained with gamma = 0, c = 1; it is preserved as far as gamma is near 0. With
-c = 1 - gamma a branch's contribution, c (1 + gamma + gamma^2 + ...) f, adds up to f over the layers that follow.
+Function. A pretrained network was trained with gamma = 0, c = 1; it is preserved as far as gamma is near 0.
 
 Error growth. Undoing a step divides by gamma: 1/|gamma| per layer in floating point, which only |gamma| = 1 survives at
 depth. In fixed point, gamma = n / 2^k loses the remainder of a division by 2^k, k side bits an element, and no more.

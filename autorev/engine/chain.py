@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
 from autorev.engine.couple import couple, enter, read_out
-from autorev.engine.grid import check_range
+from autorev.engine.grid import advance, check_range
 from autorev.engine.replay import Branch, Replay
 from autorev.engine.tape import Tape, TapedStep
 from autorev.errors import ConversionError
@@ -79,6 +79,8 @@ class Site:
     """Buffers that it updates, by path below `module`."""
     overwrites: bool
     """Does it add to its input in place?"""
+    once: bool = False
+    """Can it not be run again (it fills a cache)? Then its activations are stored."""
 
 
 @dataclass(eq=False)
@@ -102,12 +104,24 @@ _carried: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _identity(stream: torch.Tensor) -> Any:
     version = 0 if stream.is_inference() else stream._version
-    return stream.storage_offset(), stream.shape, stream.stride(), stream.dtype, stream.requires_grad, version
+    return stream.storage_offset(), stream.shape, stream.stride(), stream.dtype, version, _history(stream)
+
+
+def _history(stream: torch.Tensor) -> tuple[bool, bool]:
+    """A stream that was cut off from autograd, or that began anew there, is not what the block returned."""
+    return stream.requires_grad, stream.is_leaf
 
 
 def _find(chain: ReversibleChain, stream: torch.Tensor) -> _Carried | None:
     found: _Carried | None = _carried.get(stream.untyped_storage())
-    if found is None or found.chain is not chain or found.identity != _identity(stream):
+    if found is None or found.chain is not chain:
+        return None
+    if found.identity != _identity(stream):
+        if found.identity[:-1] == _identity(stream)[:-1] and not found.identity[-1][0] and not stream.is_leaf:
+            raise ConversionError(
+                f"a block of {chain.name} ran without gradients, and what it returned has a gradient now, as with a "
+                "reentrant checkpoint: the chain's state cannot follow. Reversible blocks need no checkpoint; remove it"
+            )
         return None
     if found.tape is not None and found.tape.position != found.position:
         return None  # the state went on with another reader of this stream
@@ -135,9 +149,9 @@ def take_step(
     if mode() == ORACLE:
         return _oracle_step(chain, number, coupling, stream, site, inputs, last)
     found = _find(chain, stream)
-    at = _arrive(chain, coupling, stream, found)
+    at = _arrive(chain, number, coupling, stream, found)
     step: tuple[_OnTape, TapedStep] | None = None
-    if torch.is_grad_enabled() and coupling.invertible and number < chain.stored_from:
+    if torch.is_grad_enabled() and coupling.invertible and number < chain.stored_from and not site.once:
         returned, out, step = _recomputed(site, coupling, at.x, inputs)
     else:
         returned, out = _checked(site, at.x, *site.branch(_own(at.x, site), inputs))
@@ -152,8 +166,8 @@ def take_step(
         new, partner = couple(
             coupling, lambda: _advance(chain, site, coupling, state, at.x, out), at.x, at.partner, out
         )
-    if found is not None and found.state is not None:
-        _carried.pop(stream.untyped_storage(), None)  # it was advanced in place
+    if found is not None:
+        _carried.pop(stream.untyped_storage(), None)  # whoever reads this stream once more begins anew
     if not last:
         position = 0 if at.tape is None else at.tape.position
         _carried[new.untyped_storage()] = _Carried(chain, number, _identity(new), partner, at.state, at.tape, position)
@@ -193,9 +207,16 @@ class _Arrived:
         return self.state
 
 
-def _arrive(chain: ReversibleChain, coupling: Coupling, stream: torch.Tensor, found: _Carried | None) -> _Arrived:
+def _arrive(
+    chain: ReversibleChain, number: int, coupling: Coupling, stream: torch.Tensor, found: _Carried | None
+) -> _Arrived:
     if found is not None:
         return _Arrived(stream, found.partner, found.state, found.tape, fresh=False)
+    if number and torch._C._current_graph_task_id() != -1:
+        raise ConversionError(
+            f"a block of {chain.name} was run again in backward, apart from the blocks before it, as with a checkpoint "
+            "around it. Reversible blocks need no checkpoint; remove it, or put one around the whole chain"
+        )
     state = coupling.begin(chain.arithmetic.encode(stream.detach()))
     x = enter(chain.arithmetic, state, stream)
     return _Arrived(x, coupling.first_partner(x), state, None, fresh=True)
@@ -209,15 +230,13 @@ def _advance(
     chain: ReversibleChain, site: Site, coupling: Coupling, state: State, x: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
     """A step of a state that nobody will need to go back from; returns the new stream."""
-    coupling.advance(state, out.detach(), x.detach(), chain.arithmetic)
+    advance(coupling, state, out.detach(), x.detach(), chain.arithmetic, site.path)
     if chain.largest is not None:
-        chain.largest = max(chain.largest, coupling.reach(state))
+        reach = coupling.reach(state)
+        chain.largest = chain.largest if reach <= chain.largest else reach  # NaN included
     if isinstance(chain.arithmetic, FixedPoint):
         check_range(chain.arithmetic, state.stream, site.path, None, at_once=True)
-    new = chain.arithmetic.decode(state.stream, out.dtype)
-    if new is state.stream:
-        state.stream = new.detach()
-    return new
+    return chain.arithmetic.decode(state.stream, out.dtype)
 
 
 class _OnTape:
@@ -283,7 +302,9 @@ def _oracle_step(
     if last and chain.averages:
         mean = chain.arithmetic.decode(state.stream, wide).add(chain.arithmetic.decode(state.partner, wide)).div(2)
         new = _straight_through(mean.to(out.dtype), ((new.to(wide) + new_partner) / 2).to(out.dtype))
-    elif not last:
+    if found is not None:
+        _carried.pop(stream.untyped_storage(), None)
+    if not last:
         _carried[new.untyped_storage()] = _Carried(chain, number, _identity(new), new_partner, state, None, 0)
     return returned, new
 

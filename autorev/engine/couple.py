@@ -23,8 +23,7 @@ def couple(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', p') with the gradients of `Coupling.vjp`; `advance()` computes x'."""
-    new: tuple[torch.Tensor, torch.Tensor] = _Couple.apply(coupling, advance, stream, partner, out)  # type: ignore[no-untyped-call]
-    return new
+    return _Couple.apply(coupling, advance, stream, partner, out)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Couple(torch.autograd.Function):
@@ -58,8 +57,6 @@ def _valueless(like: torch.Tensor) -> torch.Tensor:
 def enter(arithmetic: Arithmetic, state: State, stream: torch.Tensor) -> torch.Tensor:
     """The chain's input as its first branch reads it; the gradient goes straight through the rounding to the grid."""
     if not isinstance(arithmetic, FixedPoint):
-        if state.stream is stream:
-            state.stream = stream.detach()
         return stream
     entered: torch.Tensor = _Enter.apply(stream, arithmetic, state)  # type: ignore[no-untyped-call]
     return entered

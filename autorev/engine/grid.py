@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from autorev.couplings.arithmetic import LIMIT, FixedPoint
+from autorev.couplings.arithmetic import LIMIT, Arithmetic, FixedPoint
+from autorev.couplings.coupling import Coupling, State
 from autorev.errors import FixedPointRangeError
+
+
+def advance(
+    coupling: Coupling, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic, path: str
+) -> torch.Tensor | None:
+    """`coupling.advance`, with the block's path in what it raises.
+
+    Raises:
+        FixedPointRangeError: a product left the grid.
+    """
+    try:
+        return coupling.advance(state, out, value, arithmetic)
+    except FixedPointRangeError as error:
+        raise FixedPointRangeError(f"{path}: {error}; convert again with fewer fraction_bits") from None
 
 
 def check_range(
@@ -16,7 +31,11 @@ def check_range(
     Raises:
         FixedPointRangeError: an activation is too large for the grid, or not a number.
     """
-    if stream.device.type == "meta" or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if (
+        not stream.numel()
+        or stream.device.type == "meta"
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    ):
         return None
     low, high = torch.aminmax(stream)
     if stream.device.type == "cpu" or at_once:

@@ -99,7 +99,9 @@ def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | 
 
 
 def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
-    """Arguments for one call of a live `transformers` model, on its device and in its dtype."""
+    """Arguments for one call of a live `transformers` model, on its device and in its dtype; adapters may wrap it."""
+    if hasattr(model, "get_base_model"):  # peft forwards the attributes of what it wraps, but its class has none
+        model = model.get_base_model()
     return (), _Maker(model.config, type(model), batch, sequence, model.dtype, model.device).keywords()
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -115,21 +116,24 @@ class ReversibleForward:
                     return number
         return self.numbers[0]
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[Any, ...] | None) -> Any:
-        """The call without its stream, and in training without a cache, which a second run would fill once more."""
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[Any, ...] | None) -> tuple[Any, bool]:
+        """The call without its stream, and whether it can only be run once, as it fills a key-value cache.
+
+        In training an empty cache is left out: nobody reads it, and a second run would fill it once more.
+        """
         inputs: Any = (args, kwargs) if place is None else put((args, kwargs), place, None)
         if not torch.is_grad_enabled():
-            return inputs
+            return inputs, False
+        once = False
         for where, value in [*(((0, i), v) for i, v in enumerate(args)), *(((1, k), v) for k, v in kwargs.items())]:
             if hasattr(value, "get_seq_length") and hasattr(value, "update"):
-                if value.get_seq_length() and _layers_filled(value, self.block):
-                    raise ConversionError(
-                        f"{self.path} is given a key-value cache that already holds tokens, and would add to it once "
-                        "more in backward; train with use_cache=False"
-                    )
-                inputs = put(inputs, where, None)
-                _warn_once(self.chain)
-        return inputs
+                if self.block.training and not _holds_tokens(value, self.block):
+                    inputs = put(inputs, where, None)
+                    _say(self.chain, "fill no key-value cache in training; use_cache=False says so beforehand")
+                else:
+                    once = True
+                    _say(self.chain, "store their activations, as they are given a key-value cache; use_cache=False")
+        return inputs, once
 
 
 @dataclass(eq=False)
@@ -141,8 +145,8 @@ class WholeBlock(ReversibleForward):
         place, stream = self._stream(args, kwargs)
         number = self._number(stream)
         branch = _Call(self, place)
-        site = Site(self.block, self.path, branch, self.written, self.overwrites)
-        inputs = self._inputs(args, kwargs, place)
+        inputs, once = self._inputs(args, kwargs, place)
+        site = Site(self.block, self.path, branch, self.written, self.overwrites, once)
         del args, kwargs
         last = number == len(self.chain.couplings) - 1
         (at, rest), new = take_step(self.chain, number, stream, site, inputs, last)
@@ -179,8 +183,10 @@ class _Call:
         return (at, put(returned, at, None)), out
 
 
-def _layers_filled(cache: Any, block: nn.Module) -> bool:
-    """Does the cache hold tokens of this block? One that the blocks before have filled in this very call does not."""
+def _holds_tokens(cache: Any, block: nn.Module) -> bool:
+    """Does the cache hold tokens of this block? The blocks before it have filled theirs in this very call."""
+    if not cache.get_seq_length():
+        return False
     index = next((m.layer_idx for m in block.modules() if isinstance(getattr(m, "layer_idx", None), int)), None)
     try:
         return bool(cache.get_seq_length(index)) if index is not None else True
@@ -188,14 +194,11 @@ def _layers_filled(cache: Any, block: nn.Module) -> bool:
         return True
 
 
-_warned: set[str] = set()
+_told: WeakSet[ReversibleChain] = WeakSet()
 
 
-def _warn_once(chain: ReversibleChain) -> None:
-    if chain.name not in _warned:
-        _warned.add(chain.name)
-        logging.getLogger("autorev").warning(
-            "the blocks of %s are reversible and fill no key-value cache while gradients are recorded; use_cache=False "
-            "says so beforehand",
-            chain.name,
-        )
+def _say(chain: ReversibleChain, what: str) -> None:
+    """Once per chain."""
+    if chain not in _told:
+        _told.add(chain)
+        logging.getLogger("autorev").warning("the blocks of %s are reversible and %s", chain.name, what)

@@ -15,7 +15,8 @@ from torch import nn
 
 from autorev.rewrite.block_forward import ReversibleForward
 
-METHOD = "gradient_checkpointing_enable"
+METHODS = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
+"""What `transformers` has called it; the first is to go in its version 6."""
 
 
 @dataclass(eq=False)
@@ -23,10 +24,11 @@ class CheckpointingEnable:
     """Stands in for the method of one `PreTrainedModel`."""
 
     model: nn.Module
+    method: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Switch checkpointing on in what is not reversible."""
-        result = getattr(type(self.model), METHOD)(self.model, *args, **kwargs)
+        result = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
         left_off = []
         for name, module in self.model.named_modules():
             reversible = isinstance(module.__dict__.get("forward"), ReversibleForward)
@@ -46,16 +48,16 @@ class CheckpointingEnable:
 
 def explain_checkpointing(model: nn.Module) -> None:
     """Put the explanation in the method's place, in `model` and in models inside it (adapters wrap them)."""
-    for module in _pretrained(model):
-        module.__dict__[METHOD] = CheckpointingEnable(module)
+    for module, method in _pretrained(model):
+        module.__dict__[method] = CheckpointingEnable(module, method)
 
 
 def stop_explaining(model: nn.Module) -> None:
     """Undo `explain_checkpointing`."""
-    for module in _pretrained(model):
-        if isinstance(module.__dict__.get(METHOD), CheckpointingEnable):
-            del module.__dict__[METHOD]
+    for module, method in _pretrained(model):
+        if isinstance(module.__dict__.get(method), CheckpointingEnable):
+            del module.__dict__[method]
 
 
-def _pretrained(model: nn.Module) -> Iterable[nn.Module]:
-    return [module for module in model.modules() if callable(getattr(type(module), METHOD, None))]
+def _pretrained(model: nn.Module) -> Iterable[tuple[nn.Module, str]]:
+    return [(m, method) for m in model.modules() for method in METHODS if callable(getattr(type(m), method, None))]

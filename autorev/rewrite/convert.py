@@ -73,8 +73,8 @@ def convert(
     Args:
         coupling: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet; `autorev.couplings.presets`.
         gamma: for momentum: a number n / 2^k, or a dict from block patterns to numbers. Default 1/8.
-        c: the factor of the branches, likewise. Default: the coupling's own (for momentum 1 - gamma, and 1 in the
-            first and the last step).
+        c: the factor of the branches, likewise. Default: the coupling's own (for momentum 1 - gamma / 2, and 1
+            in the first and the last step).
         arithmetic: "exact" (int32 fixed point and side bits: reconstruction without any error) or "float".
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
@@ -97,14 +97,16 @@ def convert(
         raise ConversionError(
             f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
         )
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise ConversionError(
             f"{type(model).__name__} checkpoints its blocks, which reversible blocks make superfluous; call "
             "model.gradient_checkpointing_disable() first"
         )
     args, kwargs = _example(model, example_args, example_kwargs)
     chosen = choose(model, args, kwargs, request.blocks, request.exclude)
-    built = [_Built(model, chain, request, preset) for chain in chosen.chains]
+    built: list[_Built] = []
+    for chain in chosen.chains:
+        built.append(_Built(model, chain, request, preset, taken={item.chain.name for item in built}))
     if not built:
         raise ConversionError(_nothing(model, chosen))
     names = list(model.state_dict())
@@ -196,7 +198,9 @@ def _nothing(model: nn.Module, chosen: Chosen) -> str:
 class _Built:
     """A chain ready to be installed."""
 
-    def __init__(self, model: nn.Module, findings: list[Finding], request: Request, preset: Preset) -> None:
+    def __init__(
+        self, model: nn.Module, findings: list[Finding], request: Request, preset: Preset, taken: set[str]
+    ) -> None:
         pieces = request.granularity == "sublayer" or preset.two_streams
         inline = findings[0].inline
         findings = by_steps(findings) if pieces and inline else findings
@@ -214,7 +218,9 @@ class _Built:
         kept = min(request.keep_last, len(findings))
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
         arithmetic = _arithmetic(request, couplings[:stored_from], paths, findings)
-        name = chain_name(findings)
+        name = plain_name = chain_name(findings)
+        while name in taken:
+            name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, random.Random(name))
         self.forwards = self._forwards(model, pieces)
 

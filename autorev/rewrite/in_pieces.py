@@ -36,7 +36,8 @@ class InPieces(ReversibleForward):
         """All steps of the block."""
         place, stream = self._stream(args, kwargs)
         number = self._number(stream)
-        args, kwargs = put(self._inputs(args, kwargs, place), place, stream)
+        inputs, once = self._inputs(args, kwargs, place)
+        args, kwargs = put(inputs, place, stream)
         pieces: CutBlock = self.cuts.cut_for(self.block, args, kwargs, self._cut)
         values = pieces.inputs(args, kwargs)
         del args, kwargs
@@ -44,7 +45,7 @@ class InPieces(ReversibleForward):
         for branch in pieces.branches:
             read = {name: values[name] for name in branch.piece.reads if name != pieces.stream}
             piece = _Piece(branch, pieces.stream)
-            site = Site(self.block, self.path, piece, self.written, overwrites=False)
+            site = Site(self.block, self.path, piece, self.written, overwrites=False, once=once)
             last = number == len(self.chain.couplings) - 1
             side, new = take_step(self.chain, number, values[pieces.stream], site, read, last)
             values |= side
@@ -56,8 +57,8 @@ class InPieces(ReversibleForward):
         try:
             with fake_call(self.block, args, kwargs) as recorded:
                 finding = judge(recorded.root)
-                if not torch.is_grad_enabled():  # a cache may be filled where nothing is run twice
-                    finding.obstacles = [o for o in finding.obstacles if o.code != "argument-write"]
+                # A cache is only left among the arguments where nothing is run twice, and then it may be filled.
+                finding.obstacles = [o for o in finding.obstacles if o.code != "argument-write"]
                 if finding.obstacles or finding.captured is None or len(finding.steps) != self.steps:
                     reasons = "; ".join(map(str, finding.obstacles)) or f"it has {len(finding.steps)} residual steps"
                     raise ConversionError(
@@ -69,8 +70,7 @@ class InPieces(ReversibleForward):
             raise ConversionError(
                 f"{self.path} cannot be cut into its steps: {error}; use granularity='block'"
             ) from None
-        # What the check runs on are copies; a cache among the arguments would be filled all the same.
-        if torch.is_grad_enabled():
+        if not any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
             with torch.no_grad(), running(ORIGINAL):
                 if not reproduces(pieces, self.block, args, kwargs):
                     raise ConversionError(
@@ -133,7 +133,7 @@ class InlineLoop(ReversibleForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The holder's forward."""
         self._refuse_transforms()
-        args, kwargs = self._inputs(args, kwargs, None)
+        (args, kwargs), _ = self._inputs(args, kwargs, None)
         outlined, rebuild = self.outlines.cut_for(self.block, args, kwargs, self._outline)
         named = dict(self._named(args, kwargs))
         assert outlined.forward is not None

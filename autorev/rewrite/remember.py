@@ -6,6 +6,7 @@ A plain `from_pretrained` of the same folder gives the vanilla model, which igno
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,9 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
             f"{path} holds a model that was not converted; use transformers' from_pretrained, and autorev.convert"
         )
     settings = dict(entry)
+    for name in ("gamma", "c"):
+        if isinstance(settings.get(name), list):
+            settings[name] = dict(settings[name])
     forget(model)
     try:
         convert(model, **settings)
@@ -79,9 +83,11 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's kinds of values."""
+    """JSON's kinds of values. A mapping becomes pairs: its order counts, and a config is written with sorted keys."""
     if isinstance(value, Mapping):
-        return {str(k): float(v) for k, v in value.items()}
+        return [[str(pattern), float(number)] for pattern, number in value.items()]
+    if isinstance(value, Fraction):
+        return float(value)
     if isinstance(value, Iterable) and not isinstance(value, str):
         return list(value)
     return value

@@ -1,0 +1,97 @@
+"""Conversion of every family of `transformers` that autorev promises to know: one training step, and clean refusals.
+
+python -m pytest tests/integration/test_convert_zoo.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import autorev
+from autorev.errors import ConversionError
+from autorev.models.example_call import example_call_for
+from tests import zoo
+from tests.one_step import gap, one_step
+
+REFUSED = {
+    "opt-post": "post-norm",
+    "bert": "post-norm",
+    "roberta": "post-norm",
+    "bart": "post-norm",
+    "resnet-basic": "post-activation",
+    "resnet-bottleneck": "post-activation",
+}
+CONVERTED = [name for name in zoo.FAMILIES if name not in REFUSED]
+# A recurrence in Python takes a second for 128 tokens; the others are converted without an example.
+EXAMPLES: dict[str, dict[str, Any]] = {"mamba": {"example_kwargs": {"input_ids": torch.arange(3, 19)[None]}}}
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_training_step_has_the_oracles_loss_and_gradients(name: str, keep_last: int) -> None:
+    """The reversible step's loss equals the oracle's, and every trainable parameter keeps its gradient."""
+    model = zoo.build(name)
+    _, call = example_call_for(model, 2, 16)
+    _, plain = one_step(model, **call)
+
+    conversion = autorev.convert(model, keep_last=keep_last, **EXAMPLES.get(name, {}))
+    assert conversion.not_converted == ()
+    expected_loss, expected = one_step(model, mode="oracle", **call)
+    loss, found = one_step(model, **call)
+
+    assert torch.equal(loss, expected_loss)
+    assert gap(found, expected) < 1e-5
+    assert [n for n, g in plain.items() if g is not None] == [n for n, g in found.items() if g is not None]
+    drifts = {chain.chain.drift for chain in converted_blocks(model)}
+    assert drifts == {0.0}, "some chain was not rebuilt to its first state"
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_reverted_family_takes_the_plain_step(name: str) -> None:
+    """After `revert` loss and gradients are the plain model's bit for bit."""
+    model = zoo.build(name)
+    _, call = example_call_for(model, 2, 16)
+    plain_loss, plain = one_step(model, **call)
+
+    conversion = autorev.convert(model, **EXAMPLES.get(name, {}))
+    _, otherwise = one_step(model, **call)
+    assert autorev.revert(model) == sum(len(chain.blocks) for chain in conversion.chains)
+    loss, found = one_step(model, **call)
+
+    assert gap(otherwise, plain) > 0, "the conversion changed nothing"
+    assert torch.equal(loss, plain_loss)
+    assert gap(found, plain) == 0
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+def test_a_family_without_chains_is_refused_and_stays_as_it_was(name: str, reason: str) -> None:
+    """The error names the first obstacle, and weights, attributes, flags, config and random numbers are untouched."""
+    model = zoo.build(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = [set(vars(module)) for module in model.modules()]
+    flags = [module.training for module in model.modules()]
+    config = model.config.to_dict()
+    random = torch.get_rng_state()
+
+    with pytest.raises(ConversionError, match=f"can be converted: .*{reason}"):
+        autorev.convert(model)
+
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert [module.training for module in model.modules()] == flags
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def converted_blocks(model: torch.nn.Module) -> list[Any]:
+    """The forwards that conversion put into the blocks."""
+    from autorev.rewrite.convert import forwards_of
+
+    found = list(forwards_of(model))
+    assert found
+    return found

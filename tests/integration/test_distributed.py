@@ -1,0 +1,323 @@
+"""Converted models under DDP and FSDP2, in two processes on a CPU.
+
+python -m pytest tests/integration/test_distributed.py
+
+Starting a process costs seconds, so both of them make all checks in one go, and each test looks at one result.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autorev
+from tests import handwritten as hand
+from tests.one_step import gap, gradients_of, loss_of, one_step
+
+pytest.importorskip("transformers")
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+from tests import zoo
+
+RANKS = 2
+ROWS = 4
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact momentum": {"coupling": "momentum"},
+    "float leapfrog": {"coupling": "leapfrog", "arithmetic": "float"},
+}
+MODELS = ["llama", "hand-written"]
+WRAPPERS = ["ddp", "ddp finding unused", "fsdp", "fsdp keeping blocks whole"]
+ACCUMULATING = ["ddp", "fsdp"]
+
+
+# -- what the two processes do
+
+
+def build(model: str, wrapper: str = "") -> nn.Module:
+    """The same weights in every process; for DDP to find unused parameters, it is given some."""
+    built: nn.Module
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = zoo.build("llama") if model == "llama" else hand.stack_of(hand.Block).train()
+        if "unused" in wrapper:
+            built.unused = nn.Linear(3, 3)
+    return built
+
+
+def batch(model: str, number: int = 0) -> dict[str, Any]:
+    """All ranks' rows of one step."""
+    tokens = torch.randint(3, 50, (ROWS, 12), generator=torch.Generator().manual_seed(number))
+    return {"input_ids": tokens, "labels": tokens, "use_cache": False} if model == "llama" else {"tokens": tokens}
+
+
+def mine(call: dict[str, Any]) -> dict[str, Any]:
+    """This rank's rows."""
+    rows = slice(dist.get_rank() * ROWS // RANKS, (dist.get_rank() + 1) * ROWS // RANKS)
+    return {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
+    """`model` as it is trained on two ranks."""
+    if wrapper.startswith("ddp"):
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters="unused" in wrapper)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    blocks = model.model.layers if hasattr(model, "model") else model.blocks
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward="whole" not in wrapper)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def step(model: nn.Module, call: dict[str, Any], collect: bool = True) -> float:
+    """Forward and backward of this rank's rows, with or without a collection of gradients."""
+    quiet = nullcontext()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(collect)
+    elif not collect:
+        quiet = model.no_sync()
+    with quiet:
+        loss = loss_of(model(**mine(call)))
+        loss.backward()
+    return float(loss)
+
+
+def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Every parameter's gradient, put together from both ranks, by its name in the bare model."""
+    found = gradients_of(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+
+
+class Counting(TorchDispatchMode):
+    """Counts collective operations by their name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace and "wait" not in func.name():
+            self.counts[func.name()] = self.counts.get(func.name(), 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(run: Callable[[], Any]) -> dict[str, int]:
+    """The collective operations that `run` calls, by name."""
+    with Counting() as counting:
+        run()
+    return counting.counts
+
+
+def one_training_step(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The gap to the oracle on the whole batch in one process, and the collectives of the third step."""
+    counts = []
+    for convert in (False, True):
+        bare = build(model, wrapper)
+        if convert:
+            autorev.convert(bare, **example(model), **settings)
+        parallel = wrapped(bare, wrapper)
+        for _ in range(2):  # DDP arranges its buckets in the first step
+            step(parallel, batch(model))
+            parallel.zero_grad()
+        counts.append(collectives(partial(step, parallel, batch(model))))
+    single = build(model, wrapper)
+    autorev.convert(single, **example(model), **settings)
+    _, expected = one_step(single, mode="oracle", **batch(model))
+    return {"gap": gap(whole_gradients(parallel), expected), "plain": counts[0], "converted": counts[1]}
+
+
+def accumulated(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Two batches, of which only the second collects gradients."""
+    counts = []
+    for convert in (False, True):
+        bare = build(model, wrapper)
+        if convert:
+            autorev.convert(bare, **example(model), **settings)
+        parallel = wrapped(bare, wrapper)
+
+        def both(parallel: nn.Module = parallel) -> None:
+            parallel.zero_grad()
+            step(parallel, batch(model, 0), collect=False)
+            step(parallel, batch(model, 1))
+
+        both()
+        counts.append(collectives(both))
+    single = build(model, wrapper)
+    autorev.convert(single, **example(model), **settings)
+    first, second = (one_step(single, mode="oracle", **batch(model, number))[1] for number in range(2))
+    expected = {name: first[name] + second[name] for name in first}
+    return {"gap": gap(whole_gradients(parallel), expected), "plain": counts[0], "converted": counts[1]}
+
+
+def trained(wrapper: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Losses of four steps of AdamW, here and in one process."""
+    bare, single = build("llama"), build("llama")
+    autorev.convert(bare, **settings)
+    autorev.convert(single, **settings)
+    parallel = wrapped(bare, wrapper)
+    losses, expected = [], []
+    for model, into in ((parallel, losses), (single, expected)):
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for number in range(4):
+            if model is parallel:
+                loss = torch.tensor(step(model, batch("llama", number)))
+                dist.all_reduce(loss)
+                into.append(float(loss) / RANKS)
+            else:
+                into.append(float(one_step(model, **batch("llama", number))[0]))
+            optimiser.step()
+            optimiser.zero_grad()
+    return {"losses": losses, "expected": expected}
+
+
+def in_bfloat16(settings: dict[str, Any]) -> dict[str, Any]:
+    """FSDP2's mixed precision: the reversible step against the oracle, both sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from autorev.engine.chain import running
+
+    found = []
+    for mode in ("oracle", "reversible"):
+        model: Any = build("llama")
+        autorev.convert(model, **settings)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        with running(mode):
+            step(model, batch("llama"))
+        found.append(whole_gradients(model))
+    return {"gap": gap(found[1], found[0])}
+
+
+def example(model: str) -> dict[str, Any]:
+    """The example call for `convert`."""
+    return {} if model == "llama" else {"example_kwargs": batch(model)}
+
+
+CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{
+        f"{model}, {wrapper}, {name}": partial(one_training_step, model, wrapper, settings)
+        for model in MODELS
+        for wrapper in WRAPPERS
+        for name, settings in SETTINGS.items()
+    },
+    **{
+        f"accumulated, {wrapper}, {name}": partial(accumulated, "llama", wrapper, settings)
+        for wrapper in ACCUMULATING
+        for name, settings in SETTINGS.items()
+    },
+    **{
+        f"trained, {wrapper}, {name}": partial(trained, wrapper, settings)
+        for wrapper in ACCUMULATING
+        for name, settings in SETTINGS.items()
+    },
+    "bfloat16": partial(in_bfloat16, SETTINGS["exact momentum"]),
+}
+
+
+def work(rank: int, folder: str) -> None:
+    """One of the two processes: make every check, and write down what came out."""
+    torch.set_num_threads(1)
+    store = (Path(folder) / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    results: dict[str, dict[str, Any]] = {}
+    for name, check in CHECKS.items():
+        try:
+            results[name] = check()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+# -- the tests
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Rank 0's results of all checks, or rank 1's error."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS))
+    return {name: second[name] if "error" in second[name] else first[name] for name in CHECKS}
+
+
+def result_of(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What the check `name` gave; its traceback if it failed."""
+    found = results[name]
+    if "error" in found:
+        pytest.fail(found["error"], pytrace=False)
+    return found
+
+
+each_setting = pytest.mark.parametrize("setting", SETTINGS)
+each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+each_model = pytest.mark.parametrize("model", MODELS)
+
+
+@each_model
+@each_wrapper
+@each_setting
+def test_gradients_are_those_of_one_process_on_the_whole_batch(
+    results: dict[str, Any], model: str, wrapper: str, setting: str
+) -> None:
+    """Two ranks with half of the rows each have the gradients of the oracle with all rows."""
+    assert result_of(results, f"{model}, {wrapper}, {setting}")["gap"] < 1e-5
+
+
+@each_model
+@each_wrapper
+@each_setting
+def test_a_step_communicates_as_much_as_the_plain_model(
+    results: dict[str, Any], model: str, wrapper: str, setting: str
+) -> None:
+    """The second run of a block in backward gathers no parameters and reduces no gradients once more."""
+    found = result_of(results, f"{model}, {wrapper}, {setting}")
+    assert found["plain"], "no collective was seen, so the count says nothing"
+    assert found["converted"] == found["plain"]
+
+
+@pytest.mark.parametrize("wrapper", ACCUMULATING)
+@each_setting
+def test_gradients_accumulate_over_batches_that_do_not_synchronise(
+    results: dict[str, Any], wrapper: str, setting: str
+) -> None:
+    """Two batches, the first of them without a collection, give the sum of both gradients and no more collectives."""
+    found = result_of(results, f"accumulated, {wrapper}, {setting}")
+    assert found["gap"] < 1e-5
+    assert found["plain"], "no collective was seen, so the count says nothing"
+    assert found["converted"] == found["plain"]
+
+
+@pytest.mark.parametrize("wrapper", ACCUMULATING)
+@each_setting
+def test_training_on_two_ranks_has_the_losses_of_one_process(
+    results: dict[str, Any], wrapper: str, setting: str
+) -> None:
+    """Four steps of AdamW on different batches go the same way."""
+    found = result_of(results, f"trained, {wrapper}, {setting}")
+    assert found["losses"] == pytest.approx(found["expected"], rel=1e-4)
+    assert len(set(found["losses"])) == 4
+
+
+def test_mixed_precision_of_fsdp_has_the_oracles_gradients(results: dict[str, Any]) -> None:
+    """With parameters gathered in bfloat16 the rebuilt chain gives the gradients of the stored one."""
+    assert result_of(results, "bfloat16")["gap"] < 1e-5
