@@ -42,7 +42,7 @@ def wide_llama(blocks: int = 24, width: int = 1024) -> Any:
 
     config = LlamaConfig(
         hidden_size=width,
-        intermediate_size=4 * width,
+        intermediate_size=2 * width,
         num_hidden_layers=blocks,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,

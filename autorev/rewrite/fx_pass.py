@@ -8,6 +8,7 @@ of a `ReversibleStep`, which runs them on `gm`'s own live modules and parameters
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +35,22 @@ class ReversibleStep(nn.Module):
 
     def __init__(self, gm: fx.GraphModule, graph: fx.Graph, chain: ReversibleChain, number: int) -> None:
         super().__init__()
-        self.chain, self.number = chain, number
-        # In `__dict__`, as the graph refers to `gm`, which this module is a part of.
-        self.__dict__["gm"], self.__dict__["turn"] = gm, LiveGraph(gm, {}, graph)
+        self.chain, self.number, self.graph = chain, number, graph
+        self.__dict__["gm"] = gm  # past `__setattr__`: it holds this module, and is no part of it
+
+    @property
+    def turn(self) -> Any:
+        """The step's nodes as a function over `gm`'s live modules."""
+        if "made" not in self.__dict__:
+            self.__dict__["made"] = LiveGraph(self.__dict__["gm"], {}, self.graph)
+        return self.__dict__["made"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "made"}  # a copy makes its own
 
     def forward(self, stream: torch.Tensor, *inputs: Any) -> torch.Tensor:
         """stream + what the step adds, coupled."""
-        turn: Any = self.__dict__["turn"]
+        turn = self.turn
         if mode() == ORIGINAL:
             result: torch.Tensor = turn(stream, *inputs)
             return result
@@ -102,21 +112,32 @@ class ReverseChains(PassBase):
             units = [] if public.verdict == "refused" else _units(graph, graph_module, run)
             if len(units) > 1:
                 chains.append((self._chain(public.name, len(chains), len(units)), units))
+        if not chains:
+            return PassResult(graph_module, False)
+        before = copy.deepcopy(graph_module.graph)
         for number, (chain, units) in enumerate(chains):
             # The last one first: what it begins with is then still the user's own node.
             for step, unit in reversed(list(enumerate(units))):
                 unit.install(graph_module, chain, f"reversible_{number}_{step}", step)
-        if not chains:
-            return PassResult(graph_module, False)
         graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
+        try:
+            self._choose_grids(graph_module, [chain for chain, _ in chains])
+        except BaseException:
+            graph_module.graph = before
+            for name, module in list(graph_module.named_children()):
+                if isinstance(module, ReversibleStep):
+                    graph_module.delete_submodule(name)
+            raise
+        return PassResult(graph_module, True)
+
+    def _choose_grids(self, graph_module: fx.GraphModule, chains: list[ReversibleChain]) -> None:
         inputs = () if self.example_inputs is None else tuple(self.example_inputs)
         if inputs:
-            choose_grids(graph_module, [chain for chain, _ in chains], self.fraction_bits, inputs, {})
+            choose_grids(graph_module, chains, self.fraction_bits, inputs, {})
         elif self.fraction_bits is not None:
-            for chain, _ in chains:
+            for chain in chains:
                 chain.arithmetic = FixedPoint(self.fraction_bits)
-        return PassResult(graph_module, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """The rewritten graph is well formed."""

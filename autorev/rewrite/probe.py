@@ -84,7 +84,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        model.eval()
+        for module in training:
+            module.training = False  # not by `eval()`, which an exported graph refuses
         try:
             yield
         finally:
