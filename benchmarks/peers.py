@@ -62,7 +62,8 @@ class Stack(nn.Module):
         return x
 
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+Run = Any
+"""A module [tokens, width] -> [tokens, width]."""
 
 
 def autorev_run(stack: Stack, **how: Any) -> Run:
@@ -90,7 +91,7 @@ def memcnn_run(stack: Stack) -> Run:
             for f, g in zip(fs[::2], fs[1::2], strict=True)
         )
     )
-    return _two_streams(layers)
+    return _in_order(_two_streams(layers), fs)
 
 
 def revtorch_run(stack: Stack) -> Run:
@@ -99,7 +100,7 @@ def revtorch_run(stack: Stack) -> Run:
 
     fs = [block.f for block in copy.deepcopy(stack).blocks]
     blocks = [revtorch.ReversibleBlock(f, g, split_along_dim=1) for f, g in zip(fs[::2], fs[1::2], strict=True)]
-    return _two_streams(revtorch.ReversibleSequence(nn.ModuleList(blocks)))
+    return _in_order(_two_streams(revtorch.ReversibleSequence(nn.ModuleList(blocks))), fs)
 
 
 def momentumnet_run(stack: Stack) -> Run:
@@ -107,8 +108,12 @@ def momentumnet_run(stack: Stack) -> Run:
     import momentumnet
 
     fs = [block.f for block in copy.deepcopy(stack).blocks]
-    made: Run = momentumnet.MomentumNet(fs, gamma=GAMMA, init_speed=0, use_backprop=False)
-    return made
+    return _in_order(momentumnet.MomentumNet(fs, gamma=GAMMA, init_speed=0, use_backprop=False), fs)
+
+
+def _in_order(run: Run, fs: list[nn.Module]) -> Run:
+    run.own_fs = fs  # a plain list: not registered once more
+    return run
 
 
 def _two_streams(layers: nn.Module) -> Run:
@@ -147,15 +152,16 @@ def equations(stack: Stack, name: str) -> Run:
                 x = x + v
             return x
 
-    return Plain()
+    return _in_order(Plain(), fs)
 
 
 def gradients(run: Any, x: torch.Tensor) -> torch.Tensor:
-    """Of the mean square, all in one row, in the order of the parameters; zeros where there is none."""
+    """Of the mean square, all in one row, block by block (the libraries register them otherwise)."""
     run.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     run(x.clone().requires_grad_()).square().mean().backward()
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.parameters()]
+    fs = getattr(run, "own_fs", None) or [block.f for block in run.blocks]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for f in fs for p in f.parameters()]
     return torch.cat([g.flatten() for g in grads])
 
 
@@ -178,7 +184,7 @@ def main() -> None:
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
     runs = {name: make(Stack(0.0)) for name, make, _ in rows}
     steps = {name: (lambda run=run: gradients(run, x)) for name, run in runs.items()}
-    peaks = {name: peak_of(step) for name, step in steps.items()}
+    peaks = {name: peak_of(runs[name], step) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, step in steps.items():

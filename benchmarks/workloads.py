@@ -54,7 +54,7 @@ def wide_llama(blocks: int = 24, width: int = 1024) -> Any:
 
 
 def step_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward of one training step; gradients are dropped first."""
+    """Forward and backward of one training step, from no gradients."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -63,9 +63,10 @@ def step_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def peak_of(step: Callable[[], None]) -> int:
-    """The most bytes that a warm step allocates at once, beyond what was there before it, by the allocator's events."""
+def peak_of(model: nn.Module, step: Callable[[], None]) -> int:
+    """The most bytes that a warm step allocates at once, gradients included, by the allocator's events."""
     step()
+    model.zero_grad(set_to_none=True)  # or their memory, freed within the profile, would be taken off
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     return highest(profile)

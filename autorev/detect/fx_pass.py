@@ -82,10 +82,10 @@ class GraphChain:
     """Where each step's sum is written."""
 
 
-class AnnotateResiduals(PassBase):
-    """Write into a graph which of its nodes form residual chains.
+class ResidualPass(PassBase):
+    """A pass that reads a graph's residual chains.
 
-    `example_inputs` are needed where the graph's inputs carry no shapes; only shapes and dtypes count.
+    `example_inputs` are needed where the graph's inputs carry no shapes.
     """
 
     def __init__(self, example_inputs: Sequence[Any] | None = None) -> None:
@@ -100,6 +100,10 @@ class AnnotateResiduals(PassBase):
         missing = missing_values(graph_module)
         if missing and self.example_inputs is None:
             raise CaptureError(f"the shape of input {', '.join(missing)} is not known; {REMEDY}")
+
+
+class AnnotateResiduals(ResidualPass):
+    """Write into a graph which of its nodes form residual chains; of `example_inputs` only shapes and dtypes count."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Annotate; `modified` is False where the same annotations were there already.

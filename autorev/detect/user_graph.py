@@ -29,10 +29,7 @@ from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
 from autorev.errors import CaptureError
 
-REMEDY = (
-    "pass example inputs, AnnotateResiduals(example_inputs=(...)), or run "
-    "torch.fx.passes.shape_prop.ShapeProp on the graph first"
-)
+REMEDY = "pass the pass example_inputs=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
 
 
 _torch_blocks = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
 from autorev.couplings.presets import check_dyadic, coupling_for, preset_named
 from autorev.couplings.velocity import Velocity
-from autorev.detect.fx_pass import Run, graph_chain, longest_runs
+from autorev.detect.fx_pass import ResidualPass, Run, graph_chain, longest_runs
 from autorev.detect.pieces import LiveGraph
-from autorev.detect.user_graph import REMEDY, UserGraph, missing_values, read_user_graph
+from autorev.detect.user_graph import UserGraph, read_user_graph
 from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, mode, take_step
-from autorev.errors import CaptureError, ConversionError
+from autorev.errors import ConversionError
 from autorev.rewrite.in_pieces import modules_of
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 
@@ -61,7 +61,7 @@ class ReversibleStep(nn.Module):
         return take_step(self.chain, self.number, stream, site, inputs, last)[1]
 
 
-class ReverseChains(PassBase):
+class ReverseChains(ResidualPass):
     """Rewrite the residual chains of a graph reversibly, in place.
 
     `coupling`, `gamma`, `c`, `arithmetic`, `keep_last` and `fraction_bits` are those of `autorev.convert`, and
@@ -79,22 +79,12 @@ class ReverseChains(PassBase):
         keep_last: int = 1,
         fraction_bits: int | None = None,
     ) -> None:
-        self.example_inputs = example_inputs
+        super().__init__(example_inputs)
         self.preset, self.gamma, self.c = preset_named(coupling), gamma, c
         if arithmetic not in ("exact", "float"):
             raise ConversionError(f"arithmetic is 'exact' or 'float', not {arithmetic!r}")
         self.arithmetic: Arithmetic = FixedPoint(USUAL_FRACTION_BITS) if arithmetic == "exact" else Floating()
         self.keep_last, self.fraction_bits = keep_last, fraction_bits
-
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Every input that is read has a value or a shape.
-
-        Raises:
-            CaptureError: one has not, and there are no example inputs.
-        """
-        missing = missing_values(graph_module)
-        if missing and self.example_inputs is None:
-            raise CaptureError(f"the shape of input {', '.join(missing)} is not known; {REMEDY}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite; `modified` is False where there is no eligible chain, or the graph was rewritten before.
