@@ -7,6 +7,7 @@ the model is given is decoded from them.
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,9 +19,10 @@ from autorev.errors import FixedPointRangeError
 LIMIT = 2**29
 """|H| of a fixed-point stream stays below this.
 
-Then no overflow can hide. Let |H| < 2^29 before a step, hence |V| < 2^30. The step adds q, |q| <= |V|, and an increment
-that int32 can hold (a float that it cannot hold becomes -2^31 or 2^31 - 1). The true |H'| is below 2^29 + 2^30 + 2^31,
-so if it is not a number that passes the check, neither is what it wraps round to.
+Then no overflow can hide. Let |H| < 2^29 before a step, hence |V| < 2^30. The step adds q, |q| < 2^30 (V n fits into an
+int32, and is divided by 2 at least unless n is 1 or -1), and an increment that int32 can hold (a float that it cannot
+hold becomes -2^31 or 2^31 - 1). The true |H'| is below 2^29 + 2^30 + 2^31, so if it is not a number that passes the
+check, neither is what it wraps round to.
 """
 MOST_SIDE_BITS = 8
 LEAST_FRACTION_BITS = 8
@@ -44,17 +46,17 @@ class FixedPoint:
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """A floating tensor, rounded to the grid: int32, contiguous."""
-        return _wide(value).mul(2.0**self.fraction_bits).round_().to(torch.int32, memory_format=torch.contiguous_format)
+        return _to_integers(_wide(value).mul(2.0**self.fraction_bits).round_())
 
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """An int32 stream as a new floating tensor of `dtype`."""
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        return torch.mul(stream, 2.0**-self.fraction_bits, out=torch.empty_like(stream, dtype=wide)).to(dtype)
+        return stream.to(wide).mul_(2.0**-self.fraction_bits).to(dtype)
 
     def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
         """round(c * (out - h) * 2^s), int32: what a branch `out = h + f(h)` adds to the velocity."""
         change = _wide(out) - stream
-        return change.mul_(factor * 2.0**self.fraction_bits).round_().to(torch.int32).contiguous()
+        return _to_integers(change.mul_(factor * 2.0**self.fraction_bits).round_())
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a + b, in a's memory."""
@@ -149,6 +151,17 @@ def _check_product(velocity: torch.Tensor, factor: int) -> None:
     low, high = torch.aminmax(velocity)
     if max(-int(low), int(high)) * abs(factor) >= 2**31:
         raise FixedPointRangeError(f"a velocity times {factor}, the numerator of gamma, left the fixed-point grid")
+
+
+_NAN_IS_LEAST = platform.machine() in ("x86_64", "AMD64")
+"""Does this CPU turn NaN into -2^31, as it does with what is too large? Others, and GPUs, turn it into 0."""
+
+
+def _to_integers(values: torch.Tensor) -> torch.Tensor:
+    """int32, contiguous; what is no number becomes one that `LIMIT` catches."""
+    if values.device.type != "cpu" or not _NAN_IS_LEAST:
+        values = values.nan_to_num_(nan=-(2.0**31))
+    return values.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

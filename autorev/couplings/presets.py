@@ -110,11 +110,11 @@ def check_dyadic(gamma: Fraction, path: str) -> None:
     """
     denominator = gamma.denominator
     power_of_two = denominator & (denominator - 1) == 0
-    if power_of_two and side_bits_of(gamma) <= MOST_SIDE_BITS and abs(gamma) < 4:
+    if power_of_two and side_bits_of(gamma) <= MOST_SIDE_BITS and abs(gamma) < 2:
         return
     nearest = ", ".join(dict.fromkeys(str(Fraction(round(gamma * 2**k), 2**k)) for k in (3, 5, 7)))
     raise ConversionError(
-        f"gamma = {float(gamma):g} for {path} is not n / 2^k with k <= {MOST_SIDE_BITS} and |gamma| < 4, which exact "
+        f"gamma = {float(gamma):g} for {path} is not n / 2^k with k <= {MOST_SIDE_BITS} and |gamma| < 2, which exact "
         f"arithmetic needs; near it are {nearest}"
     )
 

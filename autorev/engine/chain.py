@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,23 +28,24 @@ from autorev.engine.tape import Tape, TapedStep
 from autorev.errors import ConversionError
 
 REVERSIBLE, ORACLE, ORIGINAL = "reversible", "oracle", "original"
-_mode: ContextVar[str] = ContextVar("autorev_mode", default=REVERSIBLE)
+_modes = [REVERSIBLE]
+"""The last one counts. For all threads: autograd runs backward, and second runs in it, in threads of its own."""
 
 
 @contextmanager
 def running(mode: str) -> Iterator[None]:
     """While it lasts, converted models run reversibly, as the ORACLE (the same coupling, every activation stored by
     ordinary autograd), or as the ORIGINAL blocks."""
-    token = _mode.set(mode)
+    _modes.append(mode)
     try:
         yield
     finally:
-        _mode.reset(token)
+        _modes.pop()
 
 
 def mode() -> str:
     """How converted models run at the moment."""
-    return _mode.get()
+    return _modes[-1]
 
 
 @dataclass(eq=False)
@@ -218,6 +218,8 @@ def _arrive(
             "around it. Reversible blocks need no checkpoint; remove it, or put one around the whole chain"
         )
     state = coupling.begin(chain.arithmetic.encode(stream.detach()))
+    if isinstance(chain.arithmetic, FixedPoint):
+        check_range(chain.arithmetic, state.stream, f"the input of {chain.name}", None, at_once=not stream.is_cuda)
     x = enter(chain.arithmetic, state, stream)
     return _Arrived(x, coupling.first_partner(x), state, None, fresh=True)
 
@@ -259,7 +261,7 @@ def _recomputed(
     site: Site, coupling: Coupling, x: torch.Tensor, inputs: Any
 ) -> tuple[Any, torch.Tensor, tuple[_OnTape, TapedStep]]:
     """The branch, with nothing kept of what it saved; see NOTE [ Reconstruction ], Rule 1."""
-    replay = Replay(site.module, site.path, site.branch, inputs, site.written)
+    replay = Replay(site.module, site.path, site.branch, x, inputs, site.written)
     on_tape = _OnTape(site, x, inputs)
     returned, out = checkpoint(on_tape, use_reentrant=False, early_stop=False, preserve_rng_state=False)
     replay.ran()

@@ -1,4 +1,4 @@
-"""Has a fixed-point stream left its grid? Seen at once on a CPU; on other devices once per backward pass."""
+"""Has a fixed-point stream left its grid? Seen at once; on a GPU, for steps on a tape, once per backward pass."""
 
 from __future__ import annotations
 

@@ -38,8 +38,10 @@ class _Owned:
 class Replay:
     """One call of `branch` on behalf of `module`."""
 
-    def __init__(self, module: nn.Module, path: str, branch: Branch, inputs: Any, written: tuple[str, ...]) -> None:
-        """`written`: buffers (by path below the module) that the branch is known to update."""
+    def __init__(
+        self, module: nn.Module, path: str, branch: Branch, like: torch.Tensor, inputs: Any, written: tuple[str, ...]
+    ) -> None:
+        """`like`: the branch's input; `written`: buffers (by path below the module) that it is known to update."""
         self.path, self.branch = path, branch
         # Of the inputs, only values are needed again. Kept with their history, an input that an earlier block of the
         # chain returned (T5's position bias) would close a circle through autograd's own graph that no one collects.
@@ -61,11 +63,13 @@ class Replay:
                         kept = tensor if tensor.is_leaf else _alias(tensor)
                         self.owned.append(_Owned(home, key, prefix + key, kept, _version(tensor)))
         self.autocast = _autocast_states()
-        self.random: dict[str, Any] = _random_states()
+        tensors = [like, *_tensors(self.inputs), *(owned.tensor for owned in self.owned)]
+        self.devices = sorted({t.device.index for t in tensors if t.is_cuda})
+        self.random = _random_states(self.devices)
 
     def ran(self) -> None:
         """Called after the first run: random states are kept only if that run moved them."""
-        after = _random_states()
+        after = _random_states(self.devices)
         self.random = {k: v for k, v in self.random.items() if not torch.equal(v, after[k])}
 
     def run(self, value: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -101,7 +105,7 @@ class Replay:
                 module.training = not module.training
             for owned in self.owned:
                 current = owned.home.get(owned.name)
-                if current is not owned.tensor and not _same(current, owned.tensor):
+                if current is not owned.tensor:
                     undo.append((owned.home, owned.name, current))
                     owned.home[owned.name] = owned.tensor
             for home, name, value in self.updated:
@@ -119,10 +123,6 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _same(current: Any, tensor: torch.Tensor) -> bool:
-    return isinstance(current, torch.Tensor) and not tensor.is_leaf and current.data_ptr() == tensor.data_ptr()
-
-
 def _tensors(structure: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor))
 
@@ -134,33 +134,31 @@ def _version(tensor: torch.Tensor) -> int:
 # -- random numbers
 
 
-def _random_states() -> dict[str, torch.Tensor]:
-    """Generator states by device: the CPU's, and that of the current accelerator where one is in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+_CPU = -1
+"""The CPU among device indices."""
+
+
+def _random_states(devices: list[int]) -> dict[int, torch.Tensor]:
+    """Generator states by device index: the CPU's, and those of the CUDA devices that the branch computes on."""
+    return {_CPU: torch.get_rng_state(), **{index: torch.cuda.get_rng_state(index) for index in devices}}
 
 
 @contextmanager
-def _random_replayed(states: dict[str, torch.Tensor]) -> Iterator[None]:
-    if not states:
-        yield
-        return
-    before = _random_states()
+def _random_replayed(states: dict[int, torch.Tensor]) -> Iterator[None]:
+    before = _random_states([index for index in states if index != _CPU]) if states else {}
     try:
         _set_random(states)
         yield
     finally:
-        _set_random({device: before[device] for device in states})
+        _set_random({index: before[index] for index in states})
 
 
-def _set_random(states: dict[str, torch.Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
+def _set_random(states: dict[int, torch.Tensor]) -> None:
+    for index, state in states.items():
+        if index == _CPU:
             torch.set_rng_state(state)
         else:
-            torch.cuda.set_rng_state(state)
+            torch.cuda.set_rng_state(state, index)
 
 
 # -- autocast

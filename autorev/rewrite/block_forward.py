@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -154,6 +154,8 @@ class WholeBlock(ReversibleForward):
 
     def _output_place(self, returned: Any) -> tuple[Any, ...]:
         """Where the stream is; a block that returns a tuple or a tensor as it is asked has it first."""
+        if isinstance(returned, torch.Tensor):
+            return ()
         found = returned
         try:
             for key in self.output_at:
@@ -161,7 +163,7 @@ class WholeBlock(ReversibleForward):
         except (KeyError, IndexError, TypeError, AttributeError):
             found = None
         if isinstance(found, torch.Tensor) and found.dim():
-            return self.output_at if self.output_at or isinstance(returned, torch.Tensor) else (0,)
+            return self.output_at
         place = next((at for at, leaf in leaves(returned) if isinstance(leaf, torch.Tensor)), None)
         if place is None:
             raise ConversionError(f"{self.path} returned no tensor, so it has no stream; exclude it")
@@ -194,11 +196,12 @@ def _holds_tokens(cache: Any, block: nn.Module) -> bool:
         return True
 
 
-_told: WeakSet[ReversibleChain] = WeakSet()
+_told: WeakKeyDictionary[ReversibleChain, set[str]] = WeakKeyDictionary()
 
 
 def _say(chain: ReversibleChain, what: str) -> None:
     """Once per chain."""
-    if chain not in _told:
-        _told.add(chain)
+    told = _told.setdefault(chain, set())
+    if what not in told:
+        told.add(what)
         logging.getLogger("autorev").warning("the blocks of %s are reversible and %s", chain.name, what)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from autorev.rewrite.checkpointing import explain_checkpointing, stop_explaining
 from autorev.rewrite.in_pieces import InlineLoop, InPieces, by_steps
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
-from autorev.rewrite.select import Chosen, Numbers, choose
+from autorev.rewrite.select import Chosen, Numbers, choose, patterns
 from autorev.rewrite.summary import Conversion, ConvertedChain, saving_of
 
 TOLERANCE = 1e-3
@@ -91,8 +92,9 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"autorev.convert needs a torch.nn.Module, and got a {type(model).__name__}")
+    blocks, exclude = patterns(blocks), patterns(exclude)
     request = Request(coupling, gamma, c, arithmetic, blocks, exclude, keep_last, granularity, fraction_bits)
-    preset = _checked(request)
+    preset = check_request(request)
     if any(forwards_of(model)):
         raise ConversionError(
             f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
@@ -104,6 +106,7 @@ def convert(
         )
     args, kwargs = _example(model, example_args, example_kwargs)
     chosen = choose(model, args, kwargs, request.blocks, request.exclude)
+    _check_patterns(request, chosen)
     built: list[_Built] = []
     for chain in chosen.chains:
         built.append(_Built(model, chain, request, preset, taken={item.chain.name for item in built}))
@@ -116,11 +119,11 @@ def convert(
         notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
+        explain_checkpointing(model)
+        remember(model, request, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
-    explain_checkpointing(model)
-    remember(model, request, {item.chain.name: item.chain for item in built})
     return Conversion(
         coupling=preset.name,
         arithmetic=request.arithmetic,
@@ -162,7 +165,12 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 # -- arguments
 
 
-def _checked(request: Request) -> Preset:
+def check_request(request: Request) -> Preset:
+    """The preset of a request whose options make sense.
+
+    Raises:
+        ConversionError: one does not.
+    """
     preset = preset_named(request.coupling)
     if request.arithmetic not in ("exact", "float"):
         raise ConversionError(f"arithmetic is 'exact' or 'float', not {request.arithmetic!r}")
@@ -181,6 +189,17 @@ def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, A
     from autorev.pipeline import example_call_of
 
     return example_call_of(model, "convert")
+
+
+def _check_patterns(request: Request, chosen: Chosen) -> None:
+    paths = [finding.path for chain in chosen.chains for finding in chain]
+    for name in ("gamma", "c"):
+        numbers = getattr(request, name)
+        for pattern, number in numbers.items() if isinstance(numbers, Mapping) else ():
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ConversionError(f"the pattern {pattern!r} of {name} matches none of the blocks to convert")
+            if not isinstance(number, int | float | Fraction):
+                raise ConversionError(f"{name} of {pattern!r} is a number, not {number!r}")
 
 
 def _nothing(model: nn.Module, chosen: Chosen) -> str:
@@ -217,7 +236,9 @@ class _Built:
         ]
         kept = min(request.keep_last, len(findings))
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
-        arithmetic = _arithmetic(request, couplings[:stored_from], paths, findings)
+        stream = findings[0].stream_in
+        double = stream is not None and stream.dtype is torch.float64
+        arithmetic = arithmetic_for(request, couplings[:stored_from], paths, chain_name(findings), double)
         name = plain_name = chain_name(findings)
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
@@ -279,7 +300,14 @@ def _number_for(numbers: Numbers, path: str) -> float | None:
     return next((number for pattern, number in numbers.items() if fnmatchcase(path, pattern)), None)
 
 
-def _arithmetic(request: Request, recomputed: list[Coupling], paths: list[str], findings: list[Finding]) -> Arithmetic:
+def arithmetic_for(
+    request: Request, recomputed: list[Coupling], paths: list[str], name: str, double: bool
+) -> Arithmetic:
+    """The arithmetic of the chain `name`, of which the steps `recomputed` (in the blocks `paths`) are undone.
+
+    Raises:
+        ConversionError: a gamma is no n / 2^k, or float streams would drift too far.
+    """
     if request.arithmetic == "exact":
         for coupling, path in zip(recomputed, paths, strict=False):
             if isinstance(coupling, Velocity):
@@ -289,11 +317,10 @@ def _arithmetic(request: Request, recomputed: list[Coupling], paths: list[str], 
     for coupling in recomputed:
         product *= coupling.growth if coupling.invertible else 1.0
         worst = max(worst, product)
-    double = findings[0].stream_in is not None and findings[0].stream_in.dtype is torch.float64
     error = worst * (2.0**-53 if double else 2.0**-24)
     if error > TOLERANCE:
         raise ConversionError(
-            f"in float arithmetic, rounding errors of {chain_name(findings)} would grow to {error:.1g} of the stream "
+            f"in float arithmetic, rounding errors of {name} would grow to {error:.1g} of the stream "
             f"over its {len(recomputed)} steps (each divides by gamma); use arithmetic='exact', which has none, or "
             "|gamma| = 1"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,15 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
-from autorev.couplings.presets import check_dyadic, coupling_for, preset_named
-from autorev.couplings.velocity import Velocity
+from autorev.couplings.arithmetic import FixedPoint
+from autorev.couplings.presets import coupling_for
 from autorev.detect.fx_pass import ResidualPass, Run, graph_chain, longest_runs
 from autorev.detect.pieces import LiveGraph
 from autorev.detect.user_graph import UserGraph, read_user_graph
 from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, mode, take_step
-from autorev.errors import ConversionError
+from autorev.rewrite.convert import Request, arithmetic_for, check_request
 from autorev.rewrite.in_pieces import modules_of
-from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
+from autorev.rewrite.probe import choose_grids
 
 
 class ReversibleStep(nn.Module):
@@ -80,11 +79,10 @@ class ReverseChains(ResidualPass):
         fraction_bits: int | None = None,
     ) -> None:
         super().__init__(example_inputs)
-        self.preset, self.gamma, self.c = preset_named(coupling), gamma, c
-        if arithmetic not in ("exact", "float"):
-            raise ConversionError(f"arithmetic is 'exact' or 'float', not {arithmetic!r}")
-        self.arithmetic: Arithmetic = FixedPoint(USUAL_FRACTION_BITS) if arithmetic == "exact" else Floating()
-        self.keep_last, self.fraction_bits = keep_last, fraction_bits
+        self.request = Request(
+            coupling, gamma, c, arithmetic, keep_last=keep_last, granularity="sublayer", fraction_bits=fraction_bits
+        )
+        self.preset = check_request(self.request)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite; `modified` is False where there is no eligible chain, or the graph was rewritten before.
@@ -101,17 +99,18 @@ class ReverseChains(ResidualPass):
             public = graph_chain(graph, run)
             units = [] if public.verdict == "refused" else _units(graph, graph_module, run)
             if len(units) > 1:
-                chains.append((self._chain(public.name, len(chains), len(units)), units))
+                double = run.steps[0].before.meta["val"].dtype is torch.float64
+                chains.append((self._chain(public.name, len(chains), len(units), double), units))
         if not chains:
             return PassResult(graph_module, False)
         before = copy.deepcopy(graph_module.graph)
-        for number, (chain, units) in enumerate(chains):
-            # The last one first: what it begins with is then still the user's own node.
-            for step, unit in reversed(list(enumerate(units))):
-                unit.install(graph_module, chain, f"reversible_{number}_{step}", step)
-        graph_module.graph.eliminate_dead_code()
-        graph_module.recompile()
         try:
+            for number, (chain, units) in enumerate(chains):
+                # The last one first: what it begins with is then still the user's own node.
+                for step, unit in reversed(list(enumerate(units))):
+                    unit.install(graph_module, chain, f"reversible_{number}_{step}", step)
+            graph_module.graph.eliminate_dead_code()
+            graph_module.recompile()
             self._choose_grids(graph_module, [chain for chain, _ in chains])
         except BaseException:
             graph_module.graph = before
@@ -122,25 +121,26 @@ class ReverseChains(ResidualPass):
         return PassResult(graph_module, True)
 
     def _choose_grids(self, graph_module: fx.GraphModule, chains: list[ReversibleChain]) -> None:
-        inputs = () if self.example_inputs is None else tuple(self.example_inputs)
-        if inputs:
-            choose_grids(graph_module, chains, self.fraction_bits, inputs, {})
-        elif self.fraction_bits is not None:
+        bits = self.request.fraction_bits
+        if self.example_inputs is not None:
+            choose_grids(graph_module, chains, bits, tuple(self.example_inputs), {})
+        elif isinstance(bits, int):
             for chain in chains:
-                chain.arithmetic = FixedPoint(self.fraction_bits)
+                chain.arithmetic = FixedPoint(bits)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """The rewritten graph is well formed."""
         graph_module.graph.lint()
 
-    def _chain(self, name: str, number: int, steps: int) -> ReversibleChain:
+    def _chain(self, name: str, number: int, steps: int, double: bool) -> ReversibleChain:
         full = f"{name} (graph chain {number})"
-        couplings = [coupling_for(self.preset, full, n, steps, self.gamma, self.c) for n in range(steps)]
-        stored_from = max(steps - self.keep_last, 0)
-        for coupling in couplings[:stored_from]:
-            if isinstance(self.arithmetic, FixedPoint) and isinstance(coupling, Velocity):
-                check_dyadic(coupling.gamma, full)
-        return ReversibleChain(full, couplings, self.arithmetic, stored_from, self.preset.averages, random.Random(full))
+        gamma, c = self.request.gamma, self.request.c
+        assert not isinstance(gamma, Mapping)
+        assert not isinstance(c, Mapping)
+        couplings = [coupling_for(self.preset, full, n, steps, gamma, c) for n in range(steps)]
+        stored_from = max(steps - self.request.keep_last, 0)
+        arithmetic = arithmetic_for(self.request, couplings[:stored_from], [full] * steps, full, double)
+        return ReversibleChain(full, couplings, arithmetic, stored_from, self.preset.averages, random.Random(full))
 
 
 @dataclass(eq=False)

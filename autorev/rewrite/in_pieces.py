@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,16 +134,18 @@ class InlineLoop(ReversibleForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The holder's forward."""
         self._refuse_transforms()
-        (args, kwargs), _ = self._inputs(args, kwargs, None)
+        (args, kwargs), once = self._inputs(args, kwargs, None)
         outlined, rebuild = self.outlines.cut_for(self.block, args, kwargs, self._outline)
         named = dict(self._named(args, kwargs))
         assert outlined.forward is not None
-        outlined.call_turn = self._take
+        outlined.call_turn = partial(self._take, once)
         return rebuild(outlined.forward(*(named[name] for name in outlined.captured.placeholders)))
 
-    def _take(self, number: int, turn: Callable[..., Any], stream: torch.Tensor, *inputs: Any) -> torch.Tensor:
+    def _take(
+        self, once: bool, number: int, turn: Callable[..., Any], stream: torch.Tensor, *inputs: Any
+    ) -> torch.Tensor:
         group, written = modules_of(turn, self.block, self.written)
-        site = Site(group, f"{self.path} (turn {number})", _Turn(turn), written, overwrites=False)
+        site = Site(group, f"{self.path} (turn {number})", _Turn(turn), written, overwrites=False, once=once)
         step = self.numbers[number]
         last = step == len(self.chain.couplings) - 1
         return take_step(self.chain, step, stream, site, inputs, last)[1]

@@ -55,12 +55,13 @@ def choose_grids(
     try:
         with _undisturbed(model):
             model(*args, **kwargs)
+        unseen = [chain.name for chain in unknown if chain.largest == 0]
         for chain in unknown:
-            chain.arithmetic = FixedPoint(_bits_for(chain))
+            chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain))
     finally:
         for chain in unknown:
             chain.largest = None
-    return []
+    return [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
 
 
 def _bits_for(chain: ReversibleChain) -> int:

@@ -21,6 +21,9 @@ from autorev.capture.record import RecordedCall, record
 from autorev.capture.tracer import CapturedBlock
 from autorev.errors import ConversionError
 
+MOST_CUTS = 16
+"""Cuts that one block keeps, the latest ones."""
+
 Make = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, str]]
 """A call -> the cut for it, and its code as text."""
 
@@ -31,8 +34,22 @@ class _Entry:
     sizes: tuple[int, ...]
     cut: Any
     code: str
-    free: set[int] = field(default_factory=set)
-    """Places in `sizes` that the code does not depend on."""
+    free: list[frozenset[int]] = field(default_factory=list)
+    """Places in `sizes` that hold one size (a sequence's length, say) which the code does not depend on."""
+
+    def serves(self, sizes: tuple[int, ...]) -> bool:
+        """Is a call of these sizes one of the cut's?"""
+        free = {place for group in self.free for place in group}
+        fixed = all(sizes[place] == size for place, size in enumerate(self.sizes) if place not in free)
+        return fixed and all(len({sizes[place] for place in group}) == 1 for group in self.free)
+
+    def generalise(self, sizes: tuple[int, ...]) -> bool:
+        """The same code served `sizes`: where they differ by one size only, it does not depend on that."""
+        changed = frozenset(place for place, (old, new) in enumerate(zip(self.sizes, sizes, strict=True)) if old != new)
+        if len({(self.sizes[place], sizes[place]) for place in changed}) != 1:
+            return False
+        self.free.append(changed)
+        return True
 
 
 class Recapture:
@@ -49,16 +66,13 @@ class Recapture:
         kind, sizes = _kind(block, args, kwargs)
         alike = [entry for entry in self.entries if entry.kind == kind]
         for entry in alike:
-            pairs = enumerate(zip(entry.sizes, sizes, strict=True))
-            if all(mine == now or place in entry.free for place, (mine, now) in pairs):
+            if entry.serves(sizes):
                 return entry.cut
         cut, code = make(args, kwargs)
         for entry in alike:
-            if entry.code == code:
-                pairs = enumerate(zip(entry.sizes, sizes, strict=True))
-                entry.free |= {place for place, (mine, now) in pairs if mine != now}
+            if entry.code == code and entry.generalise(sizes):
                 return entry.cut
-        self.entries.append(_Entry(kind, sizes, cut, code))
+        self.entries = [*self.entries[-MOST_CUTS + 1 :], _Entry(kind, sizes, cut, code)]
         return cut
 
 

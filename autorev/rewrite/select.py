@@ -40,7 +40,7 @@ def choose(
     from autorev.pipeline import detect_in
 
     detection, _ = detect_in(model, args, kwargs)
-    wanted, unwanted = _patterns(blocks), _patterns(exclude)
+    wanted, unwanted = patterns(blocks), patterns(exclude)
     chosen = Chosen()
     refused = detection.public()[1]
     paths = [f.path for chain in detection.chains for f in chain] + [block.path for block in refused]
@@ -71,7 +71,8 @@ def choose(
     return chosen
 
 
-def _patterns(given: str | Iterable[str] | None) -> list[str] | None:
+def patterns(given: str | Iterable[str] | None) -> list[str] | None:
+    """One pattern or several as a list."""
     if given is None:
         return None
     return [given] if isinstance(given, str) else list(given)
