@@ -29,7 +29,7 @@ from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
 from autorev.errors import CaptureError
 
-REMEDY = "pass the pass example_inputs=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
+REMEDY = "pass example inputs, example_inputs=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
 
 
 _torch_blocks = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,7 +135,8 @@ def test_a_cache_that_holds_tokens_is_used_once_in_training(name: str, caplog: p
     model = converted(name)
 
     def step(mode: str) -> list[torch.Tensor]:
-        with torch.no_grad():
+        torch.manual_seed(0)  # GPT-2 has dropout
+        with running(mode), torch.no_grad():
             prefix = model(input_ids=TOKENS[:, :6], use_cache=True).past_key_values
         model.zero_grad()
         with running(mode), caplog.at_level(logging.WARNING, "autorev"):
@@ -644,6 +644,17 @@ def smollm2() -> tuple[Path, Any]:
     return file, tokenizer(topics["context-managers"], return_tensors="pt").input_ids[:, :200]
 
 
+def stretches_of_text(count: int) -> list[torch.Tensor]:
+    """`count` stretches of 256 tokens, evenly spaced in CPython's language reference."""
+    from pydoc_data.topics import topics
+
+    file, _ = smollm2()
+    tokenizer = hf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    text = "".join(topics[key] for key in sorted(topics))
+    starts = [place * len(text) // count for place in range(count)]
+    return [tokenizer(text[s : s + 2048], return_tensors="pt").input_ids[:, :256] for s in starts]
+
+
 @pytest.fixture
 def real() -> tuple[Any, dict[str, Any]]:
     """SmolLM2 in float32, and a call with a loss."""
@@ -654,18 +665,26 @@ def real() -> tuple[Any, dict[str, Any]]:
 
 
 def test_a_pretrained_model_keeps_its_loss_and_trains_exactly(real: tuple[Any, dict[str, Any]]) -> None:
-    """SmolLM2 with the default momentum: 0.02 nats from the original, and one step has the oracle's gradients."""
+    """SmolLM2 with the default momentum: 0.02 nats from the original, and one step has the oracle's gradients.
+
+    One text says little: over stretches of 256 tokens the difference scatters by 0.02 (benchmarks/zero_shot_*.md).
+    """
     model, call = real
-    with torch.no_grad():
-        original = float(loss_of(model(**call)))
+    texts = stretches_of_text(16)
+
+    def mean_loss() -> float:
+        with torch.no_grad():
+            losses = [loss_of(model(input_ids=ids, labels=ids, use_cache=False)) for ids in texts]
+        return float(torch.stack(losses).mean())
+
+    original = mean_loss()
     conversion = autorev.convert(model)
     assert [len(chain.blocks) for chain in conversion.chains] == [30]
     assert conversion.preserves_function
 
     expected_loss, expected = one_step(model, mode="oracle", **call)
     loss, found = one_step(model, **call)
-    assert math.isfinite(original)
     assert original < 5, "not the trained model"
-    assert abs(float(loss) - original) < 0.02
+    assert abs(mean_loss() - original) < 0.02
     assert torch.equal(loss, expected_loss)
     assert gap(found, expected) < 1e-5
