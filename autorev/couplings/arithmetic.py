@@ -121,8 +121,8 @@ class Floating:
         """gamma v, in v's memory."""
         return (velocity if gamma == 1 else velocity.mul_(float(gamma))), None
 
-    def unscale(self, velocity: torch.Tensor, gamma: Fraction, side: None) -> torch.Tensor:
-        """v / gamma, in v's memory."""
+    def unscale(self, velocity: torch.Tensor, gamma: Fraction, side: torch.Tensor | None) -> torch.Tensor:
+        """v / gamma, in v's memory; there are no side bits."""
         return velocity if gamma == 1 else velocity.div_(float(gamma))
 
 

@@ -38,12 +38,20 @@ class State:
 class Coupling(ABC):
     """One step of a reversible chain; immutable, so that any number of calls may share it."""
 
-    side_bits: int = 0
-    """Bits per element that a step must keep besides the state, in exact arithmetic."""
-    invertible: bool = True
-    """False for the residual step itself, whose activations have to be stored."""
-    growth: float = 1.0
-    """Factor by which undoing a step enlarges a rounding error of the state."""
+    @property
+    def side_bits(self) -> int:
+        """Bits per element that a step must keep besides the state, in exact arithmetic."""
+        return 0
+
+    @property
+    def invertible(self) -> bool:
+        """False for the residual step itself, whose activations have to be stored."""
+        return True
+
+    @property
+    def growth(self) -> float:
+        """Factor by which undoing a step enlarges a rounding error of the state."""
+        return 1.0
 
     def drawn(self, training: bool, generator: random.Random) -> Coupling:
         """The coupling of one call; another than this where it is random."""

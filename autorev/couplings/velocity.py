@@ -41,17 +41,17 @@ class Velocity(Coupling):
     c: float
 
     @property
-    def side_bits(self) -> int:  # type: ignore[override]  # an attribute of the base
+    def side_bits(self) -> int:
         """k of gamma = n / 2^k."""
         return side_bits_of(self.gamma)
 
     @property
-    def invertible(self) -> bool:  # type: ignore[override]
+    def invertible(self) -> bool:
         """gamma is not 0."""
         return self.gamma != 0
 
     @property
-    def growth(self) -> float:  # type: ignore[override]
+    def growth(self) -> float:
         """1 / |gamma|."""
         return math.inf if self.gamma == 0 else 1 / abs(float(self.gamma))
 
@@ -99,7 +99,7 @@ class Velocity(Coupling):
         """v = (v' - c f) / gamma."""
         change = arithmetic.increment(out, value, self.c)
         scaled = arithmetic.subtract(state.partner, change)
-        state.partner = arithmetic.unscale(scaled, self.gamma, side)  # type: ignore[arg-type]  # side fits arithmetic
+        state.partner = arithmetic.unscale(scaled, self.gamma, side)
 
     def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:
         """With w = dh' + dv': dout = c w, dv = gamma w, dh = dh' - c w; h also reaches the loss through `out`."""

@@ -17,7 +17,7 @@ and the training mode as far as the block's own code reads it, are those of that
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,12 +58,22 @@ def cut(findings: Finding | Sequence[Finding], block: nn.Module | None = None) -
 
 
 def reproduces(cut_block: CutBlock, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Does the fold return what `block.forward(*args, **kwargs)` returns, bit for bit?
+    """Does the fold return what `block.forward(*args, **kwargs)` returns, bit for bit?"""
+    return agree((block.forward, cut_block.fold), block, args, kwargs)
+
+
+def agree(
+    forwards: tuple[Callable[..., Any], Callable[..., Any]],
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Do two ways of running `block` return the same, bit for bit?
 
     Both run from one state of the random streams and buffers, which is put back, and on copies of the arguments.
     """
     results = []
-    for forward in (block.forward, cut_block.fold):
+    for forward in forwards:
         with _state_kept(block):
             own_args, own_kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
             results.append(forward(*own_args, **own_kwargs))
@@ -91,4 +101,5 @@ def _state_kept(block: nn.Module) -> Iterator[None]:
             random.setstate(python_state)
             with torch.no_grad():
                 for buffer, value in saved:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # writing the same would still count as a change
+                        buffer.copy_(value)

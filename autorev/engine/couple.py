@@ -23,7 +23,13 @@ def couple(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', p') with the gradients of `Coupling.vjp`; `advance()` computes x'."""
-    return _Couple.apply(coupling, advance, stream, partner, out)  # type: ignore[no-any-return,no-untyped-call]
+    new: tuple[torch.Tensor, torch.Tensor] = _apply(_Couple, coupling, advance, stream, partner, out)
+    return new
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)`, which torch leaves untyped."""
+    return function.apply(*args)
 
 
 class _Couple(torch.autograd.Function):
@@ -58,7 +64,7 @@ def enter(arithmetic: Arithmetic, state: State, stream: torch.Tensor) -> torch.T
     """The chain's input as its first branch reads it; the gradient goes straight through the rounding to the grid."""
     if not isinstance(arithmetic, FixedPoint):
         return stream
-    entered: torch.Tensor = _Enter.apply(stream, arithmetic, state)  # type: ignore[no-untyped-call]
+    entered: torch.Tensor = _apply(_Enter, stream, arithmetic, state)
     return entered
 
 
@@ -74,7 +80,7 @@ class _Enter(torch.autograd.Function):
 
 def read_out(arithmetic: Arithmetic, state: State, stream: torch.Tensor, partner: torch.Tensor | None) -> torch.Tensor:
     """(q + p) / 2 of a chain's last state, in the stream's dtype."""
-    mean: torch.Tensor = _ReadOut.apply(stream, partner, arithmetic, state)  # type: ignore[no-untyped-call]
+    mean: torch.Tensor = _apply(_ReadOut, stream, partner, arithmetic, state)
     return mean
 
 

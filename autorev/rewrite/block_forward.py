@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from autorev.errors import ConversionError
 
 
 @dataclass(eq=False)
-class ReversibleForward:
+class ReversibleForward(ABC):
     """The base: what a converted block of either granularity knows."""
 
     block: nn.Module
@@ -73,9 +74,9 @@ class ReversibleForward:
             return torch._dynamo.disable(self.run)(args, kwargs)
         return self.run(args, kwargs)
 
+    @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """To be defined."""
-        raise NotImplementedError
+        """The forward, with the block's steps taken in its chain."""
 
     def _refuse_transforms(self) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:

@@ -222,7 +222,10 @@ class _Built:
     ) -> None:
         pieces = request.granularity == "sublayer" or preset.two_streams
         inline = findings[0].inline
-        findings = by_steps(findings) if pieces and inline else findings
+        kept = min(request.keep_last, len(findings))
+        if pieces and inline:
+            kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
+            findings = by_steps(findings)
         self.findings, self.preset = findings, preset
         self.first: list[int] = []
         """Number of each block's first step."""
@@ -234,7 +237,6 @@ class _Built:
             coupling_for(preset, path, n, len(paths), _number_for(request.gamma, path), _number_for(request.c, path))
             for n, path in enumerate(paths)
         ]
-        kept = min(request.keep_last, len(findings))
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
         stream = findings[0].stream_in
         double = stream is not None and stream.dtype is torch.float64

@@ -20,8 +20,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.presets import coupling_for
-from autorev.detect.fx_pass import ResidualPass, Run, graph_chain, longest_runs
+from autorev.detect.fx_pass import ResidualPass
 from autorev.detect.pieces import LiveGraph
+from autorev.detect.runs import Run, graph_chain, longest_runs
 from autorev.detect.user_graph import UserGraph, read_user_graph
 from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, mode, take_step
 from autorev.rewrite.convert import Request, arithmetic_for, check_request

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from autorev.detect.chains import detect
-from autorev.detect.cut import Branch, CutBlock, CutError, cut, reproduces
+from autorev.detect.cut import Branch, CutBlock, CutError, cut
 from autorev.detect.ends import put
 from autorev.detect.judge import Finding, judge
-from autorev.detect.outline import Outlined, outline
+from autorev.detect.outline import outline
 from autorev.detect.pieces import like
-from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, running, take_step
+from autorev.engine.chain import ReversibleChain, Site, take_step
 from autorev.errors import ConversionError
 from autorev.rewrite.block_forward import ReversibleForward
-from autorev.rewrite.recapture import Recapture, fake_call, on_live
+from autorev.rewrite.recapture import Made, Recapture, fake_call, on_live
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class InPieces(ReversibleForward):
         number = self._number(stream)
         inputs, once = self._inputs(args, kwargs, place)
         args, kwargs = put(inputs, place, stream)
-        pieces: CutBlock = self.cuts.cut_for(self.block, args, kwargs, self._cut)
+        pieces: CutBlock = self.cuts.cut_for(self.block, self.path, self.original, args, kwargs, self._cut)
         values = pieces.inputs(args, kwargs)
         del args, kwargs
         values |= pieces.prologue.run(values)
@@ -54,7 +54,7 @@ class InPieces(ReversibleForward):
             number += 1
         return pieces.rebuild(pieces.epilogue.run(values)["output"])
 
-    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CutBlock, str]:
+    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Made:
         try:
             with fake_call(self.block, args, kwargs) as recorded:
                 finding = judge(recorded.root)
@@ -71,14 +71,7 @@ class InPieces(ReversibleForward):
             raise ConversionError(
                 f"{self.path} cannot be cut into its steps: {error}; use granularity='block'"
             ) from None
-        if not any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
-            with torch.no_grad(), running(ORIGINAL):
-                if not reproduces(pieces, self.block, args, kwargs):
-                    raise ConversionError(
-                        f"{self.path}, cut into its steps, does not compute what it computes whole; use "
-                        "granularity='block', and please report the model"
-                    )
-        return pieces, _code(pieces)
+        return Made(pieces, _code(pieces), pieces.fold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +128,8 @@ class InlineLoop(ReversibleForward):
         """The holder's forward."""
         self._refuse_transforms()
         (args, kwargs), once = self._inputs(args, kwargs, None)
-        outlined, rebuild = self.outlines.cut_for(self.block, args, kwargs, self._outline)
-        named = dict(self._named(args, kwargs))
-        assert outlined.forward is not None
-        outlined.call_turn = partial(self._take, once)
-        return rebuild(outlined.forward(*(named[name] for name in outlined.captured.placeholders)))
+        run = self.outlines.cut_for(self.block, self.path, self.original, args, kwargs, self._outline)
+        return run(partial(self._take, once), args, kwargs)
 
     def _take(
         self, once: bool, number: int, turn: Callable[..., Any], stream: torch.Tensor, *inputs: Any
@@ -150,9 +140,7 @@ class InlineLoop(ReversibleForward):
         last = step == len(self.chain.couplings) - 1
         return take_step(self.chain, step, stream, site, inputs, last)[1]
 
-    def _outline(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Outlined, Callable[[Any], Any]], str]:
+    def _outline(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Made:
         with fake_call(self.block, args, kwargs) as recorded:
             for chain in detect(recorded).chains:
                 first = chain[0]
@@ -171,8 +159,18 @@ class InlineLoop(ReversibleForward):
                 f"{self.path}: a value inside one turn of its loop is read outside of it, so the turn cannot be run "
                 "again by itself; give the loop's body a module of its own"
             )
-        code = "\n".join(str(graph.code) for graph in (outlined.forward, *outlined.turns))
-        return (outlined, lambda structure: like(template, structure)), code
+        forward, placeholders = outlined.forward, outlined.captured.placeholders
+
+        def run(call_turn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = dict(self._named(args, kwargs))
+            outlined.call_turn = call_turn
+            return like(template, forward(*(named[name] for name in placeholders)))
+
+        def plain_turn(number: int, turn: Callable[..., Any], stream: torch.Tensor, *inputs: Any) -> Any:
+            return turn(stream, *inputs)
+
+        code = "\n".join(str(graph.code) for graph in (forward, *outlined.turns))
+        return Made(run, code, lambda *args, **kwargs: run(plain_turn, args, kwargs))
 
 
 def by_steps(findings: list[Finding]) -> list[Finding]:

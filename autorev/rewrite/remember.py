@@ -60,10 +60,10 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(path)
-        model: Any = model_class(config).from_pretrained(path, **from_pretrained)
+        model: nn.Module = model_class(config).from_pretrained(path, **from_pretrained)
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {path}: {one_line(error)}") from error
-    entry = getattr(model.config, KEY, None)
+    entry = getattr(getattr(model, "config", None), KEY, None)
     if not isinstance(entry, Mapping):
         raise ConversionError(
             f"{path} holds a model that was not converted; use transformers' from_pretrained, and autorev.convert"
@@ -79,7 +79,7 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
         raise ConversionError(
             f"{path}/config.json has an autorev entry of another version: {one_line(error)}"
         ) from None
-    return model  # type: ignore[no-any-return]  # transformers is untyped here
+    return model
 
 
 def _plain(value: Any) -> Any:

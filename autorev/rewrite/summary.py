@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 class Saving:
     """Bytes that one chain keeps between forward and backward of the example call, side by side."""
 
-    plain: int
-    """By ordinary autograd."""
+    plain: int | None
+    """By ordinary autograd; None for the turns of a loop, which are not counted one by one."""
     checkpoint: int
     """By checkpointing every block: their inputs."""
-    reversible: int
-    """The last state and the side bits, plus what the stored blocks keep."""
+    tape: int
+    """The chain's last state and its side bits."""
+    stored_blocks: int | None
+    """The activations of the last blocks (`keep_last`), which are needed first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Conversion:
     def preserves_function(self) -> bool:
         """Is the converted model the function that it was, up to a gamma that is too small to matter?"""
         near = all(
-            abs(gamma) <= PRESERVING_GAMMA and 1 - abs(gamma) <= c <= 1
+            abs(gamma) <= PRESERVING_GAMMA and 1 - abs(gamma) / 2 <= c <= 1
             for chain in self.chains
             for gamma, c in zip(chain.gamma, chain.c, strict=True)
         )
@@ -77,11 +80,7 @@ class Conversion:
                 f"{chain.name}: {len(chain.blocks)} blocks reversible, {self.coupling}{_numbers(chain)}, "
                 f"{self.arithmetic}{_grid(chain)}"
             )
-            saving = chain.saving
-            lines.append(
-                f"  kept between forward and backward, in the example call: {format_bytes(saving.reversible)} "
-                f"(plain {format_bytes(saving.plain)}, checkpointing {format_bytes(saving.checkpoint)})"
-            )
+            lines.append(f"  kept between forward and backward, in the example call: {_kept(chain.saving)}")
         if self.preserves_function:
             lines.append("The pretrained function is preserved (gamma is small: autorev.verify shows by how much not)")
         else:
@@ -91,6 +90,13 @@ class Conversion:
         if len(self.not_converted) > 5:
             lines.append(f"Not converted: {len(self.not_converted) - 5} more (see .not_converted)")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def _kept(saving: Saving) -> str:
+    others = f"checkpointing {format_bytes(saving.checkpoint)}"
+    if saving.plain is None or saving.stored_blocks is None:
+        return f"{format_bytes(saving.tape)} and the stored blocks ({others})"
+    return f"{format_bytes(saving.tape + saving.stored_blocks)} (plain {format_bytes(saving.plain)}, {others})"
 
 
 def _numbers(chain: ConvertedChain) -> str:
@@ -122,20 +128,21 @@ def saving_of(findings: list[Finding], chain: ReversibleChain) -> Saving:
     itemsize = 4 if exact else max(4, stream.element_size())
     side = sum(c.side_bits for c in chain.couplings[: chain.stored_from]) * stream.numel() // 8 if exact else 0
     return Saving(
-        plain=one * len(findings),
+        plain=None if one is None else one * len(findings),
         checkpoint=len(findings) * stream.numel() * stream.element_size(),
-        reversible=2 * stream.numel() * itemsize + side + stored * one,
+        tape=2 * stream.numel() * itemsize + side,
+        stored_blocks=None if one is None else stored * one,
     )
 
 
-def _kept_by(finding: Finding) -> int:
+def _kept_by(finding: Finding) -> int | None:
     """Bytes that autograd keeps for one block, parameters aside."""
     import torch
 
     from autorev.capture.fake import every_layer_kept
 
     if finding.inline:
-        return 0
+        return None
     call = finding.call
     stream = finding.stream_in
     owned = {t.untyped_storage()._cdata for t in [*call.module.parameters(), *call.module.buffers()]}
@@ -148,14 +155,8 @@ def _kept_by(finding: Finding) -> int:
         return tensor
 
     fake_mode: Any = getattr(stream, "fake_mode", None)
-    alive = []
-    try:
-        with torch.enable_grad(), every_layer_kept(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            if fake_mode is not None:
-                with fake_mode:
-                    alive.append(call.module.forward(*call.args, **call.kwargs))
-            else:
-                alive.append(call.module.forward(*call.args, **call.kwargs))
-    except Exception:  # a figure for the summary; the conversion does not hang on it
-        return 0
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.enable_grad(), every_layer_kept(), hooks, fake_mode or nullcontext():
+        alive = call.module.forward(*call.args, **call.kwargs)
+    del alive  # held until here: what is freed early would be counted under another's number
     return sum(kept.values())

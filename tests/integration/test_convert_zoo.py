@@ -51,6 +51,23 @@ def test_a_training_step_has_the_oracles_loss_and_gradients(name: str, keep_last
     assert drifts == {0.0}, "some chain was not rebuilt to its first state"
 
 
+@pytest.mark.parametrize(
+    "options", [{"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=["sublayer", "two streams"]
+)
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_training_step_in_pieces_has_the_oracles_loss_and_gradients(name: str, options: dict[str, Any]) -> None:
+    """The same with a step for each residual add, where every block's graph is cut and run on its live modules."""
+    model = zoo.build(name)
+    _, call = example_call_for(model, 2, 16)
+    autorev.convert(model, **options, **EXAMPLES.get(name, {}))
+    expected_loss, expected = one_step(model, mode="oracle", **call)
+    loss, found = one_step(model, **call)
+
+    assert torch.equal(loss, expected_loss)
+    assert gap(found, expected) < 1e-5
+    assert {forward.chain.drift for forward in converted_blocks(model)} == {0.0}
+
+
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_reverted_family_takes_the_plain_step(name: str) -> None:
     """After `revert` loss and gradients are the plain model's bit for bit."""

@@ -143,7 +143,8 @@ def test_the_saving_is_what_a_step_keeps() -> None:
     model, args = make()
     done = autorev.convert(model, example_args=args, keep_last=0, gamma=Fraction(1, 4))
     elements = 2 * 8 * hand.WIDTH
-    assert done.chains[0].saving.reversible == 2 * 4 * elements + 4 * elements * 2 // 8
+    assert done.chains[0].saving.tape == 2 * 4 * elements + 4 * elements * 2 // 8
+    assert done.chains[0].saving.stored_blocks == 0
 
 
 def test_the_command_verifies_a_factory() -> None:

@@ -1,0 +1,89 @@
+"""Converted models against the same coupling under ordinary autograd: gradient checkpointing around converted modules.
+
+python -m pytest tests/engine/test_checkpoint_around.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from autorev.errors import AutorevError
+from tests import handwritten as hand
+from tests.engine.models import (
+    Chain,
+    Results,
+    Setting,
+    assert_like_oracle,
+    assert_same,
+    converted,
+    each_setting,
+    gradients_of,
+    mean_square,
+    oracle,
+    states,
+    step,
+)
+
+
+@each_setting
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_the_whole_model(reentrant: bool, setting: Setting) -> None:
+    """`torch.utils.checkpoint` of a converted model, both kinds."""
+    model = converted(setting, lambda: Chain(*(hand.Dropping() for _ in range(4))), states(setting))
+    x = states(setting, 3).requires_grad_()
+
+    def run() -> Results:
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        torch.manual_seed(1)
+        loss = mean_square(checkpoint(model, x, use_reentrant=reentrant))
+        loss.backward()
+        assert x.grad is not None
+        return {"loss": loss.detach(), "x": x.grad.clone(), **gradients_of(model)}
+
+    assert_like_oracle(model, setting, run)
+
+
+class CheckpointingSome(Chain):
+    """Checkpoints these of its blocks."""
+
+    checkpointed: tuple[int, ...] = ()
+    reentrant = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            if number in self.checkpointed:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+            else:
+                x = block(x)
+        return x
+
+
+@each_setting
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("checkpointed", [(0,), (1,), (3,), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_checkpointing_around_one_block_is_never_silently_wrong(
+    keep_last: int, checkpointed: tuple[int, ...], reentrant: bool, setting: Setting
+) -> None:
+    """A checkpoint between the blocks of a chain is right, or refused."""
+    model = converted(
+        setting, lambda: CheckpointingSome(*(hand.Block() for _ in range(4))), states(setting), keep_last=keep_last
+    )
+    x = states(setting, 3).requires_grad_()
+
+    def run() -> Results:
+        x.grad = None
+        results = step(model, x)
+        assert x.grad is not None
+        return {**results, "x": x.grad.clone()}
+
+    expected = oracle(model, run)
+    model.checkpointed, model.reentrant = checkpointed, reentrant
+    try:
+        actual = run()
+    except AutorevError:
+        return
+    assert_same(actual, expected, setting.tolerance)

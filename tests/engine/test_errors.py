@@ -1,0 +1,165 @@
+"""Converted models against the same coupling under ordinary autograd: what cannot be reconstructed.
+
+python -m pytest tests/engine/test_errors.py
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autorev.errors import ReconstructionError
+from tests import handwritten as hand
+from tests.engine.models import (
+    EXACT,
+    IMAGES,
+    TOKENS,
+    Chain,
+    Crossing,
+    Images,
+    Results,
+    Setting,
+    assert_like_oracle,
+    assert_same,
+    converted,
+    each_setting,
+    gradients_of,
+    mean_square,
+    small,
+    states,
+    step,
+)
+
+
+def _add_one(model: Any) -> None:
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight.add_(1)
+
+
+def _step_optimiser(model: Any) -> None:
+    torch.optim.SGD(model.blocks.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("change", [_add_one, _step_optimiser])
+@each_setting
+def test_a_parameter_changed_in_place_is_an_error(change: Callable[[Any], None], setting: Setting) -> None:
+    """An optimiser step between forward and backward is seen, and the message says what was changed."""
+    model = converted(setting, small, keep_last=0)
+    step(model)
+    loss = mean_square(model(TOKENS))
+    change(model)
+    with pytest.raises(ReconstructionError, match=r"blocks\.\d.*changed in place between forward and backward"):
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    assert_like_oracle(model, setting)
+
+
+def test_a_parameter_changed_behind_autograds_back_is_an_error() -> None:
+    """Through `.data` no version counts up; the integrity check of exact arithmetic sees it all the same."""
+    model = converted(EXACT, small)
+    loss = mean_square(model(TOKENS))
+    model.blocks[1].mlp.up.weight.data.add_(1)
+    with pytest.raises(ReconstructionError, match="not rebuilt exactly"):
+        loss.backward()
+
+
+def test_a_parameter_that_was_replaced_is_still_the_old_one_for_backward() -> None:
+    """A new tensor in a parameter's place does not matter to a graph that is under way."""
+    model = converted(EXACT, small)
+    expected = step(model)
+    model.zero_grad(set_to_none=True)
+    old = model.blocks[1].mlp.up.weight
+    loss = mean_square(model(TOKENS))
+    model.blocks[1].mlp.up.weight = nn.Parameter(torch.zeros_like(old))
+    loss.backward()
+
+    assert old.grad is not None
+    assert_same({"old": old.grad}, {"old": expected["blocks.1.mlp.up.weight"]}, 0)
+
+
+@each_setting
+def test_an_argument_changed_in_place_is_an_error(setting: Setting) -> None:
+    """Encoder states that are overwritten between forward and backward are seen."""
+
+    class Given(Chain):
+        def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x, memory=memory)
+            return x
+
+    memory = states(setting, 9)
+    model = converted(setting, lambda: Given(*(Crossing() for _ in range(4))), states(setting), memory)
+    loss = mean_square(model(states(setting), memory))
+    memory.mul_(2)
+    with pytest.raises(ReconstructionError, match=r"argument of blocks\.\d.*changed in place"):
+        loss.backward()
+
+
+@each_setting
+@pytest.mark.parametrize("make", [lambda: small(block=hand.Dropping), Images], ids=["dropout", "batch-norm"])
+def test_eval_mode_between_forward_and_backward(make: Callable[[], nn.Module], setting: Setting) -> None:
+    """`model.eval()` after the forward pass does not change its gradients, and is still in force afterwards."""
+    args = (IMAGES.to(setting.dtype),) if make is Images else (TOKENS,)
+    model = converted(setting, make, *args)
+
+    def run() -> Results:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        loss = mean_square(model(*args))
+        model.eval()
+        loss.backward()
+        assert not any(module.training for module in model.modules())
+        return {"loss": loss.detach(), **gradients_of(model)}
+
+    assert_like_oracle(model, setting, run)
+
+
+class Noisy(hand.Parts):
+    """Its noise comes from a generator of its own, once the test turns it on."""
+
+    source: Callable[[], float] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = 1.0 if Noisy.source is None else Noisy.source()
+        return x + self.mlp(self.norm1(x)) * factor
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+SOURCES: dict[str, Callable[[], float]] = {
+    "torch-generator": lambda: float(torch.rand([], generator=GENERATOR)),
+    "python": random.random,
+    "numpy": lambda: __import__("numpy").random.rand(),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_noise_that_cannot_be_repeated_is_an_error_in_exact_arithmetic(name: str, keep_last: int) -> None:
+    """A block that computes something else the second time is found out, or its generator is put back."""
+    model = converted(EXACT, lambda: small(block=Noisy), keep_last=keep_last)
+    Noisy.source = SOURCES[name]
+    try:
+        with pytest.raises(ReconstructionError, match="not rebuilt exactly"):
+            step(model)
+    finally:
+        Noisy.source = None
+    assert_like_oracle(model, EXACT)
+
+
+def test_noise_is_an_error_below_frozen_weights_too() -> None:
+    """Where backward does not reach the chain's beginning, what it did rebuild is right or refused."""
+    model = converted(EXACT, small)
+    model.embedding.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    loss = mean_square(model(TOKENS))
+    model.blocks[2].mlp.up.weight.data.add_(1)
+    with pytest.raises(ReconstructionError):
+        loss.backward()

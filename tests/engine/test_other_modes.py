@@ -1,0 +1,139 @@
+"""Converted models against the same coupling under ordinary autograd: without gradients, and with other transforms.
+
+python -m pytest tests/engine/test_other_modes.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autorev.engine.chain import running
+from autorev.errors import AutorevError
+from tests.engine.models import (
+    DOUBLE,
+    EXACT,
+    EXACT_LEAPFROG,
+    TOKENS,
+    Chain,
+    Mlp,
+    Results,
+    Setting,
+    assert_like_oracle,
+    converted,
+    each_setting,
+    gradients_of,
+    mean_square,
+    small,
+    states,
+    step,
+)
+
+
+@pytest.mark.parametrize("setting", [EXACT, EXACT_LEAPFROG, DOUBLE], ids=lambda s: s.name)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_computes_what_training_does(mode: Callable[[], Any], setting: Setting) -> None:
+    """The output without gradients is bit-equal to that of the training forward."""
+    model = converted(setting, small)
+    trained = model(TOKENS)
+    with mode():
+        inferred = model(TOKENS)
+
+    assert torch.equal(inferred, trained)
+    with running("original"):
+        assert not torch.equal(model(TOKENS), trained)
+
+
+@each_setting
+@pytest.mark.parametrize("scaled", [False, True], ids=["leaves", "computed"])
+def test_functional_call_with_other_parameters(scaled: bool, setting: Setting) -> None:
+    """Parameters lent for one call are there again in backward, which runs when they are gone from the model."""
+    model = converted(setting, small)
+    torch.manual_seed(4)
+    leaves = {name: torch.randn_like(p).div_(4).requires_grad_() for name, p in model.named_parameters()}
+
+    def run() -> Results:
+        for leaf in leaves.values():
+            leaf.grad = None
+        lent = {name: leaf * 2 if scaled else leaf for name, leaf in leaves.items()}
+        loss = mean_square(torch.func.functional_call(model, lent, (TOKENS,)))
+        lent.clear()
+        loss.backward()
+        return {"loss": loss.detach(), **{name: leaf.grad.clone() for name, leaf in leaves.items()}}
+
+    assert_like_oracle(model, setting, run)
+    assert not gradients_of(model)
+
+
+def _vmap(model: nn.Module) -> Any:
+    return torch.func.vmap(model)(states(EXACT)[:, None])
+
+
+def _jvp(model: nn.Module) -> Any:
+    return torch.func.jvp(model, (states(EXACT),), (states(EXACT),))
+
+
+def _jvp_of_parameters(model: nn.Module) -> Any:
+    parameters = dict(model.named_parameters())
+    return torch.func.jvp(
+        lambda lent: torch.func.functional_call(model, lent, (states(EXACT),)), (parameters,), (parameters,)
+    )
+
+
+def _func_grad(model: nn.Module) -> Any:
+    return torch.func.grad(lambda x: model(x).sum())(states(EXACT))
+
+
+def _func_grad_of_parameters(model: nn.Module) -> Any:
+    return torch.func.grad(lambda lent: torch.func.functional_call(model, lent, (states(EXACT),)).sum())(
+        dict(model.named_parameters())
+    )
+
+
+def _dual_input(model: nn.Module) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return model(torch.autograd.forward_ad.make_dual(states(EXACT), states(EXACT)))
+
+
+def _dual_parameter(model: nn.Module, number: int = 1) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        weight = model.get_parameter(f"blocks.{number}.norm1.weight").detach()
+        lent = {f"blocks.{number}.norm1.weight": torch.autograd.forward_ad.make_dual(weight, weight)}
+        return torch.func.functional_call(model, lent, (states(EXACT),))
+
+
+def _dual_parameter_of_the_last_block(model: nn.Module) -> Any:
+    return _dual_parameter(model, 3)
+
+
+def _dual_parameter_without_gradients(model: nn.Module) -> Any:
+    with torch.no_grad():
+        return _dual_parameter(model, 3)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        _vmap,
+        _jvp,
+        _jvp_of_parameters,
+        _func_grad,
+        _func_grad_of_parameters,
+        _dual_input,
+        _dual_parameter,
+        _dual_parameter_of_the_last_block,
+        _dual_parameter_without_gradients,
+    ],
+)
+@pytest.mark.parametrize("setting", [EXACT, EXACT_LEAPFROG], ids=lambda s: s.name)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own use of it in forward mode
+def test_function_transforms_are_refused(transform: Callable[[nn.Module], Any], setting: Setting) -> None:
+    """vmap, forward mode and torch.func.grad raise an error that names the block and the way out."""
+    model = converted(setting, lambda: Chain(*(Mlp() for _ in range(4))), states(setting))
+    with pytest.raises(AutorevError, match=r"blocks\..*autorev\.revert"):
+        transform(model)
+    step(model, states(setting))
