@@ -28,7 +28,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, tor
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found; `print` it."""
+    """What `verify` found."""
 
     passed: bool
     loss: float
@@ -68,7 +68,7 @@ class Verification:
 
 
 def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.Tensor] | None = None) -> Verification:
-    """Check the gradients of a converted model against the oracle, on `batch`.
+    """Check the gradients of a converted model against the oracle, on `batch`; print the verdict and return it.
 
     `batch` is what the model is called with: a dict of keyword arguments, a tuple of positional ones, or one tensor; a
     `transformers` model needs none. `loss` takes what the model returns to a scalar; by default its `.loss`, or the
@@ -78,13 +78,15 @@ def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.T
         ConversionError: the model is not converted, or there is nothing to compare.
         ReconstructionError: the reconstruction itself noticed that it went wrong.
     """
-    return verify_call(model, *_call(model, batch), loss=loss)
+    found = verify_call(model, *_call(model, batch), loss=loss)
+    print(found)
+    return found
 
 
 def verify_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[[Any], torch.Tensor] | None = None
 ) -> Verification:
-    """`verify` on the call `model(*args, **kwargs)`."""
+    """`verify` on the call `model(*args, **kwargs)`, without a word."""
     if not any(forwards_of(model)):
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
     scalar = loss or _default_loss

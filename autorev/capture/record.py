@@ -166,6 +166,8 @@ def _inside_of_hooks(stack: list[ModuleCall]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+        # torch forgets this entry of its own, and then warns whoever compiles a model of hooks that are not there.
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Strategy("plain", "plain", note="torch autograd keeps every activation"),
     Strategy("checkpoint", "checkpoint", note="torch.utils.checkpoint around every block"),
     Strategy("offload", "offload", note="checkpoint, with the blocks' inputs kept in host memory"),
-    Strategy("momentum", "reversible", 3, note="gamma = 1/8, c = 7/8, exact"),
+    Strategy("momentum", "reversible", 3, note="gamma = 1/8, c = 15/16, exact"),
     Strategy("bdia", "reversible", 1, False, "gamma = +-1/2, exact"),
     Strategy("leapfrog", "reversible", 0, False, "gamma = 1, c = 1"),
     Strategy("midpoint", "reversible", 0, False, "gamma = -1, c = 2", like="leapfrog"),

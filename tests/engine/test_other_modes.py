@@ -24,6 +24,7 @@ from tests.engine.models import (
     Results,
     Setting,
     assert_like_oracle,
+    assert_same,
     converted,
     each_setting,
     gradients_of,
@@ -137,3 +138,18 @@ def test_function_transforms_are_refused(transform: Callable[[nn.Module], Any], 
     with pytest.raises(AutorevError, match=r"blocks\..*autorev\.revert"):
         transform(model)
     step(model, states(setting))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets in itself
+@each_setting
+def test_a_compiled_model_is_right(setting: Setting) -> None:
+    """torch.compile of the whole model: the converted blocks run eagerly, with the same loss and gradients."""
+    model = converted(setting, small)
+    expected = step(model)
+    compiled = torch.compile(model, backend="aot_eager")
+
+    model.zero_grad(set_to_none=True)
+    loss = mean_square(compiled(TOKENS))
+    loss.backward()
+
+    assert_same({"loss": loss.detach(), **gradients_of(model)}, expected, setting.tolerance)

@@ -52,6 +52,15 @@ def test_a_model_on_the_meta_device_is_analysed() -> None:
     assert [len(chain) for chain in analysis.chains] == [3]
 
 
+def test_an_analysis_leaves_no_global_hook() -> None:
+    """Modules all over the process are called as before; an entry left behind would make torch.compile warn."""
+    tables = [v for k, v in vars(nn.modules.module).items() if k.startswith("_global") and isinstance(v, dict)]
+    before = [len(table) for table in tables]
+    autorev.analyze(hand.stack_of(hand.Block), TOKENS)
+    assert len(tables) > 5
+    assert [len(table) for table in tables] == before
+
+
 @pytest.mark.parametrize("write", ["x.mul_(0.5)", "x[:, 0] = 0", "torch.relu_(x)"])
 def test_a_write_between_blocks_breaks_the_chain(write: str) -> None:
     """The same tensor object is not the same state once the model's loop has written to it."""
