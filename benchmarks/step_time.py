@@ -18,7 +18,7 @@ from typing import Any
 import autorev
 from benchmarks.workloads import TEXT, peak_of, smollm2, step_of, tokens_of, wide_llama
 
-ROUNDS = 5
+ROUNDS = 11
 
 
 def variants(plain: Any, ids: Any) -> dict[str, Any]:
@@ -73,11 +73,12 @@ def main() -> None:
             step()
             seconds[name].append(time.perf_counter() - began)
     base = seconds["checkpoint"]
-    print("| variant | s a step (median of 5) | of checkpointing (median of the rounds' ratios) | peak MiB |")
-    print("|---|---:|---:|---:|")
+    print(f"| variant | s a step (median of {ROUNDS}) | of checkpointing: median ratio | quartiles | peak MiB |")
+    print("|---|---:|---:|---:|---:|")
     for name, times in seconds.items():
-        ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
-        print(f"| {name} | {statistics.median(times):.2f} | {ratio:.3f} | {peaks[name] / 2**20:.1f} |")
+        low, middle, high = statistics.quantiles((t / b for t, b in zip(times, base, strict=True)), n=4)
+        figures = f"{statistics.median(times):.2f} | {middle:.3f} | {low:.3f} to {high:.3f}"
+        print(f"| {name} | {figures} | {peaks[name] / 2**20:.1f} |")
 
 
 def tokens_of_bytes(count: int) -> Any:
