@@ -229,7 +229,7 @@ class Analysis:
 
     def to_json(self) -> str:
         """One JSON object, indented; its schema is docs/analysis.schema.json."""
-        return json.dumps(_converter().unstructure(self), indent=1)
+        return json.dumps(converter().unstructure(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Analysis:
@@ -254,7 +254,7 @@ class Analysis:
         from cattrs.v import transform_error
 
         try:
-            return _converter().structure(data, cls)
+            return converter().structure(data, cls)
         except BaseValidationError as error:
             problems = "; ".join(transform_error(error)[:3])
             raise RecordError(f"this analysis does not follow its schema: {problems}") from None
@@ -287,16 +287,16 @@ def _row(block: Block, chain: str | None) -> dict[str, Any]:
     return {**row, "chain": chain, "class": block.class_name, "steps": kinds, "verdict": block.verdict.value}
 
 
-def _converter() -> Converter:
+def converter() -> Converter:
     """Dataclasses to JSON and back; Python's `class_name` is JSON's `class`."""
     from cattrs import Converter
     from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-    converter = Converter(forbid_extra_keys=True)
+    made = Converter(forbid_extra_keys=True)
     for cls in (Block, ModelInfo):
         rename = override(rename="class")
-        converter.register_unstructure_hook(cls, make_dict_unstructure_fn(cls, converter, class_name=rename))
-        converter.register_structure_hook(
-            cls, make_dict_structure_fn(cls, converter, class_name=rename, _cattrs_forbid_extra_keys=True)
+        made.register_unstructure_hook(cls, make_dict_unstructure_fn(cls, made, class_name=rename))
+        made.register_structure_hook(
+            cls, make_dict_structure_fn(cls, made, class_name=rename, _cattrs_forbid_extra_keys=True)
         )
-    return converter
+    return made

@@ -1,0 +1,409 @@
+"""A profile as frozen data: what was run, where, the raw samples, and everything that is derived from them.
+
+Nothing here needs torch: a report is rendered from these objects, or from their JSON, on any machine. Sizes are bytes,
+times seconds, work floating-point operations. Samples are kept as they were read; medians and ratios are properties.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting, converter
+from autorev.errors import RecordError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+WIDE_SPREAD = 0.10
+"""Quartiles farther apart than this share of the median are said to be in doubt."""
+PHASES = ("forward", "backward", "optimizer")
+
+
+class Status(StrEnum):
+    """How it ended with a variant."""
+
+    MEASURED = "measured"
+    OUT_OF_MEMORY = "out of memory"
+    REFUSED = "refused"
+    """It does not apply to this model; `reason` says why."""
+    FAILED = "failed"
+    """It should have worked; `reason` says what happened."""
+    PENDING = "pending"
+    """Not measured yet: the run was interrupted, and `--resume` goes on with it."""
+    PREDICTED = "predicted"
+    """Only predicted (`--predict`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to train the model."""
+
+    spec: str
+    """What was asked for, in its canonical form: `momentum:k=3,keep_last=20`; unique in a profile."""
+    strategy: str
+    """plain, checkpoint, sac, offload, compile, or the name of a coupling."""
+    title: str
+    """`momentum k=3, keep_last=20`."""
+    loss: str
+    """full or chunked."""
+    reversible: bool
+    preserves_function: bool
+    """Does a pretrained model compute what it did?"""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The timed steps of one fresh process; rounds of all variants take turns. One entry per step."""
+
+    number: int
+    forward: tuple[float, ...]
+    """Loss included."""
+    backward: tuple[float, ...]
+    optimizer: tuple[float, ...]
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Seconds of whole steps."""
+        return tuple(map(sum, zip(self.forward, self.backward, self.optimizer, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Memory that one module allocated and that was alive at the peak."""
+
+    path: str
+    """The module's full name; `(others)` for the rest of many small ones, `(loss)`, `(optimizer)`, `(inputs)`."""
+    category: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Live bytes over the traced step, thinned to at most 2,000 points of which the peak is one.
+
+    All tuples but `marks` have one entry per point."""
+
+    seconds: tuple[float, ...]
+    """Since the step began. The traced step is slower than a timed one."""
+    categories: dict[str, tuple[int, ...]]
+    """`Category` -> bytes; categories that never hold a byte are left out."""
+    marks: tuple[tuple[str, float, float], ...]
+    """(phase, begin, end) in seconds."""
+    peak_at: int
+    """Index of the highest point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One warm step's memory, by the allocator, and its cause, by following every tensor."""
+
+    peak_bytes: int
+    """By the allocator's own events: the figure to go by."""
+    phase: str
+    """The phase in which it stands, of forward, backward and optimizer."""
+    phase_peaks: dict[str, int]
+    kept_bytes: int
+    """Alive between forward and backward beyond parameters, optimiser state and inputs."""
+    process_bytes: int
+    """Largest resident set of the process, Python and libraries included: beside the point, recorded all the same."""
+    host_bytes: int
+    """Moved to host memory between forward and backward (offload); not part of the peak."""
+    reserved_bytes: int | None = None
+    """What CUDA's caching allocator held; None on a CPU."""
+    snapshot: str | None = None
+    """A file that PyTorch's memory viz opens; CUDA only."""
+    attributed_bytes: int | None = None
+    """The peak of the traced step, in which every storage was followed; None where that cannot be done."""
+    categories: dict[str, int] = field(default_factory=dict)
+    """`Category` -> bytes at the traced peak; they sum to `attributed_bytes`."""
+    holders: tuple[Holder, ...] = ()
+    """Who allocated what was alive at the traced peak, largest first; they sum to `attributed_bytes`."""
+    block_bytes: tuple[int, ...] = ()
+    """What each block (in order) keeps between forward and backward, side bits included, streams not."""
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTime:
+    """One block in the instrumented step."""
+
+    path: str
+    forward: float
+    """Seconds."""
+    backward: float
+    """Seconds, recomputation included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes, and where an instrumented step spends its time."""
+
+    flops: int
+    """Of matrix products, convolutions and attention, what is computed twice included."""
+    instrumented_seconds: float
+    """Of the whole instrumented step."""
+    overhead: dict[str, float]
+    """Seconds of that step by what they were spent on beside ordinary forward and backward: recomputation,
+    coupling (the arithmetic of the streams), packing (of side bits); empty where there is none."""
+    blocks: tuple[BlockTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Is the variant right, and what does it do to the model's function?"""
+
+    against: str
+    """`oracle`: the same coupling under ordinary autograd; `plain`: the model as it was."""
+    gradient_error: float
+    """|g - g_reference| / |g_reference| over all trained parameters."""
+    gradient_cosine: float
+    drift: dict[str, float]
+    """By chain, what the integrity check of the backward pass found: 0 when exact."""
+    loss: float
+    """Mean loss over the text, in nats a token (or the model's own loss), before any training."""
+    original_loss: float
+    """The same of the model as it was."""
+    tokens: int
+    """Tokens of that text; 0: the training batch was used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything about one variant."""
+
+    variant: Variant
+    status: Status
+    reason: str = ""
+    rounds: tuple[Round, ...] = ()
+    memory: Memory | None = None
+    work: Work | None = None
+    fidelity: Fidelity | None = None
+    side_bits: int = 0
+    """The most bits that a step of the chains keeps per element."""
+    prediction: Prediction | None = None
+    """What the analysis predicted for it; None where it makes no prediction."""
+
+    @property
+    def samples(self) -> tuple[float, ...]:
+        """Seconds of every timed step."""
+        return tuple(s for r in self.rounds for s in r.steps)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median."""
+        return median(self.samples) if self.samples else None
+
+    @property
+    def spread(self) -> float | None:
+        """The distance of the quartiles relative to the median; None for fewer than three samples."""
+        if len(self.samples) < 3:
+            return None
+        low, middle, high = quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / middle
+
+    @property
+    def in_doubt(self) -> bool:
+        """Are the quartiles so far apart that small differences mean nothing?"""
+        return self.spread is None or self.spread > WIDE_SPREAD
+
+    def phase_seconds(self, phase: str) -> float | None:
+        """The median of one phase."""
+        samples = [s for r in self.rounds for s in getattr(r, phase)]
+        return median(samples) if samples else None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One size of a sweep under one variant."""
+
+    axis: str
+    """batch, sequence or depth."""
+    value: int
+    variant: str
+    """The variant's spec."""
+    status: Status
+    peak_bytes: int | None
+    """By the allocator; None where it did not fit, and the step was stopped."""
+    seconds: tuple[float, ...] = ()
+    """Timed steps; empty where only memory was looked at."""
+    largest: bool = False
+    """The largest value that fits the budget: the next was tried and does not."""
+    reason: str = ""
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median."""
+        return median(self.seconds) if self.seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and when it ran."""
+
+    date: str
+    """ISO 8601, with the time zone."""
+    machine: str
+    """The processor, or the GPU."""
+    system: str
+    cores: int
+    threads: int
+    """That PyTorch computes with."""
+    memory_bytes: int
+    versions: dict[str, str]
+    commit: str | None
+    """Of autorev's checkout, `+` where it had changes; None where it was installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Everything that `autorev profile` found out."""
+
+    name: str
+    """Of the record: its file is `NAME.json`."""
+    model: ModelInfo
+    pretrained: bool
+    blocks: int
+    """How many residual blocks it has, refused ones included."""
+    setting: Setting
+    device: DeviceInfo | None
+    """The device profile that utilisation is relative to."""
+    text: str
+    """Where the tokens come from, in words."""
+    command: str
+    environment: Environment
+    memory_limit: str | None
+    """The budget as it was given: `2GiB`, `+128MiB` (beside weights, gradients and optimiser state); None: none."""
+    budget_bytes: int | None
+    """The budget in bytes."""
+    goal: str
+    """memory, throughput or context."""
+    results: tuple[Result, ...]
+    points: tuple[Point, ...] = ()
+    recommendation: Recommendation | None = None
+    complete: bool = False
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def result(self, spec: str) -> Result | None:
+        """The result of the variant `spec`."""
+        return next((r for r in self.results if r.variant.spec == spec), None)
+
+    def with_result(self, result: Result) -> Profile:
+        """A copy in which `result` replaces the one of the same variant, or is added."""
+        specs = [r.variant.spec for r in self.results]
+        if result.variant.spec not in specs:
+            return replace(self, results=(*self.results, result))
+        at = specs.index(result.variant.spec)
+        return replace(self, results=(*self.results[:at], result, *self.results[at + 1 :]))
+
+    @property
+    def units(self) -> str:
+        """What throughput counts: tokens or samples."""
+        return "samples" if self.setting.sequence is None else "tokens"
+
+    def per_second(self, seconds: float | None, batch: int | None = None, sequence: int | None = None) -> float | None:
+        """Tokens (or samples) a second for a step of `seconds`; at the setting's own size unless told otherwise."""
+        if not seconds:
+            return None
+        return (batch or self.setting.batch) * (sequence or self.setting.sequence or 1) / seconds
+
+    def utilisation(self, result: Result) -> float | None:
+        """Share of the device's published peak that the work of a step comes to; None without a device or a time."""
+        if self.device is None or result.work is None or not result.step_seconds:
+            return None
+        return result.work.flops / result.step_seconds / self.device.peak_flops
+
+    # -- as JSON
+
+    def to_json(self) -> str:
+        """One JSON object, with a digest of its content at its end."""
+        data = converter().unstructure(self)
+        return json.dumps({**data, "digest": _digest(data)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "this record") -> Profile:
+        """Read back what `to_json` wrote; `name` is what errors call it.
+
+        Raises:
+            RecordError: it is truncated, of another schema version, or was changed by hand.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordError(
+                f"{name} is not valid JSON (line {error.lineno}: {error.msg}): it is truncated, or was edited; "
+                "measure again, or take it from version control"
+            ) from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION or "digest" not in data:
+            what = f"has schema version {version}" if version is not None else "is no record of a profile"
+            raise RecordError(f"{name} {what}, and this autorev reads {SCHEMA_VERSION}; measure again")
+        digest = data.pop("digest")
+        from cattrs.errors import BaseValidationError
+        from cattrs.v import transform_error
+
+        try:
+            profile: Profile = converter().structure(data, cls)
+        except BaseValidationError as error:
+            problems = "; ".join(transform_error(error)[:3])
+            raise RecordError(f"{name} does not follow its schema: {problems}") from None
+        if digest != _digest(data):
+            raise RecordError(
+                f"{name} was changed after it was written (its digest does not match), so its figures are no "
+                "measurement; measure again, or take it from version control"
+            )
+        return profile
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """The record in a file.
+
+        Raises:
+            RecordError: it cannot be read, or see `from_json`.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise RecordError(f"{path} cannot be read: {why}") from None
+        return cls.from_json(text, str(path))
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `NAME.json` into `folder`; whoever reads it meanwhile sees the old record or the new one, whole.
+
+        Raises:
+            RecordError: the file cannot be written.
+        """
+        path = Path(folder) / f"{self.name}.json"
+        part = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(self.to_json(), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise RecordError(f"{path} cannot be written: {error.strerror}; name another folder") from None
+        return path
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per variant; `autorev.profiler.exports` has the steps and the sweeps."""
+        from autorev.profiler.exports import results_frame
+
+        return results_frame([self])
+
+    def __str__(self) -> str:
+        from autorev.report.profile_terminal import render_text
+
+        return render_text(self)
+
+
+def _digest(data: Any) -> str:
+    """Of the content, whatever the order of keys or the white space."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
