@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from autorev.analysis import Block as Block
     from autorev.analysis import Chain as Chain
     from autorev.analysis import Setting as Setting
+    from autorev.chunked_loss import chunk_loss as chunk_loss
+    from autorev.chunked_loss import unchunk_loss as unchunk_loss
     from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
     from autorev.pipeline import analyze as analyze
     from autorev.pipeline import forecast as forecast
+    from autorev.profiler.record import Profile as Profile
+    from autorev.profiler.run import profile as profile
     from autorev.rewrite.convert import convert as convert
     from autorev.rewrite.convert import drift as drift
     from autorev.rewrite.convert import revert as revert
@@ -34,6 +38,10 @@ _home = {
     "AutorevError": "autorev.errors",
     "AnnotateResiduals": "autorev.detect.fx_pass",
     "analyze": "autorev.pipeline",
+    "chunk_loss": "autorev.chunked_loss",
+    "unchunk_loss": "autorev.chunked_loss",
+    "Profile": "autorev.profiler.record",
+    "profile": "autorev.profiler.run",
     "forecast": "autorev.pipeline",
     "convert": "autorev.rewrite.convert",
     "drift": "autorev.rewrite.convert",

@@ -270,7 +270,7 @@ class Analysis:
         return pd.DataFrame(rows, columns=list(_row_fields))
 
     def __str__(self) -> str:
-        from autorev.report.terminal import render_text
+        from autorev.report.analysis.terminal import render_text
 
         return render_text(self)
 

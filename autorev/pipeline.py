@@ -64,6 +64,7 @@ _PASSING = {
     "analyze": "autorev.analyze(model, *args, **kwargs)",
     "convert": "autorev.convert(model, example_args=(...), example_kwargs={...})",
     "verify": "autorev.verify(model, batch)",
+    "profile": "autorev.profile(model, batch)",
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from autorev.analysis import Analysis, Category, DeviceInfo, Prediction, Reach, Recommendation, Setting
+from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation, Setting
 from autorev.report.format import format_bytes as size
 from autorev.report.words import CATEGORY_TITLES
 
@@ -14,11 +15,25 @@ WORTH = 0.05
 """Where checkpointing fits narrowly, a reversible chain has to beat its peak by this share to be worth a conversion."""
 DOMINANT = 0.40
 """A category with this share of a peak is what the peak is about."""
+LOGITS_WEIGH = 0.20
+"""From this share of a peak on, logits are worth chunking."""
+FIXED = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+"""What neither the batch nor a way of storing activations changes."""
 
 HOW = "autorev.convert(model) does it in user code, and autorev.verify(model) checks the gradients"
 
-_fixed = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 _by_blocks = (Category.STORED_ACTIVATIONS, Category.STREAMS, Category.SIDE_BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One thing that would lower a peak."""
+
+    name: str
+    """chunked, lora, 8-bit, fused or smaller batch."""
+    bytes: int
+    """What it is about; what it saves is at most that."""
+    text: str
 
 
 def recommend(analysis: Analysis, room: int) -> Recommendation:
@@ -30,7 +45,7 @@ def recommend(analysis: Analysis, room: int) -> Recommendation:
     checkpoint = analysis.prediction("checkpoint") or plain
     reversible = analysis.prediction("momentum")
     offload = analysis.prediction("offload")
-    advice = tuple(_advice(checkpoint, setting, device))
+    advice = tuple(_advice(checkpoint, setting))
 
     if plain.peak_bytes <= COMFORT * room:
         why = (
@@ -66,7 +81,7 @@ def recommend(analysis: Analysis, room: int) -> Recommendation:
     best = min((p for p in analysis.predictions if p.preserves_function), key=lambda p: p.peak_bytes)
     why = (
         f"nothing fits {device.title}: even {best.strategy} needs {size(best.peak_bytes)} of {size(room)} usable; "
-        + _what_dominates(best, setting)
+        + what_dominates(best.categories, best.peak_bytes, setting)
     )
     return Recommendation(best.strategy, why, advice or ("use a larger device, a smaller batch or fewer tokens",))
 
@@ -90,49 +105,63 @@ def _why_no_more(checkpoint: Prediction, reversible: Prediction | None, analysis
     return text
 
 
-def _what_dominates(prediction: Prediction, setting: Setting) -> str:
-    fixed = sum(prediction.categories[c] for c in _fixed)
-    if fixed >= DOMINANT * prediction.peak_bytes:
+def what_dominates(categories: Mapping[str, int], peak_bytes: int, setting: Setting) -> str:
+    """Why a peak of these categories does not fit, as the end of a sentence."""
+    fixed = sum(categories.get(c, 0) for c in FIXED)
+    if fixed >= DOMINANT * peak_bytes:
         return (
             f"weights, gradients and optimiser state alone take {size(fixed)}, and no way of storing activations can "
             "help that"
         )
-    if prediction.categories[Category.LOGITS_AND_LOSS] >= DOMINANT * prediction.peak_bytes:
-        text = f"your logits dominate with {size(prediction.categories[Category.LOGITS_AND_LOSS])}"
+    logits = categories.get(Category.LOGITS_AND_LOSS, 0)
+    if logits >= DOMINANT * peak_bytes:
+        text = f"your logits dominate with {size(logits)}"
         return f"{text}: use the chunked loss" if setting.loss == "full" else text
     return "what a single block holds while it is computed is already too much"
 
 
-def _advice(checkpoint: Prediction, setting: Setting, device: DeviceInfo) -> Iterator[str]:
+def _advice(checkpoint: Prediction, setting: Setting) -> Iterator[str]:
     """What would lower the checkpointed peak further, most effective first."""
-    offers: list[tuple[int, str]] = []
-    categories = checkpoint.categories
-    logits = categories[Category.LOGITS_AND_LOSS]
-    if setting.loss == "full" and setting.sequence is not None and logits >= 0.2 * checkpoint.peak_bytes:
-        text = f"your logits take {size(logits)} of checkpointing's peak: use the chunked loss (--loss chunked)"
-        offers.append((logits, text))
-    fixed = sum(categories[c] for c in _fixed)
-    if setting.trains == "full" and fixed >= DOMINANT * checkpoint.peak_bytes:
-        saved = categories[Category.GRADIENTS] + categories[Category.OPTIMIZER_STATE]
+    found = offers(checkpoint.categories, checkpoint.peak_bytes, checkpoint.phase, setting, "checkpointing's peak")
+    yield from (offer.text for offer in sorted(found, key=lambda offer: -offer.bytes))
+
+
+def offers(categories: Mapping[str, int], peak_bytes: int, phase: str, setting: Setting, whose: str) -> list[Offer]:
+    """What would lower a peak of these categories that stands in `phase`.
+
+    Args:
+        categories: bytes by `Category`.
+        whose: what the peak is called in the advice, such as `checkpointing's peak`.
+    """
+    found: list[Offer] = []
+    held = {category: categories.get(category, 0) for category in Category}
+    logits = held[Category.LOGITS_AND_LOSS]
+    if setting.loss == "full" and setting.sequence is not None and logits >= LOGITS_WEIGH * peak_bytes:
+        text = f"your logits take {size(logits)} of {whose}: use the chunked loss (--loss chunked)"
+        found.append(Offer("chunked", logits, text))
+    fixed = sum(held[c] for c in FIXED)
+    if setting.trains == "full" and (fixed >= DOMINANT * peak_bytes or phase == "optimizer"):
+        saved = held[Category.GRADIENTS] + held[Category.OPTIMIZER_STATE]
         text = (
-            f"weights, gradients and optimiser state take {size(fixed)} of checkpointing's peak, which reversibility "
+            f"weights, gradients and optimiser state take {size(fixed)} of {whose}, which reversibility "
             f"cannot lower: LoRA (--trains lora) frees most of {size(saved)}"
         )
-        offers.append((saved, text))
+        found.append(Offer("lora", saved, text))
         if setting.optimizer == "adamw":
-            saved = categories[Category.OPTIMIZER_STATE] * 3 // 4
-            offers.append((saved, f"an 8-bit optimiser (--optimizer adamw-8bit) frees up to {size(saved)}"))
-    if checkpoint.phase == "optimizer":
+            saved = held[Category.OPTIMIZER_STATE] * 3 // 4
+            text = f"an 8-bit optimiser (--optimizer adamw-8bit) frees up to {size(saved)}"
+            found.append(Offer("8-bit", saved, text))
+    if phase == "optimizer":
         text = "the peak stands in the optimiser step: a fused optimiser, or one that steps during backward, lowers it"
-        offers.append((categories[Category.OTHER], text))
-    working = categories[Category.WORKING_SET]
-    if working >= DOMINANT * checkpoint.peak_bytes:
+        found.append(Offer("fused", held[Category.OTHER], text))
+    working = held[Category.WORKING_SET]
+    if working >= DOMINANT * peak_bytes:
         text = (
             f"one block's working set takes {size(working)}, whatever is done between the blocks: a smaller batch with "
             "gradient accumulation lowers it"
         )
-        offers.append((working, text))
-    yield from (text for _, text in sorted(offers, key=lambda offer: -offer[0]))
+        found.append(Offer("smaller batch", working, text))
+    return found
 
 
 def _further(analysis: Analysis, strategy: str) -> Iterator[str]:

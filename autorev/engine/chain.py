@@ -134,6 +134,12 @@ def last_number(chain: ReversibleChain, stream: torch.Tensor) -> int | None:
     return None if found is None else found.number
 
 
+def tape_of(stream: torch.Tensor) -> Tape | None:
+    """The tape behind a stream that a step returned, for whoever wants to know what it holds."""
+    found: _Carried | None = _carried.get(stream.untyped_storage())
+    return None if found is None else found.tape
+
+
 def take_step(
     chain: ReversibleChain, number: int, stream: torch.Tensor, site: Site, inputs: Any, last: bool
 ) -> tuple[Any, torch.Tensor]:

@@ -182,15 +182,37 @@ def _no_arguments(model: nn.Module, spec: str) -> Call:
     return (), {}
 
 
-def _resizable_workload(call: Call, build: Build, name: str, source: str) -> Workload:
-    """The first axis is the batch if all tensors share it, the second the sequence if all are rows of ids."""
+def resized(call: Call, batch: int, sequence: int | None) -> Call:
+    """`call` at another size: its own values, repeated or cut, along the axes that `_resizable_workload` finds."""
+    own_batch, own_length = _sizes(call)
+
+    def fitted(tensor: torch.Tensor) -> torch.Tensor:
+        if own_batch and tensor.dim():
+            tensor = tensor[torch.arange(batch) % own_batch]
+        if own_length and sequence and tensor.dim() == 2:
+            tensor = tensor[:, torch.arange(sequence) % own_length]
+        return tensor
+
+    fitted_call: Call = tree_map_only(torch.Tensor, fitted, call)
+    return fitted_call
+
+
+def _sizes(call: Call) -> tuple[int | None, int | None]:
+    """(batch, sequence) of a call; None where its tensors share no such axis."""
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
     batches = {tensor.shape[0] for tensor in tensors}
-    resizable = len(batches) == 1
     wide = [tensor for tensor in tensors if tensor.dim() > 1]
     lengths = {tensor.shape[1] for tensor in wide}
     are_ids = all(t.dim() == 2 and not t.is_floating_point() and not t.is_complex() for t in wide)
-    has_sequence = resizable and are_ids and len(lengths) == 1
+    if len(batches) != 1:
+        return None, None
+    return batches.pop(), lengths.pop() if are_ids and len(lengths) == 1 else None
+
+
+def _resizable_workload(call: Call, build: Build, name: str, source: str) -> Workload:
+    """The first axis is the batch if all tensors share it, the second the sequence if all are rows of ids."""
+    own_batch, own_length = _sizes(call)
+    resizable, has_sequence = own_batch is not None, own_length is not None
     default = torch.get_default_dtype()
 
     def example(batch: int, sequence: int | None) -> Call:
@@ -213,8 +235,8 @@ def _resizable_workload(call: Call, build: Build, name: str, source: str) -> Wor
         source=source,
         build=matched_build,
         example=matched_example,
-        default_batch=batches.pop() if resizable else 1,
-        default_sequence=lengths.pop() if has_sequence else None,
+        default_batch=own_batch or 1,
+        default_sequence=own_length,
         longest_sequence=None,
         resizable=resizable,
     )

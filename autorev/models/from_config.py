@@ -18,15 +18,15 @@ _USUAL_SEQUENCE = 2048
 _USUAL_IMAGES = 32
 
 
-def config_workload(data: Any, name: str, source: str) -> Workload:
-    """The workload of a `transformers` config given as a dictionary."""
+def config_workload(data: Any, name: str, source: str, depth: int | None = None) -> Workload:
+    """The workload of a `transformers` config given as a dictionary; `depth`: of so many blocks instead of its own."""
     try:
         import transformers  # noqa: F401 - is it installed?
     except ImportError as error:
         raise needs_transformers(error) from None
     from autorev.models.example_call import model_class
 
-    config = parse_config(data, source)
+    config = parse_config(data, source, depth)
     model_cls = model_class(config)
 
     def build(dtype: torch.dtype) -> torch.nn.Module:
@@ -70,11 +70,11 @@ def transformers_workload(config: Any, model_cls: type[Any], build: Build, name:
     )
 
 
-def parse_config(data: Any, source: str) -> Any:
-    """The `transformers` config of a dictionary.
+def parse_config(data: Any, source: str, depth: int | None = None) -> Any:
+    """The `transformers` config of a dictionary; `depth`: with so many blocks instead of its own.
 
     Raises:
-        ModelBuildError: it is none that this `transformers` knows.
+        ModelBuildError: it is none that this `transformers` knows, or it has no number of blocks.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -96,9 +96,23 @@ def parse_config(data: Any, source: str) -> Any:
     keys = {key: value for key, value in data.items() if key != "quantization_config"}
     try:
         with quiet():
-            return CONFIG_MAPPING[kind].from_dict(keys)
+            config = CONFIG_MAPPING[kind].from_dict(keys)
     except Exception as error:
         raise ModelBuildError(f"transformers refuses the config of {source}: {one_line(error)}; correct it") from None
+    if depth is not None:
+        _set_depth(config, depth, source)
+    return config
+
+
+def _set_depth(config: Any, depth: int, source: str) -> None:
+    text = config.get_text_config()
+    own = getattr(text, "num_hidden_layers", None)  # every family's own name for it is mapped to this one
+    if not isinstance(own, int):
+        raise ModelBuildError(f"the config of {source} has no number of blocks that could be set; leave --depth out")
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        text.layer_types = [kinds[n % len(kinds)] for n in range(depth)]
+    text.num_hidden_layers = depth
 
 
 def needs_transformers(error: ImportError) -> ModelBuildError:

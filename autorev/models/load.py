@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,16 @@ class Loaded:
     name: str
     pretrained: bool
     """False: the weights are random."""
+    example: Callable[[int, int | None], Call]
+    """A call of another batch size and sequence length, where the model has such axes."""
 
 
-def load_model(model: str | None, dtype: torch.dtype, batch: int, sequence: int | None) -> Loaded:
+def load_model(
+    model: str | None, dtype: torch.dtype, batch: int, sequence: int | None, depth: int | None = None
+) -> Loaded:
     """The model that MODEL names (`models/resolve.py` says how), in `dtype`, on the CPU.
+
+    With a `depth`, its config is built with so many blocks and random weights.
 
     Raises:
         ModelNotFoundError: it names nothing.
@@ -40,18 +48,50 @@ def load_model(model: str | None, dtype: torch.dtype, batch: int, sequence: int 
         SettingError: it is too large for this machine.
     """
     path = Path(model or "").expanduser()
+    if depth is not None:
+        data, name, source = config_of(model)
+        return _random(parse_config(data, source, depth), name, dtype, batch, sequence)
     if is_embedded(model):
         file = embedded_file()
         return _pretrained(file.parent, "SmolLM2-135M-Instruct", dtype, batch, sequence, gguf_file=file.name)
     if path.suffix == ".gguf" and path.is_file():
         return _pretrained(path.parent, path.stem, dtype, batch, sequence, gguf_file=path.name)
     assert model is not None
-    if path.is_dir() and any(p.suffix in (".safetensors", ".bin") for p in path.iterdir()):
+    if _holds_weights(path):
         return _pretrained(path, path.resolve().name, dtype, batch, sequence)
     if ":" in model and not path.exists():
         return _from_factory(model, dtype)
     data, name, source = config_of(model)
     return _random(parse_config(data, source), name, dtype, batch, sequence)
+
+
+def has_weights(model: str | None) -> bool:
+    """Does MODEL name weights, and not only a config or code?"""
+    path = Path(model or "").expanduser()
+    return is_embedded(model) or (path.suffix == ".gguf" and path.is_file()) or _holds_weights(path)
+
+
+def tokenizer_of(model: str | None) -> Any:
+    """The tokenizer that stands beside MODEL's weights; None where there is none."""
+    from transformers import AutoTokenizer
+
+    from autorev.capture.transformers_quirks import quiet
+
+    path = embedded_file() if is_embedded(model) else Path(model or "").expanduser()
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif not path.is_dir():
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(**where)
+    except Exception:  # no file of a tokenizer, or one that this transformers cannot read
+        return None
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.is_dir() and any(p.suffix in (".safetensors", ".bin") for p in path.iterdir())
 
 
 def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, **how: Any) -> Loaded:
@@ -70,7 +110,8 @@ def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequenc
         raise
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {folder}: {one_line(error)}") from error
-    return Loaded(model.train(), example_call_for(model, batch, sequence), name, pretrained=True)
+    example = partial(example_call_for, model)
+    return Loaded(model.train(), example(batch, sequence), name, pretrained=True, example=example)
 
 
 def _random(config: Any, name: str, dtype: torch.dtype, batch: int, sequence: int | None) -> Loaded:
@@ -79,18 +120,22 @@ def _random(config: Any, name: str, dtype: torch.dtype, batch: int, sequence: in
     cls = model_class(config)
     _check_size(cls, config, name, dtype)
     model = cls._from_config(config, dtype=dtype)
-    return Loaded(model.train(), example_call_for(model, batch, sequence), name, pretrained=False)
+    example = partial(example_call_for, model)
+    return Loaded(model.train(), example(batch, sequence), name, pretrained=False, example=example)
 
 
 def _from_factory(spec: str, dtype: torch.dtype) -> Loaded:
     from autorev.models.example_call import example_call_for
-    from autorev.models.factory import made_for_real
+    from autorev.models.factory import made_for_real, resized
 
     with default_dtype(dtype):
         model, call = made_for_real(spec)
+    name = spec.partition(":")[2]
     if call is None and hasattr(model, "config") and hasattr(model, "main_input_name"):
-        call = example_call_for(model, 1, None)
-    return Loaded(model.train(), call or ((), {}), spec.partition(":")[2], pretrained=False)
+        example = partial(example_call_for, model)
+        return Loaded(model.train(), example(1, None), name, pretrained=False, example=example)
+    call = call or ((), {})
+    return Loaded(model.train(), call, name, pretrained=False, example=partial(resized, call))
 
 
 def _check_size(cls: Any, config: Any, name: str, dtype: torch.dtype) -> None:

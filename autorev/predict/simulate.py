@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any
 from unittest import mock
@@ -31,6 +31,7 @@ from autorev.predict.strategies import (
     run_checkpointed,
     run_offloaded,
     run_reversible,
+    run_selective,
 )
 from autorev.predict.tracker import MemoryTracker, Segment
 from autorev.workload import Call
@@ -49,8 +50,8 @@ class Site:
     output_at: tuple[Any, ...]
     chain: int | None
     """Number of its chain; None for a refused block."""
-    last: bool
-    """Is it the last of its chain?"""
+    from_end: int
+    """0 for the last block of its chain, 1 for the one before, ..."""
     kind: Any
     """Blocks of one kind (class, shapes, graph) behave alike."""
     turn: int | None = None
@@ -83,16 +84,23 @@ class Layout:
         site = self.sites[number]
         return number if number in self.active else self.groups[site.chain, site.kind][1]
 
+    def storing(self, keep_last: int) -> Layout:
+        """The layout in which the last blocks of a chain, stored instead of recomputed, are a kind of their own."""
+        if keep_last < 2:  # the last block of a kind is run in any case
+            return self
+        sites = (replace(s, kind=(s.kind, s.chain is not None and s.from_end < keep_last)) for s in self.sites)
+        return Layout(tuple(sites), self.outlined)
+
 
 def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Module) -> Layout:
     """The blocks that strategies can be put around: every chain's, and refused ones that keep their shape."""
-    found: list[tuple[Finding, int | None, bool]] = []
+    found: list[tuple[Finding, int | None, int]] = []
     for number, chain in enumerate(chains):
-        found += [(f, number, f is chain[-1]) for f in chain]
+        found += [(f, number, len(chain) - 1 - at) for at, f in enumerate(chain)]
     for finding in refused:
         into, out = finding.stream_in, finding.stream_out
         if not finding.inline and into is not None and out is not None and into.shape == out.shape:
-            found.append((finding, None, False))
+            found.append((finding, None, 0))
     inline: dict[Any, list[Finding]] = {}
     for finding, _, _ in found:
         if finding.inline:
@@ -110,16 +118,16 @@ def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Modu
             stream=argument_of(f.start) if f.start is not None and not f.inline else "",
             output_at=f.output_at,
             chain=chain,
-            last=last,
+            from_end=from_end,
             kind=_kind(f),
             turn=turns.get(id(f)),
         )
-        for n, (f, chain, last) in enumerate(found)
+        for n, (f, chain, from_end) in enumerate(found)
     )
     return Layout(sites, {twin.get_submodule(holder.captured.path): holder for holder in outlined})
 
 
-def _root(found: list[tuple[Finding, int | None, bool]]) -> Any:
+def _root(found: list[tuple[Finding, int | None, int]]) -> Any:
     call = found[0][0].call
     while call.parent is not None:
         call = call.parent
@@ -282,6 +290,8 @@ class _Steps:
             return run(stream)
         if kind == "checkpoint":
             return run_checkpointed(run, stream)
+        if kind == "sac":
+            return run_selective(run, stream)
         if kind == "offload":
             return run_offloaded(run, stream)
         assert site.chain is not None
@@ -293,7 +303,7 @@ class _Steps:
             state=self.states.setdefault(site.chain, ChainState()),
             number=site.number,
             side_bits=self.strategy.side_bits,
-            recompute=not (site.last and self.strategy.keep_last),
+            recompute=site.from_end >= self.strategy.keep_last,
             tracker=self.tracker,
         )
 

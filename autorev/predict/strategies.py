@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from autorev.analysis import Category
 from autorev.predict.tracker import MemoryTracker
@@ -28,7 +29,7 @@ class Strategy:
 
     name: str
     kind: str
-    """plain, checkpoint, offload or reversible."""
+    """plain, checkpoint, sac, offload or reversible."""
     side_bits: int = 0
     """k of gamma = n / 2^k; 0 where nothing need be stored."""
     preserves_function: bool = True
@@ -68,6 +69,36 @@ class ChainState:
 def run_checkpointed(run: Run, stream: torch.Tensor) -> Any:
     """PyTorch's own non-reentrant checkpoint: keeps the block's input."""
     return checkpoint(run, stream, use_reentrant=False)
+
+
+def run_selective(run: Run, stream: torch.Tensor) -> Any:
+    """PyTorch's selective checkpoint: keeps the block's input and what `selective_policy` says."""
+    contexts = partial(create_selective_checkpoint_contexts, selective_policy())
+    return checkpoint(run, stream, use_reentrant=False, context_fn=contexts)
+
+
+def selective_policy() -> Callable[..., CheckpointPolicy]:
+    """A policy as large training runs use it: attention's output is kept, and every second matrix product."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+    products = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default}
+    counts = {False: 0, True: 0}  # in the first run and in the second
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in attention:
+            return CheckpointPolicy.MUST_SAVE
+        if op in products:
+            counts[context.is_recompute] += 1
+            if counts[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
 
 
 def run_offloaded(run: Run, stream: torch.Tensor) -> Any:

@@ -52,10 +52,14 @@ class Segment:
 
 
 @dataclass(eq=False)
-class _Live:
+class Live:
+    """One storage."""
+
     bytes: int
     category: Category
     born: Segment
+    owner: str = ""
+    """Who allocated it, where somebody keeps track: `MemoryTracker.owner` at its birth."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -63,10 +67,11 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self.live: dict[int, _Live] = {}
+        self.live: dict[int, Live] = {}
         self.segments: list[Segment] = []
         self.current = Segment("forward")
         self.label = Category.OTHER
+        self.owner = ""
         self.gradients: set[int] = set()
         self.counting_work = True
         self._hooks: list[Any] = []
@@ -83,9 +88,7 @@ class MemoryTracker(TorchDispatchMode):
         """What the current segment allocated as working set and still holds is `category` from now on."""
         for live in self.live.values():
             if live.born is self.current and live.category is Category.WORKING_SET:
-                self._count(live.category, -live.bytes)
-                live.category = category
-                self._count(category, live.bytes)
+                self.moved(live, category)
 
     def finish(self) -> list[Segment]:
         """Close the last segment and return all of them."""
@@ -127,24 +130,35 @@ class MemoryTracker(TorchDispatchMode):
         key = storage._cdata
         if key in self.live or storage.nbytes() == 0:
             return
-        live = _Live(storage.nbytes(), category or self.label, self.current)
-        self.live[key] = live
         weakref.finalize(storage, self._freed, key).atexit = False
-        self._count(live.category, live.bytes)
+        self.born(key, Live(storage.nbytes(), category or self.label, self.current, self.owner))
 
     def relabel(self, tensor: torch.Tensor, category: Category) -> None:
         """A counted tensor is `category` from now on."""
         live = self.live.get(tensor.untyped_storage()._cdata)
         if live is not None and live.category is not category:
-            self._count(live.category, -live.bytes)
-            live.category = category
-            self._count(category, live.bytes)
+            self.moved(live, category)
+
+    def born(self, key: int, live: Live) -> None:
+        """A storage is alive from now on."""
+        self.live[key] = live
+        self._count(live.category, live.bytes)
+
+    def moved(self, live: Live, category: Category) -> None:
+        """A live storage is `category` from now on."""
+        self._count(live.category, -live.bytes)
+        live.category = category
+        self._count(category, live.bytes)
+
+    def died(self, live: Live) -> None:
+        """A storage is gone, or its memory was taken over."""
+        self._count(live.category, -live.bytes)
 
     def _freed(self, key: int) -> None:
         live = self.live.pop(key, None)
         if live is not None:
             self.gradients.discard(key)
-            self._count(live.category, -live.bytes)
+            self.died(live)
 
     def _gradient_arrived(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
@@ -203,7 +217,7 @@ class MemoryTracker(TorchDispatchMode):
         """The tensor's memory is taken over by the result of the next operation."""
         live = self.live.pop(tensor.untyped_storage()._cdata, None)
         if live is not None:
-            self._count(live.category, -live.bytes)
+            self.died(live)
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[torch.Tensor]) -> None:
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

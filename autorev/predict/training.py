@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from autorev.analysis import Setting
+from autorev.chunked_loss import head_of, linear_loss, run_without_logits
 from autorev.detect.judge import leaves
 from autorev.errors import SettingError
 from autorev.workload import Call
@@ -51,7 +51,7 @@ def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -
     for block in blocks:
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
-                sizes = _linear_sizes(child)
+                sizes = linear_sizes(child)
                 if sizes is not None and not isinstance(parent, LowRank):
                     setattr(parent, name, LowRank(child, *sizes, setting.lora_rank))
                     adapted += 1
@@ -62,7 +62,8 @@ def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -
     return []
 
 
-def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
@@ -92,7 +93,7 @@ def _train_head(twin: nn.Module) -> list[str]:
     for name, parameter in list(head.named_parameters(recurse=False)):
         if id(parameter) in elsewhere:
             # Training the shared matrix would send gradients through the embedding, and with it every block.
-            setattr(head, name, nn.Parameter(torch.empty_like(parameter)))
+            setattr(head, name, nn.Parameter(parameter.detach().clone()))
             notes.append("the head shares its weight with the embedding; training it alone unties them")
     head.requires_grad_(True)
     return notes
@@ -108,9 +109,8 @@ def loss_function(model: nn.Module, loss: str) -> Callable[[nn.Module, Call], to
         SettingError: a chunked loss of a model that has no vocabulary head.
     """
     if loss == "full":
-        return _own_loss
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Linear):
+        return own_loss
+    if head_of(model) is None:
         raise SettingError(
             f"{type(model).__name__} has no vocabulary head (get_output_embeddings), so there is nothing to chunk; "
             "use --loss full"
@@ -118,7 +118,12 @@ def loss_function(model: nn.Module, loss: str) -> Callable[[nn.Module, Call], to
     return _chunked_loss
 
 
-def _own_loss(model: nn.Module, call: Call) -> torch.Tensor:
+def own_loss(model: nn.Module, call: Call) -> torch.Tensor:
+    """The loss that the model returns, or the mean of every floating tensor that it returns.
+
+    Raises:
+        SettingError: nothing that it returns depends on a trainable parameter.
+    """
     args, kwargs = call
     out = model(*args, **kwargs)
     loss = getattr(out, "loss", None)
@@ -138,27 +143,12 @@ def _own_loss(model: nn.Module, call: Call) -> torch.Tensor:
 
 
 def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
-    """`torch.nn.functional.linear_cross_entropy` on the head's input, in place of the head."""
+    """The chunked loss in place of head and loss; whether the labels are shifted makes no difference to memory."""
     args, kwargs = call
-    labels = kwargs["labels"]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    seen: list[torch.Tensor] = []
-
-    def keep_input(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden)
-        return hidden[..., :1]
-
-    without = {name: value for name, value in kwargs.items() if name != "labels"}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        without.setdefault("decoder_input_ids", labels)  # which the model would derive from the labels
-    head.forward = keep_input
-    try:
-        model(*args, **without)
-    finally:
-        del head.forward
-    hidden = seen.pop().flatten(0, -2)
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(hidden, head.weight, labels.flatten(), linear_bias=head.bias, options=options)
+    head = head_of(model)
+    assert head is not None
+    _, hidden = run_without_logits(model, model, head, args, kwargs)
+    return linear_loss(head, hidden, kwargs["labels"])
 
 
 # -- optimiser ------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 WIDE_SPREAD = 0.10
 """Quartiles farther apart than this share of the median are said to be in doubt."""
+_NUMBERS = re.compile(r"\[\s+(?:[-+.\deE]+,\s+)*[-+.\deE]+\s+\]")
+"""A list of numbers: a time line has hundreds, and each would have a line of its own."""
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -326,7 +329,8 @@ class Profile:
     def to_json(self) -> str:
         """One JSON object, with a digest of its content at its end."""
         data = converter().unstructure(self)
-        return json.dumps({**data, "digest": _digest(data)}, indent=1)
+        text = json.dumps({**data, "digest": _digest(data)}, indent=1)
+        return _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
 
     @classmethod
     def from_json(cls, text: str, name: str = "this record") -> Profile:
@@ -399,7 +403,7 @@ class Profile:
         return results_frame([self])
 
     def __str__(self) -> str:
-        from autorev.report.profile_terminal import render_text
+        from autorev.report.profile.terminal import render_text
 
         return render_text(self)
 

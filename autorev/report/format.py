@@ -82,6 +82,26 @@ def format_share(part: int, whole: int | None) -> str:
     return f"{100 * part / whole:.0f} %" if whole else NOTHING
 
 
+def format_change(part: float, whole: float | None) -> str:
+    """`-62 %`, `+18 %`: how far `part` is from `whole`."""
+    return f"{round(100 * (part / whole - 1)):+d} %" if whole else NOTHING
+
+
+def format_ratio(part: float | None, whole: float | None) -> str:
+    """`0.98`: `part` over `whole`."""
+    return NOTHING if part is None or not whole else f"{part / whole:.3f}"
+
+
+def format_rate(rate: float | None) -> str:
+    """`1,234`, `98.7`: tokens or samples a second."""
+    return NOTHING if rate is None else _three_digits(rate)
+
+
+def format_error(error: float) -> str:
+    """`3.1e-07`; `0` where there is none at all."""
+    return f"{error:.1e}" if error else "0"
+
+
 def format_shape(shape: tuple[int, ...]) -> str:
     """`8 x 2048 x 576`."""
     return " x ".join(str(size) for size in shape) or "scalar"

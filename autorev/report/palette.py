@@ -41,10 +41,19 @@ PHASE_COLORS = {
     "optimizer": THEME["muted"],
 }
 
+OVERHEAD_COLORS = {
+    "recomputation": CATEGORY_COLORS[Category.STORED_ACTIVATIONS],
+    "coupling": CATEGORY_COLORS[Category.STREAMS],
+    "packing": CATEGORY_COLORS[Category.SIDE_BITS],
+}
+"""Seconds in the colour of the bytes they save or handle."""
+
 _strategy_colors = {
     "plain": THEME["ink"],
     "checkpoint": ("#0b5cc4", "#3a8df0"),
     "offload": ("#4fbcf5", "#a4dafc"),
+    "sac": ("#7724f3", "#7555f6"),
+    "compile": ("#194c38", "#aed279"),
     "momentum": ("#d55e00", "#f07a30"),
     "leapfrog": ("#189c5b", "#22c084"),
     "midpoint": ("#f5b000", "#f9d648"),

@@ -33,18 +33,22 @@ CATEGORY_MEANINGS = {
     Category.OTHER: "Inputs, embeddings, masks, and the optimizer's temporaries.",
 }
 
-BASELINES = ("plain", "checkpoint", "offload")
+BASELINES = ("plain", "checkpoint", "sac", "compile", "offload")
 """What PyTorch can do without a reversible coupling: each always has a row of its own."""
 
 _titles = {
     "plain": "plain autograd",
     "checkpoint": "activation checkpointing",
+    "sac": "selective activation checkpointing",
+    "compile": "torch.compile's memory budget",
     "offload": "offloaded checkpointing",
 }
 
 STRATEGY_MEANINGS = {
     "plain": "PyTorch as it is: every block keeps what its backward pass needs.",
     "checkpoint": "Every block keeps only its input, and runs once more in the backward pass.",
+    "sac": "Checkpointing that also keeps what attention and every other matrix product computed.",
+    "compile": "Every block compiled by torch.compile, which decides within a memory budget what to keep.",
     "offload": "Checkpointing, with the kept inputs in host memory.",
     "momentum": (
         "v = \u03b3v + c f(h), then h = h + v, with a small \u03b3. The bits that \u03b3 rounds off are kept."
@@ -55,6 +59,17 @@ STRATEGY_MEANINGS = {
     "bdia": "The same with \u03b3 = \u2212g and c = 1 + g.",
     "hamiltonian": "Two streams: q = q + Attention(p), then p = p + MLP(q).",
     "revnet": "Two streams, each updated from the other, as in RevNet and Reformer.",
+}
+
+AGAINST = {"oracle": "the same coupling under ordinary autograd", "plain": "the model as it was"}
+"""What a variant's gradient is compared with."""
+
+GOALS = {"memory": "the least memory", "throughput": "the highest throughput", "context": "the longest sequence"}
+
+AXIS_TITLES = {
+    "batch": "batch, samples",
+    "sequence": "sequence, tokens per sample",
+    "depth": "depth, blocks",
 }
 
 _optimizers = {

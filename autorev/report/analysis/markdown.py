@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from autorev.analysis import Analysis, Block
+from autorev.report.analysis.rows import StrategyRow, all_blocks, fits, identical_runs, reversible_count, strategy_rows
 from autorev.report.format import (
     NOTHING,
     clean,
@@ -17,7 +18,6 @@ from autorev.report.format import (
     plural,
     sentence,
 )
-from autorev.report.rows import StrategyRow, all_blocks, fits, identical_runs, reversible_count, strategy_rows
 from autorev.report.words import headline, model_facts, setting_facts
 
 
@@ -35,26 +35,26 @@ def _sections(analysis: Analysis) -> Iterator[Iterator[str]]:
         yield _strategies(analysis)
     yield _blocks(analysis)
     if analysis.notes:
-        yield iter(["## Notes", "\n".join(f"- {_text(sentence(note))}" for note in analysis.notes)])
+        yield iter(["## Notes", "\n".join(f"- {literal(sentence(note))}" for note in analysis.notes)])
     yield _origin(analysis)
 
 
 def _heading(analysis: Analysis) -> Iterator[str]:
-    yield f"# {_text(analysis.model.name)}"
-    yield _text(", ".join(model_facts(analysis.model)) + ".")
+    yield f"# {literal(analysis.model.name)}"
+    yield literal(", ".join(model_facts(analysis.model)) + ".")
     if analysis.setting:
         facts = [f"{name.lower()} {value}" for name, value in setting_facts(analysis.setting).items()]
         if device := analysis.device:
             facts.append(f"{device.title} ({format_bytes(device.memory_bytes)})")
-        yield "One training step: " + _text(", ".join(facts)) + "."
+        yield "One training step: " + literal(", ".join(facts)) + "."
 
 
 def _recommendation(analysis: Analysis) -> Iterator[str]:
     assert analysis.recommendation
-    yield f"## Recommendation: {_text(headline(analysis.recommendation.strategy))}"
-    yield _text(sentence(analysis.recommendation.why))
+    yield f"## Recommendation: {literal(headline(analysis.recommendation.strategy))}"
+    yield literal(sentence(analysis.recommendation.why))
     if analysis.recommendation.advice:
-        yield "\n".join(f"{i}. {_text(sentence(step))}" for i, step in enumerate(analysis.recommendation.advice, 1))
+        yield "\n".join(f"{i}. {literal(sentence(step))}" for i, step in enumerate(analysis.recommendation.advice, 1))
 
 
 def _strategies(analysis: Analysis) -> Iterator[str]:
@@ -64,7 +64,7 @@ def _strategies(analysis: Analysis) -> Iterator[str]:
         "largest batch,longest sequence,keeps the pretrained function"
     )
     rows = [_strategy_cells(row, analysis) for row in strategy_rows(analysis)]
-    yield _table(heads.split(","), rows, right=(1, *range(3, 10)))
+    yield table(heads.split(","), rows, right=(1, *range(3, 10)))
     yield "Kept after forward: between forward and backward. Roofline time: a lower bound."
 
 
@@ -75,9 +75,9 @@ def _strategy_cells(row: StrategyRow, analysis: Analysis) -> list[str]:
     batch = reach.largest_batch if reach else None
     sequence = reach.longest_sequence if reach else None
     return [
-        _text(row.label),
+        literal(row.label),
         peak if fits(row, analysis) else f"**{peak}, does not fit**",
-        _text(prediction.phase),
+        literal(prediction.phase),
         *(format_share(prediction.peak_bytes, rival.peak_bytes if rival else None) for rival in rivals),
         format_bytes(prediction.kept_bytes),
         format_flops(prediction.step_flops),
@@ -98,39 +98,40 @@ def _blocks(analysis: Analysis) -> Iterator[str]:
         for run in identical_runs(chain.blocks)
     ]
     rows += [_block_cells("", run.label, run.blocks) for run in identical_runs(analysis.refused)]
-    yield _table(["chain", "blocks", "count", "class", "steps", "verdict", "reasons"], rows, right=[2])
+    yield table(["chain", "blocks", "count", "class", "steps", "verdict", "reasons"], rows, right=[2])
 
 
 def _block_cells(chain: str, label: str, blocks: tuple[Block, ...]) -> list[str]:
     first = blocks[0]
     return [
-        _code(chain) if chain else NOTHING,
-        _code(label),
+        code(chain) if chain else NOTHING,
+        code(label),
         str(len(blocks)),
-        _code(first.class_name),
-        _text("; ".join(f"{step.kind} ({step.source})" for step in first.steps)) or NOTHING,
+        code(first.class_name),
+        literal("; ".join(f"{step.kind} ({step.source})" for step in first.steps)) or NOTHING,
         first.verdict.value,
-        "<br>".join(_text(reason) for reason in first.reasons) or NOTHING,
+        "<br>".join(literal(reason) for reason in first.reasons) or NOTHING,
     ]
 
 
 def _origin(analysis: Analysis) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in analysis.versions.items())
     source = "couplings after [arXiv 2512.02056](https://arxiv.org/abs/2512.02056)"
-    yield f"Made with {_text(versions)}; {source}." if versions else f"Reversible {source}."
+    yield f"Made with {literal(versions)}; {source}." if versions else f"Reversible {source}."
 
 
-def _table(heads: list[str], rows: list[list[str]], right: Iterable[int]) -> str:
+def table(heads: list[str], rows: list[list[str]], right: Iterable[int]) -> str:
+    """A table of cells that are Markdown already; the columns `right` are aligned to the right."""
     marks = ["---:" if column in right else "---" for column in range(len(heads))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, marks, *rows])
 
 
-def _text(text: str) -> str:
+def literal(text: str) -> str:
     """`text` with what Markdown or HTML would read in it made literal."""
-    literal = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", literal)
+    escaped = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", escaped)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """`text` as code in a cell: only a backtick and a bar could end it early."""
     return "`" + clean(text).replace("`", "'").replace("|", "\\|") + "`"

@@ -1,0 +1,148 @@
+"""`autorev analyze`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autorev.cli.group import COMMAND, file_name, main, progress, what_trains, write
+
+if TYPE_CHECKING:
+    from autorev.analysis import Analysis
+
+
+@main.command(short_help="Residual blocks, verdicts, and predicted training memory.")
+@click.argument("model", required=False)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="INT",
+    help="Samples per step.  [default: 1, images 32]",
+)
+@click.option(
+    "--sequence",
+    "--seq",
+    type=click.IntRange(min=1),
+    metavar="INT",
+    help="Tokens per sample.  [default: 2048, or the model's limit]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="bf16",
+    show_default=True,
+    help="Of weights, activations and gradients.",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adamw-8bit", "sgd", "sgd-momentum"]),
+    default="adamw",
+    show_default=True,
+    help="Whose state is counted.",
+)
+@click.option(
+    "--trains",
+    type=click.Choice(["full", "lora", "head"]),
+    help="Everything, adapters, or the output layer.  [default: full]",
+)
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(min=1),
+    metavar="INT",
+    help="Rank of the adapters; implies --trains lora.  [default: 16]",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["full", "chunked"]),
+    default="full",
+    show_default=True,
+    help="Materialise all logits, or never more than a chunk.",
+)
+@click.option(
+    "--device",
+    default="h100-80gb",
+    show_default=True,
+    metavar="NAME",
+    help="Device profile: a name of profiles/devices, or a JSON file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PATH",
+    help="Where to write the report.  [default: reports/analyze-MODEL.html; with --json: nowhere]",
+)
+@click.option("--no-html", is_flag=True, help="Write no HTML report.")
+@click.option(
+    "--markdown",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PATH",
+    help="Also write the report as Markdown.",
+)
+@click.pass_context
+def analyze(
+    ctx: click.Context,
+    /,
+    model: str | None,
+    as_json: bool,
+    html: Path | None,
+    no_html: bool,
+    markdown: Path | None,
+    **setting: Any,
+) -> None:
+    """Say which blocks of MODEL can be made reversible, and predict its training memory.
+
+    MODEL is a profile name, a GGUF file, a folder with a transformers config.json, a hub id, or
+    package.module:factory. Without it, the embedded SmolLM2 is analysed. No weights are read.
+
+    \b
+    Examples:
+      autorev analyze
+      autorev analyze llama-3.1-8b --lora-rank 16 --sequence 32768 --device h100-80gb
+      autorev analyze my_package.model:make --batch 8 --json > analysis.json
+    """
+    setting["trains"], setting["lora_rank"] = what_trains(setting["trains"], setting["lora_rank"])
+    if html and no_html:
+        raise click.UsageError("--html and --no-html contradict each other; give one of them")
+    # Before anything slow: a mistyped device is told at once.
+    from autorev.profiles import load_device
+
+    load_device(setting["device"])
+    # What the user's own code prints must not mix with what this command prints.
+    with progress() as tell, redirect_stdout(sys.stderr):
+        tell("reading the model", 0.0)
+        from autorev.models.resolve import resolve
+
+        workload = resolve(model)
+        from autorev.pipeline import analyze_workload
+
+        analysis = analyze_workload(workload, **setting, progress=tell)
+    if html is None and not no_html and not as_json:
+        html = Path("reports") / f"analyze-{file_name(analysis.model.name)}.html"
+    if as_json:
+        click.echo(analysis.to_json())
+    else:
+        from rich.console import Console
+
+        from autorev.report.analysis.terminal import print_analysis
+
+        print_analysis(analysis, Console())
+    _write_reports(analysis, ctx.meta[COMMAND], html, markdown, quiet=as_json)
+
+
+def _write_reports(analysis: Analysis, command: str, html: Path | None, markdown: Path | None, quiet: bool) -> None:
+    if html:
+        from autorev.report.analysis.html import render_html
+
+        write(html, render_html(analysis, command))
+    if markdown:
+        from autorev.report.analysis.markdown import render_markdown
+
+        write(markdown, render_markdown(analysis))
+    for path in (html, markdown):
+        if path and not quiet:
+            click.echo(f"Report: {path}")

@@ -1,0 +1,149 @@
+"""`autorev profile`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autorev.cli.group import COMMAND, main, progress, what_trains
+from autorev.cli.report import show
+
+_RECORDS = Path("profiles/recorded")
+
+
+@main.command(short_help="Measured memory and throughput of every way to train.")
+@click.argument("model", required=False)
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="SPEC",
+    help="A way to train, repeatable: plain, checkpoint, sac, offload, compile, momentum:k=2, leapfrog, midpoint, "
+    "hamiltonian, ..., each with :option=value (keep_last=4, arithmetic=float, loss=chunked); `all` for all.  "
+    "[default: plain, checkpoint, momentum, momentum with a chunked loss]",
+)
+@click.option("--batch", type=click.IntRange(min=1), metavar="INT", help="Samples per step.  [default: 1, images 32]")
+@click.option(
+    "--sequence",
+    "--seq",
+    type=click.IntRange(min=1),
+    metavar="INT",
+    help="Tokens per sample.  [default: 256, or the model's limit]",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="[default: fp32 on a CPU, bf16 on a GPU]")
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd", "sgd-momentum"]), default="adamw", show_default=True)
+@click.option("--trains", type=click.Choice(["full", "lora", "head"]), help="[default: full]")
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(min=1),
+    metavar="INT",
+    help="Rank of the adapters; implies --trains lora.  [default: 16]",
+)
+@click.option(
+    "--depth", type=click.IntRange(min=1), metavar="INT", help="So many blocks, with random weights, of a config."
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to train on.  [default: CPython's language reference, where MODEL has a tokenizer]",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="INT",
+    help="Fresh processes per variant; they take turns.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=3, show_default=True, metavar="INT", help="Timed steps in each."
+)
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="AXIS[=N,N,...]",
+    help="Along batch, sequence or depth, up to the largest that fits; repeatable.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="The budget: 2GiB, or +128MiB beside parameters, gradients and optimiser state.  [default: the GPU's]",
+)
+@click.option(
+    "--longest-step",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A sweep ends before steps that take longer.",
+)
+@click.option(
+    "--goal",
+    type=click.Choice(["memory", "throughput", "context"]),
+    default="memory",
+    show_default=True,
+    help="What the recommendation is for.",
+)
+@click.option("--device", metavar="NAME", help="Device profile for utilisation.  [default: this machine's]")
+@click.option("--predict", is_flag=True, help="Predict every variant and run none.")
+@click.option("--name", metavar="NAME", help="Of the record.  [default: made of model and setting]")
+@click.option(
+    "--records",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=_RECORDS,
+    show_default=True,
+    help="Where the record goes.",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PATH",
+    help="Where to write the report.  [default: reports/profile-NAME.html; with --json: nowhere]",
+)
+@click.option("--no-html", is_flag=True, help="Write no HTML report.")
+@click.pass_context
+def profile(
+    ctx: click.Context,
+    /,
+    model: str | None,
+    variants: tuple[str, ...],
+    as_json: bool,
+    html: Path | None,
+    no_html: bool,
+    **options: Any,
+) -> None:
+    """Run real training steps of MODEL under every variant, in fresh processes, and say what each costs.
+
+    MODEL is what `autorev analyze` takes. A GGUF file and a folder with weights are loaded; of a profile, a config or
+    a factory the weights are random. Without MODEL, the embedded SmolLM2 is fine-tuned for a few steps.
+
+    \b
+    Examples:
+      autorev profile
+      autorev profile --lora-rank 16 --sequence 512 --variant all
+      autorev profile gpt2 --depth 24 --sweep batch --memory +256MiB --goal throughput
+      autorev profile my_package.model:make --variant plain --variant momentum:k=2
+    """
+    options["trains"], options["lora_rank"] = what_trains(options["trains"], options["lora_rank"])
+    if html and no_html:
+        raise click.UsageError("--html and --no-html contradict each other; give one of them")
+    command = ctx.meta[COMMAND]
+    with progress() as tell, redirect_stdout(sys.stderr):
+        tell("starting", 0.0)
+        from autorev.profiler.run import profile as run
+
+        record = run(model, variants=variants or ("default",), command=command, progress=tell, **options)
+    if html is None and not no_html and not as_json:
+        html = Path("reports") / f"profile-{record.name}.html"
+    show([record], command, as_json, html)
+    if not as_json:
+        click.echo(f"Record: {Path(options['folder']) / record.name}.json")

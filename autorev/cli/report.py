@@ -1,0 +1,97 @@
+"""`autorev report`: from records to terminal, HTML, tables and traces; nothing is measured here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from autorev.cli.group import COMMAND, main, write
+
+if TYPE_CHECKING:
+    from autorev.profiler.record import Profile
+
+_file = click.Path(dir_okay=False, path_type=Path)
+
+
+@main.command(short_help="Render recorded profiles, one or many.")
+@click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORD...")
+@click.option("--html", type=_file, metavar="PATH", help="One offline page.")
+@click.option("--markdown", type=_file, metavar="PATH", help="GitHub tables.")
+@click.option("--csv", type=_file, metavar="PATH", help="One row per variant.")
+@click.option("--parquet", type=_file, metavar="PATH", help="One row per variant; needs pyarrow.")
+@click.option("--trace", type=_file, metavar="PATH", help="For chrome://tracing or Perfetto; of one record.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON and nothing else.")
+@click.pass_context
+def report(
+    ctx: click.Context,
+    /,
+    records: tuple[Path, ...],
+    html: Path | None,
+    markdown: Path | None,
+    csv: Path | None,
+    parquet: Path | None,
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    """Show recorded profiles, and compare them when there are several.
+
+    RECORD is a file that `autorev profile` wrote, or a folder of them.
+
+    \b
+    Examples:
+      autorev report profiles/recorded/*.json
+      autorev report profiles/recorded/*.json --html reports/comparison.html
+      autorev report profiles/recorded/one.json --trace trace.json
+    """
+    from autorev.profiler.record import Profile
+
+    profiles = [Profile.read(path) for path in _files(records)]
+    if trace and len(profiles) != 1:
+        raise click.UsageError("--trace is of one record; name one")
+    show(profiles, ctx.meta[COMMAND], as_json, html)
+    if markdown:
+        from autorev.report.profile.markdown import render_markdown
+
+        write(markdown, render_markdown(profiles))
+    from autorev.profiler import exports
+
+    if csv:
+        exports.write_csv(profiles, csv)
+    if parquet:
+        exports.write_parquet(profiles, parquet)
+    if trace:
+        exports.write_trace(profiles[0], trace)
+    for path in (markdown, csv, parquet, trace):
+        if path and not as_json:
+            click.echo(f"Written: {path}")
+
+
+def _files(records: tuple[Path, ...]) -> list[Path]:
+    found: list[Path] = []
+    for path in records:
+        found += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not found:
+        raise click.UsageError(f"{', '.join(map(str, records))} holds no record; `autorev profile` writes them")
+    return list(dict.fromkeys(found))
+
+
+def show(profiles: list[Profile], command: str, as_json: bool, html: Path | None) -> None:
+    """Print records, and write their page."""
+    if as_json:
+        data = [json.loads(profile.to_json()) for profile in profiles]
+        click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
+    else:
+        from rich.console import Console
+
+        from autorev.report.profile.terminal import print_profiles
+
+        print_profiles(profiles, Console())
+    if html:
+        from autorev.report.profile.html import render_profile_html
+
+        write(html, render_profile_html(profiles, command))
+        if not as_json:
+            click.echo(f"Report: {html}")

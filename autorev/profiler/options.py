@@ -1,0 +1,69 @@
+"""What `profile` may be asked for: goals, optimisers, sweeps, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autorev.errors import SettingError
+from autorev.profiler.passes.sweep import UNITS
+from autorev.profiler.subject import Subject
+
+GOALS = ("memory", "throughput", "context")
+OPTIMIZERS = ("adamw", "sgd", "sgd-momentum")
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRequest:
+    """`batch`, or `batch=1,2,4`."""
+
+    axis: str
+    values: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> SweepRequest:
+        """From the command line's form.
+
+        Raises:
+            SettingError: it is none.
+        """
+        axis, _, values = text.partition("=")
+        if axis not in UNITS:
+            raise SettingError(f"a sweep goes along {', '.join(UNITS)}, not {axis!r}")
+        try:
+            numbers = tuple(int(value) for value in values.split(",")) if values else ()
+        except ValueError:
+            raise SettingError(f"the sizes of the sweep {text!r} are whole numbers, as in {axis}=1,2,4") from None
+        if any(number < 1 for number in numbers):
+            raise SettingError(f"the sizes of the sweep {text!r} are 1 or more")
+        if axis == "depth" and not numbers:
+            raise SettingError("a sweep along depth needs its depths, as in depth=8,16,32")
+        return cls(axis, tuple(sorted(set(numbers))))
+
+
+def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: str, lora_rank: int | None) -> None:
+    """Raises:
+    SettingError: an option of `profile` makes no sense, whatever the model.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise SettingError(f"the optimizers that are measured are {', '.join(OPTIMIZERS)}, not {optimizer!r}")
+    if goal not in GOALS:
+        raise SettingError(f"a goal is one of {', '.join(GOALS)}, not {goal!r}")
+    if rounds < 1 or steps < 1:
+        raise SettingError("at least one round of one step has to be measured")
+    if trains not in ("full", "lora", "head"):
+        raise SettingError(f"trains is full, lora or head, not {trains!r}")
+    if lora_rank is not None and trains != "lora":
+        raise SettingError(f"lora_rank has no meaning with trains={trains!r}")
+
+
+def check_sweeps(requests: list[SweepRequest], subject: Subject) -> None:
+    """Raises:
+    SettingError: the model has no such axis.
+    """
+    for request in requests:
+        if subject.live is not None or (request.axis == "batch" and not subject.resizable):
+            raise SettingError(f"the batch of {subject.info.name} is given, so its size cannot be swept")
+        if request.axis == "sequence" and subject.setting.sequence is None:
+            raise SettingError(f"{subject.info.name} has no sequence axis to sweep along")
+        if request.axis == "depth" and subject.pretrained:
+            raise SettingError(f"{subject.info.name} has weights of one depth; sweep the depth of a config or profile")

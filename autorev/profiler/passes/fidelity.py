@@ -1,0 +1,104 @@
+"""Is a variant right, and what does it do to the model's function? Gradients on the batch, losses on the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from autorev.predict.training import own_loss
+from autorev.profiler.passes.prepare import on_tokens
+from autorev.profiler.passes.variants import Blocks, in_place
+from autorev.profiler.record import Fidelity, Variant
+from autorev.verification import verify_call
+from autorev.workload import Call
+
+Gradients = dict[str, torch.Tensor]
+
+
+def measure_fidelity(
+    model: nn.Module, call: Call, variant: Variant, blocks: Blocks, texts: list[torch.Tensor]
+) -> Fidelity:
+    """Compare `variant` with the model as it is, on the training call; leaves no gradient and no random state behind.
+
+    A reversible variant's gradients are compared with the oracle (the same coupling under ordinary autograd), any
+    other's with those of plain autograd. `texts` are token ids [1, length]; without any, the losses are the call's.
+    """
+    with _undisturbed(model):
+        original = _loss(model, call, texts)
+        if variant.strategy == "plain" and variant.loss == "full":  # it is what the others are compared with
+            return Fidelity("plain", 0.0, 1.0, {}, original, original, sum(ids.numel() for ids in texts))
+        reference = None if variant.reversible else _gradients(model, call)
+        with in_place(model, variant, blocks, call):
+            loss = _loss(model, call, texts)
+            if reference is None:
+                found = verify_call(model, *call)
+                against, error, cosine = "oracle", found.gradient_error, found.gradient_cosine
+                drift = found.drift
+            else:
+                error, cosine = _distance(_gradients(model, call), reference)
+                against, drift = "plain", {}
+    return Fidelity(
+        against=against,
+        gradient_error=error,
+        gradient_cosine=cosine,
+        drift=drift,
+        loss=loss,
+        original_loss=original,
+        tokens=sum(ids.numel() for ids in texts),
+    )
+
+
+def _loss(model: nn.Module, call: Call, texts: list[torch.Tensor]) -> float:
+    """Mean loss without dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    calls = [on_tokens(call, ids) for ids in texts] or [call]
+    try:
+        # With gradients: a model without a loss of its own is trained on what depends on its parameters.
+        losses = [float(own_loss(model, each).detach()) for each in calls]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return sum(losses) / len(losses)
+
+
+def _gradients(model: nn.Module, call: Call) -> Gradients:
+    torch.manual_seed(0)  # dropout has to drop the same both times
+    own_loss(model, call).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _distance(mine: Gradients, reference: Gradients) -> tuple[float, float]:
+    """Relative error and cosine; a gradient that one of the two lacks is an error of all of it."""
+    off = norm = own = dot = 0.0
+    for name in mine.keys() | reference.keys():
+        a, b = mine.get(name), reference.get(name)
+        a = torch.zeros_like(b) if a is None and b is not None else a
+        b = torch.zeros_like(a) if b is None and a is not None else b
+        assert a is not None and b is not None
+        x, y = a.double(), b.double()
+        off += float((x - y).square().sum())
+        norm, own, dot = norm + float(y.square().sum()), own + float(x.square().sum()), dot + float((x * y).sum())
+    if not norm:
+        return math.sqrt(off), 0.0
+    return math.sqrt(off / norm), dot / math.sqrt(norm * own) if own else 0.0
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

@@ -1,0 +1,136 @@
+"""From a job to a model that is ready to train: loaded, frozen or with adapters, on its device, with a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from autorev.analysis import Setting
+from autorev.errors import SettingError
+from autorev.models.load import load_model
+from autorev.predict.training import DTYPES, choose_trained, linear_sizes
+from autorev.profiler.job import Source
+from autorev.profiler.passes.variants import Blocks
+from autorev.workload import Call
+
+TEXTS = 8
+"""Stretches of the text on which losses are compared."""
+TEXT_TOKENS = 256
+
+Example = Callable[[int, int | None], Call]
+"""A call of a batch size and a sequence length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model in training mode, a call of it, its blocks, and stretches of text [1, tokens] for its loss."""
+
+    model: nn.Module
+    call: Call
+    example: Example | None
+    """Makes calls of other sizes; None for a model and batch at hand."""
+    blocks: Blocks
+    texts: list[torch.Tensor]
+
+
+def prepare_model(
+    source: Source, setting: Setting, blocks: Blocks | None, live: tuple[nn.Module, Call] | None = None
+) -> Prepared:
+    """The model of `source` (or `live`, at hand) as `setting` trains it; its blocks are looked for unless given.
+
+    Raises:
+        AutorevError: it cannot be loaded, or not be trained that way.
+    """
+    torch.set_num_threads(source.threads)
+    torch.manual_seed(0)
+    example: Example | None = None
+    if live is not None:
+        model, call = live
+    elif source.pickled is not None:
+        model, args, kwargs = torch.load(source.pickled, weights_only=False)
+        call = (args, kwargs)
+    else:
+        dtype = DTYPES[setting.dtype]
+        loaded = load_model(source.model, dtype, setting.batch, setting.sequence, source.depth)
+        model, example = loaded.model, loaded.example
+        call = example(setting.batch, setting.sequence)
+    if blocks is None:
+        blocks = find_blocks(model, call)
+    if setting.trains == "lora":
+        _add_adapters(model, blocks, setting.lora_rank or 16)
+    else:
+        choose_trained(model, [model.get_submodule(path) for path in blocks.paths], setting)
+    texts: list[torch.Tensor] = []
+    if source.tokens is not None:
+        tokens = torch.load(source.tokens)
+        call = with_text(call, tokens, setting.batch, setting.sequence or 1)
+        texts = _stretches(tokens, min(TEXT_TOKENS, setting.sequence or TEXT_TOKENS))
+    model = model.to(source.on).train()
+    moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(source.on), (call, texts))
+    return Prepared(model, moved[0], example, blocks, moved[1])
+
+
+def with_text(call: Call, tokens: torch.Tensor, batch: int, sequence: int) -> Call:
+    """`call` on the first tokens of the text, and the labels that go with them; repeated where the text is short."""
+    needed = batch * sequence
+    ids = tokens.repeat(-(-needed // tokens.numel()))[:needed].view(batch, sequence)
+    return on_tokens(call, ids)
+
+
+def on_tokens(call: Call, ids: torch.Tensor) -> Call:
+    """`call` on these tokens [batch, tokens], which are its labels, too."""
+    args, kwargs = call
+    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in kwargs else {}
+    return args, {**kwargs, "input_ids": ids, "labels": ids, **decoder}
+
+
+def find_blocks(model: nn.Module, call: Call) -> Blocks:
+    """The residual blocks of a live model, in calling order."""
+    from autorev.pipeline import detect_in
+
+    detection, _ = detect_in(model, *call)
+    found = [*(f for chain in detection.chains for f in chain), *detection.refused]
+    chains, refused = detection.public()
+    random = any(block.draws_random for chain in chains for block in chain.blocks)
+    random = random or any(block.draws_random for block in refused)
+    return Blocks(
+        in_order(model, [f.path for f in found if not f.inline]),
+        inline=any(f.inline for f in found),
+        draws_random=random,
+    )
+
+
+def in_order(model: nn.Module, paths: list[str]) -> tuple[str, ...]:
+    """`paths`, each once, in the order of the model's modules."""
+    return tuple(path for path, _ in model.named_modules() if path in set(paths))
+
+
+def _add_adapters(model: nn.Module, blocks: Blocks, rank: int) -> None:
+    """PEFT's LoRA beside every linear layer of the blocks; everything else is frozen."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise SettingError("measuring LoRA needs PEFT: pip install peft, or predict it with --predict") from None
+    targets = [
+        f"{path}.{name}"
+        for path in blocks.paths
+        for name, module in model.get_submodule(path).named_modules()
+        if linear_sizes(module) is not None
+    ]
+    if not targets:
+        raise SettingError("LoRA needs linear layers inside the blocks, and this model has none there")
+    config: Any = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    inject_adapter_in_model(config, model)
+
+
+def _stretches(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """`TEXTS` stretches spread over the whole text, each [1, length]."""
+    if tokens.numel() <= length:
+        return [tokens.view(1, -1)]
+    starts = [n * (tokens.numel() - length) // TEXTS for n in range(TEXTS)]
+    return [tokens[start : start + length].view(1, -1) for start in dict.fromkeys(starts)]

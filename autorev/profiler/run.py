@@ -1,0 +1,197 @@
+"""`autorev.profile`: measured memory, speed and fidelity of every way to train a model, as a record."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autorev.errors import SettingError
+from autorev.profiler.environment import device_profile, environment, parse_memory
+from autorev.profiler.options import SweepRequest, check_options, check_sweeps
+from autorev.profiler.passes.sweep import standing_bytes
+from autorev.profiler.passes.variants import parse_variants
+from autorev.profiler.record import Environment, Profile, Result, Status, Variant
+from autorev.profiler.schedule import Progress, Schedule
+from autorev.profiler.subject import Subject, live_subject, named_subject
+
+RECORDS = Path("profiles/recorded")
+
+
+def profile(
+    model: torch.nn.Module | str | None = None,
+    batch: Any = None,
+    *,
+    variants: Iterable[str] = ("default",),
+    sequence: int | None = None,
+    dtype: str | None = None,
+    optimizer: str = "adamw",
+    trains: str = "full",
+    lora_rank: int | None = None,
+    depth: int | None = None,
+    text: str | Path | None = None,
+    rounds: int = 2,
+    steps: int = 3,
+    sweeps: Iterable[str] = (),
+    memory: str | None = None,
+    longest_step: float = 60.0,
+    goal: str = "memory",
+    device: str | None = None,
+    predict: bool = False,
+    name: str | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    command: str = "autorev.profile(...)",
+    progress: Progress = lambda what, fraction: None,
+) -> Profile:
+    """Measure real training steps of a model under every variant, in fresh processes that take turns.
+
+    Args:
+        model: a model of yours, or what the command line calls MODEL; None: the embedded SmolLM2.
+        batch: for a model of yours, what it is called with (a dict, a tuple, or one tensor); for MODEL, samples.
+        variants: specs as `autorev.profiler.passes.variants` has them, `default` or `all`.
+        sequence: tokens per sample.
+        dtype: fp32, bf16 or fp16; default fp32 on a CPU, bf16 on a GPU.
+        optimizer: adamw, sgd or sgd-momentum.
+        trains: full, lora or head.
+        lora_rank: of the adapters; 16 by default.
+        depth: so many blocks, with random weights.
+        text: a file whose tokens are trained on; default: CPython's language reference, where there is a tokenizer.
+        rounds: fresh processes per variant, which take turns.
+        steps: timed steps in each, after one that is not.
+        sweeps: `batch`, `sequence` (up to the largest that fits), `batch=1,2,4`, `depth=8,16`.
+        memory: the budget: `2GiB`, or `+128MiB` beside parameters, gradients and optimiser state.
+        longest_step: seconds at which a sweep's search ends.
+        goal: memory, throughput or context: what the recommendation is for.
+        device: a device profile that utilisation and predictions are relative to; default: this machine's.
+        predict: predict every variant, and measure none.
+        name: of the record; default: made of model and setting.
+        folder: where the record is written after every process; None: nowhere.
+        resume: go on with the record of the same name; what it holds is not measured again.
+        command: what the record says made it.
+        progress: is told what is being done, and the fraction done.
+
+    Raises:
+        AutorevError: the model cannot be built or trained that way, or an option makes no sense. What goes wrong in
+            a variant is part of the record.
+    """
+    wanted = parse_variants(variants)
+    requests = [SweepRequest.parse(text_) for text_ in sweeps]
+    check_options(optimizer, goal, rounds, steps, trains, lora_rank)
+    limit = None if memory is None else parse_memory(memory)
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    hardware = device_profile(on, device)
+    setting = {
+        "batch": batch,
+        "sequence": sequence,
+        "dtype": dtype or ("bf16" if on == "cuda" else "fp32"),
+        "optimizer": optimizer,
+        "trains": trains,
+        "lora_rank": (lora_rank or 16) if trains == "lora" else None,
+        "loss": "full",
+    }
+    progress("analysing the model", 0.0)
+    if isinstance(model, torch.nn.Module):
+        given = {"depth": depth, "text": text}
+        for option in (option for option, value in given.items() if value is not None):
+            raise SettingError(f"a model in user code is profiled as it is; leave {option} out")
+        subject = live_subject(model, batch, hardware, setting)
+    else:
+        if batch is not None and not isinstance(batch, int):
+            raise SettingError("with MODEL by name, batch is a number of samples; a batch of tensors needs the model")
+        subject = named_subject(model, depth, None if text is None else Path(text), hardware, setting)
+    check_sweeps(requests, subject)
+    blank = _blank(subject, wanted, name, depth, goal, memory, limit, command, environment(on, torch.get_num_threads()))
+    record = _resumed(blank, folder, resume)
+    with tempfile.TemporaryDirectory(prefix="autorev-") as scratch:
+        named = model if isinstance(model, str) else None
+        run = Schedule(subject, record, Path(scratch), folder, on, depth, named, progress)
+        run.predict()
+        run.write()
+        if not predict:
+            run.measure(rounds, steps)
+            for request in requests:
+                run.sweep(request, limit, longest_step)
+    return run.finish(predict)
+
+
+def _blank(
+    subject: Subject,
+    variants: list[Variant],
+    name: str | None,
+    depth: int | None,
+    goal: str,
+    memory: str | None,
+    limit: tuple[int, bool] | None,
+    command: str,
+    where: Environment,
+) -> Profile:
+    """The record before anything is measured."""
+    setting = subject.setting
+    budget = None
+    if limit is not None:
+        budget = limit[0] + (_standing(subject) if limit[1] else 0)
+    return Profile(
+        name=name or _name_of(subject, depth),
+        model=subject.info,
+        pretrained=subject.pretrained,
+        blocks=subject.count,
+        setting=setting,
+        device=subject.device,
+        text=subject.text,
+        command=command,
+        environment=where,
+        memory_limit=memory,
+        budget_bytes=budget,
+        goal=goal,
+        results=tuple(Result(variant, Status.PENDING) for variant in variants),
+        notes=subject.notes,
+    )
+
+
+def _standing(subject: Subject) -> int:
+    if subject.forecaster is not None:
+        return standing_bytes(subject.forecaster.twin, subject.setting.optimizer)
+    assert subject.live is not None
+    return standing_bytes(subject.live[0], subject.setting.optimizer)
+
+
+def _name_of(subject: Subject, depth: int | None) -> str:
+    setting = subject.setting
+    parts = [subject.info.name.lower(), f"{depth}-blocks" if depth else "", setting.trains]
+    parts += [f"b{setting.batch}", f"s{setting.sequence}" if setting.sequence else "", setting.dtype]
+    return re.sub(r"[^\w.-]+", "-", "_".join(filter(None, parts))).strip("-.") or "profile"
+
+
+def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile:
+    """The record of the same run that is gone on with, or `blank`.
+
+    Raises:
+        SettingError: there is an interrupted record, and it was not asked for; or it is of another run.
+    """
+    path = None if folder is None else Path(folder) / f"{blank.name}.json"
+    if path is None or not path.is_file():
+        if resume:
+            raise SettingError(f"there is no record {path or blank.name} to go on with; leave --resume out")
+        return blank
+    if not resume:
+        if not Profile.read(path).complete:
+            raise SettingError(
+                f"{path} is an interrupted run: go on with it (--resume), give this one another --name, or delete it"
+            )
+        return blank
+    found = Profile.read(path)
+    same = ("model", "setting", "text", "budget_bytes", "goal", "pretrained")
+    different = [key for key in same if getattr(found, key) != getattr(blank, key)]
+    if different:
+        what = ", ".join(different)
+        raise SettingError(f"{path} is of another run (its {what} differ); give this one another --name")
+    for result in blank.results:
+        if found.result(result.variant.spec) is None:
+            found = found.with_result(result)
+    return replace(found, complete=False)  # what is there is not measured again

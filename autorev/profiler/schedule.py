@@ -1,0 +1,210 @@
+"""Every variant in fresh processes that take turns, and a record that is whole at any moment."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autorev.errors import AutorevError
+from autorev.profiler.advice.advise import advise
+from autorev.profiler.job import Job, Outcome, Source, Sweep
+from autorev.profiler.launch import run_in_fresh_process
+from autorev.profiler.options import SweepRequest
+from autorev.profiler.passes.measure import measure
+from autorev.profiler.passes.predicted import predict_variant
+from autorev.profiler.record import Profile, Result, Status, Variant
+from autorev.profiler.subject import Subject
+from autorev.report.format import format_bytes
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction that is done."""
+
+
+@dataclass(eq=False)
+class Schedule:
+    """Which process measures what, and when; the record is written after each."""
+
+    subject: Subject
+    record: Profile
+    scratch: Path
+    folder: str | Path | None
+    on: str
+    depth: int | None
+    model: str | None
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        tokens = pickled = None
+        if self.subject.tokens is not None:
+            tokens = str(self.scratch / "tokens.pt")
+            torch.save(self.subject.tokens, tokens)
+        self.launch: Callable[[Job], Outcome] = partial(run_in_fresh_process, scratch=self.scratch)
+        if self.subject.live is not None:
+            pickled = str(self.scratch / "model.pt")
+            why = _unpicklable(self.subject.live, pickled)
+            if why:
+                self.launch = self._here
+                note = f"every variant ran in one process, as {why}; give package.module:factory for fresh ones"
+                self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
+        threads = self.record.environment.threads
+        self.source = Source(self.model, pickled, self.depth, tokens, self.on, threads)
+
+    def _here(self, job: Job) -> Outcome:
+        assert self.subject.live is not None
+        threads = torch.get_num_threads()
+        try:
+            with torch.random.fork_rng():
+                return measure(job, copy.deepcopy(self.subject.live))
+        finally:
+            torch.set_num_threads(threads)
+
+    def predict(self) -> None:
+        """Predictions of every variant that has one."""
+        if self.subject.forecaster is None:
+            return
+        for result in self.record.results:
+            self.progress(f"predicting {result.variant.title}", 0.0)
+            try:
+                prediction = predict_variant(self.subject.forecaster, result.variant)
+            except Exception as error:  # a model that cannot be simulated can be measured all the same
+                why = str(error) if isinstance(error, AutorevError) else type(error).__name__
+                note = f"{result.variant.title} could not be predicted: {why}"
+                self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
+                continue
+            self.record = self.record.with_result(replace(result, prediction=prediction))
+
+    def measure(self, rounds: int, steps: int) -> None:
+        """The rounds: each measures every variant once, beginning with another one."""
+        variants = [result.variant for result in self.record.results]
+        for number in range(rounds):
+            start = number % len(variants)
+            for at, variant in enumerate([*variants[start:], *variants[:start]]):
+                done = self.record.result(variant.spec)
+                assert done is not None
+                passes = done.memory is None
+                if done.status in (Status.REFUSED, Status.FAILED) or any(r.number == number for r in done.rounds):
+                    continue
+                if done.status is Status.OUT_OF_MEMORY and passes:
+                    continue
+                what = f"{variant.title}, round {number + 1} of {rounds}"
+                self.progress(what, (number * len(variants) + at) / (rounds * len(variants)))
+                job = Job(
+                    source=self.source,
+                    variant=variant,
+                    blocks=self.subject.blocks,
+                    setting=self.subject.setting,
+                    round=number,
+                    warmup=1,
+                    steps=steps,
+                    passes=passes,
+                    snapshot=self._snapshot(variant) if passes else None,
+                )
+                self._keep(self._merged(done, self.launch(job)))
+
+    def sweep(self, request: SweepRequest, limit: tuple[int, bool] | None, longest_step: float) -> None:
+        """The points of one axis for every variant that ran."""
+        measured = [r for r in self.record.results if r.memory is not None]
+        for at, result in enumerate(measured):
+            spec = result.variant.spec
+            if any(p.axis == request.axis and p.variant == spec for p in self.record.points):
+                continue
+            self.progress(f"{result.variant.title} along {request.axis}", at / len(measured))
+            values = request.values or (() if limit or self.on == "cuda" else self._doubled(request.axis))
+            total = torch.cuda.get_device_properties(0).total_memory if self.on == "cuda" else None
+            sweep = Sweep(
+                axis=request.axis,
+                values=values,
+                limit=self.subject.longest_sequence if request.axis == "sequence" else None,
+                budget_bytes=limit[0] if limit and not limit[1] else total,
+                extra_bytes=limit[0] if limit and limit[1] else None,
+                steps=3,
+                longest_step=longest_step,
+            )
+            job = Job(
+                source=self.source,
+                variant=result.variant,
+                blocks=self.subject.blocks,
+                setting=self.subject.setting,
+                round=0,
+                warmup=1,
+                steps=0,
+                passes=False,
+                sweep=sweep,
+            )
+            outcome = self.launch(job)
+            self.record = replace(self.record, points=(*self.record.points, *outcome.points))
+            if outcome.status is not Status.MEASURED:
+                note = f"{result.variant.title} along {request.axis}: {outcome.status}, {outcome.reason}"
+                self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
+            self.write()
+
+    def finish(self, predicted: bool) -> Profile:
+        """The complete record, with its recommendation."""
+        if predicted:
+            pending = (Status.PENDING, Status.PREDICTED)
+            results = (replace(r, status=Status.PREDICTED) if r.status in pending else r for r in self.record.results)
+            self.record = replace(self.record, results=tuple(results))
+        record = replace(self.record, complete=True)
+        self.record = replace(record, recommendation=advise(record))
+        self.write()
+        return self.record
+
+    def _doubled(self, axis: str) -> tuple[int, ...]:
+        """Without a budget there is no largest size to look for."""
+        setting = self.subject.setting
+        own = (setting.batch if axis == "batch" else setting.sequence) or 1
+        limit = self.subject.longest_sequence if axis == "sequence" else None
+        return tuple(own * factor for factor in (1, 2, 4) if limit is None or own * factor <= limit)
+
+    def _merged(self, done: Result, outcome: Outcome) -> Result:
+        rounds = done.rounds if outcome.round is None else (*done.rounds, outcome.round)
+        memory = done.memory or outcome.memory
+        status, reason = outcome.status, outcome.reason
+        budget = self.record.budget_bytes
+        if status is Status.MEASURED and memory is not None and budget is not None and memory.peak_bytes > budget:
+            status = Status.OUT_OF_MEMORY
+            reason = f"it needs {format_bytes(memory.peak_bytes)}, and the budget is {format_bytes(budget)}"
+        return replace(
+            done,
+            status=status,
+            reason=reason,
+            rounds=rounds,
+            memory=memory,
+            work=done.work or outcome.work,
+            fidelity=done.fidelity or outcome.fidelity,
+            side_bits=max(done.side_bits, outcome.side_bits),
+        )
+
+    def _snapshot(self, variant: Variant) -> str | None:
+        if self.on != "cuda" or self.folder is None:
+            return None
+        file = "".join(letter if letter.isalnum() else "-" for letter in variant.spec)
+        return str(Path(self.folder) / "snapshots" / f"{self.record.name}_{file}.pickle")
+
+    def _keep(self, result: Result) -> None:
+        self.record = self.record.with_result(result)
+        self.write()
+
+    def write(self) -> None:
+        """Write the record as it is now, where it has a place."""
+        if self.folder is not None:
+            self.record.write(self.folder)
+
+
+def _unpicklable(live: Any, path: str) -> str:
+    """Why a fresh process could not have the model; empty when it can: it then lies in the file `path`."""
+    model, (args, kwargs) = live
+    homeless = next((type(m).__name__ for m in model.modules() if type(m).__module__ == "__main__"), None)
+    if homeless:
+        return f"its class {homeless} is defined in the program itself"
+    try:
+        torch.save((model, args, kwargs), path)
+    except Exception as error:
+        return f"it cannot be saved ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return ""

@@ -1,0 +1,43 @@
+"""HTML files that need nothing else: no network, no fonts, no second file; the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from autorev.report import format, palette, words
+
+_templates = Path(__file__).parent / "templates"
+
+
+def render_page(template: str, figures: Mapping[str, go.Figure], **values: Any) -> str:
+    """The page of a template, its figures drawn where an element has their id."""
+    environment = Environment(
+        loader=FileSystemLoader(_templates),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.globals.update(words=words, palette=palette, f=format, zip=zip)
+    return environment.get_template(template).render(
+        figures={name: json.loads(figure.to_json()) for name, figure in figures.items()},
+        # Markup: the library is ours to trust, and it is not escaped inside a script.
+        plotly=Markup(get_plotlyjs()),
+        **values,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    """Every text that is written loses its control characters first; escaping comes after this."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in value)

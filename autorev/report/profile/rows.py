@@ -1,0 +1,217 @@
+"""Which results of a profile a report shows, in which order, and what they are called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autorev.analysis import Category
+from autorev.profiler.record import Memory, Profile, Result, Status, Variant
+from autorev.report.format import clean
+from autorev.report.palette import strategy_color
+from autorev.report.plotting import DASHES, SYMBOLS
+
+_NOT_ASKED_FOR = Variant("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True)
+_dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How one variant is drawn in every figure of a profile."""
+
+    color: str
+    symbol: str
+    dash: str
+
+
+def results(profile: Profile) -> list[Result]:
+    """Every result in the record's order; activation checkpointing has a row also where it was not asked for."""
+    found = list(profile.results)
+    if not any(each.variant.strategy == "checkpoint" for each in found):
+        at = 1 + max((i for i, each in enumerate(found) if each.variant.strategy == "plain"), default=-1)
+        reason = "it was not among the variants that this run was asked for"
+        found.insert(at, Result(_NOT_ASKED_FOR, Status.PENDING, reason))
+    return found
+
+
+def labels(profile: Profile) -> dict[str, str]:
+    """What each variant is called, by spec; two are never called the same."""
+    variants = [each.variant for each in results(profile)]
+    names = {v.spec: clean(v.title) or clean(v.spec) for v in variants}
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    names = {spec: f"{name} ({clean(spec)})" if name in shared else name for spec, name in names.items()}
+    for point in profile.points:
+        names.setdefault(point.variant, clean(point.variant))
+    return names
+
+
+def looks(profile: Profile) -> dict[str, Look]:
+    """Colour and symbol by strategy; variants of one strategy differ in symbol and dash. By spec."""
+    strategies = {each.variant.spec: each.variant.strategy for each in results(profile)}
+    for point in profile.points:
+        strategies.setdefault(point.variant, point.variant.partition(":")[0])
+    seen: Counter[str] = Counter()
+    found = {}
+    for spec, strategy in strategies.items():
+        symbol = SYMBOLS.get(strategy, "circle")
+        again = seen[strategy]
+        seen[strategy] += 1
+        dash = DASHES.get(strategy, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
+        found[spec] = Look(strategy_color(strategy), _symbol(symbol, again), dash)
+    return found
+
+
+def _symbol(symbol: str, again: int) -> str:
+    """The strategy's own symbol, and for further variants of it the same shape filled otherwise."""
+    shape = symbol.removesuffix("-open")
+    fills = [symbol, *(f"{shape}{fill}" for fill in ("-open", "-dot", "-open-dot") if f"{shape}{fill}" != symbol)]
+    return fills[again % len(fills)]
+
+
+def by_strategy(profile: Profile, strategy: str) -> Result | None:
+    """The result of `strategy` without options (`plain`, not `plain:loss=chunked`), or else the first with memory."""
+    found = [each for each in profile.results if each.variant.strategy == strategy]
+    bare = profile.result(strategy)
+    return bare or next((each for each in found if each.memory), found[0] if found else None)
+
+
+def chosen(profile: Profile) -> Result | None:
+    """The result that the recommendation names."""
+    if profile.recommendation is None:
+        return None
+    name = profile.recommendation.strategy
+    return profile.result(name) or by_strategy(profile, name)
+
+
+def rival(profile: Profile) -> Result | None:
+    """What the recommended variant stands against: plain training, or else checkpointing; with figures if possible."""
+    best = chosen(profile)
+    found = [by_strategy(profile, name) for name in ("plain", "checkpoint")]
+    others = [each for each in found if each is not None and each is not best]
+    return next((each for each in others if each.memory), others[0] if others else None)
+
+
+def after(profile: Profile) -> Result | None:
+    """The reversible variant that is shown beside plain: the recommended one if it is one, or else the first."""
+    best = chosen(profile)
+    if best and best.variant.reversible and best.memory:
+        return best
+    reversible = [each for each in profile.results if each.variant.reversible]
+    return next((each for each in reversible if each.memory), reversible[0] if reversible else None)
+
+
+def before_and_after(profile: Profile) -> list[Result]:
+    """Plain, checkpoint and one reversible variant, as far as their memory is known."""
+    three = (by_strategy(profile, "plain"), by_strategy(profile, "checkpoint"), after(profile))
+    return [each for each in three if each is not None and each.memory is not None]
+
+
+def with_timeline(profile: Profile) -> tuple[list[Result], list[Result]]:
+    """The results whose timelines are shown at once, and those that are shown when asked for."""
+    first = [each for each in before_and_after(profile) if each.memory and each.memory.timeline]
+    rest = [r for r in profile.results if r.memory and r.memory.timeline and not any(r is each for each in first)]
+    return first, rest
+
+
+def measured_memory(profile: Profile) -> list[tuple[Result, Memory]]:
+    """Every result of which the memory is known, with it."""
+    return [(each, each.memory) for each in profile.results if each.memory is not None]
+
+
+def peak_categories(result: Result) -> dict[str, int]:
+    """Bytes by category at the peak: measured where they were, or else predicted; empty where there is neither."""
+    if result.memory is not None:
+        return dict(result.memory.categories)
+    if result.status is Status.PREDICTED and result.prediction is not None:
+        return dict(result.prediction.categories)
+    return {}
+
+
+def peak_bytes(result: Result) -> int | None:
+    """The peak by the allocator; that of the prediction where nothing is measured and that was the intention."""
+    if result.memory is not None:
+        return result.memory.peak_bytes
+    if result.status is Status.PREDICTED and result.prediction is not None:
+        return result.prediction.peak_bytes
+    return None
+
+
+def shown_categories(found: Iterable[Result]) -> list[Category]:
+    """The categories that hold a byte at the peak or at any time, in the order in which they are stacked."""
+    held: set[str] = set()
+    for each in found:
+        held.update(name for name, size in peak_categories(each).items() if size)
+        if each.memory and each.memory.timeline:
+            held.update(name for name, sizes in each.memory.timeline.categories.items() if any(sizes))
+    return [category for category in Category if category in held]
+
+
+def ended(result: Result) -> str:
+    """How it ended with a variant, in a word or two."""
+    if result.status is Status.PENDING:
+        return "times not measured yet" if result.memory else "not measured"
+    return "predicted, not measured" if result.status is Status.PREDICTED else result.status.value
+
+
+def fits(profile: Profile, peak: int | None) -> bool:
+    """Whether a peak is within the budget; true where there is none."""
+    return peak is None or profile.budget_bytes is None or peak <= profile.budget_bytes
+
+
+def waiting(profile: Profile) -> int:
+    """How many variants are not measured to the end."""
+    return sum(each.status is Status.PENDING for each in profile.results)
+
+
+def only_predicted(profile: Profile) -> bool:
+    """Is nothing measured, and was nothing meant to be?"""
+    return bool(profile.results) and all(each.status is Status.PREDICTED for each in profile.results)
+
+
+def largest(profile: Profile, spec: str, axis: str) -> tuple[int, float | None] | None:
+    """The largest value of `axis` that fits under a variant, and tokens (or samples) a second there; None: not sought.
+
+    The throughput is None where that point was not timed."""
+    for point in profile.points:
+        if point.variant == spec and point.axis == axis and point.largest:
+            return point.value, throughput_at(profile, axis, point.value, point.step_seconds)
+    return None
+
+
+def throughput_at(profile: Profile, axis: str, value: int, seconds: float | None) -> float | None:
+    """Tokens (or samples) a second of a step of `seconds` at one value of a sweep."""
+    if axis == "batch":
+        return profile.per_second(seconds, batch=value)
+    return profile.per_second(seconds, sequence=value if axis == "sequence" else None)
+
+
+def axes(profile: Profile) -> list[str]:
+    """The axes along which a profile has points, in their order."""
+    return list(dict.fromkeys(point.axis for point in profile.points))
+
+
+def sought_largest(profile: Profile, axis: str) -> bool:
+    """Was the largest value of `axis` that fits sought for any variant?"""
+    return any(point.largest for point in profile.points if point.axis == axis)
+
+
+def doubtful(profile: Profile) -> bool:
+    """Do the steps of any timed variant lie so far apart that small differences mean nothing?"""
+    return any(each.samples and each.in_doubt for each in profile.results)
+
+
+def has_fidelity(profile: Profile) -> bool:
+    """Is anything known of gradients and losses?"""
+    return any(each.fidelity for each in profile.results)
+
+
+def strategies(profile: Profile) -> list[str]:
+    """The strategies of all variants, each once."""
+    return list(dict.fromkeys(each.variant.strategy for each in results(profile)))
+
+
+def peak_categories_shown(profile: Profile) -> list[Category]:
+    """The categories that hold a byte at the peak of any variant."""
+    held = {name for each in profile.results for name, size in peak_categories(each).items() if size}
+    return [category for category in Category if category in held]
