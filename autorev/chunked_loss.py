@@ -45,6 +45,10 @@ def chunk_loss(model: nn.Module) -> None:
         raise ConversionError(
             f"{name} has no plain linear vocabulary head (get_output_embeddings), so there is nothing to chunk"
         )
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ConversionError(
+            f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy; install a newer torch"
+        )
     shifts, counts = _kind_of_loss(inner, head)
     inner.__dict__["forward"] = ChunkedForward(inner, head, inner.__dict__.get("forward"), shifts, counts)
 

@@ -20,6 +20,7 @@ LOGITS_WEIGH = 0.20
 FIXED = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 """What neither the batch nor a way of storing activations changes."""
 
+CHUNKED = "autorev.chunk_loss(model)"
 HOW = "autorev.convert(model) does it in user code, and autorev.verify(model) checks the gradients"
 
 _by_blocks = (Category.STORED_ACTIVATIONS, Category.STREAMS, Category.SIDE_BITS)
@@ -126,18 +127,22 @@ def _advice(checkpoint: Prediction, setting: Setting) -> Iterator[str]:
     yield from (offer.text for offer in sorted(found, key=lambda offer: -offer.bytes))
 
 
-def offers(categories: Mapping[str, int], peak_bytes: int, phase: str, setting: Setting, whose: str) -> list[Offer]:
+def offers(
+    categories: Mapping[str, int], peak_bytes: int, phase: str, setting: Setting, whose: str, measured: bool = False
+) -> list[Offer]:
     """What would lower a peak of these categories that stands in `phase`.
 
     Args:
         categories: bytes by `Category`.
         whose: what the peak is called in the advice, such as `checkpointing's peak`.
+        measured: name what does it in training, not the option that predicts it.
     """
     found: list[Offer] = []
     held = {category: categories.get(category, 0) for category in Category}
     logits = held[Category.LOGITS_AND_LOSS]
     if setting.loss == "full" and setting.sequence is not None and logits >= LOGITS_WEIGH * peak_bytes:
-        text = f"your logits take {size(logits)} of {whose}: use the chunked loss (--loss chunked)"
+        how = CHUNKED if measured else "--loss chunked"
+        text = f"your logits take {size(logits)} of {whose}: use the chunked loss ({how})"
         found.append(Offer("chunked", logits, text))
     fixed = sum(held[c] for c in FIXED)
     if setting.trains == "full" and (fixed >= DOMINANT * peak_bytes or phase == "optimizer"):
@@ -149,7 +154,8 @@ def offers(categories: Mapping[str, int], peak_bytes: int, phase: str, setting: 
         found.append(Offer("lora", saved, text))
         if setting.optimizer == "adamw":
             saved = held[Category.OPTIMIZER_STATE] * 3 // 4
-            text = f"an 8-bit optimiser (--optimizer adamw-8bit) frees up to {size(saved)}"
+            how = "" if measured else " (--optimizer adamw-8bit)"
+            text = f"an 8-bit optimiser{how} frees up to {size(saved)}"
             found.append(Offer("8-bit", saved, text))
     if phase == "optimizer":
         text = "the peak stands in the optimiser step: a fused optimiser, or one that steps during backward, lowers it"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import sin
 
 from autorev.analysis import Category, Prediction
-from autorev.profiler.record import BlockTime, Fidelity, Holder, Memory, Round, Timeline, Variant, Work
+from autorev.profiler.readings import BlockTime, Fidelity, Holder, Memory, Round, Timeline, Work
+from autorev.profiler.record import Variant
 
 POINTS = {"forward": 100, "backward": 150, "optimizer": 50}
 HEAD = 0.1

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from autorev.analysis import Category
 from autorev.errors import RecordError
 from autorev.profiler.points import point_per_second
-from autorev.profiler.record import PHASES, BlockTime, Profile, Result
+from autorev.profiler.readings import PHASES, BlockTime
+from autorev.profiler.record import Profile, Result
 from autorev.report.format import format_bytes
 from autorev.report.words import CATEGORY_TITLES
 

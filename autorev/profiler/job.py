@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from autorev.analysis import Setting
 from autorev.profiler.passes.variants import Blocks
-from autorev.profiler.record import Fidelity, Memory, Point, Round, Status, Variant, Work
+from autorev.profiler.readings import Fidelity, Memory, Round, Work
+from autorev.profiler.record import Point, Status, Variant
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,10 @@ _TAIL = 4096
 
 
 def run_in_fresh_process(job: Job, scratch: Path) -> Outcome:
-    """What `python -m autorev.profiler.worker` makes of `job`; files go to `scratch`. Ctrl-C ends the worker, too."""
+    """What `python -m autorev.profiler.worker` makes of `job`; files go to `scratch`.
+
+    The worker ends with this process, however that ends: it listens to a pipe that nobody writes to.
+    """
     job_file, outcome_file, log_file = (scratch / name for name in ("job.json", "outcome.json", "log.txt"))
     job_file.write_text(json.dumps(converter().unstructure(job)), encoding="utf-8")
     outcome_file.unlink(missing_ok=True)
@@ -27,12 +30,12 @@ def run_in_fresh_process(job: Job, scratch: Path) -> Outcome:
     path = [str(Path(autorev.__file__).parents[1]), *sys.path]  # a user's own classes are found where they are here
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONWARNINGS": "ignore"}
     with log_file.open("wb") as log:
-        worker = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        worker = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.PIPE, env=environment)
         try:
             worker.wait()
         finally:
             worker.kill()
-            worker.wait()
+            worker.communicate()
     try:
         outcome: Outcome = converter().structure(json.loads(outcome_file.read_text(encoding="utf-8")), Outcome)
     except (OSError, json.JSONDecodeError):  # none, or half of one

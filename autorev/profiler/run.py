@@ -82,6 +82,8 @@ def profile(
     """
     wanted = parse_variants(variants)
     requests = [SweepRequest.parse(text_) for text_ in sweeps]
+    if name is not None and not re.fullmatch(r"[\w.-]+", name):
+        raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
     check_options(optimizer, goal, rounds, steps, trains, lora_rank)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,6 +190,9 @@ def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile
     found = Profile.read(path)
     same = ("model", "setting", "text", "budget_bytes", "goal", "pretrained")
     different = [key for key in same if getattr(found, key) != getattr(blank, key)]
+    where, here = found.environment, blank.environment
+    if (where.machine, where.versions) != (here.machine, here.versions):
+        different.append("machine or versions")  # times of two machines are not one sample
     if different:
         what = ", ".join(different)
         raise SettingError(f"{path} is of another run (its {what} differ); give this one another --name")

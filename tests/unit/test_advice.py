@@ -10,7 +10,8 @@ import pytest
 from autorev.analysis import Category, Recommendation
 from autorev.plan import HOW
 from autorev.profiler.advice.advise import advise
-from autorev.profiler.record import Memory, Point, Profile, Result, Round, Status, Variant
+from autorev.profiler.readings import Memory, Round
+from autorev.profiler.record import Point, Profile, Result, Status, Variant
 from tests import profile_examples as examples
 from tests.profile_simulation import method
 
@@ -315,7 +316,7 @@ class TestAdvice:
         (line,) = (text for text in advised(*results).advice if "chunked loss lowers" in text)
         assert line == (
             "the chunked loss lowers the peak of checkpointing from 5.00 GiB to 4.90 GiB, at +10.0% in time "
-            "(--loss chunked)"
+            "(autorev.chunk_loss(model))"
         )
         assert not any("your logits" in text for text in advised(*results).advice)
 
@@ -324,7 +325,7 @@ class TestAdvice:
         assert any("your logits take 1.00 GiB" in t for t in advised(measured("plain", 5, logits_and_loss=1)).advice)
         assert not any("your logits" in t for t in advised(measured("plain", 5, logits_and_loss=0.9)).advice)
         chunked = advised(measured("plain:loss=chunked", 5, logits_and_loss=3))
-        assert not any("your logits" in text or "--loss chunked" in text for text in chunked.advice)
+        assert not any("your logits" in text or "chunk_loss" in text for text in chunked.advice)
 
     @pytest.mark.parametrize(
         ("phase", "state", "told"), [("backward", 2, True), ("optimizer", 1, True), ("backward", 1, False)]
@@ -365,7 +366,7 @@ class TestAdvice:
             ("stored_activations", "checkpointing or a reversible chain stores less"),
             ("working_set", "a smaller batch with gradient accumulation"),
             ("side_bits", "a larger gamma"),
-            ("logits_and_loss", "the chunked loss (--loss chunked) lowers it"),
+            ("logits_and_loss", "the chunked loss (autorev.chunk_loss(model)) lowers it"),
         ],
     )
     def test_what_binds_and_what_would_move_it(self, category: str, told: str) -> None:

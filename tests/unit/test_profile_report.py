@@ -12,7 +12,8 @@ from html import unescape
 
 import pytest
 
-from autorev.profiler.record import Memory, Profile, Status
+from autorev.profiler.readings import Memory
+from autorev.profiler.record import Profile, Status
 from autorev.report.format import format_bytes
 from autorev.report.profile import rows
 from autorev.report.profile.comparison import comparison_figures, families

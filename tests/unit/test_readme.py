@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks.results import BEGIN, END, RECORDS, with_table
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,3 +41,11 @@ def test_no_placeholder_is_left() -> None:
     text = (ROOT / "README.md").read_text()
     assert not re.search(r"\b(SMOLLM2_OUTPUT|LLAMA_OUTPUT|FILE_TREE|TODO)\b", text)
     assert text.count("Recommendation  ") >= 2
+
+
+def test_the_results_are_those_of_the_records() -> None:
+    """README's results table is what `python -m benchmarks.results` makes of the recorded profiles."""
+    text = (ROOT / "README.md").read_text()
+    assert BEGIN in text and END in text
+    assert len(list(RECORDS.glob("*.json"))) >= 2
+    assert with_table(text) == text, "run python -m benchmarks.results"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from autorev.errors import RecordError
-from autorev.profiler.record import SCHEMA_VERSION, Point, Profile, Result, Round, Status
+from autorev.profiler.readings import Round
+from autorev.profiler.record import SCHEMA_VERSION, Point, Profile, Result, Status
 from tests import profile_examples as examples
 
 

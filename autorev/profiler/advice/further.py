@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.analysis import Category
-from autorev.plan import COMFORT, HOW, offers
+from autorev.plan import CHUNKED, COMFORT, HOW, offers
 from autorev.profiler.advice.candidates import Candidate, same_loss, with_chunks
 from autorev.profiler.record import Profile, Result, Status
 from autorev.report.format import format_bytes as size
@@ -46,12 +46,12 @@ def _savings(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> It
         )
         if full.rate and chunked.rate:
             text += f", at {full.rate / chunked.rate - 1:+.1%} in time"
-        yield saved, f"{text} (--loss chunked)"
+        yield saved, f"{text} ({CHUNKED})"
     total = sum(own.categories.values())
     setting = profile.setting
     if not total:
         return
-    for offer in offers(own.categories, total, own.phase, setting, f"the peak of {own.title}"):
+    for offer in offers(own.categories, total, own.phase, setting, f"the peak of {own.title}", measured=True):
         # A measured saving says more than the size of the logits, and a chunked variant has had it.
         if offer.name == "chunked" and (measured is not None or own.variant.loss == "chunked"):
             continue
@@ -115,7 +115,7 @@ def _move(profile: Profile, own: Candidate, category: Category) -> str:
             return "LoRA (--trains lora) frees most of it" if lora else "SGD (--optimizer sgd) keeps none"
         return f"{'LoRA (--trains lora) or ' if lora else ''}an 8-bit optimiser frees most of it"
     if category is Category.LOGITS_AND_LOSS and own.variant.loss == "full" and setting.sequence is not None:
-        return "the chunked loss (--loss chunked) lowers it"
+        return f"the chunked loss ({CHUNKED}) lowers it"
     if category is Category.STORED_ACTIVATIONS and own.variant.strategy == "plain":
         return "checkpointing or a reversible chain stores less"
     if category is Category.SIDE_BITS:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from autorev.profiler.passes.step import TrainingStep, storage_bytes, synchronize
-from autorev.profiler.record import PHASES, Memory
+from autorev.profiler.readings import PHASES, Memory
 
 
 def measure_memory(step: TrainingStep, snapshot: Path | None = None) -> Memory:

@@ -27,7 +27,7 @@ from autorev.engine.chain import tape_of
 from autorev.engine.tape import Tape
 from autorev.predict.tracker import Live, MemoryTracker, Segment
 from autorev.profiler.passes.step import TrainingStep, tensors_of
-from autorev.profiler.record import Holder, Memory, Timeline
+from autorev.profiler.readings import Holder, Memory, Timeline
 
 MOST_POINTS = 300
 """Of a time line; each is the highest of the events that it stands for."""

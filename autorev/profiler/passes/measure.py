@@ -17,7 +17,8 @@ from autorev.profiler.passes.step import TrainingStep, is_out_of_memory, optimiz
 from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.passes.sweep import sweep
 from autorev.profiler.passes.variants import NotApplicable, in_place
-from autorev.profiler.record import Fidelity, Memory, Round, Status, Work
+from autorev.profiler.readings import Fidelity, Memory, Round, Work
+from autorev.profiler.record import Status
 from autorev.workload import Call
 
 

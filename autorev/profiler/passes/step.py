@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autorev.predict.training import own_loss
-from autorev.profiler.record import PHASES
+from autorev.profiler.readings import PHASES
 
 if TYPE_CHECKING:
     from autorev.workload import Call

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: blocks one by one, and what reversibility or checkpointing adds.
+"""Where the time of a step goes: blocks one by one, and what a reversible chain adds.
 
 A step of its own, with clocks around functions: slower than a timed one (on a GPU each clock waits for the device), so
 its parts are shares, and the timed steps are the figure to go by.
@@ -23,7 +23,7 @@ from autorev.couplings.velocity import Velocity
 from autorev.engine.replay import Replay
 from autorev.profiler.passes.step import TrainingStep, synchronize, tensors_of
 from autorev.profiler.passes.variants import Blocks
-from autorev.profiler.record import BlockTime, Work
+from autorev.profiler.readings import BlockTime, Work
 
 _COUPLING = ("advance", "reopen", "close", "retreat")
 

@@ -11,7 +11,8 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from autorev.profiler.record import Memory, Profile, Result, Status
+from autorev.profiler.readings import Memory
+from autorev.profiler.record import Profile, Result, Status
 from autorev.report.format import ByteUnit, format_bytes, format_rate, unit_for
 from autorev.report.palette import CATEGORY_COLORS
 from autorev.report.plotting import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.profiler.points import largest_points, point_per_second
-from autorev.profiler.record import Memory, Profile, Result, Status
+from autorev.profiler.readings import Memory
+from autorev.profiler.record import Profile, Result, Status
 from autorev.report.analysis.markdown import code, literal, table
 from autorev.report.format import NOTHING, format_bytes, format_integer, format_seconds, format_share
 from autorev.report.words import setting_facts
@@ -38,7 +39,7 @@ def _record(profile: Profile) -> Iterator[str]:
     if reasons:
         yield "\n".join(reasons)
     if not profile.complete:
-        yield "The run is not complete."
+        yield "The run is not complete; `--resume` goes on with it."
 
 
 def _heading(profile: Profile) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autorev.analysis import Category
-from autorev.profiler.record import Memory, Profile, Result
+from autorev.profiler.readings import Memory
+from autorev.profiler.record import Profile, Result
 from autorev.report.format import clean, format_bytes
 from autorev.report.profile.rows import after, by_strategy, chosen, labels
 from autorev.report.words import CATEGORY_TITLES

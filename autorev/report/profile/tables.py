@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autorev.profiler.record import PHASES, Holder, Memory, Profile, Result, Status, Timeline
+from autorev.profiler.readings import PHASES, Holder, Memory, Timeline
+from autorev.profiler.record import Profile, Result, Status
 from autorev.report.format import (
     NOTHING,
     clean,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from autorev.profiler.record import PHASES, Point, Profile, Status
+from autorev.profiler.readings import PHASES
+from autorev.profiler.record import Point, Profile, Status
 from autorev.report.format import (
     NOTHING,
     clean,

@@ -6,7 +6,8 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from autorev.profiler.record import Profile, Timeline
+from autorev.profiler.readings import Timeline
+from autorev.profiler.record import Profile
 from autorev.report.format import ByteUnit, clean, format_bytes, format_seconds, unit_for
 from autorev.report.palette import CATEGORY_COLORS
 from autorev.report.plotting import INK, MUTED, PANEL, PAPER, layout, scaled

@@ -1,0 +1,126 @@
+"""What the passes read off one variant, as frozen data: times, memory with its cause, work, fidelity.
+
+Sizes are bytes, times seconds, work floating-point operations (a multiply-add counts as two).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The timed steps of one fresh process; rounds of all variants take turns. One entry per step."""
+
+    number: int
+    forward: tuple[float, ...]
+    """Loss included."""
+    backward: tuple[float, ...]
+    optimizer: tuple[float, ...]
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Seconds of whole steps."""
+        return tuple(map(sum, zip(self.forward, self.backward, self.optimizer, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Memory that one module allocated and that was alive at the peak."""
+
+    path: str
+    """The module's full name; `(others)` for the rest of many small ones, `(loss)`, `(optimizer)`, `(inputs)`."""
+    category: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Live bytes over the traced step, thinned to at most 2,000 points of which the peak is one.
+
+    All tuples but `marks` have one entry per point."""
+
+    seconds: tuple[float, ...]
+    """Since the step began. The traced step is slower than a timed one."""
+    categories: dict[str, tuple[int, ...]]
+    """`Category` -> bytes; categories that never hold a byte are left out."""
+    marks: tuple[tuple[str, float, float], ...]
+    """(phase, begin, end) in seconds."""
+    peak_at: int
+    """Index of the highest point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One warm step's memory, by the allocator, and its cause, by following every tensor."""
+
+    peak_bytes: int
+    """By the allocator's own events: the figure to go by."""
+    phase: str
+    """The phase in which it stands, of forward, backward and optimizer."""
+    phase_peaks: dict[str, int]
+    kept_bytes: int
+    """Alive between forward and backward beyond parameters, optimiser state and inputs."""
+    process_bytes: int
+    """Largest resident set of the process, Python and libraries included: beside the point, recorded all the same."""
+    host_bytes: int
+    """Moved to host memory between forward and backward (offload); not part of the peak."""
+    reserved_bytes: int | None = None
+    """What CUDA's caching allocator held; None on a CPU."""
+    snapshot: str | None = None
+    """A file that PyTorch's memory viz opens; CUDA only."""
+    attributed_bytes: int | None = None
+    """The peak of the traced step, in which every storage was followed; None where that cannot be done."""
+    categories: dict[str, int] = field(default_factory=dict)
+    """`Category` -> bytes at the traced peak; they sum to `attributed_bytes`."""
+    holders: tuple[Holder, ...] = ()
+    """Who allocated what was alive at the traced peak, largest first; they sum to `attributed_bytes`."""
+    block_bytes: tuple[int, ...] = ()
+    """What each block (in order) keeps between forward and backward, side bits included, streams not."""
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTime:
+    """One block in the instrumented step."""
+
+    path: str
+    forward: float
+    """Seconds."""
+    backward: float
+    """Seconds, recomputation included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes, and where an instrumented step spends its time."""
+
+    flops: int
+    """Of matrix products, convolutions and attention, what is computed twice included."""
+    instrumented_seconds: float
+    """Of the whole instrumented step."""
+    overhead: dict[str, float]
+    """Seconds of that step by what they were spent on beside ordinary forward and backward: recomputation,
+    coupling (the arithmetic of the streams), packing (of side bits); empty where there is none."""
+    blocks: tuple[BlockTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Is the variant right, and what does it do to the model's function?"""
+
+    against: str
+    """`oracle`: the same coupling under ordinary autograd; `plain`: the model as it was."""
+    gradient_error: float
+    """|g - g_reference| / |g_reference| over all trained parameters."""
+    gradient_cosine: float
+    drift: dict[str, float]
+    """By chain, what the integrity check of the backward pass found: 0 when exact."""
+    loss: float
+    """Mean loss over the text, in nats a token (or the model's own loss), before any training."""
+    original_loss: float
+    """The same of the model as it was."""
+    tokens: int
+    """Tokens of that text; 0: the training batch was used."""
