@@ -63,7 +63,7 @@ def profile(
         depth: so many blocks, with random weights.
         text: a file whose tokens are trained on; default: CPython's language reference, where there is a tokenizer.
         rounds: fresh processes per variant, which take turns.
-        steps: timed steps in each, after one that is not.
+        steps: timed steps in each, after two that are not.
         sweeps: `batch`, `sequence` (up to the largest that fits), `batch=1,2,4`, `depth=8,16`.
         memory: the budget: `2GiB`, or `+128MiB` beside parameters, gradients and optimiser state.
         longest_step: seconds at which a sweep's search ends.

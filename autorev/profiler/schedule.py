@@ -24,6 +24,8 @@ from autorev.report.format import format_bytes
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""
+WARM_UP = 2
+"""Steps before the first timed one. The first makes the optimiser's state; the second still waits for fresh pages."""
 
 
 @dataclass(eq=False)
@@ -100,7 +102,7 @@ class Schedule:
                     blocks=self.subject.blocks,
                     setting=self.subject.setting,
                     round=number,
-                    warmup=1,
+                    warmup=WARM_UP,
                     steps=steps,
                     passes=passes,
                     snapshot=self._snapshot(variant) if passes else None,
@@ -132,7 +134,7 @@ class Schedule:
                 blocks=self.subject.blocks,
                 setting=self.subject.setting,
                 round=0,
-                warmup=1,
+                warmup=WARM_UP,
                 steps=0,
                 passes=False,
                 sweep=sweep,

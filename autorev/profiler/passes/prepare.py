@@ -18,7 +18,7 @@ from autorev.profiler.job import Source
 from autorev.profiler.passes.variants import Blocks
 from autorev.workload import Call
 
-TEXTS = 8
+TEXTS = 4
 """Stretches of the text on which losses are compared."""
 TEXT_TOKENS = 256
 
