@@ -176,6 +176,7 @@ def memory(model: Model, how: Method, tokens: int) -> Memory:
             seconds=tuple(stamps),
             categories={c.value: tuple(p[c] for _, p in points) for c in Category if any(p[c] for _, p in points)},
             marks=tuple(marks),
+            blocks=tuple(at % (model.blocks + 1) - 1 for at in range(len(stamps))),
             peak_at=peak_at,
         ),
     )

@@ -48,6 +48,8 @@ class Timeline:
     """`Category` -> bytes; categories that never hold a byte are left out."""
     marks: tuple[tuple[str, float, float], ...]
     """(phase, begin, end) in seconds."""
+    blocks: tuple[int, ...]
+    """The number of the block at work, -1 between and outside of them."""
     peak_at: int
     """Index of the highest point."""
 

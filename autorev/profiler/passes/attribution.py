@@ -39,6 +39,8 @@ class _Event:
     """A live storage's change; None: it was not alive before, or is not after."""
 
     seconds: float
+    block: int
+    """At work; -1: none."""
     live: Live
     before: Category | None
     after: Category | None
@@ -72,7 +74,8 @@ class Ledger(MemoryTracker):
 
     def _write(self, live: Live, before: Category | None, after: Category | None) -> None:
         if self.open:
-            self.events.append(_Event(time.perf_counter() - self.began, live, before, after))
+            block = -1 if self.current.block is None else self.current.block
+            self.events.append(_Event(time.perf_counter() - self.began, block, live, before, after))
 
     def _gradient_arrived(self, parameter: torch.Tensor) -> None:
         super()._gradient_arrived(parameter)
@@ -294,6 +297,7 @@ def _timeline(events: list[_Event], totals: list[int], peak: int, marks: list[tu
     chosen = {first - 1, *(max(bucket, key=totals.__getitem__) for bucket in buckets), len(events) - 1, peak}
     now: Counter[Category] = Counter()
     seconds: list[float] = []
+    blocks: list[int] = []
     lines: dict[Category, list[int]] = {category: [] for category in Category}
     peak_at = 0
     for number, event in enumerate(events):
@@ -305,11 +309,13 @@ def _timeline(events: list[_Event], totals: list[int], peak: int, marks: list[tu
             if number == peak:
                 peak_at = len(seconds)
             seconds.append(round(max(0.0, event.seconds - began), 5))
+            blocks.append(event.block)
             for category, line in lines.items():
                 line.append(now[category])
     return Timeline(
         seconds=tuple(seconds),
         categories={category.value: tuple(line) for category, line in lines.items() if any(line)},
         marks=tuple((name, round(a - began, 6), round(b - began, 6)) for name, a, b in marks),
+        blocks=tuple(blocks),
         peak_at=peak_at,
     )

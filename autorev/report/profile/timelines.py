@@ -47,6 +47,15 @@ def _timeline(line: Timeline, highest: int, unit: ByteUnit) -> go.Figure:
             fillcolor=color,
             hovertemplate=f"%{{fullData.name}}: %{{y:.3f}} {unit.name}<extra></extra>",
         )
+    figure.add_scatter(
+        mode="lines",
+        name="at work",
+        x=[round(line.seconds[i], 5) for i in kept],
+        y=[scaled(_total(line, i), unit) for i in kept],
+        customdata=[f"block {line.blocks[i]}" if line.blocks[i] >= 0 else "no block" for i in kept],
+        line={"width": 0, "color": MUTED, "shape": "hv"},  # nothing to see: it says in the hover which block it is
+        hovertemplate=f"all: %{{y:.3f}} {unit.name}, %{{customdata}}<extra></extra>",
+    )
     figure.update_layout(layout(300), showlegend=False, hovermode="x unified")
     figure.update_layout(margin={"t": 40, "r": 8, "b": 40, "l": 8})
     end = max([line.seconds[-1], *(end for _, _, end in line.marks)], default=0) if line.seconds else 1
