@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import pytest
 import torch
@@ -316,3 +317,11 @@ def test_overhead_is_told_by_what_it_is_spent_on() -> None:
 def test_categories_are_those_of_the_analysis() -> None:
     """Predicted and measured figures stand side by side, so they have the same names."""
     assert set(measured("plain").memory.categories) == {category.value for category in Category}
+
+
+def test_a_time_line_says_which_block_was_at_work() -> None:
+    """The blocks in their order, and back."""
+    line = measured("momentum:k=3").memory.timeline
+    assert line is not None
+    at_work = [number for number, _ in groupby(line.blocks) if number >= 0]
+    assert at_work == [*range(DEPTH), *reversed(range(DEPTH))]
