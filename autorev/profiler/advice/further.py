@@ -25,7 +25,7 @@ def further(
         room: bytes to use, if there is a limit.
     """
     yield from (text for _, text in sorted(_savings(profile, own, known), key=lambda saving: -saving[0]))
-    if room is not None:
+    if room is not None and profile.budget_bytes is not None:  # who asked for the least memory wants to fill none
         yield from _keep_last(profile, chosen, known, room)
     yield from _what_binds(profile, own)
     rival = _rival(profile, own, known)
@@ -78,7 +78,7 @@ def _keep_last(profile: Profile, chosen: Candidate, known: Sequence[Candidate], 
         return
     # A stored block of a larger batch takes so much more.
     one = max(plain.block_bytes) * chosen.batch // plain.batch
-    count = min(left // one, profile.blocks) if one else 0
+    count = min(left // one, profile.blocks - 1) if one else 0
     if count > 0:
         yield (
             f"{size(left)} are left at this size: with keep_last={count} the last {plural(count, 'block')} of "
