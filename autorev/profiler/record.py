@@ -165,6 +165,7 @@ class Profile:
     text: str
     """Where the tokens come from, in words."""
     command: str
+    """What made it; one line for each run that went on with it."""
     environment: Environment
     memory_limit: str | None
     """The budget as it was given: `2GiB`, `+128MiB` (beside weights, gradients and optimiser state); None: none."""

@@ -199,4 +199,6 @@ def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile
     for result in blank.results:
         if found.result(result.variant.spec) is None:
             found = found.with_result(result)
-    return replace(found, complete=False)  # what is there is not measured again
+    commands = dict.fromkeys((*found.command.splitlines(), blank.command))
+    # What is there is not measured again.
+    return replace(found, complete=False, command="\n".join(commands))
