@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from autorev.profiler.record import Profile
-from autorev.report.profile.markdown import render_markdown
+from autorev.report.profile.markdown import largest_batches, render_markdown
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "profiles" / "recorded"
+HEADLINE = (
+    *("plain", "checkpoint", "sac", "offload", "momentum:k=3", "momentum:k=2", "leapfrog"),
+    *("checkpoint:loss=chunked", "momentum:k=3,loss=chunked"),
+)
+"""The variants that the README shows; the page has all of them."""
 BEGIN = "<!-- made by `python -m benchmarks.results` from profiles/recorded -->"
 END = "<!-- end -->"
 
 
 def table() -> str:
     """The section between the markers."""
-    return render_markdown([Profile.read(path) for path in sorted(RECORDS.glob("*.json"))]).strip()
+    profiles = [Profile.read(path) for path in sorted(RECORDS.glob("*.json"), key=_size)]
+    pretrained = [_headline(profile) for profile in profiles if profile.pretrained]
+    return "\n\n".join([render_markdown(pretrained).strip(), *largest_batches([p for p in profiles if p.points])])
+
+
+def _size(path: Path) -> tuple[str, int]:
+    """Names in order, with numbers as numbers."""
+    name, _, number = path.stem.rpartition("_")
+    return name, int(number)
+
+
+def _headline(profile: Profile) -> Profile:
+    return replace(profile, results=tuple(r for r in profile.results if r.variant.spec in HEADLINE))
 
 
 def with_table(readme: str) -> str:

@@ -58,10 +58,8 @@ _QUICK_TOKENS = 128
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
     metavar="INT",
-    help="Fresh processes per variant; they take turns.",
+    help="Fresh processes per variant; they take turns.  [default: 2; without MODEL 1]",
 )
 @click.option(
     "--steps", type=click.IntRange(min=1), default=3, show_default=True, metavar="INT", help="Timed steps in each."
@@ -143,6 +141,7 @@ def profile(
     if model is None:
         variants = variants or _QUICK
         options["sequence"] = options["sequence"] or _QUICK_TOKENS
+    options["rounds"] = options["rounds"] or (1 if model is None else 2)
     command = ctx.meta[COMMAND]
     with progress() as tell, redirect_stdout(sys.stderr):
         tell("starting", 0.0)

@@ -183,7 +183,8 @@ def test_more_is_measured_of_a_complete_record(jobs: list[Job]) -> None:
     assert sorted((job.variant.spec, job.round) for job in jobs) == [("checkpoint", 1), ("plain", 1)]
     assert all(len(r.rounds) == 2 for r in more.results)
     jobs.clear()
-    swept = run("profiled_net:make", "plain", **name, sweeps=["batch=1,2"], resume=True)
+    swept = run("profiled_net:make", "plain", **name, sweeps=["batch=1,2"], command="again", resume=True)
+    assert swept.command.splitlines() == [first.command, "again"]
     assert all(job.sweep for job in jobs)
     assert len(swept.points) == 4
     assert swept.complete

@@ -23,13 +23,13 @@ def render_markdown(profiles: Sequence[Profile]) -> str:
     parts = [part for profile in profiles for part in _record(profile)]
     if parts:
         parts.append(_MEANINGS)
-    parts += _largest_batches([p for p in profiles if any(point.axis == "batch" for point in p.points)])
+    parts += largest_batches([p for p in profiles if any(point.axis == "batch" for point in p.points)])
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
 def _record(profile: Profile) -> Iterator[str]:
     yield f"### {_heading(profile)}"
-    yield code(profile.command)
+    yield "  \n".join(code(line) for line in profile.command.splitlines())
     heads = (
         f"variant,peak,of plain,kept,s/step (median),spread,{profile.units}/s,gradient error,loss change,"
         "predicted/measured peak"
@@ -103,7 +103,7 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:,.3g}"
 
 
-def _largest_batches(profiles: Sequence[Profile]) -> Iterator[str]:
+def largest_batches(profiles: Sequence[Profile]) -> Iterator[str]:
     if not profiles:
         return
     ordered = sorted(profiles, key=lambda profile: profile.blocks)
