@@ -72,7 +72,7 @@ def test_half_an_outcome_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
         def wait(self) -> None: ...
 
-        kill = wait
+        kill = communicate = wait
 
     monkeypatch.setattr(subprocess, "Popen", Killed)
     assert run_in_fresh_process(job_of("make"), folder).status is Status.OUT_OF_MEMORY

@@ -78,8 +78,8 @@ def test_what_was_not_measured_says_why() -> None:
 
 def test_interrupted_and_predicted_records_are_told_apart() -> None:
     """A prediction is never shown as a measurement."""
-    assert "The run is not complete." in render_markdown([examples.interrupted()])
-    assert "The run is not complete." not in render_markdown([examples.smollm2()])
+    assert "The run is not complete" in render_markdown([examples.interrupted()])
+    assert "The run is not complete" not in render_markdown([examples.smollm2()])
     assert row(examples.interrupted(), "offload")["peak"] == "pending"
     assert row(examples.interrupted(), "sac")["peak"] == "2.58 GiB"
     assert row(examples.predicted_only(), "offload")["peak"] == "2.06 GiB, predicted"
