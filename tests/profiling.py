@@ -6,9 +6,9 @@ from typing import Any
 
 from autorev.analysis import Setting
 from autorev.profiler.job import Job, Source
-from autorev.profiler.passes.variants import Blocks, parse_variant
 from autorev.profiler.record import Profile
 from autorev.profiler.run import profile
+from autorev.variants import Blocks, parse_variant
 
 
 def run(model: Any = "profiled_net:make", *specs: str, **options: Any) -> Profile:

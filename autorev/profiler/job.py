@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autorev.analysis import Setting
-from autorev.profiler.passes.variants import Blocks
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
 from autorev.profiler.record import Point, Status, Variant
+from autorev.variants import Blocks
 
 
 @dataclass(frozen=True, slots=True)

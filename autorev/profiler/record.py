@@ -6,17 +6,14 @@ times seconds, work floating-point operations. Samples are kept as they were rea
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting, converter
-from autorev.errors import RecordError
+from autorev import records
+from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
 
 if TYPE_CHECKING:
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 WIDE_SPREAD = 0.10
 """Quartiles farther apart than this share of the median are said to be in doubt."""
-_NUMBERS = re.compile(r"\[\s+(?:[-+.\deE]+,\s+)*[-+.\deE]+\s+\]")
-"""A list of numbers: a time line has hundreds, and each would have a line of its own."""
 
 
 class Status(StrEnum):
@@ -213,9 +208,7 @@ class Profile:
 
     def to_json(self) -> str:
         """One JSON object, with a digest of its content at its end."""
-        data = converter().unstructure(self)
-        text = json.dumps({**data, "digest": _digest(data)}, indent=1)
-        return _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
+        return records.to_json(self)
 
     @classmethod
     def from_json(cls, text: str, name: str = "this record") -> Profile:
@@ -224,32 +217,7 @@ class Profile:
         Raises:
             RecordError: it is truncated, of another schema version, or was changed by hand.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecordError(
-                f"{name} is not valid JSON (line {error.lineno}: {error.msg}): it is truncated, or was edited; "
-                "measure again, or take it from version control"
-            ) from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION or "digest" not in data:
-            what = f"has schema version {version}" if version is not None else "is no record of a profile"
-            raise RecordError(f"{name} {what}, and this autorev reads {SCHEMA_VERSION}; measure again")
-        digest = data.pop("digest")
-        from cattrs.errors import BaseValidationError
-        from cattrs.v import transform_error
-
-        try:
-            profile: Profile = converter().structure(data, cls)
-        except BaseValidationError as error:
-            problems = "; ".join(transform_error(error)[:3])
-            raise RecordError(f"{name} does not follow its schema: {problems}") from None
-        if digest != _digest(data):
-            raise RecordError(
-                f"{name} was changed after it was written (its digest does not match), so its figures are no "
-                "measurement; measure again, or take it from version control"
-            )
-        return profile
+        return records.from_json(text, cls, SCHEMA_VERSION, "a profile", name)
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
@@ -258,12 +226,7 @@ class Profile:
         Raises:
             RecordError: it cannot be read, or see `from_json`.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise RecordError(f"{path} cannot be read: {why}") from None
-        return cls.from_json(text, str(path))
+        return cls.from_json(records.read_text(path), str(path))
 
     def write(self, folder: str | Path) -> Path:
         """Write `NAME.json` into `folder`; whoever reads it meanwhile sees the old record or the new one, whole.
@@ -271,15 +234,7 @@ class Profile:
         Raises:
             RecordError: the file cannot be written.
         """
-        path = Path(folder) / f"{self.name}.json"
-        part = path.with_name(f".{path.name}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(self.to_json(), encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise RecordError(f"{path} cannot be written: {error.strerror}; name another folder") from None
-        return path
+        return records.write_whole(Path(folder) / f"{self.name}.json", self.to_json())
 
     def to_frame(self) -> pd.DataFrame:
         """One row per variant; `autorev.profiler.exports` has the steps and the sweeps."""
@@ -291,8 +246,3 @@ class Profile:
         from autorev.report.profile.terminal import render_text
 
         return render_text(self)
-
-
-def _digest(data: Any) -> str:
-    """Of the content, whatever the order of keys or the white space."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,10 +15,10 @@ from autorev.errors import SettingError
 from autorev.profiler.environment import device_profile, environment, parse_memory
 from autorev.profiler.options import SweepRequest, check_options, check_sweeps
 from autorev.profiler.passes.sweep import standing_bytes
-from autorev.profiler.passes.variants import parse_variants
 from autorev.profiler.record import Environment, Profile, Result, Status, Variant
 from autorev.profiler.schedule import Progress, Schedule
 from autorev.profiler.subject import Subject, live_subject, named_subject
+from autorev.variants import parse_variants
 
 RECORDS = Path("profiles/recorded")
 
@@ -54,7 +54,7 @@ def profile(
     Args:
         model: a model of yours, or what the command line calls MODEL; None: the embedded SmolLM2.
         batch: for a model of yours, what it is called with (a dict, a tuple, or one tensor); for MODEL, samples.
-        variants: specs as `autorev.profiler.passes.variants` has them, `default` or `all`.
+        variants: specs as `autorev.variants` has them, `default` or `all`.
         sequence: tokens per sample.
         dtype: fp32, bf16 or fp16; default fp32 on a CPU, bf16 on a GPU.
         optimizer: adamw, sgd or sgd-momentum.

@@ -18,8 +18,8 @@ from autorev.pipeline import detect_in, example_call_of, prepare
 from autorev.predict.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
-from autorev.profiler.passes.variants import Blocks
 from autorev.profiles import DeviceProfile
+from autorev.variants import Blocks
 from autorev.workload import Call, Workload
 
 

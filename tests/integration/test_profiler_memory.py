@@ -20,8 +20,8 @@ from autorev.profiler.passes.predicted import predict_variant
 from autorev.profiler.passes.prepare import find_blocks, prepare_model
 from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes, tensors_of
 from autorev.profiler.passes.stopwatch import measure_work
-from autorev.profiler.passes.variants import Blocks, in_place, parse_variant
 from autorev.profiler.readings import PHASES, Memory
+from autorev.variants import Blocks, in_place, parse_variant
 from autorev.workload import Call
 from tests.integration.test_prediction import FAMILIES, workload_of
 

@@ -14,8 +14,8 @@ from autorev.engine.chain import running
 from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
-from autorev.profiler.passes.variants import ALL, Blocks, NotApplicable, in_place, parse_variant, side_bits
 from autorev.rewrite.convert import forwards_of
+from autorev.variants import ALL, Blocks, NotApplicable, in_place, parse_variant, side_bits
 from autorev.workload import Call
 from tests import handwritten as hand
 from tests.engine.models import TOKENS, Results, assert_same, gradients_of, small

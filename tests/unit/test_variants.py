@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autorev.errors import SettingError
-from autorev.profiler.passes.variants import (
+from autorev.variants import (
     ALL,
     DEFAULT,
     coupling_options,

@@ -11,9 +11,9 @@ from torch import nn
 
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import on_tokens
-from autorev.profiler.passes.variants import Blocks, in_place
 from autorev.profiler.readings import Fidelity
 from autorev.profiler.record import Variant
+from autorev.variants import Blocks, in_place
 from autorev.verification import verify_call
 from autorev.workload import Call
 

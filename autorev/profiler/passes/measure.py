@@ -16,9 +16,9 @@ from autorev.profiler.passes.prepare import Prepared, prepare_model
 from autorev.profiler.passes.step import TrainingStep, is_out_of_memory, optimizer_for
 from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.passes.sweep import sweep
-from autorev.profiler.passes.variants import NotApplicable, in_place
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
 from autorev.profiler.record import Status
+from autorev.variants import NotApplicable, in_place
 from autorev.workload import Call
 
 

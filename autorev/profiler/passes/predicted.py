@@ -7,8 +7,8 @@ from dataclasses import replace
 from autorev.analysis import Prediction
 from autorev.predict.forecast import Forecaster
 from autorev.predict.strategies import STRATEGIES, Strategy
-from autorev.profiler.passes.variants import coupling_options, keep_last, side_bits
 from autorev.profiler.record import Variant
+from autorev.variants import coupling_options, keep_last, side_bits
 
 
 def predict_variant(forecaster: Forecaster, variant: Variant) -> Prediction | None:

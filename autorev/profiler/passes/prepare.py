@@ -15,7 +15,7 @@ from autorev.errors import SettingError
 from autorev.models.load import load_model
 from autorev.predict.training import DTYPES, choose_trained, linear_sizes
 from autorev.profiler.job import Source
-from autorev.profiler.passes.variants import Blocks
+from autorev.variants import Blocks
 from autorev.workload import Call
 
 TEXTS = 4

@@ -22,8 +22,8 @@ from autorev.couplings.additive import Additive
 from autorev.couplings.velocity import Velocity
 from autorev.engine.replay import Replay
 from autorev.profiler.passes.step import TrainingStep, synchronize, tensors_of
-from autorev.profiler.passes.variants import Blocks
 from autorev.profiler.readings import BlockTime, Work
+from autorev.variants import Blocks
 
 _COUPLING = ("advance", "reopen", "close", "retreat")
 

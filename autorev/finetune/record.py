@@ -1,0 +1,265 @@
+"""A fine-tuning run as frozen data: what was trained on what, every step's figures, and what became of the quality.
+
+Nothing here needs torch: a report is rendered from these objects, or from their JSON, on any machine. Losses are nats a
+token, sizes bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from statistics import median
+
+from autorev import records
+from autorev.analysis import ModelInfo
+from autorev.errors import RecordError
+from autorev.profiler.record import Environment, Variant
+
+KIND = "fine-tuning"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What is trained on, and what is held out."""
+
+    source: str
+    """In words: `CPython's pydoc_data.topics`, or a file's name."""
+    documents: int
+    training_tokens: int
+    """That count for the loss."""
+    validation_tokens: int
+    truncated: int
+    """Documents that did not fit a sequence and lost their end."""
+    packed: bool
+    """Several documents in one sequence, each seeing itself alone; otherwise one each, padded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How it is trained."""
+
+    trains: str
+    """full, lora or scratch."""
+    lora_rank: int | None
+    trained_parameters: int
+    sequence: int
+    batch: int
+    """Sequences in one forward pass."""
+    accumulate: int
+    """Forward passes in one optimiser step."""
+    steps: int
+    """Optimiser steps."""
+    learning_rate: float
+    dtype: str
+    """fp32, or bf16 for autocast."""
+    optimizer: str
+    seed: int
+    distill_weight: float = 0.0
+    """w of (1 - w) x cross entropy + w x KL(original, model); 0: no distillation."""
+    schedule: str | None = None
+    """leapfrog or midpoint, where gamma is moved to during training; None: it stays."""
+    schedule_steps: int = 0
+    """Steps until it is there."""
+    max_loss_increase: float | None = None
+    """The budget that the side bits of each block were chosen under; None: they are the coupling's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """One optimiser step."""
+
+    step: int
+    """The first one is 1."""
+    loss: float
+    """What was minimised."""
+    learning_rate: float
+    gradient_norm: float | None
+    seconds: float | None
+    tokens: int | None
+    """That went through the model."""
+    drift: float | None
+    """Of the reconstruction: 0 in exact arithmetic; None where nothing is rebuilt."""
+    gamma: float | None
+    """Mean over the chains' steps; None for a model without."""
+    side_bits: float | None
+    """Mean over the chains' steps."""
+    peak_bytes: int | None
+    """By the allocator; None for a step in which it was not looked at."""
+    cross_entropy: float | None = None
+    """The part of the loss that the text makes, with distillation."""
+    divergence: float | None = None
+    """KL(original, model) of the step's batch, with distillation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The model on the validation text at one moment."""
+
+    step: int
+    """After so many optimiser steps."""
+    loss: float
+    standard_error: float | None = None
+    """Of the loss, over the sequences; None for a single one."""
+    agreement: float | None = None
+    """Share of positions where the likeliest next token is the original model's; None: not compared."""
+    divergence: float | None = None
+    """KL(original, model)."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is no number."""
+        return exp(self.loss) if self.loss < 700 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """One block at another gamma than the rest."""
+
+    block: str
+    gamma: float
+    side_bits: int
+    increase: float
+    """Of the loss, against all blocks at the smallest gamma."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A gamma for every block, and what it did to the loss before any training."""
+
+    side_bits: float
+    """Mean over the steps."""
+    increase: float
+    """Measured, against the original model."""
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How the side bits of each block were chosen."""
+
+    budget: float
+    """The increase of the loss that was allowed."""
+    tokens: int
+    """That it was measured on."""
+    sensitivities: tuple[Sensitivity, ...]
+    assignments: tuple[Assignment, ...]
+    """That were measured as a whole, by descending side bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainState:
+    """A chain at the end. Tuples over its steps."""
+
+    name: str
+    gamma: tuple[float, ...]
+    c: tuple[float, ...]
+    side_bits: tuple[int, ...]
+    fraction_bits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuning:
+    """Everything that `autorev finetune` did and found."""
+
+    name: str
+    model: ModelInfo
+    pretrained: bool
+    variant: Variant
+    """How it was trained: plain, checkpoint, a coupling."""
+    recipe: Recipe
+    corpus: Corpus
+    command: str
+    """What made it; one line for each run that went on with it."""
+    environment: Environment
+    original: Evaluation | None = None
+    """The model before conversion."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Under the coupling; the first, at step 0, before any training."""
+    vanilla: Evaluation | None = None
+    """The trained weights in the plain architecture."""
+    logged: tuple[Logged, ...] = ()
+    chains: tuple[ChainState, ...] = ()
+    calibration: Calibration | None = None
+    teacher_bytes: int = 0
+    """Of the copy of the original model that distillation needs; 0 with LoRA, whose base is the original."""
+    complete: bool = False
+    notes: tuple[str, ...] = ()
+    kind: str = KIND
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def zero_shot(self) -> Evaluation | None:
+        """Under the coupling before any training."""
+        return next((e for e in self.evaluations if e.step == 0), None)
+
+    @property
+    def final(self) -> Evaluation | None:
+        """Under the coupling after the last step; None while it is not complete."""
+        return self.evaluations[-1] if self.complete and self.evaluations else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The highest of all steps that were looked at."""
+        return max((row.peak_bytes for row in self.logged if row.peak_bytes is not None), default=None)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median over the steps, but for those whose memory was looked at, which slows them."""
+        samples = [row.seconds for row in self.logged if row.seconds is not None and row.peak_bytes is None]
+        return median(samples) if samples else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """At the median step."""
+        counts = [row.tokens for row in self.logged if row.tokens is not None]
+        seconds = self.step_seconds
+        return median(counts) / seconds if counts and seconds else None
+
+    def side_bits(self, last: bool = True) -> float | None:
+        """Mean over the chains' steps, after the last step or before the first; None where nothing is logged."""
+        rows = [row.side_bits for row in self.logged if row.side_bits is not None]
+        return rows[-1 if last else 0] if rows else None
+
+    # -- as JSON
+
+    def to_json(self) -> str:
+        """One JSON object, with a digest of its content at its end."""
+        return records.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "this record") -> FineTuning:
+        """Read back what `to_json` wrote; `name` is what errors call it.
+
+        Raises:
+            RecordError: it is truncated, of another schema version, or was changed by hand.
+        """
+        return records.from_json(text, cls, SCHEMA_VERSION, "a fine-tuning", name)
+
+    @classmethod
+    def read(cls, path: str | Path) -> FineTuning:
+        """The record in a file.
+
+        Raises:
+            RecordError: it cannot be read, or see `from_json`.
+        """
+        return cls.from_json(records.read_text(path), str(path))
+
+    def write(self, path: str | Path) -> Path:
+        """Write it to `path`, whole or not at all.
+
+        Raises:
+            RecordError: the file cannot be written.
+        """
+        return records.write_whole(Path(path), self.to_json())
+
+
+def is_fine_tuning(path: str | Path) -> bool:
+    """Is this the record of a fine-tuning, and not of a profile? What cannot be read is none."""
+    try:
+        data = json.loads(records.read_text(path))
+    except (RecordError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("kind") == KIND
