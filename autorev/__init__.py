@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autorev.rewrite.convert import drift as drift
     from autorev.rewrite.convert import revert as revert
     from autorev.rewrite.fx_pass import ReverseChains as ReverseChains
+    from autorev.rewrite.recouple import recouple as recouple
     from autorev.rewrite.remember import load as load
     from autorev.rewrite.summary import Conversion as Conversion
     from autorev.verification import Verification as Verification
@@ -46,6 +47,7 @@ _home = {
     "convert": "autorev.rewrite.convert",
     "drift": "autorev.rewrite.convert",
     "revert": "autorev.rewrite.convert",
+    "recouple": "autorev.rewrite.recouple",
     "load": "autorev.rewrite.remember",
     "ReverseChains": "autorev.rewrite.fx_pass",
     "Conversion": "autorev.rewrite.summary",

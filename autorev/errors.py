@@ -43,3 +43,15 @@ class ReconstructionError(AutorevError):
 
 class FixedPointRangeError(AutorevError):
     """An activation does not fit the fixed-point grid of its chain, or is not a number."""
+
+
+class DataError(AutorevError):
+    """What is to be trained on cannot be read, or holds nothing to learn from."""
+
+
+class TrainingError(AutorevError):
+    """A training run had to stop; says at which step, why, and which checkpoint is the last good one."""
+
+
+class ExportError(AutorevError):
+    """A trained model is not written as the plain architecture, because it would not be the same model there."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autorev.profiler.passes.offload import HostStore
+    from autorev.rewrite.summary import Conversion
     from autorev.workload import Call
 
 BASELINES = {
@@ -218,11 +219,17 @@ class InPlace:
 
     side_bits: int = 0
     host: HostStore | None = None
+    conversion: Conversion | None = None
+    """What `convert` did, for a coupling."""
 
 
 @contextmanager
-def in_place(model: nn.Module, variant: Variant, blocks: Blocks, call: Call) -> Iterator[InPlace]:
+def in_place(
+    model: nn.Module, variant: Variant, blocks: Blocks, call: Call, fraction_bits: dict[str, int] | None = None
+) -> Iterator[InPlace]:
     """While it lasts, `model` trains as `variant`. Its modules, weights and `state_dict` keys stay what they are.
+
+    `fraction_bits`: the grids of a coupling's chains, where they are not to be chosen.
 
     Raises:
         NotApplicable: the variant cannot be had of this model; it is as it was.
@@ -237,8 +244,10 @@ def in_place(model: nn.Module, variant: Variant, blocks: Blocks, call: Call) -> 
                 chunk_loss(model)
                 stack.callback(unchunk_loss, model)
             if variant.reversible:
-                done = convert(model, example_args=call[0], example_kwargs=call[1], **coupling_options(variant))
+                how = coupling_options(variant)
+                done = convert(model, example_args=call[0], example_kwargs=call[1], fraction_bits=fraction_bits, **how)
                 stack.callback(revert, model)
+                placed.conversion = done
                 if done.arithmetic == "exact":
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:

@@ -50,16 +50,32 @@ def quirks() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what `transformers` advises on configs and missing kernels: the model is not run in earnest."""
+    """Silence what `transformers` advises on configs and missing kernels, and its bars: autorev has its own."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_bars():
             warnings.filterwarnings("ignore", module="transformers")
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging as theirs
+
+    bar, shown = gguf.tqdm, theirs.is_progress_bar_enabled()
+    gguf.tqdm = lambda items, **how: items
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _one_text_per_row(original: Any) -> Any:

@@ -62,6 +62,8 @@ class ReversibleChain:
     """Is the read-out the mean of both streams? Otherwise it is the one the last branch was added to."""
     generator: random.Random
     """For couplings that are drawn anew in each call."""
+    paths: list[str]
+    """The block of each step."""
     drift: float | None = None
     """What was left of the integrity check in the last backward pass: 0 when exact."""
     largest: float | None = None

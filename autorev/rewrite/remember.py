@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint
+from autorev.couplings.velocity import Velocity
 from autorev.errors import ConversionError, ModelBuildError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -30,6 +31,22 @@ def remember(model: nn.Module, request: Request, chains: Mapping[str, Reversible
     grids = {n: c.arithmetic.fraction_bits for n, c in chains.items() if isinstance(c.arithmetic, FixedPoint)}
     entry = {name: _plain(getattr(request, name)) for name in request.__dataclass_fields__}
     setattr(config, KEY, {**entry, "fraction_bits": grids or None})
+
+
+def remember_numbers(model: nn.Module, chains: Iterable[ReversibleChain]) -> None:
+    """Replace the entry's gamma and c by those that the chains have now, block by block."""
+    entry = getattr(getattr(model, "config", None), KEY, None)
+    if not isinstance(entry, Mapping):
+        return
+    gamma: dict[str, float] = {}
+    c: dict[str, float] = {}
+    for chain in chains:
+        for path, coupling in zip(chain.paths, chain.couplings, strict=True):
+            assert isinstance(coupling, Velocity)
+            gamma.setdefault(path, float(coupling.gamma))
+            c.setdefault(path, coupling.c)
+    # Momentum is the coupling whose gamma is free; with gamma = 1 it is leapfrog.
+    setattr(model.config, KEY, {**entry, "coupling": "momentum", "gamma": _plain(gamma), "c": _plain(c)})
 
 
 def forget(model: nn.Module) -> None:

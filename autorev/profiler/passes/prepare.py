@@ -112,10 +112,22 @@ def in_order(model: nn.Module, paths: list[str]) -> tuple[str, ...]:
 
 def _add_adapters(model: nn.Module, blocks: Blocks, rank: int) -> None:
     """PEFT's LoRA beside every linear layer of the blocks; everything else is frozen."""
+    config = lora_config(model, blocks, rank)
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, model)
+
+
+def lora_config(model: nn.Module, blocks: Blocks, rank: int, **more: Any) -> Any:
+    """PEFT's `LoraConfig` for every linear layer of the blocks.
+
+    Raises:
+        SettingError: PEFT is not installed, or there is no such layer.
+    """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
     except ImportError:
-        raise SettingError("measuring LoRA needs PEFT: pip install peft, or predict it with --predict") from None
+        raise SettingError("training LoRA needs PEFT: pip install peft") from None
     targets = [
         f"{path}.{name}"
         for path in blocks.paths
@@ -124,8 +136,7 @@ def _add_adapters(model: nn.Module, blocks: Blocks, rank: int) -> None:
     ]
     if not targets:
         raise SettingError("LoRA needs linear layers inside the blocks, and this model has none there")
-    config: Any = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    inject_adapter_in_model(config, model)
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **more)
 
 
 def _stretches(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:

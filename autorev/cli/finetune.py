@@ -1,0 +1,164 @@
+"""`autorev finetune` and `autorev export`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autorev.cli.group import COMMAND, file_name, main, progress, write
+
+_file = click.Path(dir_okay=False, path_type=Path)
+_folder = click.Path(file_okay=False, path_type=Path)
+_positive = click.IntRange(min=1)
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@main.command(short_help="Fine-tune MODEL reversibly, and follow its quality.")
+@click.argument("model", required=False)
+@click.option("--data", type=_file, metavar="FILE", help="Text, or JSONL.  [default: CPython's language reference]")
+@click.option("--validation", type=_file, metavar="FILE", help="Held-out data.  [default: a tenth of the data]")
+@click.option(
+    "--coupling",
+    metavar="SPEC",
+    default="momentum:k=3",
+    show_default=True,
+    help="What `profile --variant` takes: momentum:k=2, leapfrog, ..., and for comparison plain or checkpoint; each "
+    "with :option=value (loss=chunked, keep_last=4).",
+)
+@click.option("--lora", type=_positive, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
+@click.option("--distill", is_flag=True, help="Add KL(original, model) to the loss.")
+@click.option(
+    "--distill-weight", type=float, default=0.5, show_default=True, metavar="W", help="Its share of the loss."
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["leapfrog", "midpoint"]),
+    help="Move gamma there during training, until no side bits are needed.",
+)
+@click.option("--schedule-steps", type=_positive, metavar="INT", help="Steps until there.  [default: 2/3 of all]")
+@click.option(
+    "--max-loss-increase",
+    type=click.FloatRange(min=0),
+    metavar="NATS",
+    help="Choose each block's side bits such that the loss before training rises by no more.",
+)
+@click.option("--max-steps", "steps", type=_positive, default=100, show_default=True, metavar="INT")
+@click.option(
+    "--sequence", "--seq", type=_positive, default=256, show_default=True, metavar="INT", help="Tokens in a row."
+)
+@click.option("--batch", type=_positive, default=1, show_default=True, metavar="INT", help="Rows in a forward pass.")
+@click.option("--accumulate", type=_positive, default=1, show_default=True, metavar="INT", help="Passes in a step.")
+@click.option("--learning-rate", "--lr", type=float, metavar="RATE", help="[default: 2e-5; LoRA 2e-4, no weights 1e-3]")
+@click.option("--decay", default="linear", show_default=True, help="Of the rate: linear, cosine, constant, ...")
+@click.option("--warmup", type=click.IntRange(min=0), metavar="INT", help="Steps in which it rises.  [default: 1/20]")
+@click.option(
+    "--clip", type=float, default=1.0, show_default=True, metavar="NORM", help="Largest norm of the gradients."
+)
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16 under autocast.")
+@click.option("--pack/--pad", default=True, show_default=True, help="Several documents in a row, or one and padding.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="INT")
+@click.option("--evaluate-every", type=_positive, metavar="INT", help="Steps.  [default: 1/6 of all]")
+@click.option("--save-every", type=_positive, metavar="INT", help="Steps between checkpoints.  [default: 1/4 of all]")
+@click.option("--validation-rows", type=_positive, default=16, show_default=True, metavar="INT")
+@click.option("--out", type=_folder, metavar="DIR", help="The run's folder.  [default: runs/MODEL-COUPLING]")
+@click.option("--resume", is_flag=True, help="Go on with the run in DIR from its last checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
+@click.option("--html", type=_file, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
+@click.pass_context
+def finetune(
+    ctx: click.Context, /, model: str | None, out: Path | None, as_json: bool, html: Path | None, **options: Any
+) -> None:
+    """Convert MODEL, train it with transformers' Trainer, and say what became of its quality.
+
+    MODEL is what `autorev analyze` takes, with a tokenizer beside its weights; without MODEL the embedded SmolLM2. A
+    config without weights is trained from scratch. DIR gets the record, checkpoints while it trains, and in the end the
+    model: `autorev.load(DIR)` is the converted one, `autorev export DIR` makes the plain one. The first Ctrl-C saves
+    and stops.
+
+    \b
+    Examples:
+      autorev finetune --max-steps 30
+      autorev finetune my_llm --data chats.jsonl --lora 16 --coupling momentum:k=3,loss=chunked
+      autorev finetune --schedule leapfrog --distill --max-steps 300
+      autorev finetune --max-loss-increase 0.02
+    """
+    command = ctx.meta[COMMAND]
+    folder = out or Path("runs") / file_name(f"{model or 'smollm2'}-{options['coupling']}")
+    with _told() as tell, redirect_stdout(sys.stderr):
+        tell("starting", 0.0)
+        from autorev.finetune.run import finetune as run
+
+        record = run(model, out=folder, command=command, progress=tell, **options)
+    _show(record, command, as_json, html or folder / "report.html")
+    if not as_json:
+        click.echo(f"Model and record: {folder}")
+
+
+@main.command(short_help="A fine-tuned model as the plain architecture.")
+@click.argument("folder", type=_folder, metavar="DIR")
+@click.option("--out", type=_folder, required=True, metavar="DIR2", help="Where the plain model goes.")
+@click.option("--text", type=_file, metavar="FILE", help="To compare on.  [default: the run's own held-out text]")
+@click.option(
+    "--max-loss-increase",
+    type=float,
+    default=0.05,
+    show_default=True,
+    metavar="NATS",
+    help="Refuse if the loss is higher by more than this without the coupling.",
+)
+@click.option("--force", is_flag=True, help="Export all the same.")
+@click.option("--json", "as_json", is_flag=True, help="Print the two losses as JSON and nothing else.")
+def export(folder: Path, out: Path, text: Path | None, max_loss_increase: float, force: bool, as_json: bool) -> None:
+    """Write the model that `autorev finetune` left in DIR, or that was converted and saved by `save_pretrained`, as a
+    folder of `transformers` without any trace of autorev; adapters are merged.
+
+    \b
+    Example:
+      autorev export runs/smollm2-momentum-k-3 --out my_model
+    """
+    with _told() as tell, redirect_stdout(sys.stderr):
+        tell("loading", 0.0)
+        from autorev.finetune.export import export as run
+
+        done = run(folder, out, text=text, max_loss_increase=max_loss_increase, force=force, progress=tell)
+    click.echo(done.to_json() if as_json else str(done))
+
+
+def _show(record: Any, command: str, as_json: bool, html: Path) -> None:
+    if as_json:
+        click.echo(record.to_json())
+    else:
+        from rich.console import Console
+
+        from autorev.report.finetune.terminal import print_fine_tunings
+
+        print_fine_tunings([record], Console())
+    from autorev.report.finetune.html import render_finetune_html
+
+    write(html, render_finetune_html([record], command))
+    if not as_json:
+        click.echo(f"Report: {html}")
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal; a line now and then where the output goes to a file."""
+    if sys.stderr.isatty():
+        with progress() as tell:
+            yield tell
+        return
+    last = [0.0]
+
+    def line(message: str, fraction: float) -> None:
+        now = time.monotonic()
+        if now - last[0] >= _SECONDS_BETWEEN_LINES or fraction >= 1:
+            last[0] = now
+            click.echo(message, err=True)
+
+    yield line

@@ -1,0 +1,129 @@
+"""Side bits where they are needed: the blocks whose gamma may grow without the loss noticing, found by looking.
+
+One block at a time is given a larger gamma 2^-k (fewer side bits), and the loss is measured. The moves that cost least
+per bit are then made in that order; how many of them together stay within the budget is measured too, as they do not
+just add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from autorev.couplings.velocity import Bdia, Velocity
+from autorev.errors import ConversionError
+from autorev.finetune.record import Assignment, Calibration, Sensitivity
+from autorev.finetune.teacher import as_original
+from autorev.rewrite.convert import chains_of
+from autorev.rewrite.recouple import recouple
+
+MOST_BITS = 4
+"""All blocks begin with gamma = 1/16."""
+Bits = dict[str, int]
+"""k of gamma = 2^-k, by block."""
+
+
+def calibrate(
+    model: nn.Module,
+    loss: Callable[[], float],
+    *,
+    max_loss_increase: float = 0.02,
+    tokens: int = 0,
+    progress: Callable[[str, float], None] = lambda what, fraction: None,
+) -> Calibration:
+    """Give each block of a converted model as few side bits as keep its loss within the budget, in place.
+
+    Args:
+        model: converted with momentum, in exact arithmetic.
+        loss: evaluates `model` as it is at that moment, on always the same text, in nats.
+        max_loss_increase: the budget, against the model before conversion.
+        tokens: of that text, for the record.
+        progress: is told what is being done, and the fraction done.
+
+    Raises:
+        ConversionError: the model is not converted, its gammas are fixed, or 4 side bits everywhere exceed the budget;
+            its numbers are then as they were.
+    """
+    before = [list(chain.couplings) for chain in chains_of(model)]
+    try:
+        return _calibrated(model, loss, max_loss_increase, tokens, progress)
+    except BaseException:
+        for chain, couplings in zip(chains_of(model), before, strict=True):
+            chain.couplings[:] = couplings
+        raise
+
+
+def _calibrated(
+    model: nn.Module,
+    loss: Callable[[], float],
+    budget: float,
+    tokens: int,
+    progress: Callable[[str, float], None],
+) -> Calibration:
+    blocks = [path for chain in chains_of(model) for path in dict.fromkeys(chain.paths)]
+    finest: Bits = dict.fromkeys(blocks, MOST_BITS)
+
+    def loss_with(bits: Bits) -> float:
+        recouple(model, gamma={path: 2.0**-k for path, k in bits.items()})
+        return loss()
+
+    progress("calibrating", 0.0)
+    with as_original(model):
+        original = loss()
+    reference = loss_with(finest)
+    measured = {MOST_BITS * len(blocks): Assignment(_mean_bits(model), reference - original)}
+    if reference - original > budget:
+        raise ConversionError(
+            f"with {MOST_BITS} side bits in every block the loss rises by {reference - original:.3f} already, and the "
+            f"budget is {budget:g}; allow more, or train with plain checkpointing"
+        )
+    found: list[Sensitivity] = []
+    for n, path in enumerate(blocks):
+        progress(f"calibrating {path}", n / len(blocks))
+        for k in range(MOST_BITS - 1, -1, -1):
+            increase = loss_with({**finest, path: k}) - reference
+            found.append(Sensitivity(path, 2.0**-k, k, increase))
+    moves = _in_order(found)
+    low, high = 0, len(moves)  # that many moves are known to fit; more than that many are not tried
+    while low < high:
+        middle = (low + high + 1) // 2
+        bits = _after(finest, moves[:middle])
+        increase = loss_with(bits) - original
+        measured[sum(bits.values())] = Assignment(_mean_bits(model), increase)
+        low, high = (middle, high) if increase <= budget else (low, middle - 1)
+    chosen = _after(finest, moves[:low])
+    recouple(model, gamma={path: 2.0**-k for path, k in chosen.items()})
+    total = sum(chosen.values())
+    rows = [replace(row, chosen=at == total) for at, row in sorted(measured.items(), reverse=True)]
+    return Calibration(budget, tokens, tuple(found), tuple(rows))
+
+
+def _in_order(found: list[Sensitivity]) -> list[tuple[str, int]]:
+    """(block, k) by the loss per side bit that the move saves; a block's own moves stay in order."""
+    lost: dict[tuple[str, int], float] = {}
+    worst: dict[str, float] = {}
+    for row in found:  # by descending k within each block
+        # What a smaller gamma does, a larger one does as well: less is noise.
+        worst[row.block] = max(worst.get(row.block, 0.0), row.increase)
+        lost[row.block, row.side_bits] = worst[row.block]
+    price: dict[tuple[str, int], float] = {}
+    for (path, k), increase in lost.items():
+        marginal = increase - lost.get((path, k + 1), 0.0)
+        price[path, k] = max(marginal, price.get((path, k + 1), 0.0))
+    return sorted(price, key=lambda move: (price[move], -move[1]))
+
+
+def _after(bits: Bits, moves: list[tuple[str, int]]) -> Bits:
+    after = dict(bits)
+    for path, k in moves:
+        after[path] = min(after[path], k)
+    return after
+
+
+def _mean_bits(model: nn.Module) -> float:
+    couplings = [c for chain in chains_of(model) for c in chain.couplings]
+    if any(not isinstance(c, Velocity) or isinstance(c, Bdia) for c in couplings):
+        raise ConversionError("this coupling has no gamma of its own to calibrate; convert with momentum")
+    return sum(c.side_bits for c in couplings) / len(couplings)

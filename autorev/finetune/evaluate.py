@@ -1,0 +1,65 @@
+"""How good is it? Loss on the held-out text, and how far it has moved from the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autorev.finetune.packing import Collator, Rows
+from autorev.finetune.record import Evaluation
+from autorev.finetune.teacher import divergence, shifted
+
+Logits = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+"""From a batch without labels to logits [batch, tokens, vocabulary]."""
+
+
+def evaluate(logits: Logits, rows: Rows, collator: Collator, step: int, original: Logits | None = None) -> Evaluation:
+    """Over `rows`, one at a time: the loss in nats a learned token, and the comparison with `original`, if given."""
+    losses: list[float] = []
+    counts: list[int] = []
+    agreeing = diverging = 0.0
+    for index in range(len(rows)):
+        batch = collator([rows[index]])
+        labels = batch.pop("labels")
+        found, wanted = shifted(logits(batch), labels)
+        wanted = wanted.to(found.device)
+        losses.append(float(F.cross_entropy(found.float(), wanted, reduction="sum")))
+        counts.append(wanted.numel())
+        if original is not None:
+            theirs, _ = shifted(original(batch), labels)
+            agreeing += float((found.argmax(-1) == theirs.argmax(-1)).sum())
+            diverging += float(divergence(theirs, found))
+    total = sum(counts)
+    means = [loss / count for loss, count in zip(losses, counts, strict=True)]
+    return Evaluation(
+        step=step,
+        loss=sum(losses) / total,
+        standard_error=stdev(means) / len(means) ** 0.5 if len(means) > 1 else None,
+        agreement=None if original is None else agreeing / total,
+        divergence=None if original is None else diverging / total,
+    )
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """`model` as it is, in eval mode and without gradients."""
+    call: Any = model
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        device = next(model.parameters()).device
+        training = [module for module in model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad():
+                found: torch.Tensor = call(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
+        finally:
+            for module in training:
+                module.training = True
+        return found
+
+    return run

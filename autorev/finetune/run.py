@@ -1,0 +1,230 @@
+"""`autorev.finetune`: convert, train with `transformers.Trainer`, follow the quality, and write down what happened.
+
+Read this first: the order of everything in this folder. A run lives in a folder of its own: `run.json` (the record),
+`checkpoint-N` while it trains, and in the end the model as `save_pretrained` writes it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autorev.capture.transformers_quirks import quiet
+from autorev.errors import SettingError
+from autorev.finetune.record import FineTuning, Recipe
+from autorev.profiler.environment import environment
+from autorev.profiler.record import Variant
+from autorev.variants import parse_variant
+
+RECORD = "run.json"
+RATES = {"full": 2e-5, "lora": 2e-4, "scratch": 1e-3}
+"""Learning rates by what trains, where none is given."""
+Progress = Callable[[str, float], None]
+
+
+def finetune(
+    model: str | None = None,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    validation: str | Path | None = None,
+    coupling: str = "momentum:k=3",
+    lora: int | None = None,
+    distill: bool = False,
+    distill_weight: float = 0.5,
+    schedule: str | None = None,
+    schedule_steps: int | None = None,
+    max_loss_increase: float | None = None,
+    steps: int = 100,
+    sequence: int = 256,
+    batch: int = 1,
+    accumulate: int = 1,
+    learning_rate: float | None = None,
+    decay: str = "linear",
+    warmup: int | None = None,
+    clip: float = 1.0,
+    bf16: bool = False,
+    pack: bool = True,
+    seed: int = 0,
+    evaluate_every: int | None = None,
+    save_every: int | None = None,
+    validation_rows: int = 16,
+    name: str | None = None,
+    resume: bool = False,
+    callbacks: tuple[Any, ...] = (),
+    command: str = "autorev.finetune(...)",
+    progress: Progress = lambda what, fraction: None,
+) -> FineTuning:
+    """Fine-tune a causal language model, reversibly or not; train it from scratch where MODEL has no weights.
+
+    Args:
+        model: what the command line calls MODEL; None: the embedded SmolLM2.
+        out: the run's folder.
+        data: a text file, or JSONL (`autorev.finetune.data`); None: the language reference that CPython carries.
+        validation: likewise; default: a tenth of the data.
+        coupling: a spec as `autorev.variants` has them: `momentum:k=3`, `leapfrog`, `plain`, `checkpoint`, ...
+        lora: rank of PEFT's adapters; None: all weights train.
+        distill: add KL(original, model) to the loss.
+        distill_weight: its weight w; the text has 1 - w.
+        schedule: leapfrog or midpoint: where gamma is moved to during training.
+        schedule_steps: optimiser steps until it is there; default: two thirds of all.
+        max_loss_increase: choose each block's side bits such that the loss before training rises by no more.
+        steps: optimiser steps.
+        sequence: tokens in a row.
+        batch: rows in one forward pass.
+        accumulate: forward passes in one optimiser step.
+        learning_rate: default 2e-5 (all weights), 2e-4 (LoRA), 1e-3 (from scratch).
+        decay: of the learning rate, by `transformers`' names: linear, cosine, constant, ...
+        warmup: steps in which it rises; default: a twentieth of all.
+        clip: the largest norm of the gradients.
+        bf16: compute in bfloat16 under autocast.
+        pack: several documents in one row.
+        seed: of the data's order, of dropout, and of random weights.
+        evaluate_every: steps between evaluations; default: a sixth of all.
+        save_every: steps between checkpoints; default: a quarter of all.
+        validation_rows: rows of the held-out text that are evaluated, spread over it.
+        name: of the record; default: the folder's.
+        resume: go on with the run in `out` from its last checkpoint.
+        callbacks: more of `transformers`' TrainerCallbacks.
+        command: what the record says made it.
+        progress: is told what is being done, and the fraction done.
+
+    Raises:
+        AutorevError: an option makes no sense, the data or model cannot be had, or training had to stop; what was
+            saved until then stays.
+    """
+    folder = Path(out)
+    variant = parse_variant(coupling)
+    _check(variant, distill, distill_weight, schedule, max_loss_increase, steps)
+    before = _record_in(folder, resume)
+    _check_installed()
+    from transformers import set_seed
+
+    from autorev.finetune.session import Run
+    from autorev.finetune.setup import set_up
+
+    set_seed(seed)
+    progress("loading the model and the text", 0.0)
+    found = set_up(model, _path(data), _path(validation), sequence, validation_rows, pack)
+    trains = "scratch" if not found.pretrained else "full" if lora is None else "lora"
+    if trains == "scratch" and (lora or distill or max_loss_increase is not None):
+        raise SettingError(f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave "
+                           "--lora, --distill and --max-loss-increase out")  # fmt: skip
+    recipe = Recipe(
+        trains=trains,
+        lora_rank=lora,
+        trained_parameters=found.info.parameters,
+        sequence=sequence,
+        batch=batch,
+        accumulate=accumulate,
+        steps=steps,
+        learning_rate=learning_rate or RATES[trains],
+        dtype="bf16" if bf16 else "fp32",
+        optimizer="adamw",
+        seed=seed,
+        distill_weight=distill_weight if distill else 0.0,
+        schedule=schedule,
+        schedule_steps=(schedule_steps or max(1, steps * 2 // 3)) if schedule else 0,
+        max_loss_increase=max_loss_increase,
+    )
+    record = FineTuning(
+        name=name or folder.resolve().name,
+        model=found.info,
+        pretrained=found.pretrained,
+        variant=variant,
+        recipe=recipe,
+        corpus=found.texts.corpus,
+        command=command,
+        environment=environment("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()),
+        notes=found.texts.notes,
+    )
+    if before is not None:
+        record = _continued(record, before, folder)
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        run = Run(folder, found, record, progress)
+        run.place(stack)
+        run.begin()
+        arguments = {
+            "lr_scheduler_type": decay,
+            "warmup_steps": max(1, steps // 20) if warmup is None else warmup,
+            "max_grad_norm": clip,
+            "eval_steps": evaluate_every or max(1, steps // 6),
+            "save_steps": save_every or max(1, steps // 4),
+        }
+        run.train(arguments, callbacks, resume)
+        return run.finish()
+
+
+def _check(
+    variant: Variant, distill: bool, weight: float, schedule: str | None, budget: float | None, steps: int
+) -> None:
+    if steps < 1:
+        raise SettingError(f"a run takes 1 step or more, not {steps}")
+    if not 0 < weight <= 1:
+        raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight:g}")
+    if distill and variant.loss == "chunked":
+        raise SettingError("distillation compares all logits, which a chunked loss never makes; leave loss=chunked out")
+    free = variant.strategy == "momentum" and "arithmetic=float" not in variant.spec
+    if (schedule or budget is not None) and not free:
+        raise SettingError(
+            f"{variant.title} has no gamma that can be moved; start from momentum in exact arithmetic, or leave "
+            "--schedule and --max-loss-increase out"
+        )
+    if schedule and budget is not None:
+        raise SettingError("--schedule moves every gamma, --max-loss-increase chooses them; give one of the two")
+
+
+def _record_in(folder: Path, resume: bool) -> FineTuning | None:
+    path = folder / RECORD
+    if resume:
+        if not path.is_file():
+            raise SettingError(f"{folder} holds no run to go on with ({RECORD} is missing); leave --resume out")
+        before = FineTuning.read(path)
+        if before.complete:
+            raise SettingError(f"the run in {folder} is complete; name another --out for a new one")
+        return before
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingError(f"{folder} is there already; go on with its run by --resume, or name another --out")
+    return None
+
+
+def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuning:
+    """`record` with what an earlier run of the same recipe found.
+
+    Raises:
+        SettingError: it was another recipe.
+    """
+    if before.variant.spec != record.variant.spec:
+        raise SettingError(
+            f"the run in {folder} trains as {before.variant.title}, not as {record.variant.title}; its checkpoints go "
+            "on with the same coupling only"
+        )
+    now = {"model": record.model, "corpus": record.corpus}
+    old = {"model": before.model, "corpus": before.corpus}
+    for name in Recipe.__dataclass_fields__:
+        if name != "trained_parameters":
+            now[name], old[name] = getattr(record.recipe, name), getattr(before.recipe, name)
+    different = [f"{name} ({old[name]}, now {now[name]})" for name in now if now[name] != old[name]]
+    if different:
+        raise SettingError(f"the run in {folder} had another {', '.join(different)}; go on with the same options")
+    commands = dict.fromkeys([*before.command.splitlines(), record.command])
+    return replace(copy.copy(before), command="\n".join(commands), environment=record.environment)
+
+
+def _check_installed() -> None:
+    try:
+        import accelerate  # noqa: F401 - transformers' Trainer needs it, and says so later
+        import transformers  # noqa: F401 - is it installed?
+    except ImportError as error:
+        raise SettingError(f"fine-tuning needs {error.name}: pip install autorev[finetune]") from None
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given).expanduser()

@@ -1,0 +1,278 @@
+"""One run while it lasts: the model in its present form, and the record as far as it is known.
+
+place       copy the teacher, convert, add adapters
+begin       what is known before any training
+train       all steps, or those that are left
+finish      the final evaluations, and the model as a folder
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
+
+from autorev.couplings.arithmetic import FixedPoint
+from autorev.couplings.velocity import Velocity
+from autorev.engine.chain import ORIGINAL, running
+from autorev.errors import FixedPointRangeError, SettingError, TrainingError
+from autorev.finetune.calibrate import calibrate
+from autorev.finetune.evaluate import Logits, evaluate, logits_of
+from autorev.finetune.progress import Told
+from autorev.finetune.record import ChainState, Evaluation, FineTuning, Logged
+from autorev.finetune.schedule import Schedule
+from autorev.finetune.setup import Setup
+from autorev.finetune.teacher import Teacher
+from autorev.finetune.trainer import FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint
+from autorev.integrations.transformers import ReversibleCallback
+from autorev.records import write_whole
+from autorev.rewrite.convert import chains_of
+from autorev.rewrite.recouple import recouple
+from autorev.variants import NotApplicable, coupling_options, in_place
+
+Progress = Callable[[str, float], None]
+RECORD = "run.json"
+"""The record's file in the run's folder."""
+HELD_OUT = "validation.json"
+"""The rows that every evaluation of the run is on: `export` compares on the same."""
+CALIBRATED_ON = 4
+"""Rows of the training text that side bits are calibrated on."""
+
+
+class Run:
+    """One run while it lasts: the model in its present form, and the record as far as it is known."""
+
+    def __init__(self, folder: Path, found: Setup, record: FineTuning, progress: Progress) -> None:
+        self.folder, self.found, self.record, self.progress = folder, found, record, progress
+        self.model: nn.Module = found.model
+        self.teacher: Teacher | None = None
+        self.trainer: FineTuner | None = None
+
+    def place(self, stack: ExitStack) -> None:
+        """Copy the teacher, convert the model, add adapters."""
+        recipe, record = self.record.recipe, self.record
+        if recipe.distill_weight:
+            self.teacher = Teacher.copied(self.model) if recipe.trains == "full" else None
+        grids = {chain.name: chain.fraction_bits for chain in record.chains if chain.fraction_bits is not None}
+        try:
+            stack.enter_context(in_place(self.model, record.variant, self.found.blocks, self.found.call, grids or None))
+        except NotApplicable as error:
+            raise SettingError(f"{record.model.name} cannot be trained as {record.variant.title}: {error}") from None
+        if recipe.lora_rank is not None:
+            self.model = _with_adapters(self.model, self.found, recipe.lora_rank)
+            if recipe.distill_weight:
+                self.teacher = Teacher.within(self.model)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.record = replace(
+            record,
+            recipe=replace(recipe, trained_parameters=trained),
+            teacher_bytes=self.teacher.own_bytes if self.teacher else 0,
+        )
+
+    def begin(self) -> None:
+        """What is known before any training: the original's loss, the side bits of each block, the loss under them."""
+        gammas = {p: g for chain in self.record.chains for p, g in zip(self._paths(chain), chain.gamma, strict=True)}
+        if self.record.evaluations:  # a run that goes on
+            if gammas and self.record.calibration is not None:
+                recouple(self.model, gamma=gammas)
+            return
+        self.progress("evaluating the original model", 0.0)
+        original = Teacher.within(self.model).logits
+        first = self._evaluate(original, 0)
+        budget = self.record.recipe.max_loss_increase
+        if budget is not None:
+            rows = self.found.texts.training.first(CALIBRATED_ON)
+            here = logits_of(self.model)
+            calibration = calibrate(
+                self.model,
+                lambda: evaluate(here, rows, self.found.texts.collator, 0).loss,
+                max_loss_increase=budget,
+                tokens=rows.learned,
+                progress=self.progress,
+            )
+            self.record = replace(self.record, calibration=calibration)
+        self.progress("evaluating the converted model", 0.0)
+        zero_shot = self._evaluate(logits_of(self.model), 0, original)
+        chains = chain_states(self.model)
+        self.record = replace(self.record, original=first, evaluations=(zero_shot,), chains=chains)
+        write_whole(self.folder / HELD_OUT, self.found.texts.validation.to_json())
+        self.record.write(self.folder / RECORD)
+
+    def train(self, arguments: dict[str, Any], callbacks: tuple[Any, ...], resume: bool) -> None:
+        """All steps, or those that are left.
+
+        Raises:
+            TrainingError: it had to stop; what was saved stays.
+        """
+        recipe = self.record.recipe
+        interrupt = StopOnInterrupt()
+        self.trainer = trainer = FineTuner(
+            model=self.model,
+            args=TrainingArguments(
+                output_dir=str(self.folder),
+                max_steps=recipe.steps,
+                per_device_train_batch_size=recipe.batch,
+                gradient_accumulation_steps=recipe.accumulate,
+                learning_rate=recipe.learning_rate,
+                seed=recipe.seed,
+                data_seed=recipe.seed,
+                bf16=recipe.dtype == "bf16",
+                optim="adamw_torch",
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                eval_strategy="steps",
+                save_strategy="steps",
+                save_total_limit=2,
+                remove_unused_columns=False,
+                include_num_input_tokens_seen="all",
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                use_cpu=not torch.cuda.is_available(),
+                **arguments,
+            ),
+            train_dataset=self.found.texts.training,
+            eval_dataset=self.found.texts.validation,
+            data_collator=self.found.texts.collator,
+            callbacks=[Told(self.progress, self._save), interrupt, *callbacks],
+            teacher=self.teacher,
+            weight=recipe.distill_weight,
+            examine=lambda step: self._evaluate(logits_of(self.model), step),
+            spec=self.record.variant.spec,
+        )
+        beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
+        trainer.remove_callback(PrinterCallback)  # `Told` says it in words
+        ReversibleCallback(self._schedule(), beside).attach(trainer)
+        drop_cut_short(self.folder)
+        checkpoint = last_checkpoint(self.folder) if resume else None
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except FixedPointRangeError as error:
+            raise TrainingError(f"step {trainer.state.global_step + 1}: {error}. {trainer.last_good()}") from None
+        finally:
+            interrupt.release()
+        if trainer.state.global_step < recipe.steps:
+            raise TrainingError(
+                f"interrupted after step {trainer.state.global_step} of {recipe.steps}. {trainer.last_good()} Go on "
+                "with --resume"
+            )
+
+    def finish(self) -> FineTuning:
+        """The final evaluations, and the model as a folder."""
+        assert self.trainer is not None
+        self._save()
+        recipe, steps = self.record.recipe, self.record.recipe.steps
+        self.trainer.optimizer = self.trainer.lr_scheduler = None  # frees its state before a second model comes
+        self.progress("evaluating the trained model", 1.0)
+        original = self._original()
+        final = self._evaluate(logits_of(self.model), steps, original)
+        vanilla = self._evaluate(vanilla_logits(self.model), steps) if self.record.chains else final
+        kept = tuple(e for e in self.record.evaluations if e.step < steps)
+        self.record = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
+        self.trainer.save_model(str(self.folder))
+        self.found.tokenizer.save_pretrained(self.folder)
+        if recipe.trains == "lora":
+            for path in self.folder.glob("README.md"):
+                path.unlink()  # PEFT's empty model card
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        self.record.write(self.folder / RECORD)
+        return self.record
+
+    # --
+
+    def _save(self) -> None:
+        """The record, with what the trainer has logged so far."""
+        assert self.trainer is not None
+        history = self.trainer.state.log_history
+        logged = tuple(_logged(row) for row in history if "loss" in row)
+        found = {row["step"]: row for row in history if "eval_loss" in row}
+        later = tuple(
+            Evaluation(step, row["eval_loss"], row.get("eval_standard_error")) for step, row in sorted(found.items())
+        )
+        first = tuple(e for e in self.record.evaluations if e.step == 0)
+        self.record = replace(self.record, logged=logged, evaluations=(*first, *later), chains=chain_states(self.model))
+        self.record.write(self.folder / RECORD)
+
+    def _evaluate(self, logits: Any, step: int, original: Any = None) -> Evaluation:
+        texts = self.found.texts
+        return evaluate(logits, texts.validation, texts.collator, step, original)
+
+    def _original(self) -> Any:
+        """The logits of the model before training: from the teacher, from below the adapters, or loaded anew."""
+        if self.teacher is not None:
+            return self.teacher.logits
+        if self.record.recipe.trains == "lora":
+            return Teacher.within(self.model).logits
+        if self.record.recipe.trains == "scratch":
+            return None
+        self.progress("loading the original model once more", 1.0)
+        from autorev.models.load import load_model
+
+        loaded = load_model(self.found.info.source, torch.float32, 1, None)
+        return Teacher.within(loaded.model.to(next(self.model.parameters()).device)).logits
+
+    def _schedule(self) -> Schedule | None:
+        recipe = self.record.recipe
+        if recipe.schedule is None:
+            return None
+        start = Fraction(coupling_options(self.record.variant).get("gamma", Fraction(1, 8)))
+        blocks = max(len(chain.couplings) for chain in chains_of(self.model))
+        return Schedule(recipe.schedule, recipe.schedule_steps, blocks, abs(start))
+
+    def _paths(self, state: ChainState) -> list[str]:
+        return next(chain.paths for chain in chains_of(self.model) if chain.name == state.name)
+
+
+def chain_states(model: nn.Module) -> tuple[ChainState, ...]:
+    """The numbers of a converted model's chains as they are."""
+    return tuple(
+        ChainState(
+            name=chain.name,
+            gamma=tuple(float(c.gamma) for c in chain.couplings if isinstance(c, Velocity)),
+            c=tuple(c.c for c in chain.couplings if isinstance(c, Velocity)),
+            side_bits=tuple(c.side_bits for c in chain.couplings),
+            fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
+        )
+        for chain in chains_of(model)
+    )
+
+
+def vanilla_logits(model: nn.Module) -> Logits:
+    """`model` with its weights as they are, in the plain architecture."""
+    logits = logits_of(model)
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with running(ORIGINAL):
+            return logits(batch)
+
+    return run
+
+
+def _logged(row: dict[str, Any]) -> Logged:
+    names = ("seconds", "tokens", "drift", "gamma", "side_bits", "peak_bytes", "cross_entropy", "divergence")
+    return Logged(
+        step=row["step"],
+        loss=float(row["loss"]),
+        learning_rate=float(row["learning_rate"]),
+        gradient_norm=None if row.get("grad_norm") is None else float(row["grad_norm"]),
+        **{name: row.get(name) for name in names},
+    )
+
+
+def _with_adapters(model: nn.Module, found: Setup, rank: int) -> nn.Module:
+    from autorev.profiler.passes.prepare import lora_config
+
+    config = lora_config(model, found.blocks, rank, task_type="CAUSAL_LM")
+    from peft import get_peft_model
+
+    wrapped: nn.Module = get_peft_model(model, config)
+    return wrapped

@@ -1,0 +1,143 @@
+"""From the request to everything that a run needs: the model, its tokenizer, the rows, and what they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.analysis import ModelInfo
+from autorev.errors import SettingError
+from autorev.finetune.data import read_documents, split, tokenize
+from autorev.finetune.packing import Collator, Rows, keeps_apart, make_rows
+from autorev.finetune.record import Corpus
+from autorev.models.load import Loaded, load_model, tokenizer_of
+from autorev.models.resolve import EMBEDDED, is_embedded
+from autorev.profiler.passes.prepare import find_blocks, on_tokens
+from autorev.variants import Blocks
+from autorev.workload import Call
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """The corpus as rows."""
+
+    training: Rows
+    validation: Rows
+    collator: Collator
+    corpus: Corpus
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A loaded model, not converted yet, and its texts."""
+
+    model: nn.Module
+    tokenizer: Any
+    info: ModelInfo
+    pretrained: bool
+    texts: Texts
+    call: Call
+    """An example: a row of the training text."""
+    blocks: Blocks
+
+
+def set_up(
+    model: str | None, data: Path | None, validation: Path | None, sequence: int, validation_rows: int, packed: bool
+) -> Setup:
+    """Load MODEL in float32 and read the texts.
+
+    Raises:
+        AutorevError: the model or the data cannot be had, or do not fit each other.
+    """
+    loaded = load_model(model, torch.float32, 1, None)
+    name = model or "smollm2"
+    net: Any = loaded.model
+    if getattr(getattr(net, "config", None), "is_encoder_decoder", False) or not hasattr(net, "get_output_embeddings"):
+        raise SettingError(
+            f"{loaded.name} is no causal language model ({type(net).__name__}); use autorev.convert in a training loop "
+            "of your own"
+        )
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise SettingError(
+            f"{name} has no tokenizer beside its config, so it reads no text; give a folder that has one"
+        )
+    check_length(net, sequence, loaded.name)
+    net = net.to("cuda" if torch.cuda.is_available() else "cpu")
+    texts = read_texts(net, tokenizer, data, validation, sequence, validation_rows, packed)
+    call = _example(loaded, texts, net)
+    return Setup(
+        model=net,
+        tokenizer=tokenizer,
+        info=ModelInfo(loaded.name, type(net).__name__, sum(p.numel() for p in net.parameters()), _source(model)),
+        pretrained=loaded.pretrained,
+        texts=texts,
+        call=call,
+        blocks=find_blocks(net, call),
+    )
+
+
+def check_length(model: Any, sequence: int, name: str) -> None:
+    """Raise where `sequence` exceeds what the model's positions reach.
+
+    Raises:
+        SettingError: it does.
+    """
+    for limit in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        longest = getattr(model.config, limit, None)
+        if isinstance(longest, int) and sequence > longest:
+            raise SettingError(f"{name} reads {longest} tokens at most, and --sequence is {sequence}; give fewer")
+
+
+def read_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Path | None,
+    validation: Path | None,
+    sequence: int,
+    validation_rows: int,
+    packed: bool,
+) -> Texts:
+    """Training and validation rows of at most `sequence` tokens.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    documents, source = read_documents(data, tokenizer)
+    examples = tokenize(documents, tokenizer)
+    if validation is None:
+        training, held = split(examples)
+    else:
+        training, held = examples, tokenize(read_documents(validation, tokenizer)[0], tokenizer)
+    notes: list[str] = []
+    vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]  # transformers' method
+    if packed and not keeps_apart(model, vocabulary):
+        packed = False
+        notes.append(f"{type(model).__name__} does not keep packed documents apart, so there is one in each row")
+    rows = make_rows(training, sequence, packed)
+    checked = make_rows(held, sequence, packed).first(validation_rows)
+    if rows.truncated:
+        notes.append(f"{rows.truncated} examples were longer than {sequence} tokens and lost their end")
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    corpus = Corpus(source, len(documents), rows.learned, checked.learned, rows.truncated, packed)
+    return Texts(rows, checked, Collator(packed, sequence, pad), corpus, tuple(notes))
+
+
+def _example(loaded: Loaded, texts: Texts, model: nn.Module) -> Call:
+    row = max(texts.training.rows, key=lambda row: sum(len(example.ids) for example in row))
+    ids = [token for example in row for token in example.ids]
+    device = next(model.parameters()).device
+    return on_tokens(loaded.example(1, len(ids)), torch.tensor([ids], device=device))
+
+
+def _source(model: str | None) -> str:
+    """What names the model from any folder."""
+    if model is None:
+        return EMBEDDED
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() and not is_embedded(model) else model

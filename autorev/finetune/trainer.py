@@ -1,0 +1,165 @@
+"""`transformers.Trainer` with what a fine-tuning needs besides: distillation, one way to evaluate, safe checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from autorev.errors import TrainingError
+from autorev.finetune.record import Evaluation
+from autorev.finetune.teacher import Teacher, divergence, shifted
+
+MARK = "autorev.json"
+"""Written last into a checkpoint: one without it was cut short."""
+
+
+class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """`teacher`: to be distilled from, with `weight`; `examine(step)`: the evaluation; `spec`: of the coupling."""
+
+    control: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher | None,
+        weight: float,
+        examine: Callable[[int], Evaluation],
+        spec: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+        self.weight = weight
+        self.examine = examine
+        self.spec = spec
+        self._parts: dict[str, float] = {}
+        if teacher is not None:
+            self.loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss; with a teacher, (1 - w) x cross entropy + w x KL(teacher, model) a learned token."""
+        if self.teacher is None:
+            return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        theirs, _ = shifted(self.teacher.logits(batch), inputs["labels"])
+        outputs = model(**batch, use_cache=False)
+        ours, wanted = shifted(outputs.logits, inputs["labels"])
+        # Without the count of the whole accumulated batch, each of its parts weighs the same.
+        share = (
+            wanted.numel() * self.args.gradient_accumulation_steps if num_items_in_batch is None else num_items_in_batch
+        )
+        text = F.cross_entropy(ours.float(), wanted, reduction="sum") / share
+        distance = divergence(theirs, ours) / share
+        for name, part in (("cross_entropy", text), ("divergence", distance)):
+            self._parts[name] = self._parts.get(name, 0.0) + float(part.detach())
+        loss = (1 - self.weight) * text + self.weight * distance
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward; a loss that is no number ends the run before it reaches the weights."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {self.state.global_step + 1} is {float(loss)}, no number; the weights are those of "
+                f"the step before. {self.last_good()} Lower the learning rate, or clip gradients"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Beside a step's loss, the parts that it is made of."""
+        if "loss" in logs:
+            logs = {**logs, **self._parts}
+            self._parts = {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """On the held-out rows, token by token, as every evaluation of a run."""
+        found = self.examine(self.state.global_step)
+        metrics = {"eval_loss": found.loss, "eval_standard_error": found.standard_error}
+        self.log({name: value for name, value in metrics.items() if value is not None})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return {"eval_loss": found.loss}
+
+    # -- checkpoints
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            mark = {"step": self.state.global_step, "coupling": self.spec}
+            (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        except Exception as error:  # safetensors, torch and the system each have their own for a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            why = " ".join(str(error).split())
+            raise TrainingError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
+                f"({why}). {self.last_good()} Free some space, and go on with --resume"
+            ) from error
+
+    def last_good(self) -> str:
+        """A sentence on the checkpoint that a run can go on from."""
+        found = last_checkpoint(Path(self.args.output_dir))
+        return "No checkpoint was written yet." if found is None else f"The last good checkpoint is {found}."
+
+
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """The first Ctrl-C ends the run after the step at hand, with a checkpoint; the second one at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen, where signals can be listened to: in the main thread."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, self._before)
+
+        try:
+            self._before = signal.signal(signal.SIGINT, ask)
+        except ValueError:
+            self._before = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop, if asked to."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As it was."""
+        self.release()
+
+    def release(self) -> None:
+        """Ctrl-C means again what it meant before."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}")]
+    return max(found, key=_step, default=None)
+
+
+def drop_cut_short(folder: Path) -> None:
+    """Remove checkpoints that were being written when the run was killed."""
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (path / MARK).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

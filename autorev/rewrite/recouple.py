@@ -1,0 +1,73 @@
+"""Other numbers for a model that is converted already: a schedule moves gamma while the model trains."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from torch import nn
+
+from autorev.couplings.arithmetic import FixedPoint
+from autorev.couplings.presets import check_dyadic
+from autorev.couplings.velocity import Bdia, Velocity, compensated
+from autorev.engine.chain import ReversibleChain
+from autorev.errors import ConversionError
+from autorev.rewrite.convert import chains_of, number_for
+from autorev.rewrite.remember import remember_numbers
+from autorev.rewrite.select import Numbers
+
+
+def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
+    """Give the converted blocks of `model` another gamma and c, between two training steps.
+
+    Weights, grids and stored blocks stay as they are; a forward pass whose backward is still to come keeps the numbers
+    that it was made with. The config remembers the new ones.
+
+    Args:
+        gamma: a number n / 2^k for all blocks, or a dict from block patterns to numbers; blocks that no pattern
+            matches keep theirs.
+        c: likewise. Default: `autorev.couplings.velocity.compensated`, which keeps a pretrained model nearest to itself
+            whatever its gammas are.
+
+    Raises:
+        ConversionError: the model is not converted, its coupling has no gamma, or exact arithmetic cannot use one.
+    """
+    chains = chains_of(model)
+    if not chains:
+        raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+    new = [_couplings(chain, gamma, c) for chain in chains]
+    for chain, couplings in zip(chains, new, strict=True):
+        chain.couplings[:] = couplings
+    remember_numbers(model, chains)
+
+
+def _couplings(chain: ReversibleChain, gamma: Numbers, c: Numbers) -> list[Velocity]:
+    if not isinstance(chain.arithmetic, FixedPoint):
+        raise ConversionError(f"{chain.name} is in float arithmetic, which drifts as gamma moves; convert it exactly")
+    before: list[Velocity] = []
+    for coupling in chain.couplings:
+        if not isinstance(coupling, Velocity) or isinstance(coupling, Bdia):
+            raise ConversionError(
+                f"{chain.name} is coupled by {type(coupling).__name__.lower()}, whose numbers are its own; convert "
+                "with momentum, leapfrog or midpoint to give it others"
+            )
+        before.append(coupling)
+    gammas = []
+    for old, path in zip(before, chain.paths, strict=True):
+        number = number_for(gamma, path)
+        chosen = old.gamma if number is None else Fraction(number)
+        check_dyadic(chosen, path)
+        gammas.append(chosen)
+    if c is None:
+        factors = _per_block(chain.paths, compensated(gammas))
+    else:
+        given = [number_for(c, path) for path in chain.paths]
+        factors = [old.c if number is None else float(number) for old, number in zip(before, given, strict=True)]
+    return [Velocity(g, factor) for g, factor in zip(gammas, factors, strict=True)]
+
+
+def _per_block(paths: list[str], factors: list[float]) -> list[float]:
+    """The steps of one block share the mean: a config remembers one number per block."""
+    by_block: dict[str, list[float]] = {}
+    for path, factor in zip(paths, factors, strict=True):
+        by_block.setdefault(path, []).append(factor)
+    return [sum(by_block[path]) / len(by_block[path]) for path in paths]
