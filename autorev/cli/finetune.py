@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +91,7 @@ def finetune(
     """
     command = ctx.meta[COMMAND]
     folder = out or Path("runs") / file_name(f"{model or 'smollm2'}-{options['coupling']}")
+    os.environ.update({"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5"})  # PyTorch's profiler counts the memory
     with _told() as tell, redirect_stdout(sys.stderr):
         tell("starting", 0.0)
         from autorev.finetune.run import finetune as run

@@ -151,6 +151,8 @@ class Run:
         beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
         trainer.remove_callback(PrinterCallback)  # `Told` says it in words
         ReversibleCallback(self._schedule(), beside).attach(trainer)
+        config: Any = self.found.model.config
+        caches = config.use_cache
         drop_cut_short(self.folder)
         checkpoint = last_checkpoint(self.folder) if resume else None
         try:
@@ -158,6 +160,7 @@ class Run:
         except FixedPointRangeError as error:
             raise TrainingError(f"step {trainer.state.global_step + 1}: {error}. {trainer.last_good()}") from None
         finally:
+            config.use_cache = caches  # which the Trainer switched off, for whoever saves the model
             interrupt.release()
         if trainer.state.global_step < recipe.steps:
             raise TrainingError(
@@ -179,9 +182,8 @@ class Run:
         self.record = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
         self.trainer.save_model(str(self.folder))
         self.found.tokenizer.save_pretrained(self.folder)
-        if recipe.trains == "lora":
-            for path in self.folder.glob("README.md"):
-                path.unlink()  # PEFT's empty model card
+        for path in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
+            (self.folder / path).unlink(missing_ok=True)
         for checkpoint in self.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         self.record.write(self.folder / RECORD)

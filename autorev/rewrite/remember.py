@@ -75,9 +75,12 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
         raise ModelNotFoundError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
     from transformers import AutoConfig
 
+    from autorev.capture.transformers_quirks import quiet
+
     try:
-        config = AutoConfig.from_pretrained(path)
-        model: nn.Module = model_class(config).from_pretrained(path, **from_pretrained)
+        with quiet():
+            config = AutoConfig.from_pretrained(path)
+            model: nn.Module = model_class(config).from_pretrained(path, **from_pretrained)
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {path}: {one_line(error)}") from error
     entry = getattr(getattr(model, "config", None), KEY, None)
