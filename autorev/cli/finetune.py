@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
-from autorev.cli.group import COMMAND, file_name, main, progress, write
+from autorev.cli.group import COMMAND, file_name, main, steps_told
+from autorev.cli.report import show_fine_tunings
 
 _file = click.Path(dir_okay=False, path_type=Path)
 _folder = click.Path(file_okay=False, path_type=Path)
 _positive = click.IntRange(min=1)
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @main.command(short_help="Fine-tune MODEL reversibly, and follow its quality.")
@@ -92,12 +90,12 @@ def finetune(
     command = ctx.meta[COMMAND]
     folder = out or Path("runs") / file_name(f"{model or 'smollm2'}-{options['coupling']}")
     os.environ.update({"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5"})  # PyTorch's profiler counts the memory
-    with _told() as tell, redirect_stdout(sys.stderr):
+    with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("starting", 0.0)
         from autorev.finetune.run import finetune as run
 
         record = run(model, out=folder, command=command, progress=tell, **options)
-    _show(record, command, as_json, html or folder / "report.html")
+    show_fine_tunings([record], command, as_json, html or folder / "report.html")
     if not as_json:
         click.echo(f"Model and record: {folder}")
 
@@ -124,43 +122,9 @@ def export(folder: Path, out: Path, text: Path | None, max_loss_increase: float,
     Example:
       autorev export runs/smollm2-momentum-k-3 --out my_model
     """
-    with _told() as tell, redirect_stdout(sys.stderr):
+    with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("loading", 0.0)
         from autorev.finetune.export import export as run
 
         done = run(folder, out, text=text, max_loss_increase=max_loss_increase, force=force, progress=tell)
     click.echo(done.to_json() if as_json else str(done))
-
-
-def _show(record: Any, command: str, as_json: bool, html: Path) -> None:
-    if as_json:
-        click.echo(record.to_json())
-    else:
-        from rich.console import Console
-
-        from autorev.report.finetune.terminal import print_fine_tunings
-
-        print_fine_tunings([record], Console())
-    from autorev.report.finetune.html import render_finetune_html
-
-    write(html, render_finetune_html([record], command))
-    if not as_json:
-        click.echo(f"Report: {html}")
-
-
-@contextmanager
-def _told() -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal; a line now and then where the output goes to a file."""
-    if sys.stderr.isatty():
-        with progress() as tell:
-            yield tell
-        return
-    last = [0.0]
-
-    def line(message: str, fraction: float) -> None:
-        now = time.monotonic()
-        if now - last[0] >= _SECONDS_BETWEEN_LINES or fraction >= 1:
-            last[0] = now
-            click.echo(message, err=True)
-
-    yield line

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from autorev.errors import AutorevError
 
 COMMAND = "autorev.command"
 """Where the command as it was typed is kept in click's context: a report says how it was made."""
+_SECONDS_BETWEEN_LINES = 10.0
 _INTERRUPTED = 130
 """What a shell reports for a program that Ctrl-C ended."""
 
@@ -104,3 +106,21 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda message, fraction: bar.update(task, description=message, completed=fraction)
+
+
+@contextmanager
+def steps_told() -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal; a line now and then where the output goes to a file."""
+    if sys.stderr.isatty():
+        with progress() as tell:
+            yield tell
+        return
+    last = [0.0]
+
+    def line(message: str, fraction: float) -> None:
+        now = time.monotonic()
+        if now - last[0] >= _SECONDS_BETWEEN_LINES or fraction >= 1:
+            last[0] = now
+            click.echo(message, err=True)
+
+    yield line

@@ -11,12 +11,13 @@ import click
 from autorev.cli.group import COMMAND, main, write
 
 if TYPE_CHECKING:
+    from autorev.finetune.record import FineTuning
     from autorev.profiler.record import Profile
 
 _file = click.Path(dir_okay=False, path_type=Path)
 
 
-@main.command(short_help="Render recorded profiles, one or many.")
+@main.command(short_help="Render recorded profiles or fine-tunings, one or many.")
 @click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORD...")
 @click.option("--html", type=_file, metavar="PATH", help="One offline page.")
 @click.option("--markdown", type=_file, metavar="PATH", help="GitHub tables.")
@@ -36,9 +37,9 @@ def report(
     trace: Path | None,
     as_json: bool,
 ) -> None:
-    """Show recorded profiles, and compare them when there are several.
+    """Show recorded profiles or fine-tunings, and compare them when there are several.
 
-    RECORD is a file that `autorev profile` wrote, or a folder of them.
+    RECORD is a file that `autorev profile` or `autorev finetune` (DIR/run.json) wrote, or a folder of them.
 
     \b
     Examples:
@@ -46,9 +47,20 @@ def report(
       autorev report profiles/recorded/*.json --html reports/comparison.html
       autorev report profiles/recorded/one.json --trace trace.json
     """
+    from autorev.finetune.record import is_fine_tuning
     from autorev.profiler.record import Profile
 
-    profiles = [Profile.read(path) for path in _files(records)]
+    files = _files(records)
+    trained = [path for path in files if is_fine_tuning(path)]
+    if trained:
+        if len(trained) < len(files):
+            raise click.UsageError("profiles and fine-tunings have reports of their own; name one kind at a time")
+        for option, path in {"--csv": csv, "--parquet": parquet, "--trace": trace}.items():
+            if path:
+                raise click.UsageError(f"{option} is of profiles; a fine-tuning's record is JSON, with --json")
+        _show_fine_tunings(trained, ctx.meta[COMMAND], as_json, html, markdown)
+        return
+    profiles = [Profile.read(path) for path in files]
     if trace and len(profiles) != 1:
         raise click.UsageError("--trace is of one record; name one")
     show(profiles, ctx.meta[COMMAND], as_json, html)
@@ -67,6 +79,40 @@ def report(
     for path in (markdown, csv, parquet, trace):
         if path and not as_json:
             click.echo(f"Written: {path}")
+
+
+def _show_fine_tunings(
+    files: list[Path], command: str, as_json: bool, html: Path | None, markdown: Path | None
+) -> None:
+    from autorev.finetune.record import FineTuning
+
+    runs = [FineTuning.read(path) for path in files]
+    show_fine_tunings(runs, command, as_json, html)
+    if markdown:
+        from autorev.report.finetune.markdown import render_markdown
+
+        write(markdown, render_markdown(runs))
+        if not as_json:
+            click.echo(f"Written: {markdown}")
+
+
+def show_fine_tunings(runs: list[FineTuning], command: str, as_json: bool, html: Path | None) -> None:
+    """Print records of fine-tunings, and write their page."""
+    if as_json:
+        data = [json.loads(run.to_json()) for run in runs]
+        click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
+    else:
+        from rich.console import Console
+
+        from autorev.report.finetune.terminal import print_fine_tunings
+
+        print_fine_tunings(runs, Console())
+    if html:
+        from autorev.report.finetune.html import render_finetune_html
+
+        write(html, render_finetune_html(runs, command))
+        if not as_json:
+            click.echo(f"Report: {html}")
 
 
 def _files(records: tuple[Path, ...]) -> list[Path]:

@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from autorev.capture.transformers_quirks import quiet
 from autorev.errors import AutorevError, ExportError, SettingError
 from autorev.finetune.evaluate import evaluate, logits_of
 from autorev.finetune.packing import Collator, Rows
-from autorev.finetune.record import FineTuning
-from autorev.finetune.run import RECORD
-from autorev.finetune.session import HELD_OUT, vanilla_logits
-from autorev.finetune.setup import read_texts
-from autorev.models.load import load_model, tokenizer_of
-from autorev.rewrite.convert import convert, revert
-from autorev.rewrite.recouple import recouple
-from autorev.rewrite.remember import forget, load
-from autorev.variants import coupling_options
+from autorev.finetune.session import vanilla_logits
+from autorev.finetune.trained import held_out, record_in, trained_model
+from autorev.models.load import load_model
+from autorev.rewrite.convert import revert
+from autorev.rewrite.remember import forget
 
 _SAME = 1e-3
 """Nats that the loss of the written folder may differ from the one that was measured before writing."""
-_SEQUENCE, _ROWS = 256, 16
-"""Of the text that a model without a run is compared on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +74,10 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"{out} is there already; name another folder for --out")
-    record = _record(folder)
-    model, tokenizer = _trained(folder, record)
-    rows, collator = _rows(folder, record, text, model, tokenizer)
+    with quiet():
+        record = record_in(folder)
+        model, tokenizer = trained_model(folder, record)
+        rows, collator = held_out(folder, record, text, model, tokenizer)
     progress("evaluating under the coupling", 0.2)
     loss = evaluate(logits_of(model), rows, collator, 0).loss
     progress("evaluating the plain architecture", 0.5)
@@ -103,66 +97,6 @@ def export(
     with quiet():
         _write(model, tokenizer, out, rows, collator, vanilla)
     return Exported(str(out), loss, vanilla, rows.learned, vanilla - loss > max_loss_increase)
-
-
-def _record(folder: Path) -> FineTuning | None:
-    if not folder.is_dir():
-        raise SettingError(f"{folder} is no folder; give the one that autorev finetune wrote")
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    record = FineTuning.read(path)
-    if not record.complete:
-        raise SettingError(f"the run in {folder} is not complete; finish it with --resume, then export it")
-    return record
-
-
-def _trained(folder: Path, record: FineTuning | None) -> tuple[nn.Module, Any]:
-    """The model as it was trained, and its tokenizer."""
-    tokenizer = tokenizer_of(str(folder))
-    if record is None or (record.chains and record.recipe.lora_rank is None):
-        return load(folder), tokenizer
-    if record.recipe.lora_rank is None:
-        return load_model(str(folder), torch.float32, 1, None).model, tokenizer
-    loaded = load_model(record.model.source, torch.float32, 1, None)
-    if record.chains:
-        grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
-        args, kwargs = loaded.call
-        convert(
-            loaded.model,
-            **coupling_options(record.variant),
-            fraction_bits=grids or None,
-            example_args=args,
-            example_kwargs=kwargs,
-        )
-        if record.recipe.schedule or record.calibration is not None:
-            _recoupled(loaded.model, record)
-    from peft import PeftModel
-
-    model: nn.Module = PeftModel.from_pretrained(loaded.model, folder)
-    return model, tokenizer
-
-
-def _recoupled(model: nn.Module, record: FineTuning) -> None:
-    from autorev.rewrite.convert import chains_of
-
-    states = {state.name: state for state in record.chains}
-    gamma = {p: g for chain in chains_of(model) for p, g in zip(chain.paths, states[chain.name].gamma, strict=True)}
-    recouple(model, gamma=gamma)
-
-
-def _rows(
-    folder: Path, record: FineTuning | None, text: Path | None, model: nn.Module, tokenizer: Any
-) -> tuple[Rows, Collator]:
-    held = folder / HELD_OUT
-    if text is None and held.is_file():
-        rows = Rows.from_json(held.read_text(encoding="utf-8"))
-        return rows, Collator(rows.packed, rows.length, 0)
-    if tokenizer is None:
-        raise SettingError(f"{folder} has no tokenizer, and without one nothing can be compared; save it there, too")
-    sequence = record.recipe.sequence if record else _SEQUENCE
-    texts = read_texts(model, tokenizer, text, None, sequence, _ROWS, packed=True)
-    return texts.validation, texts.collator
 
 
 def _write(model: Any, tokenizer: Any, out: Path, rows: Rows, collator: Collator, expected: float) -> None:

@@ -172,7 +172,7 @@ class Run:
         """The final evaluations, and the model as a folder."""
         assert self.trainer is not None
         self._save()
-        recipe, steps = self.record.recipe, self.record.recipe.steps
+        steps = self.record.recipe.steps
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # frees its state before a second model comes
         self.progress("evaluating the trained model", 1.0)
         original = self._original()

@@ -1,0 +1,104 @@
+"""`autorev evaluate`: how good a model is, and how far it is from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from autorev.capture.transformers_quirks import quiet
+from autorev.errors import SettingError
+from autorev.finetune.evaluate import evaluate, logits_of
+from autorev.finetune.record import Evaluation
+from autorev.finetune.tasks import run_tasks
+from autorev.finetune.teacher import Teacher
+from autorev.finetune.trained import held_out, record_in, trained_model
+from autorev.models.load import load_model, tokenizer_of
+from autorev.rewrite.remember import KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The figures of one model."""
+
+    model: str
+    tokens: int
+    evaluation: Evaluation
+    original: str | None = None
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By task of lm_eval: its figures."""
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps({**asdict(self), "perplexity": self.evaluation.perplexity}, indent=1)
+
+    def __str__(self) -> str:
+        found = self.evaluation
+        error = "" if found.standard_error is None else f" +- {found.standard_error:.4f}"
+        lines = [
+            f"{self.model}, on {self.tokens:,} held-out tokens",
+            f"  loss {found.loss:.4f}{error} nats a token, perplexity {found.perplexity:.2f}",
+        ]
+        if self.original is not None:
+            lines.append(
+                f"  against {self.original}: the same next token in {found.agreement:.1%}, "
+                f"KL {found.divergence:.4f} nats"
+            )
+        for task, figures in self.tasks.items():
+            lines.append(f"  {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        return "\n".join(lines)
+
+
+def examine(
+    model: str,
+    *,
+    original: str | None = None,
+    text: Path | None = None,
+    tasks: Sequence[str] = (),
+    task_folder: Path | None = None,
+    limit: int | None = None,
+    progress: Callable[[str, float], None] = lambda what, fraction: None,
+) -> Examined:
+    """Evaluate `model` (a run's folder, a converted model's, or what the command line calls MODEL).
+
+    Args:
+        model: under the coupling that it was trained with, if any.
+        original: a model to compare it with; the two read the same tokens.
+        text: a text file or JSONL, of which a tenth is held out; default: what the run held out, or the language
+            reference that CPython carries.
+        tasks: of lm_eval.
+        task_folder: more of its task files.
+        limit: examples in each task.
+        progress: is told what is being done, and the fraction done.
+
+    Raises:
+        AutorevError: a model, the text or a task cannot be had.
+    """
+    folder = Path(model).expanduser()
+    record = record_in(folder) if folder.is_dir() else None
+    with quiet():
+        if record is not None or _was_converted(folder):
+            net, tokenizer = trained_model(folder, record)
+        else:
+            net, tokenizer = load_model(model, torch.float32, 1, None).model, tokenizer_of(model)
+        if not hasattr(net, "get_output_embeddings"):
+            raise SettingError(f"{model} is no causal language model; there is no next token to evaluate")
+        rows, collator = held_out(folder, record, text, net, tokenizer)
+        progress("loading the original", 0.1)
+        theirs = None if original is None else Teacher.within(load_model(original, torch.float32, 1, None).model).logits
+        progress("evaluating", 0.2)
+        found = evaluate(logits_of(net), rows, collator, 0, theirs)
+        progress("running the tasks", 0.5)
+        figures = run_tasks(net, tokenizer, tasks, task_folder, limit) if tasks else {}
+    return Examined(model, rows.learned, found, original, figures)
+
+
+def _was_converted(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and KEY in config

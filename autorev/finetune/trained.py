@@ -1,0 +1,96 @@
+"""A model that was trained reversibly, back from its folder: of a run, or as `save_pretrained` left it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.errors import SettingError
+from autorev.finetune.packing import Collator, Rows
+from autorev.finetune.record import FineTuning
+from autorev.finetune.run import RECORD
+from autorev.finetune.session import HELD_OUT
+from autorev.finetune.setup import read_texts
+from autorev.models.load import load_model, tokenizer_of
+from autorev.rewrite.convert import chains_of, convert
+from autorev.rewrite.recouple import recouple
+from autorev.rewrite.remember import load
+from autorev.variants import coupling_options
+
+_SEQUENCE, _ROWS = 256, 16
+"""Of the text that a model without a run is compared on."""
+
+
+def record_in(folder: Path) -> FineTuning | None:
+    """The record of a complete run; None for a folder without one.
+
+    Raises:
+        SettingError: it is no folder, or the run is not complete.
+    """
+    if not folder.is_dir():
+        raise SettingError(f"{folder} is no folder; give the one that autorev finetune wrote")
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record = FineTuning.read(path)
+    if not record.complete:
+        raise SettingError(f"the run in {folder} is not complete; finish it with --resume, then export it")
+    return record
+
+
+def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, Any]:
+    """The model as it was trained, in float32, and its tokenizer.
+
+    Raises:
+        AutorevError: the folder holds none.
+    """
+    tokenizer = tokenizer_of(str(folder))
+    if record is None or (record.chains and record.recipe.lora_rank is None):
+        return load(folder), tokenizer
+    if record.recipe.lora_rank is None:
+        return load_model(str(folder), torch.float32, 1, None).model, tokenizer
+    loaded = load_model(record.model.source, torch.float32, 1, None)
+    if record.chains:
+        grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
+        args, kwargs = loaded.call
+        convert(
+            loaded.model,
+            **coupling_options(record.variant),
+            fraction_bits=grids or None,
+            example_args=args,
+            example_kwargs=kwargs,
+        )
+        if record.recipe.schedule or record.calibration is not None:
+            _recoupled(loaded.model, record)
+    from peft import PeftModel
+
+    model: nn.Module = PeftModel.from_pretrained(loaded.model, folder)
+    return model, tokenizer
+
+
+def _recoupled(model: nn.Module, record: FineTuning) -> None:
+    states = {state.name: state for state in record.chains}
+    gamma = {p: g for chain in chains_of(model) for p, g in zip(chain.paths, states[chain.name].gamma, strict=True)}
+    recouple(model, gamma=gamma)
+
+
+def held_out(
+    folder: Path, record: FineTuning | None, text: Path | None, model: nn.Module, tokenizer: Any
+) -> tuple[Rows, Collator]:
+    """What it is evaluated on: the rows of its run, unless a text is given.
+
+    Raises:
+        AutorevError: there is no text, or no tokenizer to read it.
+    """
+    held = folder / HELD_OUT
+    if text is None and held.is_file():
+        rows = Rows.from_json(held.read_text(encoding="utf-8"))
+        return rows, Collator(rows.packed, rows.length, 0)
+    if tokenizer is None:
+        raise SettingError(f"{folder} has no tokenizer, and without one nothing can be compared; save it there, too")
+    sequence = record.recipe.sequence if record else _SEQUENCE
+    texts = read_texts(model, tokenizer, text, None, sequence, _ROWS, packed=True)
+    return texts.validation, texts.collator
