@@ -15,7 +15,7 @@ from autorev.finetune.data import read_documents, split, tokenize
 from autorev.finetune.packing import Collator, Rows, keeps_apart, make_rows
 from autorev.finetune.record import Corpus
 from autorev.models.load import Loaded, load_model, tokenizer_of
-from autorev.models.resolve import EMBEDDED, is_embedded
+from autorev.models.resolve import EMBEDDED
 from autorev.profiler.passes.prepare import find_blocks, on_tokens
 from autorev.variants import Blocks
 from autorev.workload import Call
@@ -74,7 +74,7 @@ def set_up(
     return Setup(
         model=net,
         tokenizer=tokenizer,
-        info=ModelInfo(loaded.name, type(net).__name__, sum(p.numel() for p in net.parameters()), _source(model)),
+        info=ModelInfo(loaded.name, type(net).__name__, sum(p.numel() for p in net.parameters()), model or EMBEDDED),
         pretrained=loaded.pretrained,
         texts=texts,
         call=call,
@@ -133,11 +133,3 @@ def _example(loaded: Loaded, texts: Texts, model: nn.Module) -> Call:
     ids = [token for example in row for token in example.ids]
     device = next(model.parameters()).device
     return on_tokens(loaded.example(1, len(ids)), torch.tensor([ids], device=device))
-
-
-def _source(model: str | None) -> str:
-    """What names the model from any folder."""
-    if model is None:
-        return EMBEDDED
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() and not is_embedded(model) else model
