@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from autorev.finetune.record import FineTuning
+from autorev.finetune.run import RECORD
 from benchmarks.workloads import TEXT
 
 RECORDS = Path("profiles/recorded/finetuning")
@@ -70,13 +72,13 @@ def run(out: Path, arguments: str, record: Path) -> None:
         words[0] = str(gpt2_shape(Path("runs/gpt2-shape")))
     command = [sys.executable, "cli.py", "finetune", *words, "--out", str(out)]
     print(" ".join(command[1:]), flush=True)
-    ended = subprocess.run(command, check=False)
-    if ended.returncode == 0:
-        shutil.copy(out / "run.json", record)
+    subprocess.run(command, check=False)
+    if FineTuning.read(out / RECORD).complete:
+        shutil.copy(out / RECORD, record)
     shutil.rmtree(out, ignore_errors=True)
 
 
-def gpt2_shape(folder: Path, blocks: int = 8, width: int = 192, words: int = 2048) -> Path:
+def gpt2_shape(folder: Path, blocks: int = 8, width: int = 128, words: int = 2048) -> Path:
     """A config of GPT-2's shape, and a byte-pair tokenizer of the text that it will read."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, PreTrainedTokenizerFast
