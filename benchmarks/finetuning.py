@@ -21,8 +21,8 @@ from autorev.finetune.run import RECORD
 from benchmarks.workloads import TEXT
 
 RECORDS = Path("profiles/recorded/finetuning")
-QUALITY = "--sequence 192 --max-steps 40 --lr 5e-5 --evaluate-every 10 --save-every 1000"
-SCHEDULE = "--sequence 192 --max-steps 120 --lr 1e-4 --evaluate-every 20 --save-every 1000"
+QUALITY = "--sequence 192 --max-steps 30 --lr 5e-5 --evaluate-every 10 --save-every 1000"
+SCHEDULE = "--sequence 192 --max-steps 80 --lr 1e-4 --evaluate-every 20 --save-every 1000"
 SCRATCH = "--sequence 128 --batch 8 --max-steps 300 --lr 1e-3 --decay cosine --evaluate-every 50 --save-every 1000"
 ARCHITECTURES = ("plain", "leapfrog", "midpoint", "midpoint_a", "hamiltonian")
 COUPLINGS = ("momentum:k=4", "momentum:k=1", "leapfrog", "midpoint", "midpoint_a", "bdia", "hamiltonian", "revnet")

@@ -6,6 +6,7 @@ difference to the original its standard error over the stretches.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("momentum 1/4, c = 1", {"gamma": 1 / 4, "c": 1.0}),
     ("momentum 1/2", {"gamma": 1 / 2}),
     ("momentum 1/8, per sub-layer", {"granularity": "sublayer"}),
+    *((f"momentum {gamma}, c compensated", {"compensated": gamma}) for gamma in ("1/8", "1/4", "1/2", "3/4", "1")),
     ("bdia", {"coupling": "bdia"}),
     ("midpoint_a", {"coupling": "midpoint_a"}),
     ("leapfrog", {"coupling": "leapfrog"}),
@@ -47,7 +49,10 @@ def main() -> None:
     print("| coupling | side bits | grid | loss | less the original's |\n|---|---:|---:|---:|---:|")
     print(f"| original | | | {original.mean():.3f} | |", flush=True)
     for name, how in ROWS:
-        done = autorev.convert(model, **how)
+        gamma = how.get("compensated")
+        done = autorev.convert(model, **({"gamma": float(Fraction(gamma))} if gamma else how))
+        if gamma:
+            autorev.recouple(model, gamma=float(Fraction(gamma)))
         found = losses(training=how.get("coupling") == "bdia")
         chain, gap = done.chains[0], found - original
         print(
