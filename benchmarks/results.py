@@ -1,12 +1,15 @@
-"""Write README's results table from the recorded profiles: python -m benchmarks.results"""
+"""Write README's results tables from the recorded profiles and fine-tunings: python -m benchmarks.results"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+from autorev.finetune.record import FineTuning
 from autorev.profiler.record import Profile
+from autorev.report.finetune.markdown import render_markdown as render_fine_tunings
 from autorev.report.profile.markdown import largest_batches, render_markdown
+from benchmarks.finetuning import GROUPS
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "profiles" / "recorded"
@@ -17,6 +20,9 @@ HEADLINE = (
 """The variants that the README shows; the page has all of them."""
 BEGIN = "<!-- made by `python -m benchmarks.results` from profiles/recorded -->"
 END = "<!-- end -->"
+TRAINED = RECORDS / "finetuning"
+BEGIN_TRAINED = "<!-- made by `python -m benchmarks.results` from profiles/recorded/finetuning -->"
+END_TRAINED = "<!-- end of the fine-tunings -->"
 
 
 def table() -> str:
@@ -38,9 +44,21 @@ def _headline(profile: Profile) -> Profile:
 
 def with_table(readme: str) -> str:
     """`readme` with its results made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    readme = _between(readme, BEGIN, table(), END)
+    return _between(readme, BEGIN_TRAINED, fine_tunings(), END_TRAINED)
+
+
+def fine_tunings() -> str:
+    """The section on training, in the order in which the runs are listed."""
+    names = [name for group in GROUPS.values() for name in group]
+    runs = [FineTuning.read(TRAINED / f"{name}.json") for name in names if (TRAINED / f"{name}.json").is_file()]
+    return render_fine_tunings(runs).strip()
+
+
+def _between(text: str, begin: str, content: str, end: str) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 def main() -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
 from torch import nn
 
 from autorev.couplings.velocity import Bdia, Velocity
-from autorev.errors import ConversionError
+from autorev.errors import ConversionError, FixedPointRangeError
 from autorev.finetune.record import Assignment, Calibration, Sensitivity
 from autorev.finetune.teacher import as_original
 from autorev.rewrite.convert import chains_of
 from autorev.rewrite.recouple import recouple
+from autorev.rewrite.remember import KEY
 
 MOST_BITS = 4
 """All blocks begin with gamma = 1/16."""
@@ -47,11 +49,15 @@ def calibrate(
             its numbers are then as they were.
     """
     before = [list(chain.couplings) for chain in chains_of(model)]
+    config = getattr(model, "config", None)
+    remembered = getattr(config, KEY, None)
     try:
         return _calibrated(model, loss, max_loss_increase, tokens, progress)
     except BaseException:
         for chain, couplings in zip(chains_of(model), before, strict=True):
             chain.couplings[:] = couplings
+        if remembered is not None:
+            setattr(config, KEY, remembered)
         raise
 
 
@@ -67,14 +73,17 @@ def _calibrated(
 
     def loss_with(bits: Bits) -> float:
         recouple(model, gamma={path: 2.0**-k for path, k in bits.items()})
-        return loss()
+        try:
+            return loss()
+        except FixedPointRangeError:
+            return inf  # too large a gamma for this grid
 
     progress("calibrating", 0.0)
     with as_original(model):
         original = loss()
     reference = loss_with(finest)
     measured = {MOST_BITS * len(blocks): Assignment(_mean_bits(model), reference - original)}
-    if reference - original > budget:
+    if not reference - original <= budget:  # NaN included
         raise ConversionError(
             f"with {MOST_BITS} side bits in every block the loss rises by {reference - original:.3f} already, and the "
             f"budget is {budget:g}; allow more, or train with plain checkpointing"
@@ -110,7 +119,8 @@ def _in_order(found: list[Sensitivity]) -> list[tuple[str, int]]:
         lost[row.block, row.side_bits] = worst[row.block]
     price: dict[tuple[str, int], float] = {}
     for (path, k), increase in lost.items():
-        marginal = increase - lost.get((path, k + 1), 0.0)
+        before = lost.get((path, k + 1), 0.0)
+        marginal = inf if increase == inf else increase - before
         price[path, k] = max(marginal, price.get((path, k + 1), 0.0))
     return sorted(price, key=lambda move: (price[move], -move[1]))
 

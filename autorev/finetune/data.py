@@ -54,7 +54,8 @@ class Example:
 
     def part(self, start: int, end: int) -> Example:
         """A stretch as an example of its own."""
-        return Example(self.ids[start:end], (IGNORED, *self.labels[start + 1 : end]), self.is_text)
+        ids = self.ids[start:end]
+        return Example(ids, (IGNORED, *self.labels[start + 1 : end])[: len(ids)], self.is_text)
 
 
 def read_documents(path: Path | None, tokenizer: Any) -> tuple[list[Document], str]:
@@ -68,7 +69,7 @@ def read_documents(path: Path | None, tokenizer: Any) -> tuple[list[Document], s
 
         return [_text(topics[key], f"topics[{key!r}]") for key in sorted(topics)], TOPICS
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; give a text file, or JSONL") from None
     except OSError as error:
@@ -77,9 +78,9 @@ def read_documents(path: Path | None, tokenizer: Any) -> tuple[list[Document], s
         raise DataError(f"{path} is binary, not text; give a text file, or JSONL")
     if not content.strip():
         raise DataError(f"{path} is empty; there is nothing to train on")
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix.lower() not in (".jsonl", ".json"):
         return [_text(content, str(path))], str(path)
-    lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
     return [_of_line(line, f"{path} line {n}", tokenizer) for n, line in lines], str(path)
 
 
@@ -95,7 +96,10 @@ def split(documents: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     if all(d.is_text for d in documents):
         cuts = [len(d.ids) - len(d.ids) // _HELD_OUT for d in documents]
         training = [d.part(0, cut) for d, cut in zip(documents, cuts, strict=True)]
-        return training, [d.part(cut, len(d.ids)) for d, cut in zip(documents, cuts, strict=True)]
+        held_out = [d.part(cut, len(d.ids)) for d, cut in zip(documents, cuts, strict=True)]
+        if not any(d.learned for d in held_out):
+            raise DataError("the text is too short to hold any of it out; give more, or --validation FILE")
+        return training, held_out
     if len(documents) < 2:
         raise DataError("there is one example, and none left to validate on; give more, or --validation FILE")
     return list(documents[:-1]), list(documents[-1:])
@@ -139,8 +143,14 @@ def _text(content: str, where: str) -> Document:
 def _of_line(line: str, where: str, tokenizer: Any) -> Document:
     try:
         data = json.loads(line)
+        json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{where} is nested too deep for a conversation; autorev reads 'text', 'prompt' with "
+                        "'completion', or 'messages'") from None  # fmt: skip
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
     if not isinstance(data, dict):
         raise DataError(f"{where} is a {type(data).__name__}; a line is an object with text, prompt and completion, "
                         "or messages")  # fmt: skip

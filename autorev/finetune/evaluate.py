@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from statistics import stdev
 from typing import Any
 
@@ -39,7 +40,8 @@ def evaluate(logits: Logits, rows: Rows, collator: Collator, step: int, original
     return Evaluation(
         step=step,
         loss=sum(losses) / total,
-        standard_error=stdev(means) / len(means) ** 0.5 if len(means) > 1 else None,
+        # `stdev` knows no NaN, which broken weights make.
+        standard_error=stdev(means) / len(means) ** 0.5 if len(means) > 1 and all(map(isfinite, means)) else None,
         agreement=None if original is None else agreeing / total,
         divergence=None if original is None else diverging / total,
     )

@@ -13,6 +13,7 @@ from autorev.capture.transformers_quirks import quiet
 from autorev.errors import SettingError
 from autorev.finetune.evaluate import evaluate, logits_of
 from autorev.finetune.record import Evaluation
+from autorev.finetune.setup import predicts_tokens
 from autorev.finetune.tasks import run_tasks
 from autorev.finetune.teacher import Teacher
 from autorev.finetune.trained import held_out, record_in, trained_model
@@ -84,7 +85,7 @@ def examine(
             net, tokenizer = trained_model(folder, record)
         else:
             net, tokenizer = load_model(model, torch.float32, 1, None).model, tokenizer_of(model)
-        if not hasattr(net, "get_output_embeddings"):
+        if not predicts_tokens(net):
             raise SettingError(f"{model} is no causal language model; there is no next token to evaluate")
         rows, collator = held_out(folder, record, text, net, tokenizer)
         progress("loading the original", 0.1)

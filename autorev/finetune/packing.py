@@ -6,7 +6,9 @@ mask; `keeps_apart` looks whether the model at hand heeds them.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +46,21 @@ class Rows:
         """How many tokens are learned."""
         return sum(example.learned for row in self.rows for example in row)
 
+    @property
+    def digest(self) -> str:
+        """Of the token ids and labels, row by row."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            for example in row:
+                found.update(array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
+            found.update(b"row")
+        return found.hexdigest()[:16]
+
     def first(self, count: int) -> Rows:
         """At most `count` rows, spread over all."""
-        step = max(1, len(self.rows) // count)
-        return Rows(self.rows[::step][:count], self.length, self.packed, self.truncated)
+        count = min(count, len(self.rows))
+        rows = tuple(self.rows[n * len(self.rows) // count] for n in range(count))
+        return Rows(rows, self.length, self.packed, self.truncated)
 
     def to_json(self) -> str:
         """The rows' token ids and labels."""

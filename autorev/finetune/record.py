@@ -35,6 +35,8 @@ class Corpus:
     """Documents that did not fit a sequence and lost their end."""
     packed: bool
     """Several documents in one sequence, each seeing itself alone; otherwise one each, padded."""
+    content: str = ""
+    """A digest of all tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,12 @@ class Recipe:
     """Steps until it is there."""
     max_loss_increase: float | None = None
     """The budget that the side bits of each block were chosen under; None: they are the coupling's."""
+    decay: str = "linear"
+    """Of the learning rate, by `transformers`' names."""
+    warmup: int = 0
+    """Steps in which it rises."""
+    clip: float = 1.0
+    """The largest norm of the gradients; 0: any."""
 
 
 @dataclass(frozen=True, slots=True)

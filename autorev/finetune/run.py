@@ -7,9 +7,12 @@ Read this first: the order of everything in this folder. A run lives in a folder
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from fractions import Fraction
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,19 @@ import torch
 from autorev.capture.transformers_quirks import quiet
 from autorev.errors import SettingError
 from autorev.finetune.record import FineTuning, Recipe
+from autorev.finetune.schedule import Schedule
 from autorev.profiler.environment import environment
 from autorev.profiler.record import Variant
-from autorev.variants import parse_variant
+from autorev.variants import coupling_options, parse_variant
 
 RECORD = "run.json"
 RATES = {"full": 2e-5, "lora": 2e-4, "scratch": 1e-3}
 """Learning rates by what trains, where none is given."""
+DECAYS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"),
+)
+"""Of the learning rate: those of `transformers` that need no numbers of their own."""
 Progress = Callable[[str, float], None]
 
 
@@ -101,7 +110,16 @@ def finetune(
     """
     folder = Path(out)
     variant = parse_variant(coupling)
-    _check(variant, distill, distill_weight, schedule, max_loss_increase, steps)
+    _check_numbers(
+        {
+            "steps": (steps, 1), "sequence": (sequence, 2), "batch": (batch, 1), "accumulate": (accumulate, 1),
+            "lora": (lora, 1), "schedule_steps": (schedule_steps, 1), "warmup": (warmup, 0), "seed": (seed, 0),
+            "evaluate_every": (evaluate_every, 1), "save_every": (save_every, 1),
+            "validation_rows": (validation_rows, 1),
+        },
+        learning_rate, clip, decay,
+    )  # fmt: skip
+    _check(variant, distill, distill_weight, schedule, schedule_steps, max_loss_increase)
     before = _record_in(folder, resume)
     _check_installed()
     from transformers import set_seed
@@ -124,7 +142,7 @@ def finetune(
         batch=batch,
         accumulate=accumulate,
         steps=steps,
-        learning_rate=learning_rate or RATES[trains],
+        learning_rate=RATES[trains] if learning_rate is None else learning_rate,
         dtype="bf16" if bf16 else "fp32",
         optimizer="adamw",
         seed=seed,
@@ -132,6 +150,9 @@ def finetune(
         schedule=schedule,
         schedule_steps=(schedule_steps or max(1, steps * 2 // 3)) if schedule else 0,
         max_loss_increase=max_loss_increase,
+        decay=decay,
+        warmup=max(1, steps // 20) if warmup is None else warmup,
+        clip=clip,
     )
     record = FineTuning(
         name=name or folder.resolve().name,
@@ -153,7 +174,7 @@ def finetune(
         run.begin()
         arguments = {
             "lr_scheduler_type": decay,
-            "warmup_steps": max(1, steps // 20) if warmup is None else warmup,
+            "warmup_steps": recipe.warmup,
             "max_grad_norm": clip,
             "eval_steps": evaluate_every or max(1, steps // 6),
             "save_steps": save_every or max(1, steps // 4),
@@ -162,11 +183,28 @@ def finetune(
         return run.finish()
 
 
+def _check_numbers(whole: dict[str, tuple[Any, int]], learning_rate: float | None, clip: float, decay: str) -> None:
+    for name, (value, least) in whole.items():
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise SettingError(f"{name} is a whole number, {least} or more, not {value!r}")
+    if whole["seed"][0] >= 2**32:
+        raise SettingError(f"the seed is below 2^32, not {whole['seed'][0]}")
+    if learning_rate is not None and not 0 < learning_rate < inf:
+        raise SettingError(f"the learning rate is a number above 0, not {learning_rate:g}")
+    if not 0 <= clip < inf:
+        raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {clip:g}")
+    if decay not in DECAYS:
+        raise SettingError(f"the decay of the learning rate is {', '.join(DECAYS)}, not {decay!r}")
+
+
 def _check(
-    variant: Variant, distill: bool, weight: float, schedule: str | None, budget: float | None, steps: int
+    variant: Variant,
+    distill: bool,
+    weight: float,
+    schedule: str | None,
+    schedule_steps: int | None,
+    budget: float | None,
 ) -> None:
-    if steps < 1:
-        raise SettingError(f"a run takes 1 step or more, not {steps}")
     if not 0 < weight <= 1:
         raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight:g}")
     if distill and variant.loss == "chunked":
@@ -179,6 +217,13 @@ def _check(
         )
     if schedule and budget is not None:
         raise SettingError("--schedule moves every gamma, --max-loss-increase chooses them; give one of the two")
+    if budget is not None and not budget >= 0:  # NaN included
+        raise SettingError(f"the loss may rise by 0 or more, not by {budget:g}")
+    if schedule_steps is not None and not schedule:
+        raise SettingError("--schedule-steps are those of a --schedule; name one, or leave it out")
+    if schedule:
+        start = Fraction(coupling_options(variant)["gamma"])
+        Schedule(schedule, schedule_steps or 1, blocks=2, start=abs(start))  # says what it does not like
 
 
 def _record_in(folder: Path, resume: bool) -> FineTuning | None:
@@ -190,8 +235,13 @@ def _record_in(folder: Path, resume: bool) -> FineTuning | None:
         if before.complete:
             raise SettingError(f"the run in {folder} is complete; name another --out for a new one")
         return before
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if path.is_file():
         raise SettingError(f"{folder} is there already; go on with its run by --resume, or name another --out")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingError(f"{folder} is there already, and holds no run; name another --out")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise SettingError(f"{folder} cannot be made: {above} cannot be written to; name another --out")
     return None
 
 
@@ -206,16 +256,19 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
             f"the run in {folder} trains as {before.variant.title}, not as {record.variant.title}; its checkpoints go "
             "on with the same coupling only"
         )
-    now = {"model": record.model, "corpus": record.corpus}
-    old = {"model": before.model, "corpus": before.corpus}
-    for name in Recipe.__dataclass_fields__:
-        if name != "trained_parameters":
-            now[name], old[name] = getattr(record.recipe, name), getattr(before.recipe, name)
+    now, old = _compared(record), _compared(before)
     different = [f"{name} ({old[name]}, now {now[name]})" for name in now if now[name] != old[name]]
     if different:
         raise SettingError(f"the run in {folder} had another {', '.join(different)}; go on with the same options")
     commands = dict.fromkeys([*before.command.splitlines(), record.command])
     return replace(copy.copy(before), command="\n".join(commands), environment=record.environment)
+
+
+def _compared(record: FineTuning) -> dict[str, Any]:
+    parts = {"model's ": asdict(record.model), "data's ": asdict(record.corpus), "": asdict(record.recipe)}
+    found = {what + name: value for what, part in parts.items() for name, value in part.items()}
+    found.pop("trained_parameters")  # not known before adapters are added
+    return found
 
 
 def _check_installed() -> None:

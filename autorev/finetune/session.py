@@ -31,8 +31,9 @@ from autorev.finetune.record import ChainState, Evaluation, FineTuning, Logged
 from autorev.finetune.schedule import Schedule
 from autorev.finetune.setup import Setup
 from autorev.finetune.teacher import Teacher
-from autorev.finetune.trainer import FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint
+from autorev.finetune.trainer import GENTLER, FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint
 from autorev.integrations.transformers import ReversibleCallback
+from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
 from autorev.rewrite.convert import chains_of
 from autorev.rewrite.recouple import recouple
@@ -150,18 +151,31 @@ class Run:
         )
         beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
         trainer.remove_callback(PrinterCallback)  # `Told` says it in words
-        ReversibleCallback(self._schedule(), beside).attach(trainer)
+        watching = ReversibleCallback(self._schedule(), beside)
+        watching.attach(trainer)
         config: Any = self.found.model.config
         caches = config.use_cache
         drop_cut_short(self.folder)
         checkpoint = last_checkpoint(self.folder) if resume else None
+        if checkpoint is not None:
+            trainer.take_up_draws(checkpoint)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except FixedPointRangeError as error:
-            raise TrainingError(f"step {trainer.state.global_step + 1}: {error}. {trainer.last_good()}") from None
+            raise TrainingError(
+                f"step {trainer.state.global_step + 1}: {error}. {trainer.last_good()} {GENTLER}"
+            ) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"step {trainer.state.global_step + 1} found no memory. {trainer.last_good()} A new run with a smaller "
+                "--batch and more --accumulate, a shorter --sequence, --lora or loss=chunked needs less"
+            ) from error
         finally:
             config.use_cache = caches  # which the Trainer switched off, for whoever saves the model
             interrupt.release()
+            watching.release()
         if trainer.state.global_step < recipe.steps:
             raise TrainingError(
                 f"interrupted after step {trainer.state.global_step} of {recipe.steps}. {trainer.last_good()} Go on "
@@ -180,13 +194,20 @@ class Run:
         vanilla = self._evaluate(vanilla_logits(self.model), steps) if self.record.chains else final
         kept = tuple(e for e in self.record.evaluations if e.step < steps)
         self.record = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
-        self.trainer.save_model(str(self.folder))
-        self.found.tokenizer.save_pretrained(self.folder)
+        try:
+            self.trainer.save_model(str(self.folder))
+            self.found.tokenizer.save_pretrained(self.folder)
+        except Exception as error:  # safetensors and the system each have their own for a full disk
+            why = " ".join(str(error).split())
+            raise TrainingError(
+                f"the trained model could not be written to {self.folder} ({why}). {self.trainer.last_good()} Free "
+                "some space, and go on with --resume"
+            ) from error
         for path in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
             (self.folder / path).unlink(missing_ok=True)
-        for checkpoint in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
         self.record.write(self.folder / RECORD)
+        for checkpoint in self.folder.glob("checkpoint-*"):  # not before the record says that nobody needs them
+            shutil.rmtree(checkpoint)
         return self.record
 
     # --

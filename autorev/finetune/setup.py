@@ -12,6 +12,7 @@ from torch import nn
 from autorev.analysis import ModelInfo
 from autorev.errors import SettingError
 from autorev.finetune.data import read_documents, split, tokenize
+from autorev.finetune.evaluate import logits_of
 from autorev.finetune.packing import Collator, Rows, keeps_apart, make_rows
 from autorev.finetune.record import Corpus
 from autorev.models.load import Loaded, load_model, tokenizer_of
@@ -19,6 +20,9 @@ from autorev.models.resolve import EMBEDDED
 from autorev.profiler.passes.prepare import find_blocks, on_tokens
 from autorev.variants import Blocks
 from autorev.workload import Call
+
+_LOOKED_AT = 4
+"""Tokens of the text that shows whether a model is causal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +61,7 @@ def set_up(
     loaded = load_model(model, torch.float32, 1, None)
     name = model or "smollm2"
     net: Any = loaded.model
-    if getattr(getattr(net, "config", None), "is_encoder_decoder", False) or not hasattr(net, "get_output_embeddings"):
+    if not predicts_tokens(net):
         raise SettingError(
             f"{loaded.name} is no causal language model ({type(net).__name__}); use autorev.convert in a training loop "
             "of your own"
@@ -65,7 +69,8 @@ def set_up(
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise SettingError(
-            f"{name} has no tokenizer beside its config, so it reads no text; give a folder that has one"
+            f"{name} has no tokenizer beside its config that transformers can read, so it reads no text; give a folder "
+            "that has one"
         )
     check_length(net, sequence, loaded.name)
     net = net.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,6 +85,24 @@ def set_up(
         call=call,
         blocks=find_blocks(net, call),
     )
+
+
+def predicts_tokens(model: Any) -> bool:
+    """Is it a causal language model: has it logits of tokens, which do not depend on the tokens that come later?"""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        return False
+    ids = torch.zeros(1, _LOOKED_AT, dtype=torch.long, device=next(model.parameters()).device)
+    other = ids.clone()
+    other[:, -1] = 1
+    logits = logits_of(model)
+    try:
+        first, second = logits({"input_ids": ids})[:, 0], logits({"input_ids": other})[:, 0]
+    except (TypeError, ValueError, AttributeError):  # its forward wants more than tokens, or has no logits
+        return False
+    # Not to the last bit: which expert takes how many tokens changes the order of sums.
+    return not (first - second).abs().max() > 1e-3 * first.abs().max()  # broken weights give NaN, and another message
 
 
 def check_length(model: Any, sequence: int, name: str) -> None:
@@ -115,7 +138,14 @@ def read_texts(
     else:
         training, held = examples, tokenize(read_documents(validation, tokenizer)[0], tokenizer)
     notes: list[str] = []
-    vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]  # transformers' method
+    known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers' method
+    largest = max(token for example in (*training, *held) for token in example.ids)
+    if largest >= known:
+        raise SettingError(
+            f"the tokenizer writes token {largest}, and {type(model).__name__} has embeddings of {known} tokens: they "
+            "do not belong together; take both from one folder"
+        )
+    vocabulary = min(len(tokenizer), known)
     if packed and not keeps_apart(model, vocabulary):
         packed = False
         notes.append(f"{type(model).__name__} does not keep packed documents apart, so there is one in each row")
@@ -124,7 +154,8 @@ def read_texts(
     if rows.truncated:
         notes.append(f"{rows.truncated} examples were longer than {sequence} tokens and lost their end")
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    corpus = Corpus(source, len(documents), rows.learned, checked.learned, rows.truncated, packed)
+    content = rows.digest + checked.digest
+    corpus = Corpus(source, len(documents), rows.learned, checked.learned, rows.truncated, packed, content)
     return Texts(rows, checked, Collator(packed, sequence, pad), corpus, tuple(notes))
 
 

@@ -41,8 +41,9 @@ class Teacher:
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """[batch, tokens, vocabulary], without gradients."""
+        device = next(self.model.parameters()).device
         with torch.no_grad(), as_original(self.model):
-            found: torch.Tensor = self.model(**inputs, use_cache=False).logits
+            found: torch.Tensor = self.model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
         return found
 
 

@@ -6,20 +6,27 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from autorev.errors import TrainingError
+from autorev.errors import FixedPointRangeError, TrainingError
+from autorev.finetune.evaluate import evaluate, logits_of
 from autorev.finetune.record import Evaluation
 from autorev.finetune.teacher import Teacher, divergence, shifted
+from autorev.rewrite.convert import chains_of
 
 MARK = "autorev.json"
-"""Written last into a checkpoint: one without it was cut short."""
+"""Written last into a checkpoint, with the sizes of its files: one that does not have them all was cut short."""
+
+GENTLER = "Lower the learning rate, or clip gradients"
+"""What to do about numbers that grow."""
 
 
 class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -72,7 +79,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.state.global_step + 1} is {float(loss)}, no number; the weights are those of "
-                f"the step before. {self.last_good()} Lower the learning rate, or clip gradients"
+                f"the step before. {self.last_good()} {GENTLER}"
             )
         return loss
 
@@ -85,7 +92,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """On the held-out rows, token by token, as every evaluation of a run."""
-        found = self.examine(self.state.global_step)
+        found = self._sound(lambda: self.examine(self.state.global_step))
         metrics = {"eval_loss": found.loss, "eval_standard_error": found.standard_error}
         self.log({name: value for name, value in metrics.items() if value is not None})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -95,9 +102,16 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        row = self.eval_dataset.first(1)
+        self._sound(lambda: evaluate(logits_of(self.model), row, self.data_collator, self.state.global_step))
         try:
             super()._save_checkpoint(*args, **kwargs)
-            mark = {"step": self.state.global_step, "coupling": self.spec}
+            mark = {
+                "step": self.state.global_step,
+                "coupling": self.spec,
+                "draws": {chain.name: chain.generator.getstate() for chain in chains_of(self.model)},
+                "files": _sizes(folder),
+            }
             (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
         except Exception as error:  # safetensors, torch and the system each have their own for a full disk
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,6 +120,29 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"the checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
                 f"({why}). {self.last_good()} Free some space, and go on with --resume"
             ) from error
+
+    def _sound(self, examine: Callable[[], Evaluation]) -> Evaluation:
+        """A step may break the weights while its own loss is a number still: nobody can go on from those."""
+        try:
+            found = examine()
+            why = "" if isfinite(found.loss) else "the loss on the held-out text is no number"
+        except FixedPointRangeError as error:
+            why = str(error)
+        if why:
+            raise TrainingError(f"step {self.state.global_step} broke the weights: {why}. {self.last_good()} {GENTLER}")
+        return found
+
+    def take_up_draws(self, checkpoint: Path) -> None:
+        """Couplings that are drawn anew in each step go on where they were, as torch's random numbers do."""
+        draws = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["draws"]
+        for chain in chains_of(self.model):
+            version, numbers, left = draws[chain.name]
+            chain.generator.setstate((version, tuple(numbers), left))
+
+    def take_up_end(self, checkpoint: Path) -> None:
+        """The weights and the log after the last step: the Trainer itself would take one more."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def last_good(self) -> str:
         """A sentence on the checkpoint that a run can go on from."""
@@ -150,16 +187,32 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}")]
-    return max(found, key=_step, default=None)
+    return max(filter(_is_whole, _checkpoints(folder)), key=step_of, default=None)
 
 
 def drop_cut_short(folder: Path) -> None:
     """Remove checkpoints that were being written when the run was killed."""
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if not (path / MARK).is_file():
+    for path in _checkpoints(folder):
+        if not _is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _step(checkpoint: Path) -> int:
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        return bool(mark["files"] == _sizes(checkpoint))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != MARK}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that it was written after."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -29,8 +29,8 @@ _WARM = 1
 class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Adds to every log entry with a loss: `seconds`, `tokens` (where the Trainer counts them,
     `include_num_input_tokens_seen`), `gamma` and `side_bits` (means over the chains' steps), `drift`, and `peak_bytes`
-    for the steps in which memory was looked at: on a GPU all of them; on a CPU, where looking slows a step, the second
-    one and the first after each move of gamma.
+    of the latest step since the entry before in which memory was looked at: on a GPU in all of them; on a CPU, where
+    looking slows a step, in the second one and in the first after each move of gamma.
     """
 
     def __init__(self, schedule: Schedule | None = None, beside: tuple[torch.Tensor, ...] = ()) -> None:
@@ -70,7 +70,8 @@ class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """Read off what the step took."""
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
-        self._now = {"seconds": time.perf_counter() - self._began}
+        unlogged = {"peak_bytes": self._now["peak_bytes"]} if "peak_bytes" in self._now else {}
+        self._now = {"seconds": time.perf_counter() - self._began, **unlogged}
         if self._watch is not None:
             self._now["peak_bytes"] = self._watch.end()
             self._watch = None
@@ -81,11 +82,22 @@ class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._taken += 1
         self._now |= chain_figures(model)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing is measured any more."""
+        self.release()
+
+    def release(self) -> None:
+        """End what an exception in a step left running."""
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Put the figures of the last step beside its loss."""
         if isinstance(logs, dict) and "loss" in logs and self._now:
             logs.update(self._now)
             state.log_history[-1].update(self._now)
+            self._now = {}
 
 
 def chain_figures(model: nn.Module) -> dict[str, float]:

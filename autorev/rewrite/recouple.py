@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from torch import nn
@@ -34,6 +36,11 @@ def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
     chains = chains_of(model)
     if not chains:
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+    paths = [path for chain in chains for path in chain.paths]
+    for name, numbers in (("gamma", gamma), ("c", c)):
+        for pattern in numbers if isinstance(numbers, Mapping) else ():
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ConversionError(f"the pattern {pattern!r} of {name} matches none of the converted blocks")
     new = [_couplings(chain, gamma, c) for chain in chains]
     for chain, couplings in zip(chains, new, strict=True):
         chain.couplings[:] = couplings
@@ -62,6 +69,9 @@ def _couplings(chain: ReversibleChain, gamma: Numbers, c: Numbers) -> list[Veloc
     else:
         given = [number_for(c, path) for path in chain.paths]
         factors = [old.c if number is None else float(number) for old, number in zip(before, given, strict=True)]
+    for factor, path in zip(factors, chain.paths, strict=True):
+        if not abs(factor) > 0:  # NaN included
+            raise ConversionError(f"c = {factor} for {path}: the branches would be switched off; give another number")
     return [Velocity(g, factor) for g, factor in zip(gammas, factors, strict=True)]
 
 

@@ -1,0 +1,177 @@
+"""Several fine-tuning runs as tables: every run of a model, and those from scratch by coupling."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+from autorev.finetune.record import FineTuning
+from autorev.report.finetune.numbers import (
+    change_text,
+    divergence_text,
+    loss_text,
+    perplexity_text,
+    share_text,
+)
+from autorev.report.finetune.rows import (
+    against_plain,
+    difference,
+    families,
+    how_words,
+    labels,
+    latest,
+    recipe_title,
+    same_but_seed,
+    short,
+    side_bits_words,
+    smoothed_training,
+    steps_done,
+    trains_words,
+)
+from autorev.report.finetune.verdict import EXPORT_LIMIT, export_gap
+from autorev.report.format import NOTHING, clean, format_integer, format_rate, format_seconds, plural
+from autorev.report.profile.comparison_tables import environment_facts
+from autorev.report.profile.tables import optional_bytes
+from autorev.report.tables import NO_FIGURE, Cell, Row, Table
+
+HEADS = (
+    *("Run", "Trains", "Steps", "Side bits", "Original", "Before training", "After training", "As the plain"),
+    *("Against plain training", "Agreement", "Peak", "Tokens/s", "Teacher"),
+)
+
+_MOST_COLUMNS = 10
+"""Steps of a table of training losses."""
+
+
+def runs_table(runs: Sequence[FineTuning]) -> Table:
+    """A row per run with the figures that decide; columns in which no run has a figure are left out."""
+    return _without_empty(Table(HEADS, tuple(_run(run, runs) for run in runs)))
+
+
+def _run(run: FineTuning, runs: Sequence[FineTuning]) -> Row:
+    final, zero, gap = run.final, run.zero_shot, export_gap(run)
+    notes = [how_words(run)]
+    if not run.complete:
+        notes.append(f"incomplete: {format_integer(steps_done(run))} of {format_integer(run.recipe.steps)} steps")
+    if len(families(runs)) > 1:
+        notes.append(f"rate {run.recipe.learning_rate:g}, seed {run.recipe.seed}")
+    cells = (
+        trains_words(run),
+        format_integer(run.recipe.steps),
+        side_bits_words(run),
+        loss_text(run.original.loss if run.original else None),
+        Cell(loss_text(zero.loss), _signed(difference(zero, run.original))) if zero else NO_FIGURE,
+        _after(run),
+        Cell(loss_text(run.vanilla.loss), _signed(gap), bad=gap > EXPORT_LIMIT)
+        if run.vanilla and gap is not None
+        else NO_FIGURE,
+        change_text(against_plain(run, runs)),
+        Cell(share_text(final.agreement), _kl(final.divergence))
+        if final and final.agreement is not None
+        else NO_FIGURE,
+        optional_bytes(run.peak_bytes),
+        Cell(format_rate(run.tokens_per_second), format_seconds(run.step_seconds) if run.step_seconds else ""),
+        optional_bytes(run.teacher_bytes or None),
+    )
+    return Row(clean(run.name), cells, tuple(notes))
+
+
+def _after(run: FineTuning) -> Cell:
+    """The final loss, or the latest of a run that goes on, saying so."""
+    if run.final:
+        return Cell(loss_text(run.final.loss), f"ppl {perplexity_text(run.final.perplexity)}", strong=True)
+    now = latest(run)
+    return Cell(NOTHING, f"{loss_text(now.loss)} at step {format_integer(now.step)}") if now and now.step else NO_FIGURE
+
+
+def _signed(change: float | None) -> str:
+    return "" if change is None else change_text(change)
+
+
+def _kl(divergence: float | None) -> str:
+    return "" if divergence is None else f"KL {divergence_text(divergence)}"
+
+
+def _without_empty(table: Table) -> Table:
+    empty = {NOTHING, Cell(NOTHING)}
+    kept = [i for i in range(len(table.heads) - 1) if any(row.cells[i] not in empty for row in table.rows)]
+    rows = [Row(r.head, tuple(r.cells[i] for i in kept), r.notes, r.chosen) for r in table.rows]
+    return Table((table.heads[0], *(table.heads[i + 1] for i in kept)), tuple(rows))
+
+
+def scratch_table(runs: Sequence[FineTuning]) -> Table:
+    """A row per coupling and recipe: the mean of the final losses over the seeds, each, and the gap to plain's."""
+    found: dict[object, list[FineTuning]] = defaultdict(list)
+    for run in runs:
+        found[same_but_seed(run), how_words(run)].append(run)
+    heads = (
+        *("Coupling", "Side bits", "Loss after training", "Each seed", "Against plain", "As the plain", "Peak"),
+        *("Tokens/s",),
+    )
+    return _without_empty(Table(heads, tuple(_architecture(members, runs) for members in found.values())))
+
+
+def _architecture(members: Sequence[FineTuning], runs: Sequence[FineTuning]) -> Row:
+    first = members[0]
+    finals = [(run.recipe.seed, run.final.loss) for run in members if run.final]
+    gaps = [gap for run in members if (gap := against_plain(run, runs)) is not None]
+    exported = [gap for run in members if (gap := export_gap(run)) is not None]
+    peaks = [peak for run in members if (peak := run.peak_bytes) is not None]
+    rates = [rate for run in members if (rate := run.tokens_per_second) is not None]
+    waiting = len(members) - len(finals)
+    notes = [recipe_title(first)] if len(families(runs)) > 1 else []
+    notes += [f"incomplete: {waiting} of {len(members)} runs"] if waiting else []
+    cells = (
+        side_bits_words(first),
+        Cell(loss_text(fmean(loss for _, loss in finals)), _of(len(finals)), strong=True) if finals else NO_FIGURE,
+        ", ".join(f"{loss_text(loss)} ({seed})" for seed, loss in finals) or NOTHING,
+        Cell(change_text(fmean(gaps)), _of(len(gaps))) if gaps else NO_FIGURE,
+        Cell(change_text(fmean(exported)), bad=fmean(exported) > EXPORT_LIMIT) if exported else NO_FIGURE,
+        optional_bytes(max(peaks, default=None)),
+        format_rate(fmean(rates)) if rates else NOTHING,
+    )
+    return Row(how_words(first), cells, tuple(notes))
+
+
+def _of(count: int) -> str:
+    return f"mean of {count} seeds" if count > 1 else ""
+
+
+def evaluations_by_step(runs: Sequence[FineTuning]) -> Table:
+    """The validation loss of every run at every step it was evaluated."""
+    return _by_step(runs, [{e.step: e.loss for e in run.evaluations} for run in runs])
+
+
+def training_by_step(runs: Sequence[FineTuning]) -> Table:
+    """The training loss of every run, each a mean over neighbouring steps, at some steps."""
+    found = [dict(smoothed_training(run)) for run in runs]
+    steps = sorted({step for losses in found for step in losses})
+    kept = {*steps[:: -(-len(steps) // _MOST_COLUMNS) or 1], *steps[-1:]}
+    return _by_step(runs, [{step: loss for step, loss in losses.items() if step in kept} for losses in found])
+
+
+def _by_step(runs: Sequence[FineTuning], found: Sequence[dict[int, float]]) -> Table:
+    steps = sorted({step for losses in found for step in losses})
+    rows = [
+        Row(name, tuple(loss_text(losses.get(step)) for step in steps))
+        for name, losses in zip(labels(runs), found, strict=True)
+    ]
+    return Table(("Run", *(f"step {format_integer(step)}" for step in steps)), tuple(rows))
+
+
+def environments(runs: Sequence[FineTuning]) -> Table:
+    """Where the runs were made, those of one machine and one set of versions together, and from when to when."""
+    found: dict[tuple[tuple[str, str], ...], list[FineTuning]] = defaultdict(list)
+    heads: tuple[str, ...] = ()
+    for run in runs:
+        facts = environment_facts(run.environment)
+        heads = tuple(facts)
+        found[tuple((name, value) for name, value in facts.items() if name != "Date")].append(run)
+    rows = []
+    for facts_found, members in found.items():
+        days = sorted({clean(run.environment.date)[:10] for run in members})
+        values = {**dict(facts_found), "Date": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"}
+        names = ", ".join(short(run.name) for run in members)
+        rows.append(Row(plural(len(members), "run"), tuple(values[head] for head in heads), (names,)))
+    return Table(("Runs", *heads), tuple(rows))

@@ -1,0 +1,140 @@
+"""What became of a run, in words with their numbers, and what to do with the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autorev.finetune.record import FineTuning
+from autorev.report.finetune.numbers import change_text, loss_text, perplexity_text
+from autorev.report.finetune.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
+from autorev.report.format import format_error, format_integer, plural
+from autorev.report.words import strategy_title
+
+EXPORT_LIMIT = 0.05
+"""Nats: `autorev export` refuses a plain model that is worse by more."""
+_NOTICED = 0.05
+"""Nats by which the conversion alone must raise the loss before it is worth a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A heading, and the sentences below it."""
+
+    title: str
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The sentences as one paragraph."""
+        return " ".join(self.sentences)
+
+
+def verdict(run: FineTuning) -> Verdict:
+    """Is it done, how good is it, and in which form is it to be shipped?"""
+    if not run.complete:
+        return _unfinished(run)
+    if run.final is None:
+        return Verdict("Trained, and not evaluated", ("The record holds no validation loss.",))
+    return Verdict(_title(run), tuple(s for s in (_losses(run), _conversion(run), _advice(run)) if s))
+
+
+def export_gap(run: FineTuning) -> float | None:
+    """How much higher the loss is in the plain architecture; None where it was not evaluated, or is plain."""
+    return difference(run.vanilla, run.final) if run.variant.reversible else None
+
+
+def may_export(run: FineTuning) -> bool:
+    """Is the plain architecture as good, by what `autorev export` asks?"""
+    gap = export_gap(run)
+    return not run.variant.reversible or (gap is not None and gap <= EXPORT_LIMIT)
+
+
+def drift_words(run: FineTuning) -> str:
+    """Whether the backward passes rebuilt what the forward passes computed."""
+    found = [row.drift for row in run.logged if row.drift is not None]
+    if not found:
+        return "Nothing was rebuilt: activations were kept or computed again." if run.logged else ""
+    worst = max(found)
+    if worst == 0:
+        return f"Reconstruction drift 0: rebuilt bit for bit in all {plural(len(found), 'step')}."
+    return f"Reconstruction drift up to {format_error(worst)} in {plural(len(found), 'step')}."
+
+
+def memory_words(run: FineTuning) -> str:
+    """In how many steps the peak was looked at."""
+    count = len(with_peak(run))
+    return f"The peak was looked at in {plural(count, 'step')} of {format_integer(steps_done(run))}." if count else ""
+
+
+def _unfinished(run: FineTuning) -> Verdict:
+    steps, now = steps_done(run), latest(run)
+    where = f"It ended after {format_integer(steps)} of {plural(run.recipe.steps, 'step')}"
+    if now is None:
+        return Verdict(
+            "This run is not complete", (f"{where}, without a validation loss.", "`--resume` goes on with it.")
+        )
+    start = run.evaluations[0]
+    words = f"validation loss {loss_text(start.loss)}"
+    if now.step:
+        words += f" before training and {loss_text(now.loss)} after step {format_integer(now.step)}"
+    return Verdict("This run is not complete", (f"{where}: {words}.", "`--resume` goes on with it."))
+
+
+def _title(run: FineTuning) -> str:
+    if not _recovered(run):
+        return "It has not recovered yet"
+    if not run.variant.reversible:
+        return "The plain architecture, trained"
+    return "Ship it as the plain architecture" if may_export(run) else "Ship it reversible"
+
+
+def _recovered(run: FineTuning) -> bool:
+    """Is it as good as the original model, in the form in which it is better? From scratch there is none."""
+    if not run.pretrained or run.original is None:
+        return True
+    forms = [each.loss for each in (run.final, run.vanilla) if each is not None]
+    return min(forms) <= run.original.loss + _NOTICED
+
+
+def _losses(run: FineTuning) -> str:
+    final = run.final
+    assert final is not None
+    start = run.original or run.zero_shot
+    came = f" from {loss_text(start.loss)}" if start else ""
+    steps = plural(run.recipe.steps, "step")
+    how = f"under {how_words(run)}" if run.variant.reversible else f"with {strategy_title(run.variant.strategy)}"
+    text = f"Validation loss{came} to {loss_text(final.loss)} in {steps} {how}"
+    above = difference(final, run.original) if run.pretrained else None
+    if above is not None and above > 0:
+        text += f", {above:.3g} above the original model"
+    return f"{text}."
+
+
+def _conversion(run: FineTuning) -> str:
+    """What happened before any training, where that is much, and to the side bits."""
+    raised, ends, parts = difference(run.zero_shot, run.original), side_bits_ends(run), []
+    if run.pretrained and raised is not None and raised > _NOTICED and run.zero_shot:
+        perplexity = perplexity_text(run.zero_shot.perplexity)
+        loss = loss_text(run.zero_shot.loss)
+        parts.append(f"The conversion alone had raised it to {loss} (perplexity {perplexity}).")
+    if ends and ends[0] > 0 and ends[1] == 0:
+        parts.append("At the end it needs no side bits.")
+    return " ".join(parts)
+
+
+def _advice(run: FineTuning) -> str:
+    """The form to ship it in, with the loss in the plain architecture."""
+    if not run.variant.reversible:
+        return "There is nothing to export: the saved model is the plain one."
+    gap = export_gap(run)
+    if gap is None or run.vanilla is None:
+        return "It was not evaluated in the plain architecture; load it with `autorev.load`."
+    loss, train = loss_text(run.vanilla.loss), "Train it longer before you ship it."
+    if not may_export(run):
+        found = f"As the plain architecture it would lose {gap:.3g} nats ({loss})"
+        return f"{found}: ship it reversible, with `autorev.load`." if _recovered(run) else f"{found}. {train}"
+    found = f"As the plain architecture it has {loss} ({change_text(gap)})"
+    if gap < -_NOTICED:
+        # The weights are still those of the plain network: training has not made them the coupling's.
+        found += ", better than under the coupling that it was trained with"
+    return f"{found}: ship it with `autorev export`." if _recovered(run) else f"{found}. {train}"

@@ -1,0 +1,58 @@
+"""Fine-tune LoRA adapters reversibly with trl's SFTTrainer, and save the merged model as a plain one.
+
+python examples/sft_lora.py MODEL        a folder that save_pretrained wrote, or a name on the Hub
+"""
+
+import sys
+from pydoc_data.topics import topics
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import autorev
+from autorev.integrations.transformers import ReversibleCallback
+
+
+def main(model_folder: str, steps: int = 50, learning_rate: float = 2e-4, out: str = "trained") -> None:
+    """Train to explain what CPython's language reference explains; the explanations alone are learned."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    pairs = [{"prompt": f"Explain {name}.\n", "completion": text} for name, text in topics.items()]
+
+    print(autorev.convert(model))  # before the adapters or after them: both work
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=out,
+            max_steps=steps,
+            max_length=128,
+            per_device_train_batch_size=2,
+            learning_rate=learning_rate,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            gradient_checkpointing=False,  # trl's default; reversible blocks need none
+            bf16=torch.cuda.is_available(),
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    ReversibleCallback().attach(trainer)  # adds seconds, side bits, drift and peak memory to what is logged
+    trainer.train()
+    print("drift:", autorev.drift(trainer.model))  # 0.0: every activation was rebuilt bit for bit
+
+    autorev.revert(trainer.model)
+    trainer.model.merge_and_unload().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"saved to {out}: a plain model, which transformers loads without autorev")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])

@@ -1,0 +1,94 @@
+"""The scripts in examples/ do what they say: train, rebuild without drift, and leave a plain model behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny_llm import LENGTH, tiny_llm
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NEEDS = {"plain_loop": (), "trainer": ("accelerate",), "sft_lora": ("accelerate", "trl", "datasets")}
+"""By script, what it needs beyond the tests' own packages."""
+STEPS, RATE = 12, 1e-2
+"""Steps and learning rate for a model of random weights."""
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch's DataLoader, on every machine without a GPU, whenever a Trainer is left at its default
+    pytest.mark.filterwarnings("ignore:.pin_memory. argument is set as true but no accelerator:UserWarning"),
+    # transformers 5.23 renames the option; its new name is unknown to 5.0, which autorev supports
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+]
+each_example = pytest.mark.parametrize("name", NEEDS)
+
+
+def script(name: str, run_name: str = "example") -> dict[str, Any]:
+    """Run the script; what it defines."""
+    for package in NEEDS[name]:
+        pytest.importorskip(package, reason=f"examples/{name}.py needs it")
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=run_name)
+
+
+def loss_of(folder: Path) -> float:
+    """On the text that the examples train on, by plain transformers, of a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "\n\n".join(f"Explain {name}.\n{content[:LENGTH]}" for name, content in topics.items())
+    rows = torch.tensor(tokenizer(text, verbose=False).input_ids)[: 16 * LENGTH].view(16, LENGTH)
+    with torch.no_grad():
+        return float(model(input_ids=rows, labels=rows).loss)
+
+
+@each_example
+def test_an_example_trains_and_leaves_a_plain_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss is lower, the drift was 0, and what is saved is the class it was, with nothing of autorev about it."""
+    start, end = tiny_llm(tmp_path / "start"), tmp_path / "end"
+    script(name)["main"](str(start), steps=STEPS, learning_rate=RATE, out=str(end))
+    said = capsys.readouterr().out
+    assert re.findall(r"^drift: (.*)$", said, re.MULTILINE) == ["{'model.layers': 0.0}"]
+    assert "model.layers: 4 blocks reversible, momentum" in said
+    before, after = loss_of(start), loss_of(end)
+    assert before > 5
+    assert after < before - 0.05
+    config = json.loads((end / "config.json").read_text("utf-8"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "autorev" not in json.dumps(config)
+    assert not (end / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["trainer", "sft_lora"])
+def test_the_logs_carry_the_figures_of_the_chain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each step, with its side bits and drift; memory in the second one."""
+    script(name)["main"](str(tiny_llm(tmp_path / "start")), steps=3, out=str(tmp_path / "end"))
+    steps = [line for line in capsys.readouterr().out.replace("\r", "\n").splitlines() if "{'loss'" in line]
+    assert len(steps) == 3
+    assert all("'side_bits': '3'" in line and "'drift': '0'" in line for line in steps)
+    assert ["peak_bytes" in line for line in steps] == [False, True, False]
+
+
+@each_example
+def test_an_example_is_told_its_model_on_the_command_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One argument; without it, how it is called."""
+    start = tiny_llm(tmp_path / "start", blocks=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match=rf"python examples/{name}\.py MODEL"):
+        script(name, "__main__")
+    assert not (tmp_path / "trained").exists()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", str(start)])
+    script(name, "__main__")
+    assert loss_of(tmp_path / "trained") < loss_of(start)
