@@ -15,29 +15,25 @@ hostile()         names that try to break out of a report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from math import exp, sin
 
 from autorev.analysis import ModelInfo
 from autorev.finetune.record import (
     Assignment,
     Calibration,
-    ChainState,
     Corpus,
     Evaluation,
     FineTuning,
-    Logged,
     Recipe,
     Sensitivity,
 )
 from autorev.profiler.record import Variant
+from tests.finetune_simulation import BLOCKS, MIB, chain, evaluations, losses, moving, needs, steps_of
 from tests.profile_examples import ENVIRONMENT, HOSTILE, LONG
 
-BLOCKS = 30
 ORIGINAL = 2.900
-MIB = 2**20
 SMOLLM2 = ModelInfo("SmolLM2-135M-Instruct", "LlamaForCausalLM", 134_515_008, "profile smollm2-135m")
 GPT2 = ModelInfo("gpt2-shape", "GPT2LMHeadModel", 1_881_344, "runs/gpt2-shape")
 CORPUS = Corpus("CPython's pydoc_data.topics", 79, 109_825, 3_056, 2, packed=True)
@@ -54,64 +50,6 @@ VARIANTS = {
         "hamiltonian", "hamiltonian", "hamiltonian", "full", reversible=True, preserves_function=False
     ),
 }
-
-
-def losses(start: float, end: float, steps: int) -> Callable[[int], float]:
-    """A loss that falls ever more slowly from `start` at step 0 to `end`."""
-    return lambda step: end + (start - end) * exp(-4.0 * step / steps) * (1 - step / (steps + 1e-9))
-
-
-def evaluations(
-    curve: Callable[[int], float], steps: int, every: int, distance: float | None
-) -> tuple[Evaluation, ...]:
-    """At step 0, in between, and at the end; both ends compared with the original where `distance` is given."""
-    found = []
-    for step in sorted({*range(0, steps, every), steps}):
-        loss = round(curve(step), 4)
-        compared = distance is not None and step in (0, steps)
-        agreement = round(exp(-2 * (distance or 0) ** 0.5), 4) if compared else None
-        found.append(Evaluation(step, loss, 0.11, agreement, distance if compared else None))
-    return tuple(found)
-
-
-def steps_of(
-    curve: Callable[[int], float],
-    recipe: Recipe,
-    *,
-    gamma: Callable[[int], tuple[float, float]] | None = None,
-    peak: int = 1_900 * MIB,
-    seconds: float = 1.9,
-    drift: float | None = 0.0,
-) -> Iterator[Logged]:
-    """Every optimiser step; the memory of every tenth is looked at. `gamma` gives gamma and side bits of a step."""
-    for step in range(1, recipe.steps + 1):
-        noise = 0.3 * (sin(12.9898 * step * step) + 0.4 * sin(78.233 * step))
-        cross_entropy, divergence = None, None
-        loss = curve(step) + noise
-        if recipe.distill_weight:
-            cross_entropy, divergence = loss, 0.4 * loss - 0.6
-            loss = (1 - recipe.distill_weight) * loss + recipe.distill_weight * divergence
-        numbers = gamma(step - 1) if gamma else (None, None)
-        looked = step % 10 == 2
-        yield Logged(
-            step=step,
-            loss=round(loss, 5),
-            learning_rate=recipe.learning_rate * (1 - (step - 1) / recipe.steps),
-            gradient_norm=round(3 + 2 * sin(step), 3),
-            seconds=round(seconds * (1.3 if looked else 1 + 0.03 * sin(5 * step)), 4),
-            tokens=recipe.sequence * recipe.batch * recipe.accumulate,
-            drift=drift,
-            gamma=numbers[0],
-            side_bits=numbers[1],
-            peak_bytes=peak + step % 3 * MIB if looked else None,
-            cross_entropy=cross_entropy,
-            divergence=divergence,
-        )
-
-
-def chain(gammas: list[float], factors: list[float], bits: list[int], name: str = "model.layers") -> ChainState:
-    """A chain at the end."""
-    return ChainState(name, tuple(gammas), tuple(factors), tuple(bits), 10)
 
 
 @cache
@@ -187,14 +125,6 @@ def jump() -> FineTuning:
     )
 
 
-def moving(step: int) -> tuple[float, float]:
-    """gamma and side bits of a schedule of 40 steps."""
-    if step >= 40:
-        return 1.0, 0.0
-    bits = 3 + step // 20
-    return round((0.125 + 0.84 * (step / 40) ** 0.5) * 2**bits) / 2**bits, float(bits)
-
-
 @cache
 def scheduled() -> FineTuning:
     """From momentum to leapfrog in 40 of 60 steps."""
@@ -210,12 +140,6 @@ def scheduled() -> FineTuning:
         logged=tuple(steps_of(curve, recipe, gamma=moving, peak=2_350 * MIB, seconds=3.9)),
         chains=(chain([1.0] * BLOCKS, [1 / (BLOCKS + 1 - i) for i in range(BLOCKS)], [0] * BLOCKS),),
     )
-
-
-def needs(block: int, bits: int) -> float:
-    """By how much the loss rises with one block at so few side bits: most at both ends."""
-    weight = 0.02 * exp(-block / 2) + 0.012 * exp(-(BLOCKS - 1 - block) / 4) + 2e-4 * (1 + sin(3 * block))
-    return weight * 4.0 ** (3 - bits) - 4e-4
 
 
 @cache

@@ -31,6 +31,7 @@ def calibrate(
     model: nn.Module,
     loss: Callable[[], float],
     *,
+    check: Callable[[], float] | None = None,
     max_loss_increase: float = 0.02,
     tokens: int = 0,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
@@ -39,7 +40,8 @@ def calibrate(
 
     Args:
         model: converted with momentum, in exact arithmetic.
-        loss: evaluates `model` as it is at that moment, on always the same text, in nats.
+        loss: evaluates `model` as it is at that moment, on always the same text, in nats; called four times a block.
+        check: likewise, on more text: what is held to the budget. Default: `loss`.
         max_loss_increase: the budget, against the model before conversion.
         tokens: of that text, for the record.
         progress: is told what is being done, and the fraction done.
@@ -52,7 +54,7 @@ def calibrate(
     config = getattr(model, "config", None)
     remembered = getattr(config, KEY, None)
     try:
-        return _calibrated(model, loss, max_loss_increase, tokens, progress)
+        return _calibrated(model, loss, check or loss, max_loss_increase, tokens, progress)
     except BaseException:
         for chain, couplings in zip(chains_of(model), before, strict=True):
             chain.couplings[:] = couplings
@@ -64,6 +66,7 @@ def calibrate(
 def _calibrated(
     model: nn.Module,
     loss: Callable[[], float],
+    check: Callable[[], float],
     budget: float,
     tokens: int,
     progress: Callable[[str, float], None],
@@ -71,35 +74,36 @@ def _calibrated(
     blocks = [path for chain in chains_of(model) for path in dict.fromkeys(chain.paths)]
     finest: Bits = dict.fromkeys(blocks, MOST_BITS)
 
-    def loss_with(bits: Bits) -> float:
+    def measured_with(bits: Bits, by: Callable[[], float]) -> float:
         recouple(model, gamma={path: 2.0**-k for path, k in bits.items()})
         try:
-            return loss()
+            return by()
         except FixedPointRangeError:
             return inf  # too large a gamma for this grid
 
     progress("calibrating", 0.0)
     with as_original(model):
-        original = loss()
-    reference = loss_with(finest)
-    measured = {MOST_BITS * len(blocks): Assignment(_mean_bits(model), reference - original)}
-    if not reference - original <= budget:  # NaN included
+        original = check()
+    least = measured_with(finest, check) - original
+    measured = {MOST_BITS * len(blocks): Assignment(_mean_bits(model), least)}
+    if not least <= budget:  # NaN included
         raise ConversionError(
-            f"with {MOST_BITS} side bits in every block the loss rises by {reference - original:.3f} already, and the "
+            f"with {MOST_BITS} side bits in every block the loss rises by {least:.3f} already, and the "
             f"budget is {budget:g}; allow more, or train with plain checkpointing"
         )
+    reference = measured_with(finest, loss)
     found: list[Sensitivity] = []
     for n, path in enumerate(blocks):
         progress(f"calibrating {path}", n / len(blocks))
         for k in range(MOST_BITS - 1, -1, -1):
-            increase = loss_with({**finest, path: k}) - reference
+            increase = measured_with({**finest, path: k}, loss) - reference
             found.append(Sensitivity(path, 2.0**-k, k, increase))
     moves = _in_order(found)
     low, high = 0, len(moves)  # that many moves are known to fit; more than that many are not tried
     while low < high:
         middle = (low + high + 1) // 2
         bits = _after(finest, moves[:middle])
-        increase = loss_with(bits) - original
+        increase = measured_with(bits, check) - original
         measured[sum(bits.values())] = Assignment(_mean_bits(model), increase)
         low, high = (middle, high) if increase <= budget else (low, middle - 1)
     chosen = _after(finest, moves[:low])

@@ -151,7 +151,7 @@ class Calibration:
     budget: float
     """The increase of the loss that was allowed."""
     tokens: int
-    """That it was measured on."""
+    """That the assignments were measured on."""
     sensitivities: tuple[Sensitivity, ...]
     assignments: tuple[Assignment, ...]
     """That were measured as a whole, by descending side bits."""
@@ -262,6 +262,11 @@ class FineTuning:
             RecordError: the file cannot be written.
         """
         return records.write_whole(Path(path), self.to_json())
+
+    def __str__(self) -> str:
+        from autorev.report.finetune.terminal import render_text
+
+        return render_text(self)
 
 
 def is_fine_tuning(path: str | Path) -> bool:

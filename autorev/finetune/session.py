@@ -31,7 +31,7 @@ from autorev.finetune.record import ChainState, Evaluation, FineTuning, Logged
 from autorev.finetune.schedule import Schedule
 from autorev.finetune.setup import Setup
 from autorev.finetune.teacher import Teacher
-from autorev.finetune.trainer import GENTLER, FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint
+from autorev.finetune.trainer import GENTLER, FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint, step_of
 from autorev.integrations.transformers import ReversibleCallback
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
@@ -44,8 +44,8 @@ RECORD = "run.json"
 """The record's file in the run's folder."""
 HELD_OUT = "validation.json"
 """The rows that every evaluation of the run is on: `export` compares on the same."""
-CALIBRATED_ON = 4
-"""Rows of the training text that side bits are calibrated on."""
+CALIBRATED_ON, CHECKED_ON = 4, 24
+"""Rows of the training text on which one block after the other is given fewer side bits, and all of them together."""
 
 
 class Run:
@@ -90,13 +90,14 @@ class Run:
         first = self._evaluate(original, 0)
         budget = self.record.recipe.max_loss_increase
         if budget is not None:
-            rows = self.found.texts.training.first(CALIBRATED_ON)
-            here = logits_of(self.model)
+            few, more = (self.found.texts.training.first(count) for count in (CALIBRATED_ON, CHECKED_ON))
+            here, collator = logits_of(self.model), self.found.texts.collator
             calibration = calibrate(
                 self.model,
-                lambda: evaluate(here, rows, self.found.texts.collator, 0).loss,
+                lambda: evaluate(here, few, collator, 0).loss,
+                check=lambda: evaluate(here, more, collator, 0).loss,
                 max_loss_increase=budget,
-                tokens=rows.learned,
+                tokens=more.learned,
                 progress=self.progress,
             )
             self.record = replace(self.record, calibration=calibration)
@@ -115,6 +116,8 @@ class Run:
         """
         recipe = self.record.recipe
         interrupt = StopOnInterrupt()
+        config: Any = self.found.model.config
+        caches = config.use_cache
         self.trainer = trainer = FineTuner(
             model=self.model,
             args=TrainingArguments(
@@ -151,14 +154,18 @@ class Run:
         )
         beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
         trainer.remove_callback(PrinterCallback)  # `Told` says it in words
-        watching = ReversibleCallback(self._schedule(), beside)
+        schedule = self._schedule()
+        watching = ReversibleCallback(schedule, beside)
         watching.attach(trainer)
-        config: Any = self.found.model.config
-        caches = config.use_cache
         drop_cut_short(self.folder)
         checkpoint = last_checkpoint(self.folder) if resume else None
         if checkpoint is not None:
             trainer.take_up_draws(checkpoint)
+            if step_of(checkpoint) >= recipe.steps:  # stopped after training
+                trainer.take_up_end(checkpoint)
+                if schedule is not None:
+                    recouple(self.model, gamma=float(schedule.gamma(recipe.steps - 1)))
+                return
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except FixedPointRangeError as error:

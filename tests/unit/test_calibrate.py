@@ -87,6 +87,19 @@ def test_a_block_that_is_somewhat_sensitive_keeps_some() -> None:
     assert bits_of(model) == {"model.layers.0": 0, "model.layers.1": 3, "model.layers.2": 0, "model.layers.3": 0}
 
 
+def test_the_budget_is_held_on_the_text_that_checks() -> None:
+    """The order of the moves comes from `loss`, what is allowed from `check`."""
+    model = converted()
+    dearer = {path: 4 * cost for path, cost in costs(model).items()}
+    found = calibrate(model, fake(model, costs(model)), check=fake(model, dearer), max_loss_increase=0.01)
+    (chosen,) = (row for row in found.assignments if row.chosen)
+    assert chosen.increase == pytest.approx(fake(model, dearer)() - 2.0)
+    assert chosen.increase <= 0.01
+    strict = total(model)
+    calibrate(model, fake(model, costs(model)), max_loss_increase=0.01)
+    assert total(model) < strict
+
+
 @pytest.mark.parametrize("together", [0.0, 0.01, 0.05])
 @pytest.mark.parametrize("budget", [0.001, 0.02, 0.1, 0.5, 10.0])
 def test_the_budget_is_kept_as_measured(budget: float, together: float) -> None:
