@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from autorev.chunked_loss import unchunk_loss as unchunk_loss
     from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
+    from autorev.finetuning.calibrate import calibrate as calibrate
+    from autorev.finetuning.record import FineTuning as FineTuning
+    from autorev.finetuning.run import finetune as finetune
     from autorev.pipeline import analyze as analyze
     from autorev.pipeline import forecast as forecast
     from autorev.profiler.record import Profile as Profile
@@ -37,6 +40,9 @@ _home = {
     "Chain": "autorev.analysis",
     "Setting": "autorev.analysis",
     "AutorevError": "autorev.errors",
+    "calibrate": "autorev.finetuning.calibrate",
+    "FineTuning": "autorev.finetuning.record",
+    "finetune": "autorev.finetuning.run",
     "AnnotateResiduals": "autorev.detect.fx_pass",
     "analyze": "autorev.pipeline",
     "chunk_loss": "autorev.chunked_loss",

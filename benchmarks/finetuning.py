@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from autorev.finetune.record import FineTuning
-from autorev.finetune.run import RECORD
+from autorev.finetuning.record import FineTuning
+from autorev.finetuning.run import RECORD
 from benchmarks.workloads import TEXT
 
 RECORDS = Path("profiles/recorded/finetuning")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from autorev.finetune.record import FineTuning
+from autorev.finetuning.record import FineTuning
 from autorev.profiler.record import Profile
-from autorev.report.finetune.markdown import render_markdown as render_fine_tunings
+from autorev.report.finetuning.markdown import render_markdown as render_fine_tunings
 from autorev.report.profile.markdown import largest_batches, render_markdown
 from benchmarks.finetuning import GROUPS
 

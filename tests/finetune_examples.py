@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import cache
 
 from autorev.analysis import ModelInfo
-from autorev.finetune.record import (
+from autorev.finetuning.record import (
     Assignment,
     Calibration,
     Corpus,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import exp, sin
 
-from autorev.finetune.record import ChainState, Evaluation, Logged, Recipe
+from autorev.finetuning.record import ChainState, Evaluation, Logged, Recipe
 
 BLOCKS = 30
 MIB = 2**20

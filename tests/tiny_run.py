@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -14,11 +13,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-import autorev.finetune.session  # noqa: F401 - whoever is forked from here has it imported
-from autorev.finetune.evaluate import evaluate, logits_of
-from autorev.finetune.packing import Collator, Rows
-from autorev.finetune.record import FineTuning
-from autorev.finetune.run import finetune
+import autorev.finetuning.session  # noqa: F401 - whoever is forked from here has it imported
+from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.packing import Collator, Rows
+from autorev.finetuning.record import FineTuning
+from autorev.finetuning.run import finetune
 from tests.tiny_llm import tiny_llm
 
 TEXT = "\n".join(f"line {n} of a text that repeats itself: {n * n}." for n in range(120))
@@ -30,7 +29,6 @@ USUAL: dict[str, Any] = {
     "save_every": 2,
     "evaluate_every": 2,
 }
-gc.freeze()  # `accelerate` collects garbage in every run, and need not look at all that was imported
 GPT2 = {"family": "gpt2", "dropout": 0.1}
 
 

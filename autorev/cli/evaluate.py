@@ -32,7 +32,7 @@ def evaluate(model: str, tasks: str | None, as_json: bool, **options: Any) -> No
     """
     with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("loading", 0.0)
-        from autorev.finetune.examine import examine
+        from autorev.finetuning.examine import examine
 
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         found = examine(model, tasks=names, progress=tell, **options)

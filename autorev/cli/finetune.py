@@ -32,9 +32,7 @@ _positive = click.IntRange(min=1)
 )
 @click.option("--lora", type=_positive, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
 @click.option("--distill", is_flag=True, help="Add KL(original, model) to the loss.")
-@click.option(
-    "--distill-weight", type=float, default=0.5, show_default=True, metavar="W", help="Its share of the loss."
-)
+@click.option("--distill-weight", type=float, metavar="W", help="Its share of the loss.  [default: 0.5]")
 @click.option(
     "--schedule",
     type=click.Choice(["leapfrog", "midpoint"]),
@@ -93,7 +91,7 @@ def finetune(
     os.environ.update({"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5"})  # PyTorch's profiler counts the memory
     with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("starting", 0.0)
-        from autorev.finetune.run import finetune as run
+        from autorev.finetuning.run import finetune as run
 
         record = run(model, out=folder, command=command, progress=tell, **options)
     show_fine_tunings([record], command, as_json, html or folder / "report.html")
@@ -125,7 +123,7 @@ def export(folder: Path, out: Path, text: Path | None, max_loss_increase: float,
     """
     with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("loading", 0.0)
-        from autorev.finetune.export import export as run
+        from autorev.finetuning.export import export as run
 
         done = run(folder, out, text=text, max_loss_increase=max_loss_increase, force=force, progress=tell)
     click.echo(done.to_json() if as_json else str(done))

@@ -11,7 +11,7 @@ import click
 from autorev.cli.group import COMMAND, main, write
 
 if TYPE_CHECKING:
-    from autorev.finetune.record import FineTuning
+    from autorev.finetuning.record import FineTuning
     from autorev.profiler.record import Profile
 
 _file = click.Path(dir_okay=False, path_type=Path)
@@ -47,7 +47,7 @@ def report(
       autorev report profiles/recorded/*.json --html reports/comparison.html
       autorev report profiles/recorded/one.json --trace trace.json
     """
-    from autorev.finetune.record import is_fine_tuning
+    from autorev.finetuning.record import is_fine_tuning
     from autorev.profiler.record import Profile
 
     files = _files(records)
@@ -84,12 +84,12 @@ def report(
 def _show_fine_tunings(
     files: list[Path], command: str, as_json: bool, html: Path | None, markdown: Path | None
 ) -> None:
-    from autorev.finetune.record import FineTuning
+    from autorev.finetuning.record import FineTuning
 
     runs = [FineTuning.read(path) for path in files]
     show_fine_tunings(runs, command, as_json, html)
     if markdown:
-        from autorev.report.finetune.markdown import render_markdown
+        from autorev.report.finetuning.markdown import render_markdown
 
         write(markdown, render_markdown(runs))
         if not as_json:
@@ -104,11 +104,11 @@ def show_fine_tunings(runs: list[FineTuning], command: str, as_json: bool, html:
     else:
         from rich.console import Console
 
-        from autorev.report.finetune.terminal import print_fine_tunings
+        from autorev.report.finetuning.terminal import print_fine_tunings
 
         print_fine_tunings(runs, Console())
     if html:
-        from autorev.report.finetune.html import render_finetune_html
+        from autorev.report.finetuning.html import render_finetune_html
 
         write(html, render_finetune_html(runs, command))
         if not as_json:

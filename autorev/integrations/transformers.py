@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ReversibleChain
-from autorev.finetune.schedule import Schedule
+from autorev.finetuning.schedule import Schedule
 from autorev.profiler.passes.watch import PeakWatch
 from autorev.rewrite.convert import chains_of, drift
 from autorev.rewrite.recouple import recouple

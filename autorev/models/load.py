@@ -85,7 +85,9 @@ def tokenizer_of(model: str | None) -> Any:
         return None
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(**where)
+            found = AutoTokenizer.from_pretrained(**where)
+            # Of some families, transformers makes one without any words where there is no file of it.
+            return found if found("text", add_special_tokens=False).input_ids else None
     except Exception:  # no file of a tokenizer, or one that this transformers cannot read
         return None
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from selenium.webdriver.support.ui import WebDriverWait
 
-from autorev.report.finetune.html import render_finetune_html
+from autorev.report.finetuning.html import render_finetune_html
 from tests import finetune_examples as examples
 from tests.browser.chromium import (
     INK,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -86,3 +87,11 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     monkeypatch.setattr(schedule, "run_in_fresh_process", here)
     return asked
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> Iterator[None]:
+    """`accelerate` collects garbage in every training run: it need not look at all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 import autorev
 from autorev.engine.chain import ORACLE, running
-from autorev.finetune.record import FineTuning
+from autorev.finetuning.record import FineTuning
 from tests.tiny_llm import tiny_llm, tiny_model
 from tests.tiny_run import GPT2, USUAL, figures, loss_of, tune, workplace
 
 STEPS = USUAL["steps"]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import nn
 import autorev
 from autorev.engine.chain import ORIGINAL, mode
 from autorev.errors import ConversionError
-from autorev.finetune.calibrate import calibrate
-from autorev.finetune.evaluate import evaluate, logits_of
-from autorev.finetune.packing import Collator, make_rows
-from autorev.finetune.record import Calibration
+from autorev.finetuning.calibrate import calibrate
+from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.packing import Collator, make_rows
+from autorev.finetuning.record import Calibration
 from autorev.rewrite.convert import chains_of
 from tests.tiny_llm import tiny_model
 from tests.unit.test_packing import examples

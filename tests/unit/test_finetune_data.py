@@ -11,7 +11,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from autorev.errors import DataError
-from autorev.finetune.data import IGNORED, TOPICS, Document, Example, read_documents, split, tokenize
+from autorev.finetuning.data import IGNORED, TOPICS, Document, Example, read_documents, split, tokenize
 from tests.tiny_llm import END, START, tokenizer_of_bytes
 
 TOKENIZER = tokenizer_of_bytes()

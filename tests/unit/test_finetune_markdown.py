@@ -9,8 +9,8 @@ import re
 
 import pytest
 
-from autorev.finetune.record import FineTuning
-from autorev.report.finetune.markdown import render_markdown
+from autorev.finetuning.record import FineTuning
+from autorev.report.finetuning.markdown import render_markdown
 from tests import finetune_examples as examples
 from tests.finetune_examples import ALL, many
 from tests.unit.test_profile_markdown import tables

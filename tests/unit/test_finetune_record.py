@@ -13,7 +13,7 @@ from statistics import median
 import pytest
 
 from autorev.errors import RecordError
-from autorev.finetune.record import KIND, SCHEMA_VERSION, Evaluation, FineTuning, is_fine_tuning
+from autorev.finetuning.record import KIND, SCHEMA_VERSION, Evaluation, FineTuning, is_fine_tuning
 from tests import finetune_examples as examples
 from tests import profile_examples
 

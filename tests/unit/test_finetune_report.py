@@ -12,15 +12,15 @@ from math import isfinite
 
 import pytest
 
-from autorev.finetune.record import Evaluation, FineTuning
+from autorev.finetuning.record import Evaluation, FineTuning
 from autorev.report import palette
-from autorev.report.finetune import rows, tables
-from autorev.report.finetune.comparison import comparison_figures
-from autorev.report.finetune.figures import run_figures
-from autorev.report.finetune.html import render_finetune_html, tiles
-from autorev.report.finetune.markdown import render_markdown
-from autorev.report.finetune.terminal import render_text
-from autorev.report.finetune.verdict import EXPORT_LIMIT, drift_words, may_export, verdict
+from autorev.report.finetuning import rows, tables
+from autorev.report.finetuning.comparison import comparison_figures
+from autorev.report.finetuning.figures import run_figures
+from autorev.report.finetuning.html import render_finetune_html, tiles
+from autorev.report.finetuning.markdown import render_markdown
+from autorev.report.finetuning.terminal import render_text
+from autorev.report.finetuning.verdict import EXPORT_LIMIT, drift_words, may_export, verdict
 from tests import finetune_examples as examples
 from tests.finetune_examples import ALL, many
 from tests.unit.test_profile_report import text_of
@@ -102,7 +102,7 @@ class TestHtml:
         program = (
             "import hashlib\n"
             "from tests import finetune_examples as e\n"
-            "from autorev.report.finetune.html import render_finetune_html as render\n"
+            "from autorev.report.finetuning.html import render_finetune_html as render\n"
             "pages = render([e.calibrated()], 'x') + render(e.many(), 'x')\n"
             "print(hashlib.sha256(pages.encode()).hexdigest())"
         )
@@ -113,10 +113,10 @@ class TestHtml:
         program = (
             "import sys\n"
             "from tests import finetune_examples as e\n"
-            "from autorev.finetune.record import FineTuning\n"
-            "from autorev.report.finetune.html import render_finetune_html as render\n"
-            "from autorev.report.finetune.markdown import render_markdown\n"
-            "from autorev.report.finetune.terminal import render_text\n"
+            "from autorev.finetuning.record import FineTuning\n"
+            "from autorev.report.finetuning.html import render_finetune_html as render\n"
+            "from autorev.report.finetuning.markdown import render_markdown\n"
+            "from autorev.report.finetuning.terminal import render_text\n"
             "run = FineTuning.from_json(e.momentum().to_json())\n"
             "pages = render([run], 'x'), render([run] * 3, 'x'), render_text(run), render_markdown([run])\n"
             "print(all('SmolLM2-135M' in page for page in pages), {'torch', 'transformers'} & set(sys.modules))"

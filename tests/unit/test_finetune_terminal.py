@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from autorev.finetune.record import FineTuning
-from autorev.report.finetune.terminal import print_fine_tunings, render_text
+from autorev.finetuning.record import FineTuning
+from autorev.report.finetuning.terminal import print_fine_tunings, render_text
 from tests import finetune_examples as examples
 from tests.finetune_examples import ALL, many
 

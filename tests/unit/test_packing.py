@@ -14,8 +14,8 @@ from torch import nn
 
 import autorev
 from autorev.errors import DataError
-from autorev.finetune.data import IGNORED, Example
-from autorev.finetune.packing import Collator, Rows, keeps_apart, make_rows
+from autorev.finetuning.data import IGNORED, Example
+from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
 from tests.one_step import gap, one_step
 from tests.tiny_llm import LENGTH, tiny_model
 

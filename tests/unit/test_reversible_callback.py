@@ -13,7 +13,7 @@ from torch import nn
 
 import autorev
 from autorev.couplings.arithmetic import side_bits_of
-from autorev.finetune.schedule import Schedule
+from autorev.finetuning.schedule import Schedule
 from autorev.integrations.transformers import ReversibleCallback, chain_figures
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autorev.couplings.arithmetic import side_bits_of
 from autorev.couplings.presets import check_dyadic
 from autorev.errors import SettingError
-from autorev.finetune.schedule import Schedule
+from autorev.finetuning.schedule import Schedule
 
 schedules = st.builds(
     Schedule,

@@ -13,10 +13,10 @@ from torch.distributions import Categorical, kl_divergence
 
 import autorev
 from autorev.engine.chain import REVERSIBLE, mode
-from autorev.finetune.data import IGNORED, Example
-from autorev.finetune.evaluate import evaluate, logits_of
-from autorev.finetune.packing import Collator, Rows
-from autorev.finetune.teacher import Teacher, divergence, shifted
+from autorev.finetuning.data import IGNORED, Example
+from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.packing import Collator, Rows
+from autorev.finetuning.teacher import Teacher, divergence, shifted
 from tests.one_step import gradients_of
 from tests.tiny_llm import tiny_model
 

@@ -17,9 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from autorev.errors import FixedPointRangeError, TrainingError
-from autorev.finetune.evaluate import evaluate, logits_of
-from autorev.finetune.record import Evaluation
-from autorev.finetune.teacher import Teacher, divergence, shifted
+from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.record import Evaluation
+from autorev.finetuning.teacher import Teacher, divergence, shifted
 from autorev.rewrite.convert import chains_of
 
 MARK = "autorev.json"

@@ -11,12 +11,12 @@ import torch
 
 from autorev.capture.transformers_quirks import quiet
 from autorev.errors import SettingError
-from autorev.finetune.evaluate import evaluate, logits_of
-from autorev.finetune.record import Evaluation
-from autorev.finetune.setup import predicts_tokens
-from autorev.finetune.tasks import run_tasks
-from autorev.finetune.teacher import Teacher
-from autorev.finetune.trained import held_out, record_in, trained_model
+from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.record import Evaluation
+from autorev.finetuning.setup import predicts_tokens
+from autorev.finetuning.tasks import run_tasks
+from autorev.finetuning.teacher import Teacher
+from autorev.finetuning.trained import held_out, record_in, trained_model
 from autorev.models.load import load_model, tokenizer_of
 from autorev.rewrite.remember import KEY
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 
 from autorev.capture.transformers_quirks import quiet
 from autorev.errors import AutorevError, ExportError, SettingError
-from autorev.finetune.evaluate import evaluate, logits_of
-from autorev.finetune.packing import Collator, Rows
-from autorev.finetune.session import vanilla_logits
-from autorev.finetune.trained import held_out, record_in, trained_model
+from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.packing import Collator, Rows
+from autorev.finetuning.session import vanilla_logits
+from autorev.finetuning.trained import held_out, record_in, trained_model
 from autorev.models.load import load_model
 from autorev.rewrite.convert import revert
 from autorev.rewrite.remember import forget
@@ -74,6 +75,8 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"{out} is there already; name another folder for --out")
+    if isnan(max_loss_increase):
+        raise SettingError("the loss may rise by a number of nats, not by nan")
     with quiet():
         record = record_in(folder)
         model, tokenizer = trained_model(folder, record)
@@ -96,7 +99,7 @@ def export(
     progress("writing", 0.7)
     with quiet():
         _write(model, tokenizer, out, rows, collator, vanilla)
-    return Exported(str(out), loss, vanilla, rows.learned, vanilla - loss > max_loss_increase)
+    return Exported(str(out), loss, vanilla, rows.learned, not vanilla - loss <= max_loss_increase)
 
 
 def _write(model: Any, tokenizer: Any, out: Path, rows: Rows, collator: Collator, expected: float) -> None:

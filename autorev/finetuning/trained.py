@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.errors import SettingError
-from autorev.finetune.packing import Collator, Rows
-from autorev.finetune.record import FineTuning
-from autorev.finetune.run import RECORD
-from autorev.finetune.session import HELD_OUT
-from autorev.finetune.setup import read_texts
+from autorev.errors import DataError, ModelBuildError, ModelNotFoundError, SettingError
+from autorev.finetuning.packing import Collator, Rows
+from autorev.finetuning.record import FineTuning
+from autorev.finetuning.run import RECORD
+from autorev.finetuning.session import HELD_OUT
+from autorev.finetuning.setup import longest_sequence, read_texts
+from autorev.models.from_config import one_line
 from autorev.models.load import load_model, tokenizer_of
 from autorev.rewrite.convert import chains_of, convert
 from autorev.rewrite.recouple import recouple
@@ -52,7 +53,13 @@ def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, A
         return load(folder), tokenizer
     if record.recipe.lora_rank is None:
         return load_model(str(folder), torch.float32, 1, None).model, tokenizer
-    loaded = load_model(record.model.source, torch.float32, 1, None)
+    try:
+        loaded = load_model(record.model.source, torch.float32, 1, None)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"the adapters in {folder} belong to the model {record.model.source}, which cannot be found from here: "
+            f"{error}"
+        ) from None
     if record.chains:
         grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
         args, kwargs = loaded.call
@@ -67,7 +74,13 @@ def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, A
             _recoupled(loaded.model, record)
     from peft import PeftModel
 
-    model: nn.Module = PeftModel.from_pretrained(loaded.model, folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # PEFT would look for it on the hub
+            raise ModelNotFoundError(f"{folder} holds no adapters ({name} is missing); train them once more")
+    try:
+        model: nn.Module = PeftModel.from_pretrained(loaded.model, str(folder))
+    except Exception as error:  # safetensors and PEFT each have errors of their own
+        raise ModelBuildError(f"PEFT cannot load the adapters in {folder}: {one_line(error)}") from error
     return model, tokenizer
 
 
@@ -87,10 +100,13 @@ def held_out(
     """
     held = folder / HELD_OUT
     if text is None and held.is_file():
-        rows = Rows.from_json(held.read_text(encoding="utf-8"))
+        try:
+            rows = Rows.from_json(held.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"{held}, the text that the run held out, is damaged; give another one by --text") from None
         return rows, Collator(rows.packed, rows.length, 0)
     if tokenizer is None:
         raise SettingError(f"{folder} has no tokenizer, and without one nothing can be compared; save it there, too")
-    sequence = record.recipe.sequence if record else _SEQUENCE
+    sequence = record.recipe.sequence if record else min(_SEQUENCE, longest_sequence(model) or _SEQUENCE)
     texts = read_texts(model, tokenizer, text, None, sequence, _ROWS, packed=True)
     return texts.validation, texts.collator

@@ -8,15 +8,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autorev.finetune.record import FineTuning
-from autorev.report.finetune.figures import (
+from autorev.finetuning.record import FineTuning
+from autorev.report.finetuning.figures import (
     change_axis,
     change_scale,
     logarithmic_losses,
     wide,
 )
-from autorev.report.finetune.numbers import bits_text, change_text, loss_text
-from autorev.report.finetune.rows import (
+from autorev.report.finetuning.numbers import bits_text, change_text, loss_text
+from autorev.report.finetuning.rows import (
     Look,
     RunGroup,
     difference,

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autorev.finetune.packing import Collator, Rows
-from autorev.finetune.record import Evaluation
-from autorev.finetune.teacher import divergence, shifted
+from autorev.finetuning.packing import Collator, Rows
+from autorev.finetuning.record import Evaluation
+from autorev.finetuning.teacher import divergence, shifted
 
 Logits = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """From a batch without labels to logits [batch, tokens, vocabulary]."""

@@ -264,7 +264,7 @@ class FineTuning:
         return records.write_whole(Path(path), self.to_json())
 
     def __str__(self) -> str:
-        from autorev.report.finetune.terminal import render_text
+        from autorev.report.finetuning.terminal import render_text
 
         return render_text(self)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from autorev.couplings.velocity import Bdia, Velocity
 from autorev.errors import ConversionError, FixedPointRangeError
-from autorev.finetune.record import Assignment, Calibration, Sensitivity
-from autorev.finetune.teacher import as_original
+from autorev.finetuning.record import Assignment, Calibration, Sensitivity
+from autorev.finetuning.teacher import as_original
 from autorev.rewrite.convert import chains_of
 from autorev.rewrite.recouple import recouple
 from autorev.rewrite.remember import KEY

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autorev.finetune.record import ChainState, Evaluation, FineTuning
-from autorev.report.finetune.numbers import (
+from autorev.finetuning.record import ChainState, Evaluation, FineTuning
+from autorev.report.finetuning.numbers import (
     along_chain,
     bits_text,
     change_text,
@@ -13,7 +13,7 @@ from autorev.report.finetune.numbers import (
     perplexity_text,
     share_text,
 )
-from autorev.report.finetune.rows import difference, side_bits_words, trains_words
+from autorev.report.finetuning.rows import difference, side_bits_words, trains_words
 from autorev.report.format import (
     NOTHING,
     clean,

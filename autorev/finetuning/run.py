@@ -1,4 +1,4 @@
-"""`autorev.finetune`: convert, train with `transformers.Trainer`, follow the quality, and write down what happened.
+"""`autorev.finetuning`: convert, train with `transformers.Trainer`, follow the quality, and write down what happened.
 
 Read this first: the order of everything in this folder. A run lives in a folder of its own: `run.json` (the record),
 `checkpoint-N` while it trains, and in the end the model as `save_pretrained` writes it.
@@ -20,8 +20,8 @@ import torch
 
 from autorev.capture.transformers_quirks import quiet
 from autorev.errors import SettingError
-from autorev.finetune.record import FineTuning, Recipe
-from autorev.finetune.schedule import Schedule
+from autorev.finetuning.record import FineTuning, Recipe
+from autorev.finetuning.schedule import Schedule
 from autorev.profiler.environment import environment
 from autorev.profiler.record import Variant
 from autorev.variants import coupling_options, parse_variant
@@ -29,6 +29,8 @@ from autorev.variants import coupling_options, parse_variant
 RECORD = "run.json"
 RATES = {"full": 2e-5, "lora": 2e-4, "scratch": 1e-3}
 """Learning rates by what trains, where none is given."""
+DISTILL_WEIGHT = 0.5
+"""Of the distance to the original model in the loss, where distillation is asked for without a weight."""
 DECAYS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"),
@@ -46,7 +48,7 @@ def finetune(
     coupling: str = "momentum:k=3",
     lora: int | None = None,
     distill: bool = False,
-    distill_weight: float = 0.5,
+    distill_weight: float | None = None,
     schedule: str | None = None,
     schedule_steps: int | None = None,
     max_loss_increase: float | None = None,
@@ -75,12 +77,12 @@ def finetune(
     Args:
         model: what the command line calls MODEL; None: the embedded SmolLM2.
         out: the run's folder.
-        data: a text file, or JSONL (`autorev.finetune.data`); None: the language reference that CPython carries.
+        data: a text file, or JSONL (`autorev.finetuning.data`); None: the language reference that CPython carries.
         validation: likewise; default: a tenth of the data.
         coupling: a spec as `autorev.variants` has them: `momentum:k=3`, `leapfrog`, `plain`, `checkpoint`, ...
         lora: rank of PEFT's adapters; None: all weights train.
         distill: add KL(original, model) to the loss.
-        distill_weight: its weight w; the text has 1 - w.
+        distill_weight: its weight w, by default 1/2; the text has 1 - w.
         schedule: leapfrog or midpoint: where gamma is moved to during training.
         schedule_steps: optimiser steps until it is there; default: two thirds of all.
         max_loss_increase: choose each block's side bits such that the loss before training rises by no more.
@@ -124,8 +126,8 @@ def finetune(
     _check_installed()
     from transformers import set_seed
 
-    from autorev.finetune.session import Run
-    from autorev.finetune.setup import set_up
+    from autorev.finetuning.session import Run
+    from autorev.finetuning.setup import set_up
 
     set_seed(seed)
     progress("loading the model and the text", 0.0)
@@ -146,7 +148,7 @@ def finetune(
         dtype="bf16" if bf16 else "fp32",
         optimizer="adamw",
         seed=seed,
-        distill_weight=distill_weight if distill else 0.0,
+        distill_weight=(DISTILL_WEIGHT if distill_weight is None else distill_weight) if distill else 0.0,
         schedule=schedule,
         schedule_steps=(schedule_steps or max(1, steps * 2 // 3)) if schedule else 0,
         max_loss_increase=max_loss_increase,
@@ -200,12 +202,14 @@ def _check_numbers(whole: dict[str, tuple[Any, int]], learning_rate: float | Non
 def _check(
     variant: Variant,
     distill: bool,
-    weight: float,
+    weight: float | None,
     schedule: str | None,
     schedule_steps: int | None,
     budget: float | None,
 ) -> None:
-    if not 0 < weight <= 1:
+    if weight is not None and not distill:
+        raise SettingError("--distill-weight is the share of --distill; give both, or leave it out")
+    if weight is not None and not 0 < weight <= 1:
         raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight:g}")
     if distill and variant.loss == "chunked":
         raise SettingError("distillation compares all logits, which a chunked loss never makes; leave loss=chunked out")

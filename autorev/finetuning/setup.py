@@ -11,10 +11,10 @@ from torch import nn
 
 from autorev.analysis import ModelInfo
 from autorev.errors import SettingError
-from autorev.finetune.data import read_documents, split, tokenize
-from autorev.finetune.evaluate import logits_of
-from autorev.finetune.packing import Collator, Rows, keeps_apart, make_rows
-from autorev.finetune.record import Corpus
+from autorev.finetuning.data import read_documents, split, tokenize
+from autorev.finetuning.evaluate import logits_of
+from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
+from autorev.finetuning.record import Corpus
 from autorev.models.load import Loaded, load_model, tokenizer_of
 from autorev.models.resolve import EMBEDDED
 from autorev.profiler.passes.prepare import find_blocks, on_tokens
@@ -111,10 +111,16 @@ def check_length(model: Any, sequence: int, name: str) -> None:
     Raises:
         SettingError: it does.
     """
-    for limit in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        longest = getattr(model.config, limit, None)
-        if isinstance(longest, int) and sequence > longest:
-            raise SettingError(f"{name} reads {longest} tokens at most, and --sequence is {sequence}; give fewer")
+    longest = longest_sequence(model)
+    if longest is not None and sequence > longest:
+        raise SettingError(f"{name} reads {longest} tokens at most, and --sequence is {sequence}; give fewer")
+
+
+def longest_sequence(model: Any) -> int | None:
+    """Tokens that the model's positions reach; None: its config sets no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    limits = [getattr(model.config, name, None) for name in names]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def read_texts(

@@ -10,12 +10,12 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from autorev.finetune.record import FineTuning
+from autorev.finetuning.record import FineTuning
 from autorev.report.analysis.terminal import bullet
-from autorev.report.finetune.comparison_tables import scratch_table
-from autorev.report.finetune.html import tiles
-from autorev.report.finetune.numbers import change_text, loss_text
-from autorev.report.finetune.rows import (
+from autorev.report.finetuning.comparison_tables import scratch_table
+from autorev.report.finetuning.html import tiles
+from autorev.report.finetuning.numbers import change_text, loss_text
+from autorev.report.finetuning.rows import (
     RunGroup,
     against_plain,
     families,
@@ -28,8 +28,8 @@ from autorev.report.finetune.rows import (
     side_bits_words,
     steps_done,
 )
-from autorev.report.finetune.tables import evaluations_table
-from autorev.report.finetune.verdict import drift_words, export_gap, may_export, verdict
+from autorev.report.finetuning.tables import evaluations_table
+from autorev.report.finetuning.verdict import drift_words, export_gap, may_export, verdict
 from autorev.report.format import NOTHING, clean, format_integer, format_rate, plural, sentence, unit_for
 from autorev.report.tables import Cell, Table
 from autorev.report.words import model_facts

@@ -6,15 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from autorev.finetune.record import FineTuning
-from autorev.report.finetune.numbers import (
+from autorev.finetuning.record import FineTuning
+from autorev.report.finetuning.numbers import (
     change_text,
     divergence_text,
     loss_text,
     perplexity_text,
     share_text,
 )
-from autorev.report.finetune.rows import (
+from autorev.report.finetuning.rows import (
     against_plain,
     difference,
     families,
@@ -29,7 +29,7 @@ from autorev.report.finetune.rows import (
     steps_done,
     trains_words,
 )
-from autorev.report.finetune.verdict import EXPORT_LIMIT, export_gap
+from autorev.report.finetuning.verdict import EXPORT_LIMIT, export_gap
 from autorev.report.format import NOTHING, clean, format_integer, format_rate, format_seconds, plural
 from autorev.report.profile.comparison_tables import environment_facts
 from autorev.report.profile.tables import optional_bytes

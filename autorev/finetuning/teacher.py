@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autorev.engine.chain import ORIGINAL, running
-from autorev.finetune.data import IGNORED
+from autorev.finetuning.data import IGNORED
 
 
 @dataclass(frozen=True, eq=False)

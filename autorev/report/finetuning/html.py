@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autorev.finetune.record import FineTuning
-from autorev.report.finetune import comparison_tables, numbers, rows, tables
-from autorev.report.finetune.comparison import comparison_figures
-from autorev.report.finetune.figures import SMALLEST_CHANGE, run_figures
-from autorev.report.finetune.numbers import (
+from autorev.finetuning.record import FineTuning
+from autorev.report.finetuning import comparison_tables, numbers, rows, tables
+from autorev.report.finetuning.comparison import comparison_figures
+from autorev.report.finetuning.figures import SMALLEST_CHANGE, run_figures
+from autorev.report.finetuning.numbers import (
     change_text,
     divergence_text,
     loss_text,
     perplexity_text,
     share_text,
 )
-from autorev.report.finetune.rows import latest, plain_of, side_bits_ends, side_bits_words
-from autorev.report.finetune.verdict import (
+from autorev.report.finetuning.rows import latest, plain_of, side_bits_ends, side_bits_words
+from autorev.report.finetuning.verdict import (
     EXPORT_LIMIT,
     drift_words,
     export_gap,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autorev.finetune.record import FineTuning
-from autorev.report.finetune.numbers import change_text, loss_text, perplexity_text
-from autorev.report.finetune.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
+from autorev.finetuning.record import FineTuning
+from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
+from autorev.report.finetuning.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
 from autorev.report.format import format_error, format_integer, plural
 from autorev.report.words import strategy_title
 

@@ -24,14 +24,14 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ORIGINAL, running
 from autorev.errors import FixedPointRangeError, SettingError, TrainingError
-from autorev.finetune.calibrate import calibrate
-from autorev.finetune.evaluate import Logits, evaluate, logits_of
-from autorev.finetune.progress import Told
-from autorev.finetune.record import ChainState, Evaluation, FineTuning, Logged
-from autorev.finetune.schedule import Schedule
-from autorev.finetune.setup import Setup
-from autorev.finetune.teacher import Teacher
-from autorev.finetune.trainer import GENTLER, FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint, step_of
+from autorev.finetuning.calibrate import calibrate
+from autorev.finetuning.evaluate import Logits, evaluate, logits_of
+from autorev.finetuning.progress import Told
+from autorev.finetuning.record import ChainState, Evaluation, FineTuning, Logged
+from autorev.finetuning.schedule import Schedule
+from autorev.finetuning.setup import Setup
+from autorev.finetuning.teacher import Teacher
+from autorev.finetuning.trainer import GENTLER, FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint, step_of
 from autorev.integrations.transformers import ReversibleCallback
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole

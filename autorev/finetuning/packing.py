@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from autorev.errors import DataError
-from autorev.finetune.data import IGNORED, Example
+from autorev.finetuning.data import IGNORED, Example
 
 _APART = 1e-3
 """Relative difference of logits: of a document behind another one, and of the same document alone."""
