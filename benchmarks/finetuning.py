@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "momentum_k3": f"--coupling momentum:k=3 {QUALITY}",
         "momentum_k2": f"--coupling momentum:k=2 {QUALITY}",
         "lora_plain": f"--coupling plain --lora 16 {QUALITY}",
+        "lora_checkpoint": f"--coupling checkpoint --lora 16 {QUALITY}",
         "lora_momentum_k3": f"--coupling momentum:k=3 --lora 16 {QUALITY}",
     },
     "couplings": {
