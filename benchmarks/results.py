@@ -24,6 +24,9 @@ TRAINED = RECORDS / "finetuning"
 BEGIN_TRAINED = "<!-- made by `python -m benchmarks.results` from profiles/recorded/finetuning -->"
 END_TRAINED = "<!-- end of the fine-tunings -->"
 
+TABLES = (("quality", "couplings"), ("schedule",), ("scratch",))
+"""Groups of fine-tunings that stand in one table."""
+
 
 def table() -> str:
     """The section between the markers."""
@@ -49,10 +52,14 @@ def with_table(readme: str) -> str:
 
 
 def fine_tunings() -> str:
-    """The section on training, in the order in which the runs are listed."""
-    names = [name for group in GROUPS.values() for name in group]
-    runs = [FineTuning.read(TRAINED / f"{name}.json") for name in names if (TRAINED / f"{name}.json").is_file()]
-    return render_fine_tunings(runs).strip()
+    """The section on training, a table for each group of recorded runs that share a recipe."""
+    return "\n\n".join(filter(None, (_trained(*names) for names in TABLES)))
+
+
+def _trained(*names: str) -> str:
+    files = [TRAINED / f"{run}.json" for name in names for run in GROUPS[name]]
+    runs = [FineTuning.read(file) for file in files if file.is_file()]
+    return render_fine_tunings(runs, f"python -m benchmarks.finetuning {' '.join(names)}").strip()
 
 
 def _between(text: str, begin: str, content: str, end: str) -> str:

@@ -50,13 +50,13 @@ def quirks() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what `transformers` advises on configs and missing kernels, and its bars: autorev has its own."""
+    """Silence what `transformers` and PEFT advise on configs and missing kernels, and their bars: we have our own."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), _without_bars():
-            warnings.filterwarnings("ignore", module="transformers")
+            warnings.filterwarnings("ignore", module="transformers|peft")
             yield
     finally:
         logger.setLevel(level)

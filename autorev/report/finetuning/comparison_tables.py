@@ -54,7 +54,7 @@ def _run(run: FineTuning, runs: Sequence[FineTuning]) -> Row:
     notes = [how_words(run)]
     if not run.complete:
         notes.append(f"incomplete: {format_integer(steps_done(run))} of {format_integer(run.recipe.steps)} steps")
-    if len(families(runs)) > 1:
+    if len({(other.recipe.learning_rate, other.recipe.seed) for other in runs}) > 1:
         notes.append(f"rate {run.recipe.learning_rate:g}, seed {run.recipe.seed}")
     cells = (
         trains_words(run),

@@ -23,15 +23,19 @@ _MEANINGS_SCRATCH = (
 )
 
 
-def render_markdown(runs: Sequence[FineTuning]) -> str:
-    """A table for each model, those from scratch apart, below the commands that made the records."""
-    parts = [part for group in groups(runs) for part in _group(group)]
+def render_markdown(runs: Sequence[FineTuning], made_by: str | None = None) -> str:
+    """A table for each model, those from scratch apart, below the commands that made the records.
+
+    `made_by`: one command that made them all, in the place of their own.
+    """
+    parts = [part for group in groups(runs) for part in _group(group, made_by)]
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def _group(group: RunGroup) -> Iterator[str]:
+def _group(group: RunGroup, made_by: str | None) -> Iterator[str]:
     yield f"### {literal(_heading(group))}"
-    yield "  \n".join(code(line) for run in group.runs for line in run.command.splitlines())
+    own = [line for run in group.runs for line in run.command.splitlines()]
+    yield "  \n".join(code(line) for line in ([made_by] if made_by else own))
     found = scratch_table(group.runs) if group.scratch else runs_table(group.runs)
     words = {0, 1} if not group.scratch else {0}
     yield _markdown(found, words)
