@@ -4,7 +4,8 @@ A variant is written `NAME` or `NAME:option=value,...`:
 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
-        couplings take arithmetic=exact|float, granularity=block|sublayer, keep_last=N; momentum takes k or gamma
+        couplings take arithmetic=exact|float, granularity=block|sublayer, keep_last=N, fraction_bits=N; momentum takes
+        k or gamma
     every one takes loss=full|chunked
 """
 
@@ -44,7 +45,7 @@ ALL = (
 )
 _USUAL = {"arithmetic": "exact", "granularity": "block", "keep_last": 1}
 """What a spec leaves out, so that the same variant has the same spec."""
-_COUPLING_OPTIONS = ("k", "gamma", *_USUAL)
+_COUPLING_OPTIONS = ("k", "gamma", *_USUAL, "fraction_bits")
 
 
 class NotApplicable(Exception):  # noqa: N818 - no error: a variant that this model has no use for
@@ -101,6 +102,8 @@ def parse_variant(spec: str) -> Variant:
     for key, usual in _USUAL.items():
         value = request.number(key, int, usual) if key == "keep_last" else options.get(key, usual)
         parts += [f"{key}={value}"] if value != usual else []
+    bits = request.number("fraction_bits", int)
+    parts += [] if bits is None else [f"fraction_bits={bits}"]
     title = f"{name} {', '.join(parts)}".strip() + (", chunked loss" if loss == "chunked" else "")
     shown = [*parts, *(["loss=chunked"] if loss == "chunked" else [])]
     reversible = name in PRESETS
@@ -125,6 +128,8 @@ def coupling_options(variant: Variant) -> dict[str, Any]:
         if key in request.options:
             how[key] = request.options[key]
     how["keep_last"] = keep_last(variant)
+    if "fraction_bits" in request.options:
+        how["fraction_bits"] = request.number("fraction_bits", int)
     return how
 
 
@@ -229,7 +234,7 @@ def in_place(
 ) -> Iterator[InPlace]:
     """While it lasts, `model` trains as `variant`. Its modules, weights and `state_dict` keys stay what they are.
 
-    `fraction_bits`: the grids of a coupling's chains, where they are not to be chosen.
+    `fraction_bits`: the grids of a coupling's chains by name, where they are known already.
 
     Raises:
         NotApplicable: the variant cannot be had of this model; it is as it was.
@@ -245,7 +250,9 @@ def in_place(
                 stack.callback(unchunk_loss, model)
             if variant.reversible:
                 how = coupling_options(variant)
-                done = convert(model, example_args=call[0], example_kwargs=call[1], fraction_bits=fraction_bits, **how)
+                if fraction_bits:
+                    how["fraction_bits"] = fraction_bits
+                done = convert(model, example_args=call[0], example_kwargs=call[1], **how)
                 stack.callback(revert, model)
                 placed.conversion = done
                 if done.arithmetic == "exact":

@@ -63,13 +63,8 @@ def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, A
     if record.chains:
         grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
         args, kwargs = loaded.call
-        convert(
-            loaded.model,
-            **coupling_options(record.variant),
-            fraction_bits=grids or None,
-            example_args=args,
-            example_kwargs=kwargs,
-        )
+        how = {**coupling_options(record.variant), "fraction_bits": grids or None}
+        convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
         if record.recipe.schedule or record.calibration is not None:
             _recoupled(loaded.model, record)
     from peft import PeftModel

@@ -149,3 +149,14 @@ def test_an_error_names_the_option_and_the_remedy(spec: str, words: str) -> None
     with pytest.raises(SettingError, match=words) as caught:
         parse_variant(spec)
     assert "\n" not in str(caught.value)
+
+
+def test_the_grid_is_part_of_the_spec() -> None:
+    """Where the chosen grid has no room, the user names one; it reaches `convert`, and tells two variants apart."""
+    variant = parse_variant("midpoint_a:fraction_bits=8,keep_last=1")
+    assert variant.spec == "midpoint_a:fraction_bits=8"
+    assert variant.title == "midpoint_a fraction_bits=8"
+    assert coupling_options(variant)["fraction_bits"] == 8
+    assert "fraction_bits" not in coupling_options(parse_variant("midpoint_a"))
+    with pytest.raises(SettingError, match="fraction_bits of the variant midpoint_a is a whole number, not 'few'"):
+        parse_variant("midpoint_a:fraction_bits=few")
