@@ -141,7 +141,8 @@ def compensated(gammas: Sequence[Fraction]) -> list[float]:
 
     A branch adds c f at once, and c f S over all the layers to come, S_j = 1 + gamma_{j+1} S_{j+1}. With c = 1 it is
     f for the next block, with c = 1 / S it is f in the end; as in `presets.py`, the middle is best: c = 2 / (1 + S).
-    On SmolLM2-135M that is worth a tenth of a nat at gamma = 1/2 and more than one at 1 (benchmarks/zero_shot_*.md).
+    On SmolLM2-135M that is a tenth of a nat better at gamma = 1/2 and 1.5 at 1, and 0.1 to 0.7 worse at 3/4 and 7/8
+    (benchmarks/zero_shot_*.md).
     """
     totals = [1.0]
     for gamma in reversed(gammas[1:]):
