@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "schedule_distilled": f"--schedule leapfrog --distill {SCHEDULE}",
         "jump_distilled": f"--coupling leapfrog --distill {SCHEDULE}",
         "schedule": f"--schedule leapfrog {SCHEDULE}",
+        "jump": f"--coupling leapfrog {SCHEDULE}",
     },
     "scratch": {
         f"scratch_{coupling}_{seed}": f"SCRATCH --coupling {coupling} --seed {seed} {SCRATCH}"
