@@ -50,12 +50,12 @@ def quirks() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what `transformers` and PEFT advise on configs and missing kernels, and their bars: we have our own."""
+    """Silence what `transformers` and PEFT advise on configs and missing kernels."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), _without_bars():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="transformers|peft")
             yield
     finally:
@@ -63,7 +63,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def quiet_files() -> Iterator[None]:
+    """`quiet`, and without the bars of `transformers` for files that it reads and writes: autorev has its own."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as theirs
 
@@ -71,7 +72,8 @@ def _without_bars() -> Iterator[None]:
     gguf.tqdm = lambda items, **how: items
     theirs.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     finally:
         gguf.tqdm = bar
         if shown:

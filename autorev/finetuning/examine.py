@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from autorev.capture.transformers_quirks import quiet
+from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import SettingError
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
@@ -80,7 +80,7 @@ def examine(
     """
     folder = Path(model).expanduser()
     record = record_in(folder) if folder.is_dir() else None
-    with quiet():
+    with quiet_files():
         if record is not None or _was_converted(folder):
             net, tokenizer = trained_model(folder, record)
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autorev.capture.transformers_quirks import quiet
+from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import AutorevError, ExportError, SettingError
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
@@ -77,7 +77,7 @@ def export(
         raise SettingError(f"{out} is there already; name another folder for --out")
     if isnan(max_loss_increase):
         raise SettingError("the loss may rise by a number of nats, not by nan")
-    with quiet():
+    with quiet_files():
         record = record_in(folder)
         model, tokenizer = trained_model(folder, record)
         rows, collator = held_out(folder, record, text, model, tokenizer)
@@ -97,7 +97,7 @@ def export(
         merge: Any = model.merge_and_unload
         model = merge()
     progress("writing", 0.7)
-    with quiet():
+    with quiet_files():
         _write(model, tokenizer, out, rows, collator, vanilla)
     return Exported(str(out), loss, vanilla, rows.learned, not vanilla - loss <= max_loss_increase)
 

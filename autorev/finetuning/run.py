@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from autorev.capture.transformers_quirks import quiet
+from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import SettingError
 from autorev.finetuning.record import FineTuning, Recipe
 from autorev.finetuning.schedule import Schedule
@@ -170,7 +170,7 @@ def finetune(
     if before is not None:
         record = _continued(record, before, folder)
     with ExitStack() as stack:
-        stack.enter_context(quiet())
+        stack.enter_context(quiet_files())
         run = Run(folder, found, record, progress)
         run.place(stack)
         run.begin()

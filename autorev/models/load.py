@@ -75,7 +75,7 @@ def tokenizer_of(model: str | None) -> Any:
     """The tokenizer that stands beside MODEL's weights; None where there is none."""
     from transformers import AutoTokenizer
 
-    from autorev.capture.transformers_quirks import quiet
+    from autorev.capture.transformers_quirks import quiet_files
 
     path = embedded_file() if is_embedded(model) else Path(model or "").expanduser()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
@@ -84,7 +84,7 @@ def tokenizer_of(model: str | None) -> Any:
     elif not path.is_dir():
         return None
     try:
-        with quiet():
+        with quiet_files():
             found = AutoTokenizer.from_pretrained(**where)
             # Of some families, transformers makes one without any words where there is no file of it.
             return found if found("text", add_special_tokens=False).input_ids else None
@@ -99,11 +99,11 @@ def _holds_weights(path: Path) -> bool:
 def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, **how: Any) -> Loaded:
     from transformers import AutoConfig
 
-    from autorev.capture.transformers_quirks import quiet
+    from autorev.capture.transformers_quirks import quiet_files
     from autorev.models.example_call import example_call_for, model_class
 
     try:
-        with quiet():
+        with quiet_files():
             config = AutoConfig.from_pretrained(folder, **how)
             cls = model_class(config)
             _check_size(cls, config, name, dtype)

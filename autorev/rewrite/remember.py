@@ -75,10 +75,10 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
         raise ModelNotFoundError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
     from transformers import AutoConfig
 
-    from autorev.capture.transformers_quirks import quiet
+    from autorev.capture.transformers_quirks import quiet_files
 
     try:
-        with quiet():
+        with quiet_files():
             config = AutoConfig.from_pretrained(path)
             model: nn.Module = model_class(config).from_pretrained(path, **from_pretrained)
     except Exception as error:
