@@ -16,8 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from autorev.finetuning.record import FineTuning
-from autorev.finetuning.run import RECORD
+from autorev.finetuning.record import FILE, FineTuning
 from benchmarks.workloads import TEXT
 
 RECORDS = Path("profiles/recorded/finetuning")
@@ -76,8 +75,8 @@ def run(out: Path, arguments: str, record: Path) -> None:
     command = [sys.executable, "cli.py", "finetune", *words, "--out", str(out)]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, check=False)
-    if (out / RECORD).is_file() and FineTuning.read(out / RECORD).complete:
-        shutil.copy(out / RECORD, record)
+    if (out / FILE).is_file() and FineTuning.read(out / FILE).complete:
+        shutil.copy(out / FILE, record)
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -184,7 +184,7 @@ def two_streams() -> FineTuning:
         variant=VARIANTS["hamiltonian"],
         evaluations=evaluations(curve, 40, 10, 4.1),
         vanilla=Evaluation(40, 11.2, 0.2),
-        logged=tuple(steps_of(curve, RECIPE, gamma=lambda step: (None, 0.0))),  # type: ignore[arg-type, return-value]
+        logged=tuple(steps_of(curve, RECIPE, gamma=lambda step: (None, 0.0))),
         chains=(chain([], [], [0] * BLOCKS),),
         notes=(),
     )

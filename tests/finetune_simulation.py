@@ -33,7 +33,7 @@ def steps_of(
     curve: Callable[[int], float],
     recipe: Recipe,
     *,
-    gamma: Callable[[int], tuple[float, float]] | None = None,
+    gamma: Callable[[int], tuple[float | None, float]] | None = None,
     peak: int = 1_900 * MIB,
     seconds: float = 1.9,
     drift: float | None = 0.0,

@@ -106,14 +106,14 @@ def finetune(
 @click.option(
     "--max-loss-increase",
     type=float,
-    default=0.05,
-    show_default=True,
     metavar="NATS",
-    help="Refuse if the loss is higher by more than this without the coupling.",
+    help="Refuse if the loss is higher by more than this without the coupling.  [default: 0.05]",
 )
 @click.option("--force", is_flag=True, help="Export all the same.")
 @click.option("--json", "as_json", is_flag=True, help="Print the two losses as JSON and nothing else.")
-def export(folder: Path, out: Path, text: Path | None, max_loss_increase: float, force: bool, as_json: bool) -> None:
+def export(
+    folder: Path, out: Path, text: Path | None, max_loss_increase: float | None, force: bool, as_json: bool
+) -> None:
     """Write the model that `autorev finetune` left in DIR, or that was converted and saved by `save_pretrained`, as a
     folder of `transformers` without any trace of autorev; adapters are merged.
 
@@ -124,6 +124,8 @@ def export(folder: Path, out: Path, text: Path | None, max_loss_increase: float,
     with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("loading", 0.0)
         from autorev.finetuning.export import export as run
+        from autorev.finetuning.record import EXPORT_LIMIT
 
-        done = run(folder, out, text=text, max_loss_increase=max_loss_increase, force=force, progress=tell)
+        limit = EXPORT_LIMIT if max_loss_increase is None else max_loss_increase
+        done = run(folder, out, text=text, max_loss_increase=limit, force=force, progress=tell)
     click.echo(done.to_json() if as_json else str(done))

@@ -147,13 +147,16 @@ def _of_line(line: str, where: str, tokenizer: Any) -> Document:
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
-        raise DataError(f"{where} is nested too deep for a conversation; autorev reads 'text', 'prompt' with "
-                        "'completion', or 'messages'") from None  # fmt: skip
+        raise DataError(
+            f"{where} is nested too deep for a conversation; autorev reads 'text', 'prompt' with 'completion', or "
+            "'messages'"
+        ) from None
     except UnicodeEncodeError:
         raise DataError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
     if not isinstance(data, dict):
-        raise DataError(f"{where} is a {type(data).__name__}; a line is an object with text, prompt and completion, "
-                        "or messages")  # fmt: skip
+        raise DataError(
+            f"{where} is a {type(data).__name__}; a line is an object with text, prompt and completion, or messages"
+        )
     if isinstance(data.get("text"), str):
         return _text(data["text"], where)
     if "messages" in data:

@@ -16,6 +16,7 @@ from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import AutorevError, ExportError, SettingError
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
+from autorev.finetuning.record import EXPORT_LIMIT
 from autorev.finetuning.session import vanilla_logits
 from autorev.finetuning.trained import held_out, record_in, trained_model
 from autorev.models.load import load_model
@@ -55,7 +56,7 @@ def export(
     out: Path,
     *,
     text: Path | None = None,
-    max_loss_increase: float = 0.05,
+    max_loss_increase: float = EXPORT_LIMIT,
     force: bool = False,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
 ) -> Exported:

@@ -17,6 +17,10 @@ from autorev.analysis import ModelInfo
 from autorev.errors import RecordError
 from autorev.profiler.record import Environment, Variant
 
+FILE = "run.json"
+"""The record in its run's folder."""
+EXPORT_LIMIT = 0.05
+"""Nats: a model whose loss rises by more in the plain architecture is not exported unless that is forced."""
 KIND = "fine-tuning"
 SCHEMA_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""`autorev.finetuning`: convert, train with `transformers.Trainer`, follow the quality, and write down what happened.
+"""`autorev.finetune`: convert, train with `transformers.Trainer`, follow the quality, and write down what happened.
 
 Read this first: the order of everything in this folder. A run lives in a folder of its own: `run.json` (the record),
 `checkpoint-N` while it trains, and in the end the model as `save_pretrained` writes it.
@@ -20,13 +20,12 @@ import torch
 
 from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import SettingError
-from autorev.finetuning.record import FineTuning, Recipe
+from autorev.finetuning.record import FILE, FineTuning, Recipe
 from autorev.finetuning.schedule import Schedule
 from autorev.profiler.environment import environment
 from autorev.profiler.record import Variant
 from autorev.variants import coupling_options, parse_variant
 
-RECORD = "run.json"
 RATES = {"full": 2e-5, "lora": 2e-4, "scratch": 1e-3}
 """Learning rates by what trains, where none is given."""
 DISTILL_WEIGHT = 0.5
@@ -134,8 +133,10 @@ def finetune(
     found = set_up(model, _path(data), _path(validation), sequence, validation_rows, pack)
     trains = "scratch" if not found.pretrained else "full" if lora is None else "lora"
     if trains == "scratch" and (lora or distill or max_loss_increase is not None):
-        raise SettingError(f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave "
-                           "--lora, --distill and --max-loss-increase out")  # fmt: skip
+        raise SettingError(
+            f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave --lora, "
+            "--distill and --max-loss-increase out"
+        )
     recipe = Recipe(
         trains=trains,
         lora_rank=lora,
@@ -231,10 +232,10 @@ def _check(
 
 
 def _record_in(folder: Path, resume: bool) -> FineTuning | None:
-    path = folder / RECORD
+    path = folder / FILE
     if resume:
         if not path.is_file():
-            raise SettingError(f"{folder} holds no run to go on with ({RECORD} is missing); leave --resume out")
+            raise SettingError(f"{folder} holds no run to go on with ({FILE} is missing); leave --resume out")
         before = FineTuning.read(path)
         if before.complete:
             raise SettingError(f"the run in {folder} is complete; name another --out for a new one")

@@ -27,7 +27,7 @@ from autorev.errors import FixedPointRangeError, SettingError, TrainingError
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.evaluate import Logits, evaluate, logits_of
 from autorev.finetuning.progress import Told
-from autorev.finetuning.record import ChainState, Evaluation, FineTuning, Logged
+from autorev.finetuning.record import FILE, ChainState, Evaluation, FineTuning, Logged
 from autorev.finetuning.schedule import Schedule
 from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
@@ -40,8 +40,6 @@ from autorev.rewrite.recouple import recouple
 from autorev.variants import NotApplicable, coupling_options, in_place
 
 Progress = Callable[[str, float], None]
-RECORD = "run.json"
-"""The record's file in the run's folder."""
 HELD_OUT = "validation.json"
 """The rows that every evaluation of the run is on: `export` compares on the same."""
 CALIBRATED_ON, CHECKED_ON = 4, 24
@@ -106,7 +104,7 @@ class Run:
         chains = chain_states(self.model)
         self.record = replace(self.record, original=first, evaluations=(zero_shot,), chains=chains)
         write_whole(self.folder / HELD_OUT, self.found.texts.validation.to_json())
-        self.record.write(self.folder / RECORD)
+        self.record.write(self.folder / FILE)
 
     def train(self, arguments: dict[str, Any], callbacks: tuple[Any, ...], resume: bool) -> None:
         """All steps, or those that are left.
@@ -212,7 +210,7 @@ class Run:
             ) from error
         for path in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
             (self.folder / path).unlink(missing_ok=True)
-        self.record.write(self.folder / RECORD)
+        self.record.write(self.folder / FILE)
         for checkpoint in self.folder.glob("checkpoint-*"):  # not before the record says that nobody needs them
             shutil.rmtree(checkpoint)
         return self.record
@@ -230,7 +228,7 @@ class Run:
         )
         first = tuple(e for e in self.record.evaluations if e.step == 0)
         self.record = replace(self.record, logged=logged, evaluations=(*first, *later), chains=chain_states(self.model))
-        self.record.write(self.folder / RECORD)
+        self.record.write(self.folder / FILE)
 
     def _evaluate(self, logits: Any, step: int, original: Any = None) -> Evaluation:
         texts = self.found.texts

@@ -10,8 +10,7 @@ from torch import nn
 
 from autorev.errors import DataError, ModelBuildError, ModelNotFoundError, SettingError
 from autorev.finetuning.packing import Collator, Rows
-from autorev.finetuning.record import FineTuning
-from autorev.finetuning.run import RECORD
+from autorev.finetuning.record import FILE, FineTuning
 from autorev.finetuning.session import HELD_OUT
 from autorev.finetuning.setup import longest_sequence, read_texts
 from autorev.models.from_config import one_line
@@ -33,7 +32,7 @@ def record_in(folder: Path) -> FineTuning | None:
     """
     if not folder.is_dir():
         raise SettingError(f"{folder} is no folder; give the one that autorev finetune wrote")
-    path = folder / RECORD
+    path = folder / FILE
     if not path.is_file():
         return None
     record = FineTuning.read(path)

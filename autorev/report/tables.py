@@ -1,4 +1,4 @@
-"""A table as data, so that a page and a test read the same cells."""
+"""Tables and tiles as data, so that a page and a test read the same cells."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ class Table:
 
     def __post_init__(self) -> None:
         assert all(len(row.cells) == len(self.heads) - 1 for row in self.rows), "a row lacks a cell"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One figure that is shown large, beside what it stands against."""
+
+    title: str
+    figure: str
+    against: str = ""
+    """The comparison in words; empty where there is none."""
+    warning: str = ""
 
 
 NO_FIGURE = Cell(NOTHING)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from selenium.webdriver.support.ui import WebDriverWait
+
 PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 28)"}
 INK = {"light": "rgb(22, 24, 29)", "dark": "rgb(240, 241, 244)"}
 # Per plot: the size of its drawing, and of every trace in it.
@@ -61,3 +63,15 @@ def requests(browser: Any) -> set[str]:
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
     return {each["request"]["url"] for each in sent if not each["documentURL"].startswith(("chrome", "about", "data"))}
+
+
+def drawn(browser: Any) -> list[str]:
+    """The ids of the figures that are drawn, from top to bottom."""
+    return [plot["id"] for plot in browser.execute_script(MEASURE_PLOTS)]
+
+
+def see(browser: Any, ids: list[str]) -> None:
+    """Scroll to every place and wait until its figure is drawn."""
+    for each in ids:
+        browser.execute_script("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", each)
+        WebDriverWait(browser, 20, poll_frequency=0.02).until(lambda driver, each=each: each in drawn(driver))

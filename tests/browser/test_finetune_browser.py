@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium.webdriver.support.ui import WebDriverWait
 
 from autorev.report.finetuning.html import render_finetune_html
 from tests import finetune_examples as examples
@@ -18,11 +17,13 @@ from tests.browser.chromium import (
     MEASURE_PLOTS,
     PAPER,
     background,
+    drawn,
     ink_of_plot,
     open_page,
     page_order,
     print_page,
     requests,
+    see,
 )
 
 pytestmark = pytest.mark.browser
@@ -41,18 +42,6 @@ def show(browser: Any, directory: Path, name: str, width: int = 1280, theme: str
     """Open a page in a window of `width` CSS pixels."""
     page = render_finetune_html(PAGES[name](), f"autorev report {name}")
     open_page(browser, directory / f"{name}.html", page, width, theme)
-
-
-def drawn(browser: Any) -> list[str]:
-    """The ids of the figures that are drawn, from top to bottom."""
-    return [plot["id"] for plot in browser.execute_script(MEASURE_PLOTS)]
-
-
-def see(browser: Any, ids: list[str]) -> None:
-    """Scroll to every place and wait until its figure is drawn."""
-    for each in ids:
-        browser.execute_script("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", each)
-        WebDriverWait(browser, 20, poll_frequency=0.02).until(lambda driver, each=each: each in drawn(driver))
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import autorev
 from tests.tiny_llm import LENGTH, tiny_llm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -92,3 +93,27 @@ def test_an_example_is_told_its_model_on_the_command_line(
     monkeypatch.setattr(sys, "argv", [f"{name}.py", str(start)])
     script(name, "__main__")
     assert loss_of(tmp_path / "trained") < loss_of(start)
+
+
+def test_a_loop_of_accelerate_trains_a_converted_model(tmp_path: Path) -> None:
+    """`prepare` and `accumulate` leave the chain what it is: drift 0, a lower loss, the plain model again."""
+    accelerate = pytest.importorskip("accelerate", reason="the loop is accelerate's")
+    folder = tiny_llm(tmp_path / "start")
+    start = loss_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    autorev.convert(model)
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=RATE))
+    ids = torch.tensor(tokenizer("\n\n".join(topics.values()), verbose=False).input_ids)
+    for step in range(2 * STEPS):
+        row = ids[step * LENGTH : (step + 1) * LENGTH][None]
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=row, labels=row, use_cache=False).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert autorev.drift(model) == {"model.layers": 0.0}
+    autorev.revert(model)
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "end")
+    tokenizer.save_pretrained(tmp_path / "end")
+    assert loss_of(tmp_path / "end") < start - 0.1

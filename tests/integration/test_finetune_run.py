@@ -218,7 +218,9 @@ def test_distillation(done: Done, lora: int | None) -> None:
     for row in record.logged:
         assert row.cross_entropy is not None and row.divergence is not None
         assert row.loss == pytest.approx(0.75 * row.cross_entropy + 0.25 * row.divergence, abs=1e-5)
-    assert record.logged[0].divergence < 1e-3 < record.logged[-1].divergence  # type: ignore[operator]
+    first, last = (row.divergence for row in (record.logged[0], record.logged[-1]))
+    assert first is not None and last is not None
+    assert first < 1e-3 < last
     assert done("reversible").logged[0].divergence is None
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from autorev.finetuning.record import FineTuning
+from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
 from autorev.report.finetuning.numbers import (
     change_text,
     divergence_text,
@@ -29,7 +29,7 @@ from autorev.report.finetuning.rows import (
     steps_done,
     trains_words,
 )
-from autorev.report.finetuning.verdict import EXPORT_LIMIT, export_gap
+from autorev.report.finetuning.verdict import export_gap
 from autorev.report.format import NOTHING, clean, format_integer, format_rate, format_seconds, plural
 from autorev.report.profile.comparison_tables import environment_facts
 from autorev.report.profile.tables import optional_bytes

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from autorev.finetuning.record import FineTuning
+from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
 from autorev.report.finetuning import comparison_tables, numbers, rows, tables
 from autorev.report.finetuning.comparison import comparison_figures
 from autorev.report.finetuning.figures import SMALLEST_CHANGE, run_figures
@@ -18,7 +17,6 @@ from autorev.report.finetuning.numbers import (
 )
 from autorev.report.finetuning.rows import latest, plain_of, side_bits_ends, side_bits_words
 from autorev.report.finetuning.verdict import (
-    EXPORT_LIMIT,
     drift_words,
     export_gap,
     memory_words,
@@ -27,17 +25,7 @@ from autorev.report.finetuning.verdict import (
 from autorev.report.format import format_bytes, format_integer, format_rate, format_seconds
 from autorev.report.pages import render_page
 from autorev.report.profile.comparison_tables import environment_facts
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One figure of a run, with what it stands against."""
-
-    title: str
-    figure: str
-    against: str = ""
-    """In words; empty where there is nothing to compare with."""
-    warning: str = ""
+from autorev.report.tables import Tile
 
 
 def render_finetune_html(runs: Sequence[FineTuning], command: str) -> str:

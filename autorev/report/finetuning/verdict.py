@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autorev.finetuning.record import FineTuning
+from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
 from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
 from autorev.report.finetuning.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
 from autorev.report.format import format_error, format_integer, plural
 from autorev.report.words import strategy_title
 
-EXPORT_LIMIT = 0.05
-"""Nats: `autorev export` refuses a plain model that is worse by more."""
 _NOTICED = 0.05
 """Nats by which the conversion alone must raise the loss before it is worth a sentence."""
 

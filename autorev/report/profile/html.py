@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from autorev.profiler.record import Profile, Result
@@ -17,20 +16,10 @@ from autorev.report.profile.rows import chosen, fits, largest, peak_bytes, rival
 from autorev.report.profile.tables import doubt
 from autorev.report.profile.time_figures import time_figures
 from autorev.report.profile.timelines import timelines
+from autorev.report.tables import Tile
 
 MOST_WITH_TIMELINES = 4
 """Records on one page before their timelines would make it large and slow."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One figure of the recommended variant, beside that of the one it stands against."""
-
-    title: str
-    figure: str
-    against: str = ""
-    """The comparison in words; empty where there is none."""
-    warning: str = ""
 
 
 def render_profile_html(profiles: Sequence[Profile], command: str) -> str:
