@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from autorev.cli.group import COMMAND, main, write
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from autorev.finetuning.record import FineTuning
     from autorev.profiler.record import Profile
 
@@ -98,21 +101,14 @@ def _show_fine_tunings(
 
 def show_fine_tunings(runs: list[FineTuning], command: str, as_json: bool, html: Path | None) -> None:
     """Print records of fine-tunings, and write their page."""
-    if as_json:
-        data = [json.loads(run.to_json()) for run in runs]
-        click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
-    else:
-        from rich.console import Console
+    from autorev.report.finetuning.terminal import print_fine_tunings
 
-        from autorev.report.finetuning.terminal import print_fine_tunings
-
-        print_fine_tunings(runs, Console())
-    if html:
+    def page() -> str:
         from autorev.report.finetuning.html import render_finetune_html
 
-        write(html, render_finetune_html(runs, command))
-        if not as_json:
-            click.echo(f"Report: {html}")
+        return render_finetune_html(runs, command)
+
+    _show(runs, print_fine_tunings, page, as_json, html)
 
 
 def _files(records: tuple[Path, ...]) -> list[Path]:
@@ -125,19 +121,32 @@ def _files(records: tuple[Path, ...]) -> list[Path]:
 
 
 def show(profiles: list[Profile], command: str, as_json: bool, html: Path | None) -> None:
-    """Print records, and write their page."""
+    """Print records of profiles, and write their page."""
+    from autorev.report.profile.terminal import print_profiles
+
+    def page() -> str:
+        from autorev.report.profile.html import render_profile_html
+
+        return render_profile_html(profiles, command)
+
+    _show(profiles, print_profiles, page, as_json, html)
+
+
+def _show(
+    records: Sequence[Any],
+    on_screen: Callable[[Any, Console], None],
+    page: Callable[[], str],
+    as_json: bool,
+    html: Path | None,
+) -> None:
     if as_json:
-        data = [json.loads(profile.to_json()) for profile in profiles]
+        data = [json.loads(record.to_json()) for record in records]
         click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
     else:
         from rich.console import Console
 
-        from autorev.report.profile.terminal import print_profiles
-
-        print_profiles(profiles, Console())
+        on_screen(records, Console())
     if html:
-        from autorev.report.profile.html import render_profile_html
-
-        write(html, render_profile_html(profiles, command))
+        write(html, page())
         if not as_json:
             click.echo(f"Report: {html}")
