@@ -1,16 +1,16 @@
 """`autorev.verify`: are the gradients of a converted model, on the user's own batch, those of ordinary autograd?
 
-The oracle is the same coupling with every activation stored: no tape, no second run, no side bits. The model runs once
-each way from one random state; neither its `.grad`, its buffers, nor the random streams are touched. The oracle needs
-the memory that reversibility saves: choose a batch that plain training could hold.
+The oracle is the model's own code under the same coupling, with every activation stored: no tape, no second run, no
+side bits. The model runs once each way from one random state; neither its `.grad`, its buffers, its attributes, nor the
+random streams are touched. The oracle needs the memory that reversibility saves: choose a batch that plain training
+could hold.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from autorev.engine.chain import ORACLE, ORIGINAL, REVERSIBLE, running
+from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
+from autorev.engine.modules import undisturbed
+from autorev.engine.tape import observing
 from autorev.errors import ConversionError
-from autorev.rewrite.convert import drift, forwards_of
+from autorev.rewrite.convert import chains_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative gradient error that passes, by the narrowest dtype among the parameters."""
@@ -44,12 +46,22 @@ class Verification:
     """Parameters that get a gradient from one of the two and none from the other."""
     drift: dict[str, float]
     tolerance: float
+    rebuilt: dict[str, int]
+    """By chain: branches that backward ran again on a rebuilt input. Of a chain with none nothing was verified."""
 
     def to_json(self) -> str:
         """One JSON object."""
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
+        idle = [name for name, count in self.rebuilt.items() if not count]
+        if idle:
+            return (
+                f"NOTHING VERIFIED of {', '.join(idle)}: backward rebuilt no block of it in this call\n"
+                "  all blocks stored their activations: they were given a key-value cache (use_cache=False), keep_last "
+                "covers them,\n  no gradient reaches them, or the coupling is the plain network in eval mode "
+                "(model.train())"
+            )
         verdict = "PASSED" if self.passed else "FAILED"
         lines = [
             f"{verdict}: gradients are those of ordinary autograd under the same coupling"
@@ -87,7 +99,7 @@ def verify_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[[Any], torch.Tensor] | None = None
 ) -> Verification:
     """`verify` on the call `model(*args, **kwargs)`, without a word."""
-    if not any(forwards_of(model)):
+    if not chains_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
     scalar = loss or _default_loss
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -96,20 +108,26 @@ def verify_call(
         raise ConversionError(f"no parameter of {type(model).__name__} requires a gradient; unfreeze some")
 
     def run(how: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
-        with running(how), _undisturbed(model):
+        with running(how), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
             value = scalar(model(*args, **kwargs))
             if how == ORIGINAL:
                 return float(value.detach()), ()
             return float(value.detach()), torch.autograd.grad(value, parameters, allow_unused=True)
 
-    for forward in forwards_of(model):
-        forward.chain.drift = None
-    own_loss, own = run(REVERSIBLE)
-    found_drift = drift(model)
+    kwargs = _without_cache(model, kwargs)
+    with observing() as observed:
+        own_loss, own = run(REVERSIBLE)
+    rebuilt = {chain.name: observed.rebuilt.get(chain.name, 0) for chain in chains_of(model)}
     oracle_loss, expected = run(ORACLE)
     with torch.no_grad():
         original_loss, _ = run(ORIGINAL)
-    return _compared(named, own, expected, (own_loss, oracle_loss, original_loss), found_drift)
+    return _compared(named, own, expected, (own_loss, oracle_loss, original_loss), observed.drifts, rebuilt)
+
+
+def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A `transformers` model in eval mode makes a key-value cache, which keeps its blocks from being run again."""
+    makes_one = getattr(getattr(model, "config", None), "use_cache", None) is True and hasattr(model, "main_input_name")
+    return {**kwargs, "use_cache": False} if makes_one and "use_cache" not in kwargs else kwargs
 
 
 def _compared(
@@ -118,6 +136,7 @@ def _compared(
     expected: tuple[torch.Tensor | None, ...],
     losses: tuple[float, float, float],
     found_drift: dict[str, float],
+    rebuilt: dict[str, int],
 ) -> Verification:
     off = norm = dot = own_norm = 0.0
     errors: list[tuple[str, float]] = []
@@ -144,8 +163,9 @@ def _compared(
     tolerance = TOLERANCE.get(narrowest, TOLERANCE[torch.bfloat16])
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         tolerance = max(tolerance, TOLERANCE[torch.bfloat16])
+    same_loss = abs(losses[0] - losses[1]) <= tolerance * max(abs(losses[1]), 1e-3)
     return Verification(
-        passed=error <= tolerance and not missing,
+        passed=error <= tolerance and not missing and all(rebuilt.values()) and same_loss,
         loss=losses[0],
         oracle_loss=losses[1],
         original_loss=losses[2],
@@ -155,6 +175,7 @@ def _compared(
         missing=tuple(missing),
         drift=found_drift,
         tolerance=tolerance,
+        rebuilt=rebuilt,
     )
 
 
@@ -176,21 +197,3 @@ def _default_loss(returned: Any) -> torch.Tensor:
     if not wide:
         raise ConversionError("the model returned no floating tensor; pass loss=, a function of what it returns")
     return torch.stack([t.square().mean() for t in wide]).sum()
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random states and buffers, afterwards as before."""
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-    generators = {forward.chain.generator for forward in forwards_of(model)}
-    states = [(generator, generator.getstate()) for generator in generators]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.setstate(state)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)

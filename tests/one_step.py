@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 
 Gradients = dict[str, torch.Tensor | None]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -20,6 +20,9 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from autorev.capture.hush import logs_hushed
+from autorev.capture.own_mode import OwnFakeMode
+from autorev.capture.streams import own_streams
 from autorev.capture.transformers_quirks import quirks
 from autorev.errors import CaptureError
 
@@ -32,7 +35,7 @@ KEPT = 0.9999
 
 def new_fake_mode() -> FakeTensorMode:
     """Fake *CPU* tensors: on the meta device attention would decompose and save other tensors than it does in truth."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return OwnFakeMode(allow_non_fake_inputs=True)
 
 
 def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
@@ -88,33 +91,28 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 @contextmanager
 def every_layer_kept(drawn: list[Any] | None = None) -> Iterator[None]:
-    """Layer-drop draws `KEPT`, so that one call visits every layer; the user's random streams are not moved.
+    """Layer-drop draws `KEPT`, so that one call visits every layer; nobody's random streams are moved.
 
     A scalar from `torch.rand`, and Python's `random.random` and `random.uniform`, are meant; each such draw is
-    appended to `drawn`.
+    appended to `drawn`. It holds for the calling thread, and no other notices.
     """
     draws = drawn if drawn is not None else []
 
-    def python_draw(low: float = 0.0, high: float = 1.0) -> float:
-        draws.append("random")
-        return low + (high - low) * KEPT
+    def python_random() -> float:
+        return python_uniform(0.0, 1.0)
 
-    # It logs a traceback for every error under fake tensors; ours is reported in one line.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    logged = logger.disabled
-    logger.disabled = True
-    state, torch_state = random.getstate(), torch.get_rng_state()
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(random, "random", python_draw))
-        stack.enter_context(mock.patch.object(random, "uniform", python_draw))
-        stack.enter_context(_ConstantScalarDraw(draws))
-        stack.enter_context(quirks())
-        try:
-            yield
-        finally:
-            logger.disabled = logged
-            random.setstate(state)
-            torch.set_rng_state(torch_state)
+    def python_uniform(a: float, b: float) -> float:
+        draws.append("random")
+        return a + (b - a) * KEPT
+
+    with (
+        # It logs a traceback for every error under fake tensors; ours is reported in one line.
+        logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1),
+        own_streams(random=python_random, uniform=python_uniform),
+        _ConstantScalarDraw(draws),
+        quirks(),
+    ):
+        yield
 
 
 class _ConstantScalarDraw(TorchFunctionMode):
@@ -138,14 +136,21 @@ def fused_attention_dropout() -> Iterator[None]:
     A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
     which keep the whole attention matrix.
     """
-    original: Any = torch.nn.functional.scaled_dot_product_attention
-
-    def without(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(args) > 4:  # query, key, value, mask, dropout, ...
-            attended: torch.Tensor = original(*args[:4], 0.0, *args[5:], **kwargs)
-            return attended
-        attended = original(*args, **{**kwargs, "dropout_p": 0.0})
-        return attended  # noqa: RET504 - typed above, where torch leaves it untyped
-
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", without):
+    with _NoAttentionDropout():
         yield
+
+
+class _NoAttentionDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            if len(args) > 4:  # query, key, value, mask, dropout, ...
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
+        if func is F.multi_head_attention_forward:  # a mode does not see the attention that a function calls inside
+            given = inspect.signature(func).bind(*args, **kwargs)
+            if not given.arguments.get("need_weights", True):  # with the weights it is not fused, on a GPU neither
+                given.arguments["dropout_p"] = 0.0
+            return func(*given.args, **given.kwargs)
+        return func(*args, **kwargs)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.fake import every_layer_kept
+from autorev.capture.own_mode import OwnMode
+from autorev.capture.patching import patched_here
 from autorev.capture.source import caller_line
 
 
@@ -85,20 +87,16 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
     """Run `model(*args, **kwargs)` once and write down every module call.
 
-    The caller decides what the tensors are (fake ones, as a rule) and how `model` is set (training or not).
+    The caller decides what the tensors are (fake ones, as a rule) and how `model` is set (training or not). `model` is
+    a copy that nobody else has: while it runs, its modules carry hooks, and its configs are others.
     """
-    paths = {id(module): name for name, module in model.named_modules()}
     counts: dict[int, int] = {}
     stack: list[ModuleCall] = []
     drawn: list[Any] = []
     watcher = _Watch(stack)
     roots: list[ModuleCall] = []
-    original = nn.Module.__call__
 
-    def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path = paths.get(id(module))
-        if path is None:
-            return original(module, *args, **kwargs)
+    def recorded(original: Any, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         index = counts.get(id(module), 0)
         counts[id(module)] = index + 1
         call = ModuleCall(path, module, index, stack[-1] if stack else None, args, dict(kwargs))
@@ -107,9 +105,11 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         call.entered = _tensor_versions((args, kwargs))
         stack.append(call)
         try:
-            result = original(module, *args, **kwargs)
+            result = original(*args, **kwargs)
         finally:
             stack.pop()
+        if isinstance(module, torch.jit.ScriptModule):
+            call.output = result  # its hooks are compiled into it
         inner = sum(len(child.scalar_draws) for child in call.walk() if child is not call)
         call.scalar_draws = drawn[before : len(drawn) - inner]
         call.buffers_written = _written(module, versions)
@@ -121,29 +121,37 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
                 watcher.producers.setdefault(id(tensor), (path or type(module).__name__, caller_line()))
         return result
 
+    def recording(path: str, module: nn.Module) -> Any:
+        return calls_patched(module, lambda original: partial(recorded, original, path, module))
+
     with (
         every_layer_kept(drawn),
         _without_caches(model),
         _RandomWatch(stack),
         watcher,
-        _patched_call(recorded),
-        _inside_of_hooks(stack),
+        ExitStack() as patches,
+        _inside_of_hooks(model, stack),
     ):
+        for path, module in model.named_modules():
+            patches.enter_context(recording(path, module))
         model(*args, **kwargs)
     return RecordedCall(roots[0], watcher.producers, watcher.writers, watcher.readers, watcher.alive)
 
 
-@contextmanager
-def _patched_call(replacement: Any) -> Iterator[None]:
-    with mock.patch.object(nn.Module, "__call__", replacement):
-        yield
+def calls_patched(module: nn.Module, replace: Callable[..., Any]) -> AbstractContextManager[None]:
+    """This thread's calls of `module`, and of no other module, are calls of `replace(original)`.
+
+    `__call__` itself is looked up in the class, which all modules share; these are what it calls.
+    """
+    compiled = vars(module).get("_compiled_call_impl") is not None
+    return patched_here(module, "_compiled_call_impl" if compiled else "_call_impl", replace)
 
 
-class _RandomWatch(TorchDispatchMode):
+class _RandomWatch(OwnMode):
     """Marks the module whose operator drew from a random generator: seen, not guessed from `p` or class names."""
 
     def __init__(self, stack: list[ModuleCall]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.stack = stack
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,34 +162,52 @@ class _RandomWatch(TorchDispatchMode):
 
 
 @contextmanager
-def _inside_of_hooks(stack: list[ModuleCall]) -> Iterator[None]:
+def _inside_of_hooks(model: nn.Module, stack: list[ModuleCall]) -> Iterator[None]:
     """Records what a module's `forward` got and returned: its own hooks may change either, and are no part of it."""
 
     def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if stack and stack[-1].module is module:
             stack[-1].args, stack[-1].kwargs, stack[-1].output = args, dict(kwargs), output
 
-    handle = nn.modules.module.register_module_forward_hook(seen, with_kwargs=True)  # runs before all others
-    try:
+    # Hooks of the modules, as one for all modules would run in every thread.
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes none
+                hooks.callback(module.register_forward_hook(seen, with_kwargs=True, prepend=True).remove)
         yield
-    finally:
-        handle.remove()
-        # torch forgets this entry of its own, and then warns whoever compiles a model of hooks that are not there.
-        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 @contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
-    """A `transformers` model fills a key-value cache by default, in training too, where nobody reads it."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    filling = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    for config in filling:
+    """A `transformers` model fills a key-value cache by default, in training too, where nobody reads it.
+
+    Switched off in copies of the configs, as a model that was copied or built may still share its config with another.
+    """
+    named = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    filling = {key: config for key, config in named.items() if getattr(config, "use_cache", None) is True}
+    copies = dict(zip(filling, copy.deepcopy(list(filling.values())), strict=True))
+    for config in copies.values():
         config.use_cache = False
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            attributes = vars(module)
+            held = {name: copies[id(value)] for name, value in attributes.items() if id(value) in copies}
+            if id(getattr(module, "config", None)) in copies:  # it may be the class that has it
+                held["config"] = copies[id(module.config)]
+            stack.callback(_set, attributes, {name: attributes.get(name, _nothing) for name in held})
+            _set(attributes, held)
         yield
-    finally:
-        for config in filling:
-            config.use_cache = True
+
+
+_nothing = object()
+
+
+def _set(attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is _nothing:
+            del attributes[name]
+        else:
+            attributes[name] = value
 
 
 class _Watch(TorchFunctionMode):

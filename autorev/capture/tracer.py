@@ -18,19 +18,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.record import named_arguments
+from autorev.capture.own_mode import OwnMode
+from autorev.capture.patching import patched_here
+from autorev.capture.record import calls_patched, named_arguments
 from autorev.capture.source import caller_line, caller_place
 
 _reads_data = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__contains__", "numpy"}
@@ -108,7 +110,6 @@ class ValueTracer(fx.Tracer):
         self.root = root
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.opened = opened
-        self.paths = {id(child): name for name, child in root.named_modules() if name}
         self.owned: dict[int, str] = {}
         for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
             self.owned.setdefault(id(tensor), name)
@@ -126,22 +127,24 @@ class ValueTracer(fx.Tracer):
         """Trace once; a tracer is not used twice."""
         args, kwargs = self._told_apart(args, kwargs)
         placeholders = self._placeholders(args, kwargs)
-        original_call = nn.Module.__call__
-        original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]  # a classmethod
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._call_module(lambda: original_call(module, *args, **kwargs), module, args, kwargs)
+        def applying(original: Any) -> Any:
+            def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+                applied = MethodType(original, cls)  # not `cls.apply`, which is this very function meanwhile
+                return self._leaf(lambda: applied(*args, **kwargs), "call_function", applied, args, kwargs)
 
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._leaf(lambda: original_apply(cls, *args, **kwargs), "call_function", cls.apply, args, kwargs)
+            return apply
 
         with (
             every_layer_kept(),
             self.made,
-            mock.patch.object(nn.Module, "__call__", call),
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+            ExitStack() as patches,
+            patched_here(torch.autograd.Function, "apply", applying),
             _Recorder(self),
         ):
+            for name, module in self.root.named_modules():
+                if name:  # the root's own forward is what is traced
+                    patches.enter_context(calls_patched(module, partial(self._calling, name, module)))
             output = self.root.forward(*args, **kwargs)
             with self._pause():
                 self.graph.output(self.create_arg(output))
@@ -274,17 +277,21 @@ class ValueTracer(fx.Tracer):
             self._take_apart(node, result if not is_dataclass(result) else vars(result))
         return result
 
-    def _call_module(self, function: Callable[[], Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        path = self.paths.get(id(module))
-        if self.paused or path is None:
-            return function()
-        if path in self.opened:
-            self.inside.append(type(module).__name__)
-            try:
-                return function()
-            finally:
-                self.inside.pop()
-        return self._leaf(function, "call_module", path, args, kwargs)
+    def _calling(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What a call of the sub-module `module` does instead of `original`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.paused:
+                return original(*args, **kwargs)
+            if path in self.opened:
+                self.inside.append(type(module).__name__)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self.inside.pop()
+            return self._leaf(lambda: original(*args, **kwargs), "call_module", path, args, kwargs)
+
+        return call
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -324,11 +331,11 @@ def _is_tensor_method(func: Any) -> bool:
     return getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
 
 
-class _MadeHere(TorchDispatchMode):
+class _MadeHere(OwnMode):
     """Knows which storages came into being during the trace: a tensor with one of them that no node made was lost."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.storages: set[int] = set()
         self.alive: list[torch.Tensor] = []
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from autorev.capture.hush import logs_hushed, warnings_hushed
+from autorev.capture.patching import patched_here
 
 
 @contextmanager
@@ -29,37 +31,24 @@ def quirks() -> Iterator[None]:
 
     Enter it after the model was built: what is not imported yet is not patched, and nothing is imported here.
     """
-    undo: list[tuple[Any, str, Any]] = []
-
-    def patch(module_name: str, name: str, replace: Any) -> None:
-        module = sys.modules.get(module_name)
-        original = getattr(module, name, None)
-        if original is not None:  # another version of transformers may lack the function, and then the quirk
-            undo.append((module, name, original))
-            setattr(module, name, replace(original))
-
-    patch("transformers.masking_utils", "find_packed_sequence_indices", _one_text_per_row)
-    patch("transformers.integrations.moe", "_can_use_grouped_mm", _grouped_only_where_it_can_be_faked)
-    try:
-        with quiet():
-            yield
-    finally:
-        for module, name, original in reversed(undo):
-            setattr(module, name, original)
+    places = (
+        ("transformers.masking_utils", "find_packed_sequence_indices", _one_text_per_row),
+        ("transformers.integrations.moe", "_can_use_grouped_mm", _grouped_only_where_it_can_be_faked),
+    )
+    with ExitStack() as stack:
+        for module_name, name, replace in places:
+            module = sys.modules.get(module_name)
+            if hasattr(module, name):  # another version of transformers may lack the function, and then the quirk
+                stack.enter_context(patched_here(module, name, replace))
+        stack.enter_context(quiet())
+        yield
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what `transformers` and PEFT advise on configs and missing kernels."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="transformers|peft")
-            yield
-    finally:
-        logger.setLevel(level)
+    """Silence what `transformers` and PEFT advise on configs and missing kernels, to this thread."""
+    with logs_hushed("transformers", logging.ERROR), warnings_hushed("transformers|peft"):
+        yield
 
 
 @contextmanager
@@ -68,16 +57,14 @@ def quiet_files() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as theirs
 
-    bar, shown = gguf.tqdm, theirs.is_progress_bar_enabled()
-    gguf.tqdm = lambda items, **how: items
-    theirs.disable_progress_bar()
-    try:
-        with quiet():
-            yield
-    finally:
-        gguf.tqdm = bar
-        if shown:
-            theirs.enable_progress_bar()
+    with (
+        patched_here(gguf, "tqdm", lambda original: lambda items, **how: items),
+        patched_here(
+            type(theirs.tqdm), "__call__", lambda original: lambda bar, *a, **how: theirs.EmptyTqdm(*a, **how)
+        ),
+        quiet(),
+    ):
+        yield
 
 
 def _one_text_per_row(original: Any) -> Any:

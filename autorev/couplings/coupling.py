@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -53,8 +52,14 @@ class Coupling(ABC):
         """Factor by which undoing a step enlarges a rounding error of the state."""
         return 1.0
 
-    def drawn(self, training: bool, generator: random.Random) -> Coupling:
-        """The coupling of one call; another than this where it is random."""
+    @property
+    def random(self) -> bool:
+        """Is it drawn anew for each forward pass in training?"""
+        return False
+
+    def drawn(self, training: bool, draw: int) -> Coupling:
+        """The coupling of one call; another than this where it is random. `draw`: any integer, the same for a forward
+        pass that is run again."""
         return self
 
     def first_partner(self, stream: torch.Tensor) -> torch.Tensor | None:

@@ -23,7 +23,6 @@ depth. In fixed point, gamma = n / 2^k loses the remainder of a division by 2^k,
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -128,11 +127,16 @@ class Velocity(Coupling):
 class Bdia(Velocity):
     """BDIA: in training gamma is +-1/2 with equal odds, drawn for each call of a block; in eval mode it is 0."""
 
-    def drawn(self, training: bool, generator: random.Random) -> Coupling:
+    @property
+    def random(self) -> bool:
+        """In its sign."""
+        return True
+
+    def drawn(self, training: bool, draw: int) -> Coupling:
         """The coupling of one call."""
         if not training:
             return Velocity(Fraction(0), 1.0)
-        sign = generator.choice((-1, 1))
+        sign = 2 * (draw & 1) - 1
         return Velocity(sign * self.gamma, 1 - float(sign * self.gamma))
 
 

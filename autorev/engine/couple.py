@@ -21,9 +21,10 @@ def couple(
     stream: torch.Tensor,
     partner: torch.Tensor | None,
     out: torch.Tensor,
+    check: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x', p') with the gradients of `Coupling.vjp`; `advance()` computes x'."""
-    new: tuple[torch.Tensor, torch.Tensor] = _apply(_Couple, coupling, advance, stream, partner, out)
+    """(x', p') with the gradients of `Coupling.vjp`; `advance()` computes x', `check()` is asked before backward."""
+    new: tuple[torch.Tensor, torch.Tensor] = _apply(_Couple, coupling, advance, stream, partner, out, check)
     return new
 
 
@@ -41,17 +42,20 @@ class _Couple(torch.autograd.Function):
         stream: torch.Tensor,
         partner: torch.Tensor | None,
         out: torch.Tensor,
+        check: Callable[[], None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.coupling = coupling
+        ctx.coupling, ctx.check = coupling, check
         ctx.set_materialize_grads(False)
         new = advance()
         return new, _valueless(new)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.check is not None:
+            ctx.check()
         grad_stream, grad_partner = grads
         grad_in, grad_carried, grad_out = ctx.coupling.vjp(grad_stream, grad_partner)
-        return None, None, grad_in, grad_carried if ctx.needs_input_grad[3] else None, grad_out
+        return None, None, grad_in, grad_carried if ctx.needs_input_grad[3] else None, grad_out, None
 
 
 def _valueless(like: torch.Tensor) -> torch.Tensor:

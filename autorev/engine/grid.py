@@ -1,51 +1,198 @@
-"""Has a fixed-point stream left its grid? Seen at once; on a GPU, for steps on a tape, once per backward pass."""
+"""The grid of a fixed-point stream: chosen for each forward pass, and coarsened within one that outgrows it.
+
+A grid must be coarse enough for the largest activation and fine enough for the input of the chain. Where one step
+leaves it, that step alone is taken back and taken again on a coarser one; the bits that fall away are kept beside the
+step, as side bits are, so that backward comes by the same values. So no forward pass fails for its grid, and nothing
+is rounded that does not have to be.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+from dataclasses import dataclass
+
 import torch
 
-from autorev.couplings.arithmetic import LIMIT, Arithmetic, FixedPoint
+from autorev.couplings.arithmetic import LIMIT, Arithmetic, FixedPoint, grid_for
 from autorev.couplings.coupling import Coupling, State
+from autorev.couplings.side_bits import pack, unpack
+from autorev.engine.digest import looked_at
 from autorev.errors import FixedPointRangeError
+
+HEAD_ROOM = 4.0
+"""After a step that left the grid, activations may become so many times larger before the next one does."""
+COARSEST_FOR_INPUT = 2.0**-7
+"""Steps of the grid, in terms of the input's root mean square, beyond which a finer one is begun on: bfloat16's own
+resolution."""
+FINE_FOR_INPUT = 2.0**-14
+MOST_DROPPED = 28
+"""Bits by which one step may coarsen the grid; beyond, the stream has become another thing altogether."""
+
+
+@dataclass(eq=False)
+class Dropped:
+    """What coarsening took away from a state, for `refine` to put back."""
+
+    bits: int
+    stream: torch.Tensor
+    partner: torch.Tensor
+
+    @classmethod
+    def from_state(cls, state: State, bits: int) -> Dropped:
+        """Coarsen `state` by `bits`, in place."""
+        dropped = cls(bits, pack(state.stream, bits), pack(state.partner, bits))
+        state.stream.bitwise_right_shift_(bits)
+        state.partner.bitwise_right_shift_(bits)
+        return dropped
+
+    def refine_stream(self, state: State) -> None:
+        """Make `state.stream` what it was before."""
+        state.stream = _refined(state.stream, self.stream, self.bits)
+
+    def coarsen_stream(self, state: State) -> None:
+        """Undo `refine_stream`."""
+        state.stream.bitwise_right_shift_(self.bits)
+
+    def refine_partner(self, state: State) -> None:
+        """Make `state.partner` what it was before."""
+        state.partner = _refined(state.partner, self.partner, self.bits)
+
+
+def _refined(coarse: torch.Tensor, low: torch.Tensor, bits: int) -> torch.Tensor:
+    return coarse.bitwise_left_shift_(bits).bitwise_or_(unpack(low, bits, coarse.shape))
+
+
+@dataclass(eq=False)
+class Taken:
+    """How a step was taken."""
+
+    arithmetic: Arithmetic
+    side: torch.Tensor | None
+    dropped: Dropped | None = None
+    """What the state lost just before the step, where it had to be coarsened for it."""
+
+
+def grid_at_start(usual: Arithmetic, stream: torch.Tensor, name: str) -> Arithmetic:
+    """The arithmetic to begin a forward pass through the chain `name` with: `usual`, or another grid for an input that
+    is too small or too large for it.
+
+    Raises:
+        FixedPointRangeError: the input holds something that is not a number.
+    """
+    if not isinstance(usual, FixedPoint) or not stream.numel() or stream.is_meta or not looked_at():
+        return usual
+    wide = stream.detach().float() if stream.dtype is not torch.float64 else stream.detach()
+    size, largest = (float(t) for t in torch.stack([wide.square().mean().sqrt(), wide.abs().amax()]))
+    if not math.isfinite(largest):
+        raise FixedPointRangeError(f"the input of {name} holds values that are not numbers (inf or NaN)")
+    if largest == 0:
+        return usual
+    size = max(size, largest * 2.0**-20)  # squares of the smallest floats are zero
+    if largest * 2.0**usual.fraction_bits >= LIMIT:
+        return FixedPoint(grid_for(largest, HEAD_ROOM))
+    if 2.0**-usual.fraction_bits <= COARSEST_FOR_INPUT * size:
+        return usual
+    return FixedPoint(min(math.ceil(-math.log2(FINE_FOR_INPUT * size)), grid_for(largest, HEAD_ROOM)))
 
 
 def advance(
-    coupling: Coupling, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic, path: str
-) -> torch.Tensor | None:
-    """`coupling.advance`, with the block's path in what it raises.
+    coupling: Coupling,
+    state: State,
+    out: torch.Tensor,
+    value: torch.Tensor,
+    arithmetic: Arithmetic,
+    path: str,
+    at_once: bool,
+) -> Taken:
+    """`coupling.advance`, coarsening the grid where the step needs it.
+
+    `at_once`: look at the new stream now. On a GPU that waits for the device, and steps on a tape do without
+    (`largest_of`, once per backward pass).
 
     Raises:
-        FixedPointRangeError: a product left the grid.
+        FixedPointRangeError: the branch returned something that is not a number.
     """
+    if not isinstance(arithmetic, FixedPoint):
+        return Taken(arithmetic, coupling.advance(state, out, value, arithmetic))
     try:
-        return coupling.advance(state, out, value, arithmetic)
-    except FixedPointRangeError as error:
-        raise FixedPointRangeError(f"{path}: {error}; convert again with fewer fraction_bits") from None
+        side = coupling.advance(state, out, value, arithmetic)
+        if not at_once or not _outgrown(state.stream):
+            return Taken(arithmetic, side)
+        coupling.reopen(state, arithmetic)  # exact even where the sum wrapped round: so does the difference
+        coupling.retreat(state, out, value, side, arithmetic)
+    except FixedPointRangeError:
+        pass  # a product left the grid, before anything was written
+    return _coarsened(coupling, state, out, value, arithmetic, path)
 
 
-def check_range(
-    arithmetic: FixedPoint, stream: torch.Tensor, path: str, peak: torch.Tensor | None, at_once: bool
-) -> torch.Tensor | None:
-    """Raise if |H| reaches `LIMIT`; with `at_once` off, a device tensor of the largest |H| so far instead of waiting.
+def _coarsened(
+    coupling: Coupling, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: FixedPoint, path: str
+) -> Taken:
+    largest = max(float(out.abs().amax()), float(value.abs().amax()))
+    if not math.isfinite(largest):
+        raise FixedPointRangeError(
+            f"{path} returned values that are not numbers (inf or NaN) for finite ones: the training diverged, or the "
+            "weights are broken; autorev keeps such a stream no better than autograd does"
+        )
+    # The branch may be far smaller than the velocity: both have to fit.
+    largest = max(largest, float(state.partner.abs().amax()) * 2.0**-arithmetic.fraction_bits)
+    bits = max(1, arithmetic.fraction_bits - grid_for(largest, HEAD_ROOM))
+    while bits <= MOST_DROPPED:
+        coarse = FixedPoint(arithmetic.fraction_bits - bits)
+        before = state.clone()
+        dropped = Dropped.from_state(state, bits)
+        try:
+            side = coupling.advance(state, out, value, coarse)
+            if not _outgrown(state.stream):
+                return Taken(coarse, side, dropped)
+        except FixedPointRangeError:
+            pass
+        state.stream, state.partner = before.stream, before.partner
+        bits += 2
+    raise FixedPointRangeError(
+        f"{path}: the stream grew to {largest:.3g} in one step, from a grid of 2^-{arithmetic.fraction_bits} for far "
+        "smaller ones; lower the learning rate, or convert again with arithmetic='float'"
+    )
 
-    Raises:
-        FixedPointRangeError: an activation is too large for the grid, or not a number.
-    """
-    if (
-        not stream.numel()
-        or stream.device.type == "meta"
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    ):
+
+def say_coarsened(name: str, path: str, before: FixedPoint, after: FixedPoint) -> None:
+    """Tell the user."""
+    logging.getLogger("autorev").warning(
+        "%s: an activation of %s outgrew the fixed-point grid of 2^%d (values below %g): the grid is 2^%d from here "
+        "on. The step was taken again, and nothing is lost",
+        name,
+        path,
+        -before.fraction_bits,
+        before.largest,
+        -after.fraction_bits,
+    )
+
+
+def _outgrown(stream: torch.Tensor) -> bool:
+    if not stream.numel() or stream.device.type == "meta" or not looked_at():
+        return False
+    low, high = torch.aminmax(stream)
+    return max(-int(low), int(high)) >= LIMIT
+
+
+def largest_of(stream: torch.Tensor, peak: torch.Tensor | None) -> torch.Tensor | None:
+    """The largest |H| so far, as a tensor on the stream's device: nothing waits for it."""
+    if not stream.numel() or stream.device.type == "meta" or not looked_at():
         return None
     low, high = torch.aminmax(stream)
-    if stream.device.type == "cpu" or at_once:
-        largest = max(-int(low), int(high))
-        if largest >= LIMIT:
-            raise FixedPointRangeError(
-                f"{path}: an activation left the fixed-point grid, which holds values below {arithmetic.largest:g}, or "
-                "is not a number; if the loss is finite without autorev, convert again with fewer fraction_bits "
-                f"(now {arithmetic.fraction_bits})"
-            )
-        return None
-    largest_now = torch.maximum(high, -(low + 1))  # -(-2^31) would be itself
-    return largest_now if peak is None else torch.maximum(peak, largest_now)
+    largest = torch.maximum(high, -(low + 1))  # -(-2^31) would be itself
+    return largest if peak is None else torch.maximum(peak, largest)
+
+
+def check_largest(arithmetic: FixedPoint, peak: torch.Tensor, name: str) -> None:
+    """Has a stream left its grid?
+
+    Raises:
+        FixedPointRangeError: it has.
+    """
+    if int(peak) >= LIMIT:
+        raise FixedPointRangeError(
+            f"{name}: an activation left the fixed-point grid, which holds values below {arithmetic.largest:g}, or is "
+            "not a number; this step is void. The grid is coarser from now on: run the step again"
+        )

@@ -31,6 +31,10 @@ class Examined:
     original: str | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """By task of lm_eval: its figures."""
+    pretrained: bool = True
+    """False: its weights are random."""
+    original_pretrained: bool = True
+    """Likewise of the original."""
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -40,12 +44,13 @@ class Examined:
         found = self.evaluation
         error = "" if found.standard_error is None else f" +- {found.standard_error:.4f}"
         lines = [
-            f"{self.model}, on {self.tokens:,} held-out tokens",
+            f"{self.model}{'' if self.pretrained else ', random weights'}, on {self.tokens:,} held-out tokens",
             f"  loss {found.loss:.4f}{error} nats a token, perplexity {found.perplexity:.2f}",
         ]
         if self.original is not None:
+            random = "" if self.original_pretrained else " (random weights)"
             lines.append(
-                f"  against {self.original}: the same next token in {found.agreement:.1%}, "
+                f"  against {self.original}{random}: the same next token in {found.agreement:.1%}, "
                 f"KL {found.divergence:.4f} nats"
             )
         for task, figures in self.tasks.items():
@@ -80,21 +85,26 @@ def examine(
     """
     folder = Path(model).expanduser()
     record = record_in(folder) if folder.is_dir() else None
+    pretrained = original_pretrained = True
     with quiet_files():
         if record is not None or _was_converted(folder):
             net, tokenizer = trained_model(folder, record)
         else:
-            net, tokenizer = load_model(model, torch.float32, 1, None).model, tokenizer_of(model)
+            loaded = load_model(model, torch.float32, 1, None)
+            net, tokenizer, pretrained = loaded.model, tokenizer_of(model), loaded.pretrained
         if not predicts_tokens(net):
             raise SettingError(f"{model} is no causal language model; there is no next token to evaluate")
         rows, collator = held_out(folder, record, text, net, tokenizer)
         progress("loading the original", 0.1)
-        theirs = None if original is None else Teacher.within(load_model(original, torch.float32, 1, None).model).logits
+        theirs = None
+        if original is not None:
+            other = load_model(original, torch.float32, 1, None)
+            theirs, original_pretrained = Teacher.within(other.model).logits, other.pretrained
         progress("evaluating", 0.2)
         found = evaluate(logits_of(net), rows, collator, 0, theirs)
         progress("running the tasks", 0.5)
         figures = run_tasks(net, tokenizer, tasks, task_folder, limit) if tasks else {}
-    return Examined(model, rows.learned, found, original, figures)
+    return Examined(model, rows.learned, found, original, figures, pretrained, original_pretrained)
 
 
 def _was_converted(folder: Path) -> bool:

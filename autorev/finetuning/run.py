@@ -251,22 +251,44 @@ def _record_in(folder: Path, resume: bool) -> FineTuning | None:
 
 
 def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuning:
-    """`record` with what an earlier run of the same recipe found.
+    """`record` with what an earlier run of the same recipe found. Another learning rate or grid may be gone on with.
 
     Raises:
         SettingError: it was another recipe.
     """
-    if before.variant.spec != record.variant.spec:
+    if _without_grid(before.variant) != _without_grid(record.variant):
         raise SettingError(
             f"the run in {folder} trains as {before.variant.title}, not as {record.variant.title}; its checkpoints go "
             "on with the same coupling only"
         )
     now, old = _compared(record), _compared(before)
+    rate, old_rate = now.pop("learning_rate"), old.pop("learning_rate")
+    notes = before.notes
+    if rate != old_rate:
+        notes += (f"gone on with at a learning rate of {rate:g} instead of {old_rate:g}",)
+    same = before.variant.spec == record.variant.spec
+    if not same:
+        notes += (f"gone on with as {record.variant.title} instead of {before.variant.title}",)
     different = [f"{name} ({old[name]}, now {now[name]})" for name in now if now[name] != old[name]]
     if different:
         raise SettingError(f"the run in {folder} had another {', '.join(different)}; go on with the same options")
     commands = dict.fromkeys([*before.command.splitlines(), record.command])
-    return replace(copy.copy(before), command="\n".join(commands), environment=record.environment)
+    return replace(
+        copy.copy(before),
+        command="\n".join(commands),
+        environment=record.environment,
+        variant=record.variant,
+        recipe=replace(before.recipe, learning_rate=rate),
+        chains=before.chains if same else tuple(replace(chain, fraction_bits=None) for chain in before.chains),
+        notes=notes,
+    )
+
+
+def _without_grid(variant: Variant) -> Variant:
+    """The variant whatever its fraction bits."""
+    name, _, options = variant.spec.partition(":")
+    kept = [option for option in options.split(",") if option and not option.startswith("fraction_bits=")]
+    return parse_variant(":".join(filter(None, [name, ",".join(kept)])))
 
 
 def _compared(record: FineTuning) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
-from autorev.engine.chain import ORIGINAL, running
+from autorev.engine.mode import ORIGINAL, running
 from autorev.errors import FixedPointRangeError, SettingError, TrainingError
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.evaluate import Logits, evaluate, logits_of
@@ -83,7 +83,8 @@ class Run:
             if gammas and self.record.calibration is not None:
                 recouple(self.model, gamma=gammas)
             return
-        self.progress("evaluating the original model", 0.0)
+        whose = "original model" if self.record.pretrained else "random weights"
+        self.progress(f"evaluating the {whose}", 0.0)
         original = Teacher.within(self.model).logits
         first = self._evaluate(original, 0)
         budget = self.record.recipe.max_loss_increase
@@ -158,7 +159,8 @@ class Run:
         drop_cut_short(self.folder)
         checkpoint = last_checkpoint(self.folder) if resume else None
         if checkpoint is not None:
-            trainer.take_up_draws(checkpoint)
+            if "fraction_bits" not in self.record.variant.spec:
+                trainer.take_up_grids(checkpoint)
             if step_of(checkpoint) >= recipe.steps:  # stopped after training
                 trainer.take_up_end(checkpoint)
                 if schedule is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autorev.engine.chain import ORIGINAL, running
+from autorev.engine.mode import ORIGINAL, running
 from autorev.finetuning.data import IGNORED
 
 

@@ -15,6 +15,7 @@ from autorev.finetuning.session import HELD_OUT
 from autorev.finetuning.setup import longest_sequence, read_texts
 from autorev.models.from_config import one_line
 from autorev.models.load import load_model, tokenizer_of
+from autorev.models.weights import check_adapters
 from autorev.rewrite.convert import chains_of, convert
 from autorev.rewrite.recouple import recouple
 from autorev.rewrite.remember import load
@@ -75,6 +76,7 @@ def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, A
         model: nn.Module = PeftModel.from_pretrained(loaded.model, str(folder))
     except Exception as error:  # safetensors and PEFT each have errors of their own
         raise ModelBuildError(f"PEFT cannot load the adapters in {folder}: {one_line(error)}") from error
+    check_adapters(model, folder)
     return model, tokenizer
 
 

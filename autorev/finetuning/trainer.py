@@ -16,10 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from autorev.couplings.arithmetic import FixedPoint
 from autorev.errors import FixedPointRangeError, TrainingError
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
+from autorev.models.weights import check_adapters, take_up_weights
 from autorev.rewrite.convert import chains_of
 
 MARK = "autorev.json"
@@ -109,7 +111,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
             mark = {
                 "step": self.state.global_step,
                 "coupling": self.spec,
-                "draws": {chain.name: chain.generator.getstate() for chain in chains_of(self.model)},
+                "grids": self._grids(),
                 "files": _sizes(folder),
             }
             (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
@@ -132,12 +134,40 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
             raise TrainingError(f"step {self.state.global_step} broke the weights: {why}. {self.last_good()} {GENTLER}")
         return found
 
-    def take_up_draws(self, checkpoint: Path) -> None:
-        """Couplings that are drawn anew in each step go on where they were, as torch's random numbers do."""
-        draws = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["draws"]
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Every weight, or an error: the Trainer's own goes on with those of the start where names do not match."""
+        into = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif hasattr(into, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_adapters(into, resume_from_checkpoint)
+        else:
+            take_up_weights(into, resume_from_checkpoint)
+
+    def _grids(self) -> dict[str, int]:
+        chains = chains_of(self.model)
+        return {c.name: c.arithmetic.fraction_bits for c in chains if isinstance(c.arithmetic, FixedPoint)}
+
+    def take_up_grids(self, checkpoint: Path) -> None:
+        """A grid that was coarsened in training goes on as it was."""
+        grids = json.loads((checkpoint / MARK).read_text(encoding="utf-8")).get("grids", {})
         for chain in chains_of(self.model):
-            version, numbers, left = draws[chain.name]
-            chain.generator.setstate((version, tuple(numbers), left))
+            if chain.name in grids:
+                chain.arithmetic = FixedPoint(grids[chain.name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The schedule goes on where it was, with the learning rate that this run was given."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler, rate = self.lr_scheduler, self.args.learning_rate
+        if checkpoint is None or not hasattr(scheduler, "base_lrs"):
+            return
+        for group, before in zip(self.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            if before != rate:
+                group["initial_lr"] = rate
+                group["lr"] *= rate / before
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def take_up_end(self, checkpoint: Path) -> None:
         """The weights and the log after the last step: the Trainer itself would take one more."""

@@ -5,10 +5,10 @@ Constructors do three things that need values or real memory. Here each is given
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -16,11 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from autorev.capture.patching import patched_here
 from autorev.capture.transformers_quirks import quiet
 from autorev.workload import Call
 
 Build = Callable[[torch.dtype], nn.Module]
 Example = Callable[[int, int | None], Call]
+
+_one_at_a_time = threading.RLock()
+"""Of two threads that set the default dtype at once, one would put back the other's for good."""
 
 
 @contextmanager
@@ -29,8 +33,8 @@ def building(dtype: torch.dtype) -> Iterator[None]:
     with (
         default_dtype(dtype),
         # It draws until every value lies within its bounds, and there is none to look at.
-        mock.patch.object(nn.init, "_no_grad_trunc_normal_", _as_it_is),
-        mock.patch.object(nn.Module, "_apply", _apply_by_replacing),
+        patched_here(nn.init, "_no_grad_trunc_normal_", lambda original: _as_it_is),
+        patched_here(nn.Module, "_apply", lambda original: _apply_by_replacing),
         _RealLinspace(),
         quiet(),
     ):
@@ -55,13 +59,14 @@ def in_one_dtype(build: Build, example: Example) -> tuple[Build, Example]:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating tensors are made in `dtype` while it lasts."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
+    """Floating tensors are made in `dtype` while it lasts, by other threads too: torch has one default for all."""
+    with _one_at_a_time:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from autorev.errors import ModelBuildError, SettingError
 from autorev.models.building import default_dtype
 from autorev.models.from_config import one_line, parse_config
 from autorev.models.resolve import config_of, embedded_file, is_embedded
+from autorev.models.weights import holds_weights, load_weights, say_what_is_not_read
 from autorev.workload import Call
 
 MOST_OF_MEMORY = 0.25
@@ -57,18 +58,19 @@ def load_model(
     if path.suffix == ".gguf" and path.is_file():
         return _pretrained(path.parent, path.stem, dtype, batch, sequence, gguf_file=path.name)
     assert model is not None
-    if _holds_weights(path):
+    if holds_weights(path):
         return _pretrained(path, path.resolve().name, dtype, batch, sequence)
     if ":" in model and not path.exists():
         return _from_factory(model, dtype)
     data, name, source = config_of(model)
+    say_what_is_not_read(path)
     return _random(parse_config(data, source), name, dtype, batch, sequence)
 
 
 def has_weights(model: str | None) -> bool:
     """Does MODEL name weights, and not only a config or code?"""
     path = Path(model or "").expanduser()
-    return is_embedded(model) or (path.suffix == ".gguf" and path.is_file()) or _holds_weights(path)
+    return is_embedded(model) or (path.suffix == ".gguf" and path.is_file()) or holds_weights(path)
 
 
 def tokenizer_of(model: str | None) -> Any:
@@ -92,10 +94,6 @@ def tokenizer_of(model: str | None) -> Any:
         return None
 
 
-def _holds_weights(path: Path) -> bool:
-    return path.is_dir() and any(p.suffix in (".safetensors", ".bin") for p in path.iterdir())
-
-
 def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, **how: Any) -> Loaded:
     from transformers import AutoConfig
 
@@ -107,7 +105,7 @@ def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequenc
             config = AutoConfig.from_pretrained(folder, **how)
             cls = model_class(config)
             _check_size(cls, config, name, dtype)
-            model: Any = cls.from_pretrained(folder, dtype=dtype, **how)
+            model: Any = load_weights(cls, folder, dtype=dtype, **how)
             if "gguf_file" in how:
                 _forget_quantization(model)
     except (ModelBuildError, SettingError):

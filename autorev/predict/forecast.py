@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autorev.analysis import Category, DeviceInfo, Prediction, Setting
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
+from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.predict.compose import StepCost, compose
@@ -152,9 +152,9 @@ def walks_through_sequence(twin: nn.Module, example: Example, batch: int) -> boo
     return counts[1] > 1.2 * counts[0]
 
 
-class _OperationCount(TorchDispatchMode):
+class _OperationCount(OwnMode):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

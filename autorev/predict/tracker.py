@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from autorev.analysis import Category
+from autorev.capture.own_mode import OwnMode
 
 aten = torch.ops.aten
 _cpu_attention = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -62,11 +62,11 @@ class Live:
     """Who allocated it, where somebody keeps track: `MemoryTracker.owner` at its birth."""
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(OwnMode):
     """See the module's docstring. Enter it after the fake mode, and build nothing before `adopt`ing it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.live: dict[int, Live] = {}
         self.segments: list[Segment] = []
         self.current = Segment("forward")

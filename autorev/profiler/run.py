@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from autorev.errors import SettingError
+from autorev.models.load import load_model
+from autorev.predict.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
 from autorev.profiler.options import SweepRequest, check_options, check_sweeps
 from autorev.profiler.passes.sweep import standing_bytes
@@ -108,6 +111,8 @@ def profile(
             raise SettingError("with MODEL by name, batch is a number of samples; a batch of tensors needs the model")
         subject = named_subject(model, depth, None if text is None else Path(text), hardware, setting)
     check_sweeps(requests, subject)
+    if subject.pretrained and subject.live is None and not predict:
+        _check_weights(model, subject)
     blank = _blank(subject, wanted, name, depth, goal, memory, limit, command, environment(on, torch.get_num_threads()))
     record = _resumed(blank, folder, resume)
     with tempfile.TemporaryDirectory(prefix="autorev-") as scratch:
@@ -120,6 +125,17 @@ def profile(
             for request in requests:
                 run.sweep(request, limit, longest_step)
     return run.finish(predict)
+
+
+def _check_weights(model: Any, subject: Subject) -> None:
+    """Load them once here: otherwise each process that measures would find out, and say it to a log.
+
+    Raises:
+        ModelBuildError: they are not those of the config.
+    """
+    setting = subject.setting
+    with suppress(SettingError):  # too large for this machine: what can be predicted is of use
+        load_model(model, DTYPES[setting.dtype], setting.batch, setting.sequence)
 
 
 def _blank(

@@ -6,53 +6,82 @@ object in the block's `__dict__`; deleting it restores the block.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.detect.ends import find_stream, leaves, put
-from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, last_number, mode, take_step
+from autorev.engine.chain import ReversibleChain, arrive, one_pass, pass_of
+from autorev.engine.mode import ORIGINAL, mode
+from autorev.engine.modules import without_history
+from autorev.engine.step import RecomputedStep, Site, open_step
 from autorev.errors import ConversionError
+
+HANDLE = "_autorev_replacements"
+"""Where a module keeps its replaced forwards, the first one first: other libraries may wrap `forward` afterwards."""
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 @dataclass(eq=False)
-class ReversibleForward(ABC):
-    """The base: what a converted block of either granularity knows."""
+class Replacement(ABC):
+    """The base: an object in the place of one module's `forward`."""
 
     block: nn.Module
     path: str
-    chain: ReversibleChain
-    numbers: tuple[int, ...]
-    """The chain's step that each call of the block in one forward pass begins with; one, unless weights are shared."""
-    argument: str
-    """The argument that carries the stream: `hidden_states`, `states[0]`."""
-    output_at: tuple[Any, ...]
-    """Where the stream is in what the block returns."""
-    written: tuple[str, ...]
-    overwrites: bool
-    replaced: Callable[..., Any] | None
+    replaced: Callable[..., Any] | None = field(init=False, default=None)
     """An instance-level `forward` that was there before (another library's)."""
-    positional: tuple[str, ...] = field(init=False)
-    """The names of the block's positional parameters."""
-    rest: str = field(init=False)
-    """The name of its `*args`."""
+    reverted: bool = field(init=False, default=False)
+    """Was it taken out, while somebody's wrapper still calls it? Then it does nothing."""
 
     def __post_init__(self) -> None:
-        parameters = list(self.__signature__.parameters.values())
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.positional = tuple(p.name for p in parameters if p.kind in kinds)
-        self.rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+        self.replaced = self.block.__dict__.get("forward")
+
+    def install(self) -> None:
+        """Put it in the place of the module's forward."""
+        home = self.block.__dict__
+        self.replaced = home.get("forward")
+        home["forward"] = self
+        home.setdefault(HANDLE, []).append(self)
+        home[_REPLICATE] = self.replicate
+
+    def remove(self) -> None:
+        """Take it out; where a wrapper holds on to it, it passes calls through from now on."""
+        home = self.block.__dict__
+        self.reverted = True
+        home[HANDLE].remove(self)
+        if not home[HANDLE]:
+            del home[HANDLE]
+            home.pop(_REPLICATE, None)
+        if home.get("forward") is self:
+            if self.replaced is None:
+                del home["forward"]
+            else:
+                home["forward"] = self.replaced
+
+    def replicate(self) -> nn.Module:
+        """`nn.DataParallel` copies modules by their attributes: a replica's forward runs the replica."""
+        replica: nn.Module = type(self.block)._replicate_for_data_parallel(self.block)
+        for number, replacement in enumerate(self.block.__dict__[HANDLE]):
+            own = copy.copy(replacement)
+            own.block = replica
+            replica.__dict__[HANDLE] = [*replica.__dict__[HANDLE][:number], own]
+            replica.__dict__["forward"] = own
+            replica.__dict__[_REPLICATE] = own.replicate
+        return replica
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The block's own forward."""
+        """The module's own forward."""
         if self.replaced is not None:
             return self.replaced
         bound: Callable[..., Any] = type(self.block).forward.__get__(self.block)
@@ -67,16 +96,76 @@ class ReversibleForward(ABC):
         return "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, as a step of its chain."""
-        if mode() == ORIGINAL:
+        """The module's forward."""
+        if self.reverted or mode() == ORIGINAL:
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return torch._dynamo.disable(self.run)(args, kwargs)
+            return torch._dynamo.disable(self.run, recursive=self.wholly_eager)(args, kwargs)
         return self.run(args, kwargs)
+
+    @property
+    def wholly_eager(self) -> bool:
+        """Under `torch.compile`: does what it calls stay eager, too?"""
+        return True
 
     @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward, with the block's steps taken in its chain."""
+        """The forward, converted."""
+
+
+def replacements_of(model: nn.Module) -> Iterator[Replacement]:
+    """Every replaced forward in `model`, whoever has wrapped it since."""
+    for module in model.modules():
+        own = getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
+        if HANDLE in module.__dict__ and (own or "forward" not in module.__dict__):
+            # A library that had wrapped the forward before has put back what it had found: the conversion is gone.
+            for lost in module.__dict__.pop(HANDLE):
+                lost.reverted = True
+            module.__dict__.pop(_REPLICATE, None)
+        yield from module.__dict__.get(HANDLE, ())
+
+
+@dataclass(eq=False)
+class LoopForward(Replacement):
+    """The forward of the module whose loop runs the blocks: it knows where a pass through the chains ends."""
+
+    chains: list[ReversibleChain]
+
+    @property
+    def wholly_eager(self) -> bool:
+        """What is between the blocks may be compiled."""
+        return False
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loop, as it is."""
+        with one_pass(self.chains, (args, kwargs)):
+            return self.original(*args, **kwargs)
+
+
+@dataclass(eq=False)
+class ReversibleForward(Replacement):
+    """The base of what takes blocks as steps."""
+
+    chain: ReversibleChain
+    numbers: tuple[int, ...]
+    """The chain's step that each call of the block in one forward pass begins with; one, unless weights are shared."""
+    argument: str
+    """The argument that carries the stream: `hidden_states`, `states[0]`."""
+    output_at: tuple[Any, ...]
+    """Where the stream is in what the block returns."""
+    written: tuple[str, ...]
+    overwrites: bool
+    positional: tuple[str, ...] = field(init=False)
+    """The names of the block's positional parameters."""
+    rest: str = field(init=False)
+    """The name of its `*args`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parameters = list(self.__signature__.parameters.values())
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.positional = tuple(p.name for p in parameters if p.kind in kinds)
+        self.rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
 
     def _refuse_transforms(self) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
@@ -108,33 +197,45 @@ class ReversibleForward(ABC):
         names = [*self.positional, *(f"{self.rest}[{i}]" for i in range(len(args) - len(self.positional)))]
         return [*zip(names, args, strict=False), *kwargs.items()]
 
-    def _number(self, stream: torch.Tensor) -> int:
-        """The step that this call begins with."""
-        if len(self.numbers) > 1:
-            before = last_number(self.chain, stream)
-            for number in self.numbers:
-                if before is None or number > before:
-                    return number
-        return self.numbers[0]
-
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[Any, ...] | None) -> tuple[Any, bool]:
         """The call without its stream, and whether it can only be run once, as it fills a key-value cache.
 
-        In training an empty cache is left out: nobody reads it, and a second run would fill it once more.
+        A cache that the caller handed over, or asked for by `use_cache=True`, is filled, and the block is stored. One
+        that the model makes by itself in training is left out: nobody reads it, and a second run would fill it again.
         """
         inputs: Any = (args, kwargs) if place is None else put((args, kwargs), place, None)
         if not torch.is_grad_enabled():
             return inputs, False
         once = False
         for where, value in [*(((0, i), v) for i, v in enumerate(args)), *(((1, k), v) for k, v in kwargs.items())]:
-            if hasattr(value, "get_seq_length") and hasattr(value, "update"):
-                if self.block.training and not _holds_tokens(value, self.block):
-                    inputs = put(inputs, where, None)
-                    _say(self.chain, "fill no key-value cache in training; use_cache=False says so beforehand")
-                else:
-                    once = True
-                    _say(self.chain, "store their activations, as they are given a key-value cache; use_cache=False")
+            if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
+                continue
+            given = pass_of(self.chain).given
+            if self.block.training and given is not None and not _asked_for(value, given):
+                inputs = put(inputs, where, None)
+                _left_empty[value] = True
+                _say(self.chain, "fill no key-value cache that the model makes by itself in training")
+            elif value in _left_empty:
+                raise ConversionError(
+                    f"the key-value cache that {self.path} is given was left empty by the call that returned it, as "
+                    "reversible blocks fill none in training unless they are asked to; call the model with "
+                    "use_cache=True, or with a cache of your own, from the first segment on"
+                )
+            else:
+                once = True
+                _say(self.chain, "store their activations, as they are given a key-value cache; use_cache=False")
         return inputs, once
+
+    def _writes(self) -> Callable[[nn.Module, str], bool]:
+        """(module, name): is that a buffer which the block was seen to update?"""
+        known: set[tuple[int, str]] = set()
+        for written in self.written:
+            path, _, name = written.rpartition(".")
+            try:
+                known.add((id(self.block.get_submodule(path)), name))
+            except AttributeError:
+                continue  # the module was replaced since
+        return lambda module, name: (id(module), name) in known
 
 
 @dataclass(eq=False)
@@ -144,14 +245,29 @@ class WholeBlock(ReversibleForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step."""
         place, stream = self._stream(args, kwargs)
-        number = self._number(stream)
-        branch = _Call(self, place)
         inputs, once = self._inputs(args, kwargs, place)
-        site = Site(self.block, self.path, branch, self.written, self.overwrites, once)
-        del args, kwargs
-        last = number == len(self.chain.couplings) - 1
-        (at, rest), new = take_step(self.chain, number, stream, site, inputs, last)
-        return put(rest, at, new)
+        arrival = arrive(self.chain, stream, self.numbers)
+        del args, kwargs, stream
+        site = Site(self.block, self.path, self.block.training, self._writes(), self.overwrites, once)
+        step = open_step(self.chain, arrival, site)
+        if isinstance(step, RecomputedStep):
+            # Of the inputs, only values are needed again. Kept with their history, one that an earlier block of the
+            # chain returned (T5's position bias) would close a circle through autograd's graph that no one collects.
+            kept = tree_map(without_history, inputs)
+            step.replay.add_arguments(kept)
+            # Containers are made anew for each run: the block may write to a dict that it is given.
+            step.runs_again_by(lambda x: self._branch(place, tree_map(_same, kept), x))
+        with step.running():
+            (at, rest), out = self._branch(place, inputs, step.given())
+        return put(rest, at, step.close(out))
+
+    def _branch(self, place: tuple[Any, ...], inputs: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The block's own forward: ((where the stream is in what it returns, the rest of that), x + f(x))."""
+        args, kwargs = put(inputs, place, x)
+        returned = self.original(*args, **kwargs)
+        at = self._output_place(returned)
+        out = dict(leaves(returned))[at]
+        return (at, put(returned, at, None)), out
 
     def _output_place(self, returned: Any) -> tuple[Any, ...]:
         """Where the stream is; a block that returns a tuple or a tensor as it is asked has it first."""
@@ -171,32 +287,18 @@ class WholeBlock(ReversibleForward):
         return place
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """The block's own forward as a branch."""
-
-    forward: WholeBlock
-    place: tuple[Any, ...]
-
-    def __call__(self, x: torch.Tensor, inputs: Any) -> tuple[Any, torch.Tensor]:
-        args, kwargs = put(inputs, self.place, x)
-        returned = self.forward.original(*args, **kwargs)
-        at = self.forward._output_place(returned)
-        out = dict(leaves(returned))[at]
-        return (at, put(returned, at, None)), out
+def _same(value: Any) -> Any:
+    return value
 
 
-def _holds_tokens(cache: Any, block: nn.Module) -> bool:
-    """Does the cache hold tokens of this block? The blocks before it have filled theirs in this very call."""
-    if not cache.get_seq_length():
-        return False
-    index = next((m.layer_idx for m in block.modules() if isinstance(getattr(m, "layer_idx", None), int)), None)
-    try:
-        return bool(cache.get_seq_length(index)) if index is not None else True
-    except (IndexError, KeyError, TypeError):
-        return True
+def _asked_for(cache: Any, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Is the cache among the arguments that the loop was called with, or was one asked for?"""
+    args, kwargs = call
+    return kwargs.get("use_cache") is True or any(value is cache for value in (*args, *kwargs.values()))
 
 
+_left_empty: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Caches that blocks did not fill."""
 _told: WeakKeyDictionary[ReversibleChain, set[str]] = WeakKeyDictionary()
 
 

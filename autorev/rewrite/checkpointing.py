@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 
 METHODS = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
 """What `transformers` has called it; the first is to go in its version 6."""
@@ -31,7 +31,7 @@ class CheckpointingEnable:
         result = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
         left_off = []
         for name, module in self.model.named_modules():
-            reversible = isinstance(module.__dict__.get("forward"), ReversibleForward)
+            reversible = any(isinstance(r, ReversibleForward) for r in module.__dict__.get(HANDLE, ()))
             if reversible and getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
                 left_off.append(name)

@@ -6,7 +6,6 @@ has to run the converted model, the probe that chooses the grid, undoes the conv
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,19 +20,19 @@ from autorev.couplings.coupling import Coupling
 from autorev.couplings.presets import Preset, check_dyadic, coupling_for, preset_named
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
+from autorev.detect.inline import common_start
 from autorev.detect.judge import Finding, argument_of
 from autorev.engine.chain import ReversibleChain
+from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
-from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
+from autorev.rewrite.adds import KnownAdds
+from autorev.rewrite.block_forward import LoopForward, ReversibleForward, WholeBlock, replacements_of
 from autorev.rewrite.checkpointing import explain_checkpointing, stop_explaining
-from autorev.rewrite.in_pieces import InlineLoop, InPieces, by_steps
+from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
 from autorev.rewrite.select import Chosen, Numbers, choose, patterns
 from autorev.rewrite.summary import Conversion, ConvertedChain, saving_of
-
-TOLERANCE = 1e-3
-"""Relative error of a reconstructed float stream beyond which float arithmetic is refused."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,7 @@ def convert(
     names = list(model.state_dict())
     for item in built:
         item.install()
+    _install_loops(model, built)
     try:
         notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
         if list(model.state_dict()) != names:
@@ -135,22 +135,26 @@ def convert(
 
 
 def revert(model: nn.Module) -> int:
-    """Restore every converted block of `model`; returns how many there were. The weights stay as they are."""
-    found = list(forwards_of(model))
-    for forward in found:
-        if forward.replaced is None:
-            del forward.block.__dict__["forward"]
-        else:
-            forward.block.__dict__["forward"] = forward.replaced
+    """Restore every converted block of `model`; returns how many there were. The weights stay as they are.
+
+    A block whose forward another library has wrapped since is restored within the wrapper.
+    """
+    found = list(replacements_of(model))
+    for replacement in reversed(found):
+        replacement.remove()
     stop_explaining(model)
     forget(model)
-    return len(found)
+    return sum(isinstance(replacement, ReversibleForward) for replacement in found)
 
 
 def drift(model: nn.Module) -> dict[str, float]:
     """By chain, what the integrity check of the last backward pass found: 0.0 in exact arithmetic; in float arithmetic
-    the largest leftover of the first partner stream, relative to the stream. Chains without a backward are missing."""
-    return {chain.name: chain.drift for chain in chains_of(model) if chain.drift is not None}
+    the largest leftover of the first partner stream, relative to the stream.
+
+    A chain that began anew within the forward pass has an entry for each piece. Chains whose last backward pass did
+    not reach their beginning are missing: of them nothing is known.
+    """
+    return {label: drift for chain in chains_of(model) for label, drift in chain.drifts.items()}
 
 
 def chains_of(model: nn.Module) -> list[ReversibleChain]:
@@ -160,10 +164,7 @@ def chains_of(model: nn.Module) -> list[ReversibleChain]:
 
 def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
     """The replaced forwards of `model`'s converted blocks."""
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, ReversibleForward):
-            yield forward
+    return (found for found in replacements_of(model) if isinstance(found, ReversibleForward))
 
 
 # -- arguments
@@ -248,15 +249,13 @@ class _Built:
         name = plain_name = chain_name(findings)
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
-        self.chain = ReversibleChain(
-            name, couplings, arithmetic, stored_from, preset.averages, random.Random(name), paths
-        )
+        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, paths)
         self.forwards = self._forwards(model, pieces)
 
     def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
         if self.findings[0].inline:
             holder = model.get_submodule(self.findings[0].call.path)
-            return [InlineLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
+            return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
         by_module: dict[str, list[int]] = {}
         for position, finding in enumerate(self.findings):
             by_module.setdefault(finding.call.path, []).append(position)
@@ -274,15 +273,17 @@ class _Built:
                 "output_at": finding.output_at,
                 "written": finding.call.buffers_written,
                 "overwrites": any(o.code == "in-place-add" for o in finding.caveats),
-                "replaced": block.__dict__.get("forward"),
             }
-            made.append(InPieces(**known, steps=len(finding.steps)) if pieces else WholeBlock(**known))
+            if pieces:
+                made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
+            else:
+                made.append(WholeBlock(**known))
         return made
 
     def install(self) -> None:
         """Put the new forwards in place."""
         for forward in self.forwards:
-            forward.block.__dict__["forward"] = forward
+            forward.install()
 
     def summary(self) -> ConvertedChain:
         """What the user is told about it."""
@@ -299,6 +300,24 @@ class _Built:
             fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
             saving=saving_of(self.findings, chain),
         )
+
+
+def _install_loops(model: nn.Module, built: list[_Built]) -> None:
+    """A `LoopForward` for each module whose loop runs a chain of block modules."""
+    chains: dict[str, list[ReversibleChain]] = {}
+    for item in built:
+        if not item.findings[0].inline:
+            chains.setdefault(_loop_of(model, [f.call.path for f in item.findings]), []).append(item.chain)
+    for path, of_loop in chains.items():
+        LoopForward(model.get_submodule(path), path, of_loop).install()
+
+
+def _loop_of(model: nn.Module, paths: list[str]) -> str:
+    """The innermost module that holds all of these and has a forward of its own."""
+    shared = common_start([path.split(".")[:-1] for path in paths])
+    while shared and isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
+        shared.pop()
+    return ".".join(shared)
 
 
 def number_for(numbers: Numbers, path: str) -> float | None:

@@ -9,7 +9,6 @@ of a `ReversibleStep`, which runs them on `gm`'s own live modules and parameters
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,11 @@ from autorev.detect.fx_pass import ResidualPass
 from autorev.detect.pieces import LiveGraph
 from autorev.detect.runs import Run, graph_chain, longest_runs
 from autorev.detect.user_graph import UserGraph, read_user_graph
-from autorev.engine.chain import ORIGINAL, ReversibleChain, Site, mode, take_step
+from autorev.engine.chain import ReversibleChain, arrive
+from autorev.engine.mode import ORIGINAL, mode
+from autorev.engine.modules import without_history
+from autorev.engine.step import RecomputedStep, Site, open_step
 from autorev.rewrite.convert import Request, arithmetic_for, check_request
-from autorev.rewrite.in_pieces import modules_of
 from autorev.rewrite.probe import choose_grids
 
 
@@ -54,11 +55,17 @@ class ReversibleStep(nn.Module):
         if mode() == ORIGINAL:
             result: torch.Tensor = turn(stream, *inputs)
             return result
-        group, _ = modules_of(turn, self.__dict__["gm"], ())
         path = f"step {self.number} of {self.chain.name}"
-        site = Site(group, path, lambda x, further: (None, turn(x, *further)), (), overwrites=True)
-        last = self.number == len(self.chain.couplings) - 1
-        return take_step(self.chain, self.number, stream, site, inputs, last)[1]
+        modules = _modules_of(turn, self.__dict__["gm"])
+        site = Site(modules, path, modules.training, lambda module, name: False, overwrites=True)
+        step = open_step(self.chain, arrive(self.chain, stream, (self.number,)), site)
+        if isinstance(step, RecomputedStep):
+            kept = tuple(without_history(i) if isinstance(i, torch.Tensor) else i for i in inputs)
+            step.replay.add_arguments(kept)
+            step.runs_again_by(lambda x: (None, turn(x, *kept)))
+        with step.running():
+            out = turn(step.given(), *inputs)
+        return step.close(out)
 
 
 class ReverseChains(ResidualPass):
@@ -142,9 +149,7 @@ class ReverseChains(ResidualPass):
         stored_from = max(steps - self.request.keep_last, 0)
         arithmetic = arithmetic_for(self.request, couplings[:stored_from], [full] * steps, full, double)
         paths = [full] * steps
-        return ReversibleChain(
-            full, couplings, arithmetic, stored_from, self.preset.averages, random.Random(full), paths
-        )
+        return ReversibleChain(full, couplings, arithmetic, stored_from, self.preset.averages, paths)
 
 
 @dataclass(eq=False)
@@ -203,3 +208,15 @@ def _units(graph: UserGraph, gm: fx.GraphModule, run: Run) -> list[_Unit]:
         if unit.end not in inside or unit.start in inside:
             return []
     return units
+
+
+def _modules_of(turn: Any, gm: fx.GraphModule) -> nn.Module:
+    """The sub-modules whose parameters a step uses, as one module."""
+    paths: dict[str, None] = {}
+    for node in turn.graph.nodes:
+        if node.op in ("call_module", "get_attr") and str(node.target).startswith("block."):
+            path = str(node.target).removeprefix("block.")
+            paths[path if node.op == "call_module" else path.rpartition(".")[0]] = None
+    group = nn.ModuleList(gm.get_submodule(path) for path in paths)
+    group.training = gm.training
+    return group

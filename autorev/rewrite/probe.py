@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.couplings.arithmetic import LEAST_FRACTION_BITS, FixedPoint, Floating, grid_for
-from autorev.engine.chain import ReversibleChain
-from autorev.errors import ConversionError
+from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
+from autorev.engine.chain import Reach, ReversibleChain
+from autorev.engine.grid import COARSEST_FOR_INPUT
+from autorev.engine.modules import is_fake, undisturbed
+from autorev.errors import AutorevError, ConversionError
 
 HEAD_ROOM = 16.0
 """Activations may become so many times as large as in the probe before they leave the grid."""
@@ -32,7 +34,7 @@ def choose_grids(
     back.
 
     Raises:
-        ConversionError: the activations are not finite, or too large for a useful grid.
+        ConversionError: the activations are not finite, or no grid fits the large ones and the small ones.
     """
     exact = [chain for chain in chains if isinstance(chain.arithmetic, FixedPoint)]
     given = fraction_bits if isinstance(fraction_bits, Mapping) else {c.name: fraction_bits for c in exact}
@@ -46,49 +48,52 @@ def choose_grids(
     if not unknown:
         return []
     tensors = [*model.parameters(), *model.buffers()]
-    if any(t.is_meta or hasattr(t, "fake_mode") for t in tensors):
+    if any(is_fake(t) for t in tensors):
         for chain in unknown:
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS)
         return [f"the model has no weights yet, so the grid was not fitted to them: 2^-{USUAL_FRACTION_BITS}"]
     for chain in unknown:
-        chain.arithmetic, chain.largest = Floating(), 0.0
+        chain.arithmetic, chain.reach = Floating(), Reach()
     try:
-        with _undisturbed(model):
-            model(*args, **kwargs)
-        unseen = [chain.name for chain in unknown if chain.largest == 0]
+        with _in_eval_mode(model):
+            try:
+                model(*args, **kwargs)
+            except AutorevError:
+                raise
+            except Exception as error:
+                raise ConversionError(
+                    f"the converted {type(model).__name__} could not be run on the example call in eval mode without "
+                    f"gradients ({type(error).__name__}: {error}); give fraction_bits, or use arithmetic='float'"
+                ) from error
+        unseen = [chain.name for chain in unknown if chain.reach is not None and chain.reach.largest == 0]
         for chain in unknown:
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain))
     finally:
         for chain in unknown:
-            chain.largest = None
+            chain.reach = None
     return [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
 
 
 def _bits_for(chain: ReversibleChain) -> int:
-    largest = chain.largest
-    assert largest is not None
-    if not math.isfinite(largest):
+    reach = chain.reach
+    assert reach is not None
+    if not math.isfinite(reach.largest):
         raise ConversionError(f"the activations of {chain.name} are not finite in the example call; check the weights")
-    bits = grid_for(largest, HEAD_ROOM)
-    if bits < LEAST_FRACTION_BITS:
+    bits = grid_for(reach.largest, HEAD_ROOM)
+    if 2.0**-bits > COARSEST_FOR_INPUT * reach.size_behind:
         raise ConversionError(
-            f"the activations of {chain.name} reach {largest:.3g}, and a grid with room for {HEAD_ROOM:g} times that "
-            f"would have steps of 2^-{bits}; give fraction_bits yourself, or use a coupling with |gamma| = 1 in "
-            "arithmetic='float'"
+            f"the stream of {chain.name} reaches {reach.largest:.3g} and then shrinks to {reach.size_behind:.3g}: a "
+            f"grid with room for the one (2^{-bits}) rounds the other away. Give fraction_bits yourself, exclude the "
+            "blocks that make it so large, or use a coupling with |gamma| = 1 in arithmetic='float'"
         )
     return bits
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards the modes and random states as before."""
-    training = [module for module in model.modules() if module.training]
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        for module in training:
-            module.training = False  # not by `eval()`, which an exported graph refuses
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without gradients; everything else is afterwards as before."""
+    with undisturbed(model), torch.no_grad():
+        for module in model.modules():
+            if module.training:
+                module.training = False  # not by `eval()`, which an exported graph refuses
+        yield

@@ -29,6 +29,8 @@ def remember(model: nn.Module, request: Request, chains: Mapping[str, Reversible
     if not hasattr(config, "to_dict"):
         return
     grids = {n: c.arithmetic.fraction_bits for n, c in chains.items() if isinstance(c.arithmetic, FixedPoint)}
+    for chain in chains.values():
+        chain.grids = grids  # a chain that coarsens its grid writes it there
     entry = {name: _plain(getattr(request, name)) for name in request.__dataclass_fields__}
     setattr(config, KEY, {**entry, "fraction_bits": grids or None})
 
@@ -63,11 +65,12 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
 
     Raises:
         ModelNotFoundError: the folder holds no config.json.
-        ModelBuildError: transformers cannot load it.
+        ModelBuildError: transformers cannot load it, or its weights are not those of its config.
         ConversionError: it was not converted when it was saved, or cannot be converted that way any more.
     """
     from autorev.models.example_call import model_class
     from autorev.models.from_config import one_line
+    from autorev.models.weights import load_weights
     from autorev.rewrite.convert import convert
 
     path = Path(folder).expanduser()
@@ -79,10 +82,12 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
 
     try:
         with quiet_files():
-            config = AutoConfig.from_pretrained(path)
-            model: nn.Module = model_class(config).from_pretrained(path, **from_pretrained)
+            cls = model_class(AutoConfig.from_pretrained(path))
+    except ModelBuildError:
+        raise
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {path}: {one_line(error)}") from error
+    model: nn.Module = load_weights(cls, path, **from_pretrained)
     entry = getattr(getattr(model, "config", None), KEY, None)
     if not isinstance(entry, Mapping):
         raise ConversionError(

@@ -123,16 +123,26 @@ def saving_of(findings: list[Finding], chain: ReversibleChain) -> Saving:
     assert stream is not None
     per_block = len(chain.couplings) // len(findings)
     stored = (len(chain.couplings) - chain.stored_from) // max(per_block, 1)
-    one = _kept_by(findings[0])
+    known: dict[Any, int | None] = {}
+    kept = [known[kind] if (kind := _kind(f)) in known else known.setdefault(kind, _kept_by(f)) for f in findings]
+    each = None if None in kept else [one for one in kept if one is not None]
     exact = isinstance(chain.arithmetic, FixedPoint)
     itemsize = 4 if exact else max(4, stream.element_size())
     side = sum(c.side_bits for c in chain.couplings[: chain.stored_from]) * stream.numel() // 8 if exact else 0
     return Saving(
-        plain=None if one is None else one * len(findings),
-        checkpoint=len(findings) * stream.numel() * stream.element_size(),
+        plain=None if each is None else sum(each),
+        checkpoint=sum(s.numel() * s.element_size() for f in findings if (s := f.stream_in) is not None),
         tape=2 * stream.numel() * itemsize + side,
-        stored_blocks=None if one is None else stored * one,
+        stored_blocks=None if each is None else sum(each[len(each) - stored :]),
     )
+
+
+def _kind(finding: Finding) -> Any:
+    """Blocks of one kind keep the same: of one class, with parameters and a stream of the same sizes."""
+    module, stream = finding.call.module, finding.stream_in
+    sizes = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters())
+    plain = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, bool | int | float | str))
+    return type(module), sizes, plain, None if stream is None else tuple(stream.shape), finding.inline
 
 
 def _kept_by(finding: Finding) -> int | None:

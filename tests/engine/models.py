@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import autorev
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 from autorev.errors import AutorevError
 from tests import handwritten as hand
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 from tests import handwritten as hand
 from tests.engine.models import (
     Decoder,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import autorev
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 from tests import handwritten as hand
 from tests.engine.models import (
     EXACT,

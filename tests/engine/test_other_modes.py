@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 from autorev.errors import AutorevError
 from tests.engine.models import (
     DOUBLE,

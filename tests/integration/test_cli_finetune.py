@@ -140,7 +140,7 @@ def test_export_and_evaluate(trained: Path, place: Path) -> None:
         ("llm --clip nan", "not nan"),
         ("llm --resume", "holds no run to go on with"),
         ("llm --out text.txt/x", "cannot be written to; name another --out"),
-        ("llm --lr 1e30 --clip 0 --out broken", "broke the weights"),
+        ("llm --lr 1e30 --clip 0 --out broken", "holds values that are not numbers"),
     ],
 )
 def test_an_error_is_one_message(place: Path, arguments: str, said: str) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 
 import autorev
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 from autorev.errors import ConversionError
 from tests import zoo
 from tests.one_step import gap, loss_of, one_step
@@ -126,7 +126,7 @@ def test_the_default_cache_is_left_out_in_training(name: str, caplog: pytest.Log
         one_step(model, input_ids=TOKENS, labels=TOKENS)
     assert gap(found, expected) == 0
     (message,) = (record.getMessage() for record in caplog.records if record.name.startswith("autorev"))
-    assert "use_cache=False" in message
+    assert "no key-value cache that the model makes by itself" in message
 
 
 @each_model

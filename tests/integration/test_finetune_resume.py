@@ -188,7 +188,6 @@ def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> 
     [
         ({"coupling": "leapfrog"}, "trains as momentum k=3, not as leapfrog"),
         ({"coupling": "plain"}, "trains as momentum k=3, not as plain"),
-        ({"learning_rate": 2e-2}, r"another learning_rate \(0.01, now 0.02\)"),
         ({"steps": 9}, r"another steps \(7, now 9\)"),
         ({"sequence": 32}, r"sequence \(48, now 32\)"),
         ({"batch": 2}, r"another batch \(1, now 2\)"),
@@ -213,6 +212,26 @@ def test_another_recipe_is_not_resumed(stopped: Path, place: Path, how: dict[str
         tune(place, resume=True, **how)
     assert "(ModelInfo" not in str(caught.value) and "Corpus(" not in str(caught.value)
     assert sorted(path.name for path in stopped.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_another_learning_rate_is_gone_on_with(stopped: Path, place: Path, undisturbed: FineTuning) -> None:
+    """The steps that are left are taken with it, the record says so, and the steps before stay as they were."""
+    found = tune(place, resume=True, learning_rate=2e-2)
+    assert found.complete
+    assert found.recipe.learning_rate == 2e-2
+    assert any("learning rate of 0.02 instead of 0.01" in note for note in found.notes)
+    rates = [row.learning_rate for row in found.logged]
+    before = [row.learning_rate for row in undisturbed.logged]
+    assert rates[:3] == before[:3]
+    assert rates[3:] == pytest.approx([2 * rate for rate in before[3:]])
+
+
+def test_another_grid_is_gone_on_with(stopped: Path, place: Path) -> None:
+    """`fraction_bits` named anew are those of the chain from here on."""
+    found = tune(place, resume=True, coupling="momentum:k=3,fraction_bits=14")
+    assert found.complete
+    assert {chain.fraction_bits for chain in found.chains} == {14}
+    assert any("fraction_bits=14" in note for note in found.notes)
 
 
 def test_edited_data_is_noticed(stopped: Path, place: Path) -> None:

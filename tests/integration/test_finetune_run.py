@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import autorev
-from autorev.engine.chain import ORACLE, running
+from autorev.engine.mode import ORACLE, running
 from autorev.finetuning.record import FineTuning
 from tests.tiny_llm import tiny_llm, tiny_model
 from tests.tiny_run import GPT2, USUAL, figures, loss_of, tune, workplace

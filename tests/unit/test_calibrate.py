@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import autorev
-from autorev.engine.chain import ORIGINAL, mode
+from autorev.engine.mode import ORIGINAL, mode
 from autorev.errors import ConversionError
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.evaluate import evaluate, logits_of

@@ -5,8 +5,8 @@ python -m pytest tests/unit/test_couplings.py
 
 from __future__ import annotations
 
+import copy
 import math
-import random
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -23,8 +23,10 @@ from autorev.couplings.coupling import Coupling, State
 from autorev.couplings.presets import PRESETS, check_dyadic, coupling_for, preset_named
 from autorev.couplings.side_bits import pack, unpack
 from autorev.couplings.velocity import Bdia, Velocity
-from autorev.engine.grid import check_range
+from autorev.engine.grid import advance, check_largest, grid_at_start, largest_of
+from autorev.engine.mode import running
 from autorev.errors import ConversionError, FixedPointRangeError
+from autorev.rewrite.convert import chains_of
 from tests import handwritten as hand
 
 GAMMAS = [Fraction(n) for n in ("1", "-1", "1/8", "-3/8", "7/16", "11/8", "77/256")]
@@ -222,19 +224,51 @@ def test_encoding_rounds_to_the_nearest_grid_point() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**13, -(2.0**13), 2.0**16, 2.0**17, -1e30, 1e30])
-def test_what_does_not_fit_the_grid_is_an_error_that_names_the_block(value: float, size: int) -> None:
-    """Too large, infinite, or not a number: every such activation is seen, wherever it stands."""
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_an_error_that_names_the_block(value: float, size: int) -> None:
+    """Infinite or not a number: every such activation is seen, wherever it stands, whatever the grid."""
     values = torch.zeros(size)
     values[-1] = value
-    with pytest.raises(FixedPointRangeError, match=r"layers\.3\.mlp: .*grid.*fraction_bits"):
-        check_range(GRID, GRID.encode(values), "layers.3.mlp", None, at_once=True)
+    state = State(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
+    with pytest.raises(FixedPointRangeError, match=r"layers\.3\.mlp returned values that are not numbers"):
+        advance(Velocity(Fraction(1), 1.0), state, values, torch.zeros(size), GRID, "layers.3.mlp", at_once=True)
+    with pytest.raises(FixedPointRangeError, match="not numbers"):
+        grid_at_start(GRID, values, "layers")
+
+
+@pytest.mark.parametrize("value", [2.0**13, -(2.0**13), 2.0**16, 2.0**17, -1e9, 1e9])
+@pytest.mark.parametrize("coupling", [Velocity(Fraction(1), 1.0), Velocity(Fraction(3, 8), 1.0), Additive()], ids=str)
+def test_a_step_that_leaves_the_grid_is_taken_on_a_coarser_one_and_undone_exactly(
+    value: float, coupling: Coupling
+) -> None:
+    """The result is right to the coarser grid, and going back gives every bit of the state before."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    state = State(GRID.encode(x), GRID.encode(x.flip(0) / 3))
+    before = state.clone()
+    value_in = GRID.decode(state.stream, torch.float32)
+    out = value_in + value
+    taken = advance(coupling, state, out, value_in, GRID, "block", at_once=True)
+
+    assert taken.dropped is not None
+    expected, _ = coupling.plain(value_in.double(), GRID.decode(before.partner, torch.float64), out.double())
+    found = taken.arithmetic.decode(state.stream, torch.float64)
+    assert float((found - expected).abs().max()) <= abs(value) * 1e-6
+    coupling.reopen(state, taken.arithmetic)
+    taken.dropped.refine_stream(state)
+    assert torch.equal(state.stream, before.stream)
+    coupling.retreat(state, out, value_in, taken.side, taken.arithmetic)
+    taken.dropped.refine_partner(state)
+    assert torch.equal(state.partner, before.partner)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_activation_fits(sign: int) -> None:
-    """The check lets everything below the limit pass."""
-    assert check_range(GRID, torch.tensor([sign * (LIMIT - 1)], dtype=torch.int32), "block", None, True) is None
+    """The check lets everything below the limit pass, and nothing at it."""
+    fits = largest_of(torch.tensor([sign * (LIMIT - 1)], dtype=torch.int32), None)
+    assert fits is not None
+    check_largest(GRID, fits, "block")
+    with pytest.raises(FixedPointRangeError):
+        check_largest(GRID, largest_of(torch.tensor([sign * (LIMIT + 1)], dtype=torch.int32), fits), "block")
 
 
 @given(
@@ -255,7 +289,7 @@ def test_no_overflow_hides_behind_the_integers_wrapping_round(start: int, change
         assert int(state.stream) == true
     else:
         with pytest.raises(FixedPointRangeError):
-            check_range(GRID, state.stream, "block", None, at_once=True)
+            check_largest(GRID, largest_of(state.stream, None), "block")
 
 
 class Amplified(nn.Module):
@@ -276,22 +310,54 @@ def amplified(*scales: float) -> tuple[nn.Sequential, torch.Tensor]:
     return nn.Sequential(*map(Amplified, scales)), torch.randn(3, 2, 4)
 
 
-@pytest.mark.parametrize("factor", [1e3, 1e9, math.inf, math.nan])
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_model_that_outgrows_its_grid_is_told_so(factor: float, train: bool) -> None:
+def test_a_model_whose_activations_are_no_numbers_is_told_so(factor: float, train: bool) -> None:
     """The forward pass raises, in training and without gradients, and names the block that did it."""
     model, x = amplified(1, 1, 1, 1)
     autorev.convert(model, example_args=(x,))
     with torch.no_grad():
         model[2].scale.mul_(factor)
-    with torch.set_grad_enabled(train), pytest.raises(FixedPointRangeError, match=r"^2: "):
+    with torch.set_grad_enabled(train), pytest.raises(FixedPointRangeError, match=r"^2 returned"):
         model(x)
+
+
+@pytest.mark.parametrize("coupling", ["momentum", "leapfrog", "midpoint_a", "hamiltonian"])
+@pytest.mark.parametrize("keep_last", [0, 1])
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_a_model_that_outgrows_its_grid_goes_on(
+    coupling: str, keep_last: int, block: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Loss and gradients are the oracle's, it is said once, and the next forward pass begins on the coarser grid."""
+    model, x = amplified(1, 1, 1, 1, 1)
+    autorev.convert(model, coupling=coupling, keep_last=keep_last, example_args=(x,))
+    bits = chains_of(model)[0].arithmetic.fraction_bits
+    with torch.no_grad():
+        model[block].scale.mul_(1e4)
+
+    twin = copy.deepcopy(model)
+
+    def gradients(model: nn.Module, mode: str) -> list[torch.Tensor]:
+        with running(mode):
+            return list(torch.autograd.grad(model(x).square().mean(), list(model.parameters())))
+
+    for found, expected in zip(gradients(model, "reversible"), gradients(twin, "oracle"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert set(autorev.drift(model).values()) == {0.0}
+    assert chains_of(model)[0].arithmetic.fraction_bits < bits
+    said = [record.message for record in caplog.records if "outgrew the fixed-point grid" in record.message]
+    assert said
+    assert len(said) == 2 * len(set(said))  # by the model and by its twin: each grid once
+    with torch.no_grad():
+        plain = model(x)
+    with running("oracle"):
+        torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
 
 
 @pytest.mark.parametrize("gamma", [Fraction(7, 16), Fraction(-11, 8), Fraction(77, 256)], ids=str)
 @pytest.mark.parametrize("factor", 2.0 ** torch.arange(2, 12), ids=lambda f: f"{int(f)}")
 def test_no_product_of_gamma_and_velocity_wraps_round_unseen(gamma: Fraction, factor: torch.Tensor) -> None:
-    """Branches that grow are computed as ever, or the forward pass raises: the product V n is in range, too."""
+    """Branches that grow are computed as ever: the product V n is kept in range, too."""
     model, x = amplified(1, -1, 1, -1)
     autorev.convert(model, gamma=float(gamma), c=1 - float(gamma), example_args=(x,))
     with torch.no_grad():
@@ -302,11 +368,8 @@ def test_no_product_of_gamma_and_velocity_wraps_round_unseen(gamma: Fraction, fa
             f = block.scale.double() * torch.tanh(h @ block.linear.weight.double().T)
             v = float(gamma) * v + (1 - float(gamma)) * f
             h = h + v
-        try:
-            out = model(x)
-        except FixedPointRangeError:
-            return
-    torch.testing.assert_close(out.double(), h, rtol=1e-3, atol=1e-3)
+        out = model(x)
+    torch.testing.assert_close(out.double(), h, rtol=1e-2, atol=1e-4 * float(h.abs().max()))
 
 
 @given(largest=st.floats(0, 2.0**40), head_room=st.sampled_from([1.0, 3.0, 16.0]))
@@ -324,7 +387,9 @@ def test_the_grid_is_as_fine_as_the_activations_allow(largest: float, head_room:
 def test_a_power_of_two_fits_its_own_grid(power: int) -> None:
     """The limit itself is already too large, so an activation that is a power of two takes one bit more."""
     grid = FixedPoint(grid_for(2.0**power, 16.0))
-    assert check_range(grid, grid.encode(torch.tensor([2.0**power * 16])), "block", None, at_once=True) is None
+    largest = largest_of(grid.encode(torch.tensor([2.0**power * 16])), None)
+    assert largest is not None
+    check_largest(grid, largest, "block")
 
 
 # -- gradients
@@ -455,10 +520,10 @@ def test_bdia_is_the_residual_step_in_eval_mode() -> None:
     """In training gamma is 1/2 or -1/2, with c = 1 - gamma; in eval mode the network is as it was."""
     coupling = coupling_for(PRESETS["bdia"], "", 0, 4, None, None)
     assert isinstance(coupling, Bdia)
-    draws = {coupling.drawn(True, random.Random(seed)) for seed in range(20)}
+    draws = {coupling.drawn(True, draw) for draw in range(4)}
     assert draws == {Velocity(Fraction(1, 2), 0.5), Velocity(Fraction(-1, 2), 1.5)}
 
-    still = coupling.drawn(False, random.Random(0))
+    still = coupling.drawn(False, 1)
     x = torch.randn(4)
     assert not still.invertible
     torch.testing.assert_close(still.plain(x, torch.randn(4), branch_of(x))[0], branch_of(x))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from autorev.engine.chain import running
+from autorev.engine.mode import running
 from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks

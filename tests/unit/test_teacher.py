@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 import autorev
-from autorev.engine.chain import REVERSIBLE, mode
+from autorev.engine.mode import REVERSIBLE, mode
 from autorev.finetuning.data import IGNORED, Example
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from autorev.analysis import Category
+from autorev.capture.patching import patched_here
 from autorev.engine.chain import tape_of
 from autorev.engine.tape import Tape
 from autorev.predict.tracker import Live, MemoryTracker, Segment
@@ -132,6 +131,7 @@ class _Watcher:
     def __init__(self, ledger: Ledger, model: nn.Module, paths: tuple[str, ...]) -> None:
         self.ledger = ledger
         self.path_of = {id(module): path for path, module in model.named_modules()}
+        self.modules = list(model.modules())
         self.number_of = {path: number for number, path in enumerate(paths)}
         self.paths = paths
         self.phase = ""
@@ -145,13 +145,13 @@ class _Watcher:
     @contextmanager
     def watching(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for handle in (
-                register_module_forward_pre_hook(self._enter),
-                register_module_forward_hook(self._leave, always_call=True),
-            ):
-                stack.callback(handle.remove)
+            # Functions, not methods: a converted block may be copied in the step, with its hooks, but not with `self`.
+            before, after = (lambda *call: self._enter(*call)), (lambda *call: self._leave(*call))
+            for module in self.modules:
+                stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+                stack.callback(module.register_forward_hook(after, prepend=True, always_call=True).remove)
             # Checkpointing keeps one for each block, and no dispatch mode hears of it.
-            stack.enter_context(mock.patch.object(torch, "get_rng_state", self._random_state))
+            stack.enter_context(patched_here(torch, "get_rng_state", lambda original: self._random_state))
             yield
 
     def _random_state(self) -> torch.Tensor:

@@ -10,14 +10,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 import autorev.couplings.arithmetic as arithmetic
+from autorev.capture.patching import patched_here
 from autorev.couplings.additive import Additive
 from autorev.couplings.velocity import Velocity
 from autorev.engine.replay import Replay
@@ -33,7 +33,7 @@ def measure_work(step: TrainingStep, blocks: Blocks, flops: int) -> Work:
     watch = _Stopwatch(step.device)
     with ExitStack() as stack:
         for target, name, label in _clocked():
-            stack.enter_context(mock.patch.object(target, name, watch.around(getattr(target, name), label)))
+            stack.enter_context(patched_here(target, name, partial(watch.around, label)))
         times = stack.enter_context(_block_times(step.model, blocks.paths, watch))
         began = watch.now()
         step.run(watch.phase)
@@ -74,8 +74,7 @@ class _Stopwatch:
         self.phase_now = name
         yield
 
-    def around(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
-        @wraps(function)
+    def around(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def clocked(*args: Any, **kwargs: Any) -> Any:
             with self.labelled(label):
                 return function(*args, **kwargs)

@@ -62,7 +62,8 @@ def loss_over_steps(run: FineTuning) -> go.Figure:
     end = max([run.recipe.steps] + [row.step for row in run.logged])
     if run.original is not None and finite(run.original.loss):
         # Not a shape: the legend names it, also on a phone.
-        flat, name = [run.original.loss] * 2, f"original model: {loss_text(run.original.loss)}"
+        whose = "original model" if run.pretrained else "random weights"
+        flat, name = [run.original.loss] * 2, f"{whose}: {loss_text(run.original.loss)}"
         _line(figure, name, [0, end], flat, INK, dash="dash", width=1.5)
     evaluations = [e for e in run.evaluations if finite(e.loss)]
     if evaluations:

@@ -15,7 +15,7 @@ from autorev.report.finetuning.numbers import (
     perplexity_text,
     share_text,
 )
-from autorev.report.finetuning.rows import latest, plain_of, side_bits_ends, side_bits_words
+from autorev.report.finetuning.rows import latest, original_words, plain_of, side_bits_ends, side_bits_words
 from autorev.report.finetuning.verdict import (
     drift_words,
     export_gap,
@@ -78,10 +78,10 @@ def _quality_tiles(run: FineTuning) -> list[Tile]:
     now, zero, original = latest(run), run.zero_shot, run.original
     if now is not None:
         title = "Validation loss" if run.complete else f"Validation loss at step {format_integer(now.step)}"
-        others = [f"original {loss_text(original.loss)}"] if original else []
+        others = [f"{original_words(run)} {loss_text(original.loss)}"] if original else []
         others += [f"before training {loss_text(zero.loss)}"] if zero and zero is not now else []
         found.append(Tile(title, loss_text(now.loss), ", ".join(others)))
-        others = [f"original {perplexity_text(original.perplexity)}"] if original else []
+        others = [f"{original_words(run)} {perplexity_text(original.perplexity)}"] if original else []
         others += [f"before training {perplexity_text(zero.perplexity)}"] if zero and zero is not now else []
         found.append(Tile("Perplexity", perplexity_text(now.perplexity), ", ".join(others)))
     final = run.final

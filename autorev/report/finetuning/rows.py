@@ -97,6 +97,11 @@ def difference(evaluation: Evaluation | None, other: Evaluation | None) -> float
     return evaluation.loss - other.loss if evaluation and other else None
 
 
+def original_words(run: FineTuning) -> str:
+    """What the model was before conversion: `original`, or `random weights` that nobody wants back."""
+    return "original" if run.pretrained else "random weights"
+
+
 def latest(run: FineTuning) -> Evaluation | None:
     """Under the coupling after as many steps as there are; None before the first evaluation."""
     return run.evaluations[-1] if run.evaluations else None

@@ -13,7 +13,7 @@ from autorev.report.finetuning.numbers import (
     perplexity_text,
     share_text,
 )
-from autorev.report.finetuning.rows import difference, side_bits_words, trains_words
+from autorev.report.finetuning.rows import difference, original_words, side_bits_words, trains_words
 from autorev.report.format import (
     NOTHING,
     clean,
@@ -35,7 +35,7 @@ _optimizers = {"adamw": "AdamW"}
 def evaluations_table(run: FineTuning) -> Table:
     """The model on the validation text at every moment it was evaluated."""
     heads = ("Model", "Loss", "Standard error", "Perplexity", "Against the original", "Agreement", "KL")
-    rows = [_evaluation(run, "original", run.original)] if run.original else []
+    rows = [_evaluation(run, original_words(run), run.original)] if run.original else []
     for each in run.evaluations:
         name = "before training" if each.step == 0 else f"step {format_integer(each.step)}"
         rows.append(_evaluation(run, name, each, last=each is run.final))

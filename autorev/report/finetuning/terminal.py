@@ -74,7 +74,8 @@ def _sections(run: FineTuning) -> Iterator[RenderableType]:
 
 def _heading(run: FineTuning) -> RenderableType:
     where, corpus = run.environment, run.corpus
-    origin = short(", ".join(model_facts(run.model)), _LONGEST_NOTE)
+    start = () if run.pretrained else ("random weights",)
+    origin = short(", ".join((*model_facts(run.model), *start)), _LONGEST_NOTE)
     text = f"Text: {clean(corpus.source)}, {format_integer(corpus.training_tokens)} tokens"
     machine = f"On {clean(where.machine)}, {plural(where.threads, 'thread')}, {clean(where.date)}"
     lines = [

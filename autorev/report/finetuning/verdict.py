@@ -10,6 +10,10 @@ from autorev.report.finetuning.rows import difference, how_words, latest, side_b
 from autorev.report.format import format_error, format_integer, plural
 from autorev.report.words import strategy_title
 
+_FROM_RANDOM = (
+    "It began from random weights, which is no model to fall back on: do not ship it before its loss is that of a "
+    "trained one."
+)
 _NOTICED = 0.05
 """Nats by which the conversion alone must raise the loss before it is worth a sentence."""
 
@@ -79,6 +83,8 @@ def _unfinished(run: FineTuning) -> Verdict:
 
 
 def _title(run: FineTuning) -> str:
+    if not run.pretrained:
+        return "Trained from random weights"
     if not _recovered(run):
         return "It has not recovered yet"
     if not run.variant.reversible:
@@ -87,8 +93,8 @@ def _title(run: FineTuning) -> str:
 
 
 def _recovered(run: FineTuning) -> bool:
-    """Is it as good as the original model, in the form in which it is better? From scratch there is none."""
-    if not run.pretrained or run.original is None:
+    """Is it as good as the original model, in the form in which it is better?"""
+    if run.original is None:
         return True
     forms = [each.loss for each in (run.final, run.vanilla) if each is not None]
     return min(forms) <= run.original.loss + _NOTICED
@@ -121,7 +127,9 @@ def _conversion(run: FineTuning) -> str:
 
 
 def _advice(run: FineTuning) -> str:
-    """The form to ship it in, with the loss in the plain architecture."""
+    """The form to ship it in, with the loss in the plain architecture; of random weights, that there is none."""
+    if not run.pretrained:
+        return f"{_plain_loss(run)}{_FROM_RANDOM}"
     if not run.variant.reversible:
         return "There is nothing to export: the saved model is the plain one."
     gap = export_gap(run)
@@ -136,3 +144,10 @@ def _advice(run: FineTuning) -> str:
         # The weights are still those of the plain network: training has not made them the coupling's.
         found += ", better than under the coupling that it was trained with"
     return f"{found}: ship it with `autorev export`." if _recovered(run) else f"{found}. {train}"
+
+
+def _plain_loss(run: FineTuning) -> str:
+    gap = export_gap(run)
+    if gap is None or run.vanilla is None:
+        return ""
+    return f"As the plain architecture it has {loss_text(run.vanilla.loss)} ({change_text(gap)}). "

@@ -48,7 +48,8 @@ def _heading(profile: Profile) -> str:
     if setting.sequence is not None:
         size += f" x {format_integer(setting.sequence)} tokens"
     day = environment.date.split("T", 1)[0]
-    facts = (profile.model.name, setting_facts(setting)["Trains"], size, setting.dtype, environment.machine, day)
+    trains = setting_facts(setting)["Trains"] + ("" if profile.pretrained else " (random weights)")
+    facts = (profile.model.name, trains, size, setting.dtype, environment.machine, day)
     return literal(", ".join(facts))
 
 

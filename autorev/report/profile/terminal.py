@@ -87,7 +87,8 @@ def _heading(profile: Profile) -> RenderableType:
     facts = setting_facts(profile.setting)
     setting = ", ".join([f"batch {profile.setting.batch}", *(v for name, v in facts.items() if name != "Batch")])
     where = profile.environment
-    origin = (*model_facts(profile.model), plural(profile.blocks, "block"))
+    start = () if profile.pretrained else ("random weights",)
+    origin = (*model_facts(profile.model), plural(profile.blocks, "block"), *start)
     lines = [
         Text.assemble((_short(profile.model.name), "bold"), "  ", (_short(", ".join(origin)), "dim")),
         Text(f"One training step: {setting}"),

@@ -1,0 +1,347 @@
+"""What modules hold besides the code of their classes: written down before a branch runs, in place when it runs again.
+
+Attributes, hooks, flags, parameters and buffers of a module are entries of its `__dict__`, or of dicts in there. So
+one mechanism puts all of them back: what was there before the first run is there again in a later one (a counter, an
+adapter that was active, a hook that has been removed since), and afterwards everything is as it was found: a later
+run leaves no trace. What cannot be put back (the values of a parameter) is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from autorev.engine.digest import WHOLE, Digest, digest, looked_at
+from autorev.engine.surroundings import RandomStates, devices_of
+
+_ABSENT = object()
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
+"""Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
+_MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
+"""Packages whose objects are no data that a forward reads its numbers from."""
+_LARGE = 10_000
+"""Items beyond which a list is taken for data, and left alone."""
+
+
+@dataclass(eq=False)
+class Owned:
+    """A parameter or buffer as it was found."""
+
+    path: str
+    tensor: torch.Tensor
+    version: int
+    requires_grad: bool
+    address: int
+    values: Digest | None
+
+    @classmethod
+    def found(cls, path: str, tensor: torch.Tensor) -> Owned:
+        """`tensor` as it is now; of one with a history (a weight-normalised one) only its values are kept."""
+        kept = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
+        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), _values(tensor))
+
+    def change(self) -> str | None:
+        """What has become of it, in words; None: it holds what it held."""
+        if version_of(self.tensor) != self.version:
+            return "was changed in place"
+        if _address(self.tensor) != self.address and not self._same_values():
+            return "was given other values through .data"
+        if not self._same_values():
+            return "was changed through .data"
+        return None
+
+    def _same_values(self) -> bool:
+        return self.values is None or _values(self.tensor) == self.values
+
+
+def _values(tensor: torch.Tensor) -> Digest | None:
+    """A GPU is not waited for: weights there are among what the branch saved, which is compared."""
+    return digest(tensor, exact=True) if tensor.device.type == "cpu" else None
+
+
+@dataclass(eq=False)
+class _Held:
+    """The attributes of one module, or of an object that one refers to (a config), before the first run."""
+
+    home: dict[str, Any]
+    attributes: dict[str, Any]
+    """Torch's own dicts as copies; other containers as copies down to their leaves."""
+    containers: set[str]
+    generators: list[tuple[Any, Any]] = field(default_factory=list)
+    """Random generators of its own, with their states."""
+
+
+class ModuleStates:
+    """The modules that a branch runs, as they were before it ran."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.held: list[_Held] = []
+        self.owned: list[Owned] = []
+        self.updated: list[tuple[Callable[[], dict[str, Any]], str, torch.Tensor]] = []
+        """Tensors that the branch writes to, with their values before: (where a module has them, name, values)."""
+        self.written: set[int] = set()
+        """The storages of those that are known to be written to."""
+        self.small: list[tuple[Callable[[], dict[str, Any]], str, Owned, torch.Tensor]] = []
+        """Small tensors with their values, until it is known whether the branch writes to them."""
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        """id of a container -> (itself, its copy): what two modules share stays shared."""
+
+    def add(self, module: nn.Module, path: str, writes: Callable[[nn.Module, str], bool]) -> None:
+        """Write down `module` and all below it. `writes(child, name)`: is that buffer updated by the branch?"""
+        for name, child in module.named_modules():
+            if id(child) in self.seen:
+                continue
+            prefix = ".".join(filter(None, (path, name)))
+            if type(child).__name__ == "FullyShardedDataParallel":
+                self.seen.add(id(child))  # its attributes are the course of its own work, in backward as in forward
+            else:
+                self._hold(child, prefix)
+            counts = isinstance(child, _NormBase) and child.training and child.track_running_stats
+            for key, parameter in child._parameters.items():
+                if parameter is not None:
+                    self.owned.append(Owned.found(f"{prefix}.{key}", parameter))
+            for key, buffer in child._buffers.items():
+                if buffer is None:
+                    continue
+                where = partial(child.__dict__.__getitem__, "_buffers")
+                if counts or writes(child, key):
+                    self.written.add(buffer.untyped_storage()._cdata)
+                    self.updated.append((where, key, buffer.clone()))
+                else:
+                    self._own(f"{prefix}.{key}", buffer, where, key)
+
+    def _own(self, path: str, tensor: torch.Tensor, where: Callable[[], dict[str, Any]], key: str) -> None:
+        owned = Owned.found(path, tensor)
+        if tensor.is_leaf and tensor.numel() <= WHOLE:
+            self.small.append((where, key, owned, tensor.detach().clone()))
+        else:
+            self.owned.append(owned)
+
+    def ran(self) -> None:
+        """Called after the first run: tensors that it wrote to are no constants."""
+        for where, key, owned, value in self.small:
+            if owned.change() is None:
+                self.owned.append(owned)
+            else:
+                self.updated.append((where, key, value))
+        self.small.clear()
+
+    def _hold(self, thing: Any, path: str) -> None:
+        self.seen.add(id(thing))
+        home = thing.__dict__
+        held = _Held(home, {}, set())
+        for key, value in home.items():
+            kind = type(value)
+            if kind in _CONTAINERS:
+                held.containers.add(key)
+                held.attributes[key] = value.copy() if key in _TORCH_DICTS else _copied(value, self._copies)
+                continue
+            held.attributes[key] = value
+            if kind in (int, float, bool, str, type(None)):
+                continue
+            if isinstance(value, torch.Generator):
+                held.generators.append((value, value.get_state()))
+            elif isinstance(value, random.Random):
+                held.generators.append((value, value.getstate()))
+            elif isinstance(value, np.random.Generator):
+                held.generators.append((value, copy.deepcopy(value.bit_generator.state)))
+            elif isinstance(value, np.random.RandomState):
+                held.generators.append((value, value.get_state()))
+            elif isinstance(value, torch.Tensor):
+                # With its history, what an earlier pass left here would hold on to all that came before it.
+                held.attributes[key] = value if value.is_leaf else without_history(value)
+                self._own(f"{path}.{key}", value, partial(_itself, home), key)
+            elif isinstance(thing, nn.Module) and _is_record(value) and id(value) not in self.seen:
+                self._hold(value, f"{path}.{key}")
+        self.held.append(held)
+
+    def change(self) -> str | None:
+        """The first parameter, buffer or tensor attribute that is not what it was, in words."""
+        for owned in self.owned:
+            what = owned.change()
+            if what is not None:
+                return f"{owned.path} {what}"
+        return None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """As before the first run; afterwards as they are now."""
+        fresh: dict[int, tuple[Any, Any]] = {}
+        with ExitStack() as stack:
+            for held in self.held:
+                stack.callback(_put_back, held.home, dict(held.home))
+                _restore(held, fresh)
+                for generator, state in held.generators:
+                    stack.callback(_set_generator, generator, _generator_state(generator))
+                    _set_generator(generator, state)
+            for where, name, value in self.updated:
+                home = where()  # the dict that is in place now: `_restore` may have put a copy there
+                stack.callback(home.__setitem__, name, home[name])
+                home[name] = value.clone()
+            for owned in self.owned:
+                if owned.tensor.is_leaf and owned.tensor.requires_grad != owned.requires_grad:
+                    stack.callback(owned.tensor.requires_grad_, owned.tensor.requires_grad)
+                    owned.tensor.requires_grad_(owned.requires_grad)
+            yield
+
+
+def _itself(home: dict[str, Any]) -> dict[str, Any]:
+    return home
+
+
+def _restore(held: _Held, fresh: dict[int, tuple[Any, Any]]) -> None:
+    home = held.home
+    for key, value in held.attributes.items():
+        if key in _TORCH_DICTS:
+            now = home.get(key)
+            if not _same_entries(now, value):
+                home[key] = value.copy()
+        elif key in held.containers:
+            home[key] = _copied(value, fresh)  # a list that the branch appends to is not appended to once more
+        elif home.get(key, _ABSENT) is not value:
+            home[key] = value
+    for key in home.keys() - held.attributes.keys():
+        del home[key]
+
+
+def _put_back(home: dict[str, Any], before: dict[str, Any]) -> None:
+    for key, value in before.items():
+        if home.get(key, _ABSENT) is not value:
+            home[key] = value
+    for key in home.keys() - before.keys():
+        del home[key]
+
+
+def _same_entries(a: Any, b: Any) -> bool:
+    return a is not None and len(a) == len(b) and all(a.get(key, _ABSENT) is value for key, value in b.items())
+
+
+def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
+    """A container, and those inside it, as new ones with the same leaves; one that occurs twice is copied once."""
+    kind = type(value)
+    if kind is tuple:
+        items = [_copied(item, copies) for item in value]
+        return tuple(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    if isinstance(value, torch.Tensor):
+        return value if value.is_leaf else without_history(value)
+    if kind is np.ndarray:
+        return value.copy() if value.size <= _LARGE else value
+    if kind not in _CONTAINERS or len(value) > _LARGE:
+        return value
+    if id(value) in copies:
+        return copies[id(value)][1]
+    twin = value.copy()
+    copies[id(value)] = value, twin
+    if isinstance(twin, dict):
+        for key, item in value.items():
+            twin[key] = _copied(item, copies)
+    elif not isinstance(twin, set):
+        for number, item in enumerate(value):
+            twin[number] = _copied(item, copies)
+    return twin
+
+
+def without_history(value: Any) -> Any:
+    """A tensor of the same values, cut off from autograd's graph; whether a gradient goes there stays. Of an object
+    that holds tensors with a history (a context that blocks hand on), a copy that holds such ones."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if not _is_record(value):
+        return value
+    cut = {k: without_history(v) for k, v in vars(value).items() if isinstance(v, torch.Tensor) and not v.is_leaf}
+    if not cut:
+        return value
+    twin = copy.copy(value)
+    twin.__dict__.update(cut)
+    return twin
+
+
+def _is_record(value: Any) -> bool:
+    """An object of plain data that code reads numbers from: a config, a namespace, a dataclass."""
+    if callable(value) or type(value).__module__.partition(".")[0] in _MACHINERY:
+        return False
+    return type(getattr(value, "__dict__", None)) is dict
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return copy.deepcopy(generator.bit_generator.state)
+    return generator.get_state()
+
+
+def _set_generator(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # fake, or a subclass without memory of its own
+        return 0
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the modules' attributes, flags and buffers and the random streams are afterwards as before.
+
+    Weights and gradients are not looked after: nothing that runs here writes to them.
+    """
+    states = ModuleStates()
+    for module in model.modules():
+        states._hold(module, "")
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    attributes = [(owned.tensor, value) for _, _, owned, value in states.small]
+    tensors = [*model.parameters(), *model.buffers()]
+    streams = RandomStates(devices_of(tensors)) if looked_at() and not any(map(is_fake, tensors)) else None
+    before = [(held.home, dict(held.home)) for held in states.held]
+    fresh: dict[int, tuple[Any, Any]] = {}
+    try:
+        for held in states.held:  # what is written inside is written to copies
+            held.home.update({key: _copied(held.home[key], fresh) for key in held.containers - _TORCH_DICTS})
+        yield
+    finally:
+        if streams is not None:
+            streams.put_back()
+        for home, entries in before:
+            _put_back(home, entries)
+        for held in states.held:
+            for key in held.containers & _TORCH_DICTS:
+                if not _same_entries(held.home[key], held.attributes[key]):
+                    held.home[key].clear()
+                    held.home[key].update(held.attributes[key])
+            for generator, state in held.generators:
+                _set_generator(generator, state)
+        with torch.no_grad():
+            for tensor, value in (*buffers, *attributes):
+                if is_fake(tensor) or not torch.equal(tensor, value):  # writing the same would count as a change
+                    tensor.copy_(value)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Has it no values?"""
+    return tensor.is_meta or hasattr(tensor, "fake_mode")

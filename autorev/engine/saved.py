@@ -1,0 +1,90 @@
+"""What a branch saves for backward is not kept, but made again: PyTorch's own checkpoint, with an input that the tape
+rebuilds, and with a comparison of everything that the two runs saved.
+
+The frame and its hooks are those of `torch.utils.checkpoint` (non-reentrant): PyTorch's own graph of the branch stays.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointError, _checkpoint_hook, _CheckpointFrame
+
+from autorev.engine.digest import Comparison
+from autorev.errors import ReconstructionError
+
+
+class SavedTensors:
+    """The tensors that one run of a branch saved, dropped and made again by `again`."""
+
+    def __init__(self, path: str, again: Callable[[], object], comparison: Comparison, ignored: set[int]) -> None:
+        """`again` runs the branch once more, under the hooks of a frame that takes what it saves. `ignored`: storages
+        that the branch writes to after it saved them (running statistics, which backward does not read)."""
+        # The frame must not refer to this object, which refers to it: only the garbage collector would free them.
+        self.frame = frame = _CheckpointFrame(again, False, partial(_explain, path), None)
+        reference = weakref.ref(frame)
+
+        def look(tensor: torch.Tensor) -> _Look:
+            frame = reference()
+            return _Look(tensor, comparison, ignored, first=frame is not None and not frame.forward_completed)
+
+        frame.metadata_fn = look
+
+    @property
+    def any(self) -> bool:
+        """Was anything saved, so that backward may ask for it?"""
+        return bool(self.frame.weak_holders)
+
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """Around the first run."""
+        with _checkpoint_hook(self.frame):
+            yield
+        self.frame.forward_completed = True
+
+
+def _explain(path: str, error: CheckpointError) -> None:
+    text = str(error)
+    if "unpacked once" in text:
+        raise error
+    places = re.findall(r"tensor at position (\d+)", text)
+    what = f"what it saved is not the same (number {', '.join(places[:4])})" if places else "it saved other tensors"
+    raise ReconstructionError(
+        f"{path} computed something else in backward than in forward: {what}, so no gradient of it may be "
+        "trusted; look for a decision that its Python code takes anew each time (a counter or random numbers "
+        "outside the module, a global), or an operation that is not deterministic "
+        "(torch.use_deterministic_algorithms(True))"
+    ) from error
+
+
+class _Look:
+    """One saved tensor of the first run, or one of the second that is compared with it."""
+
+    __slots__ = ("comparison", "dtype", "first", "second", "shape")
+
+    def __init__(self, tensor: torch.Tensor, comparison: Comparison, ignored: set[int], first: bool) -> None:
+        self.shape, self.dtype, self.comparison = tensor.shape, tensor.dtype, comparison
+        self.first = self.second = None
+        if not first:
+            self.second = tensor
+        elif tensor.untyped_storage()._cdata not in ignored:
+            self.first = comparison.first(tensor)
+
+    def __ne__(self, other: Any) -> bool:
+        if self.shape != other.shape or self.dtype != other.dtype:
+            return True
+        return self.comparison.says_other(self.first, other.second)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return not self != other
+
+    def __str__(self) -> str:
+        return f"{tuple(self.shape)} {self.dtype}"

@@ -1,0 +1,237 @@
+"""What the model's own code did between two residual adds, in one call: enough to do it once more on another input.
+
+The code runs by itself, with whatever it decides in this call, and is watched; a second run in backward repeats the
+calls it made, not the decisions. Sub-modules are single calls, which their `Replay` runs as they ran. The recording
+holds what came from outside of the step, and none of the values that the step computed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from autorev.engine.modules import version_of, without_history
+from autorev.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A value computed in the step; number 0 is its input."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """A tensor from outside of the step."""
+
+    number: int
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A tensor from outside, without its history."""
+
+    tensor: torch.Tensor
+    version: int
+    before: torch.Tensor | None = None
+    """Its values before the step wrote to it."""
+
+
+@dataclass(eq=False)
+class _Made:
+    """One call."""
+
+    function: Callable[..., Any]
+    leaves: list[Any]
+    spec: TreeSpec
+    returned: list[tuple[int, str | None, int]]
+    """(leaf of what it returns, attribute of that leaf, slot) of each tensor that it returns."""
+    grad: bool
+    autocast: tuple[bool, torch.dtype]
+    device: str
+
+
+class Recording:
+    """The calls of one step."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        """`x`: the input, as the code is given it."""
+        self.calls: list[_Made] = []
+        self.outer: list[_Kept] = []
+        self.slots = 1
+        self.device = x.device.type
+        self.writes_to_input = False
+        self.input = x.untyped_storage()._cdata
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], _Slot | _Outer]] = {}
+        self._name(x, _Slot(0))
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool) -> Any:
+        """Run `function(*args, **kwargs)` and write it down. `in_place`: it writes to its first argument.
+
+        Raises:
+            ConversionError: it has written to a tensor from outside of the step in a way that could not be foreseen.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        noted = [self._noted(leaf) if isinstance(leaf, torch.Tensor) else without_history(leaf) for leaf in leaves]
+        for tensor in _written(function, args, kwargs, in_place):
+            self._about_to_write(tensor)
+        made = _Made(function, noted, spec, [], torch.is_grad_enabled(), _autocast(self.device), self.device)
+        result = function(*args, **kwargs)
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and isinstance(name := self._noted(leaf), _Outer):
+                kept = self.outer[name.number]
+                if kept.before is None and version_of(leaf) != kept.version:
+                    what = getattr(function, "__name__", type(function).__name__)
+                    raise ConversionError(
+                        f"`{what}` writes to a tensor (shape {tuple(leaf.shape)}) made outside of the residual step, "
+                        "and would do so again in backward; use granularity='block', or exclude the block"
+                    )
+        found = False
+        for number, leaf in enumerate(tree_flatten(result)[0]):
+            for attribute, tensor in _tensors_of(leaf):
+                found = True
+                made.returned.append((number, attribute, self._made(tensor)))
+        if found or (result is None and any(isinstance(leaf, torch.Tensor) for leaf in leaves)):
+            self.calls.append(made)  # anything else is a question about shape or dtype, and answered
+        return result
+
+    def slot_of(self, tensor: torch.Tensor) -> int:
+        """The slot of a value that the step computed."""
+        known = self._noted(tensor)
+        assert isinstance(known, _Slot)
+        return known.number
+
+    def arguments(self) -> list[torch.Tensor]:
+        """Tensors from outside that have to be the same in a second run."""
+        return [kept.tensor for kept in self.outer if kept.before is None]
+
+    def finish(self, result: int | None) -> Callable[[torch.Tensor], tuple[None, torch.Tensor]]:
+        """The step as a function of its input; `result`: the slot that it returns (None: it is run for its effects)."""
+        self._known.clear()
+        last: dict[int, int] = {} if result is None else {result: len(self.calls)}
+        for number in range(len(self.calls) - 1, -1, -1):
+            for leaf in self.calls[number].leaves:
+                if isinstance(leaf, _Slot):
+                    last.setdefault(leaf.number, number)
+        return _Repeated(self.calls, self.outer, last, result)
+
+    def _name(self, tensor: torch.Tensor, name: _Slot | _Outer) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), name
+
+    def _noted(self, tensor: torch.Tensor) -> _Slot | _Outer:
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        # With its history it might close a circle through autograd's graph.
+        self.outer.append(_Kept(without_history(tensor), version_of(tensor)))
+        name = _Outer(len(self.outer) - 1)
+        self._name(tensor, name)
+        return name
+
+    def _made(self, tensor: torch.Tensor) -> int:
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and isinstance(known[1], _Slot):
+            return known[1].number  # returned as it was given
+        self.slots += 1
+        self._name(tensor, _Slot(self.slots - 1))
+        return self.slots - 1
+
+    def _about_to_write(self, tensor: torch.Tensor) -> None:
+        """To a tensor, or through a view (`.data` included) of one."""
+        storage = tensor.untyped_storage()._cdata
+        self._noted(tensor)
+        self.writes_to_input |= storage == self.input
+        for kept in self.outer:
+            if kept.before is None and kept.tensor.untyped_storage()._cdata == storage:
+                kept.before = kept.tensor.detach().clone()
+
+
+@dataclass(eq=False)
+class _Repeated:
+    """The calls once more."""
+
+    calls: list[_Made]
+    outer: list[_Kept]
+    last: dict[int, int]
+    """Slot -> the last call that reads it: behind that it is let go, as the code's own variables were."""
+    result: int | None
+
+    def __call__(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
+        values: dict[int, torch.Tensor] = {0: x}
+        outer = [kept.tensor if kept.before is None else kept.before.clone() for kept in self.outer]
+        for number, made in enumerate(self.calls):
+            leaves = [self._value(leaf, values, outer) for leaf in made.leaves]
+            args, kwargs = tree_unflatten(leaves, made.spec)
+            del leaves
+            with _as_it_was(made):
+                returned = tree_flatten(made.function(*args, **kwargs))[0]
+            del args, kwargs
+            for leaf, attribute, slot in made.returned:
+                value = returned[leaf] if attribute is None else getattr(returned[leaf], attribute)
+                if slot in self.last:
+                    values[slot] = value
+            del returned
+            for slot in [slot for slot in values if self.last.get(slot, -1) <= number]:
+                del values[slot]
+        return None, x if self.result is None else values[self.result]
+
+    def _value(self, leaf: Any, values: dict[int, torch.Tensor], outer: list[torch.Tensor]) -> Any:
+        if isinstance(leaf, _Slot):
+            return values[leaf.number]
+        return outer[leaf.number] if isinstance(leaf, _Outer) else leaf
+
+
+class _as_it_was:
+    """Grad mode and autocast, where the code had switched them between two calls."""
+
+    def __init__(self, made: _Made) -> None:
+        self.contexts: list[Any] = []
+        if torch.is_grad_enabled() != made.grad:
+            self.contexts.append(torch.set_grad_enabled(made.grad))
+        if _autocast(made.device) != made.autocast:
+            enabled, dtype = made.autocast
+            self.contexts.append(torch.autocast(made.device, enabled=enabled, dtype=dtype))
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def _written(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool
+) -> Iterator[torch.Tensor]:
+    """The tensors that a call is going to write to."""
+    name = getattr(function, "__name__", "")
+    targets: list[Any] = [args[0]] if in_place and args else []
+    if name.startswith("_foreach_") and name.endswith("_"):
+        targets += list(args[0])
+    if name in ("batch_norm", "instance_norm"):  # running statistics, of which no version counter tells
+        targets += [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+    out = kwargs.get("out")
+    targets += list(out) if isinstance(out, tuple | list) else [out]
+    return (target for target in targets if isinstance(target, torch.Tensor))
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    if not torch.amp.is_autocast_available(device):
+        return False, torch.float32
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _tensors_of(leaf: Any) -> list[tuple[str | None, torch.Tensor]]:
+    if isinstance(leaf, torch.Tensor):
+        return [(None, leaf)]
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        named = ((f.name, getattr(leaf, f.name)) for f in fields(leaf))
+        return [(name, value) for name, value in named if isinstance(value, torch.Tensor)]
+    return []

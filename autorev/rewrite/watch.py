@@ -1,0 +1,385 @@
+"""Runs a module's own forward and takes its residual adds as the steps of a chain.
+
+A `TorchFunctionMode` sees every torch function that the code calls, and where an add ends a residual step (`adds`),
+the code is given the coupled stream in place of the sum. Between two such adds the code runs under the step's own
+checkpoint, and is written down (`recording`) for the second run. Which path the code takes is its own decision, at
+every call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from autorev.capture.patching import patched_here
+from autorev.capture.source import caller_place
+from autorev.detect.ends import put
+from autorev.engine.chain import ReversibleChain, arrive
+from autorev.engine.modules import Owned
+from autorev.engine.step import RecomputedStep, Site, Step, StoredStep, open_step
+from autorev.errors import ConversionError
+from autorev.rewrite.adds import KnownAdds, Place, Start
+from autorev.rewrite.recording import Recording
+
+_SUMS: dict[str, Callable[..., torch.Tensor]] = {
+    **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__", "iadd"), torch.add),
+    **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__", "isub", "subtract", "subtract_"), torch.sub),
+    **dict.fromkeys(("addcmul", "addcmul_"), torch.addcmul),
+    **dict.fromkeys(("addcdiv", "addcdiv_"), torch.addcdiv),
+}
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
+_PERMUTATIONS = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
+_COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
+
+
+@dataclass(frozen=True)
+class _Reshaped:
+    before: torch.Size
+    after: torch.Size
+
+    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(self.after)
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(self.before)
+
+
+@dataclass(frozen=True)
+class _Permuted:
+    order: tuple[int, ...]
+
+    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(self.order)
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(tuple(self.order.index(axis) for axis in range(len(self.order))))
+
+
+Form = tuple[_Reshaped | _Permuted, ...]
+"""How the code has laid out the stream (OPT flattens tokens around its MLP), from the layout in which it entered."""
+
+
+class Watch(TorchFunctionMode):
+    """One call of one module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        chain: ReversibleChain,
+        numbers: tuple[int, ...],
+        total: int,
+        known: KnownAdds,
+        site: Site,
+        analyse: Callable[[], None],
+    ) -> None:
+        """`numbers`: steps of the chain that the call may begin with; `total`: how many it takes; `analyse` adds what
+        this very call does to `known`."""
+        super().__init__()
+        self.module, self.path, self.chain, self.numbers, self.total = module, path, chain, numbers, total
+        self.known, self.site, self.analyse = known, site, analyse
+        self.name = path or "the model itself"
+        self.paths = {id(child): name for name, child in module.named_modules()}
+        self.paused = 0
+        self.taken = 0
+        self.step: Step | None = None
+        self.running: AbstractContextManager[None] | None = None
+        self.recording: Recording | None = None
+        self.passed: dict[Start, int] = {}
+        """How often the code has come by a place where the stream may begin."""
+        self.forms: dict[int, tuple[weakref.ref[torch.Tensor], Form]] = {}
+        """Tensors that are the stream, as the code has it."""
+        self.renamed: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+        """A tensor that the code added to in place -> the stream that it is now."""
+
+    @property
+    def begun(self) -> bool:
+        """Has the stream been met?"""
+        return self.step is not None or self.taken > 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the call of the module's own forward."""
+
+        def applying(original: Any) -> Any:
+            def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+                result = self._leaf(partial(original, cls), args, kwargs, in_place=False)
+                if not self.paused:
+                    self._mark_view(args, result)
+                return result
+
+            return apply
+
+        try:
+            with (
+                self,
+                patched_here(nn.Module, "__call__", lambda original: partial(self._call_module, original)),
+                patched_here(torch.autograd.Function, "apply", applying),
+            ):
+                yield
+        except BaseException as error:
+            if self.running is not None:
+                self.running.__exit__(type(error), error, error.__traceback__)
+                self.running = None
+            raise
+
+    # -- steps
+
+    def begin(self, stream: torch.Tensor, numbers: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The next step begins with `stream`; returns what the code is given for it."""
+        self.paused += 1  # what the engine does is no part of the code
+        try:
+            return self._begin(stream, numbers or self.numbers)
+        finally:
+            self.paused -= 1
+
+    def _begin(self, stream: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
+        arrival = arrive(self.chain, stream, numbers)
+        self.number = arrival.number
+        self.step = open_step(self.chain, arrival, self.site)
+        given = self.step.given()
+        self.recording = Recording(given) if isinstance(self.step, RecomputedStep) else None
+        self.running = self.step.running()
+        self.running.__enter__()
+        self.forms = {}
+        self._mark(given, ())
+        return given
+
+    def _close(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], skip: torch.Tensor) -> torch.Tensor:
+        """The add that ends the step."""
+        form = self._form(skip)
+        assert form is not None
+        assert self.step is not None
+        assert self.running is not None
+        out = self._leaf(_SUMS[name], args, kwargs, in_place=False)
+        for layout in reversed(form):
+            out = self._leaf(layout.back, (out,), {}, in_place=False)
+        if self.recording is not None:
+            assert isinstance(self.step, RecomputedStep)
+            result = self.recording.slot_of(out)
+            self._hand_over(self.step, self.recording, result)
+        self.running.__exit__(None, None, None)
+        self.running = self.recording = None
+        step, self.step = self.step, None
+        new = step.close(out)
+        self.taken += 1
+        if self.taken < self.total:
+            new = self.begin(new, (self.number + 1,))
+        else:
+            self.forms = {}
+            self._mark(new, ())
+        for layout in form:
+            new = self._leaf(layout.forth, (new,), {}, in_place=False)
+        self._mark(new, form)
+        if _in_place(name):  # the tensor that is written to, the skip or the branch, is the stream from here on
+            self.renamed[id(args[0])] = weakref.ref(args[0]), new
+        return new
+
+    def _hand_over(self, step: RecomputedStep, recording: Recording, result: int | None) -> None:
+        step.overwrites = recording.writes_to_input
+        step.replay.add_arguments(recording.arguments())
+        step.runs_again_by(recording.finish(result))
+
+    def end(self, returned: Any) -> Any:
+        """The forward has returned; what it returned, with the coupled stream in it.
+
+        Raises:
+            ConversionError: it did not take the steps that a read-out over both streams needs.
+        """
+        if self.step is not None:
+            # The steps that are left were skipped in this call. What ran since the last one only reads the stream.
+            if self.chain.averages:
+                raise ConversionError(
+                    f"{self.name} took {self.taken} of its {self.total} residual steps in this call, and the coupling "
+                    "reads the mean of both streams out behind the last one; use another coupling, or exclude it"
+                )
+            assert self.running is not None
+            if self.recording is not None:
+                assert isinstance(self.step, RecomputedStep)
+                self._hand_over(self.step, self.recording, None)
+            self.running.__exit__(None, None, None)
+            self.running = None
+            if isinstance(self.step, RecomputedStep):
+                self.step.leave_open()
+        return tree_map_only(torch.Tensor, self._current, returned) if self.renamed else returned
+
+    # -- what the code does
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if self.renamed:
+            args, kwargs = tree_map_only(torch.Tensor, self._current, (args, kwargs))
+        name = getattr(func, "__name__", "")
+        if not self.begun:
+            return self._looked_for_start(func(*args, **kwargs))
+        place = caller_place() if name in _SUMS else None
+        skip = None if place is None else self._skip(name, args, kwargs)
+        if place is not None and skip is None and place in self.known.closing:
+            raise ConversionError(
+                f"{self.name}: the add at {place[0]} ended a residual step when it was analysed, "
+                "and none of what it adds is the stream in this call: the code, or a hook, has replaced or changed the "
+                "stream since the step before. Exclude the block, or change the stream inside of a branch"
+            )
+        if place is not None and skip is not None and self._ends_step(place):
+            if self.step is None:
+                raise ConversionError(
+                    f"{self.name} takes more residual steps in this call than the {self.total} it was converted with; "
+                    "convert with example arguments like these"
+                )
+            return self._close(name, args, kwargs, skip)
+        result = self._leaf(func, args, kwargs, in_place=_in_place(name))
+        if skip is not None:
+            self._mark(result, self._form(skip) or ())
+        else:
+            self._mark_alias(func, name, args, kwargs, result)
+        return result
+
+    def _call_module(self, run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = self.paths.get(id(module))
+        if self.paused or (path is not None and path in self.known.opened) or module is self.module:
+            return run(module, *args, **kwargs)
+        if self.renamed:
+            args, kwargs = tree_map_only(torch.Tensor, self._current, (args, kwargs))
+        full = ".".join(filter(None, (self.path, path or type(module).__name__)))
+        if isinstance(self.step, RecomputedStep):
+            self.step.replay.add_module(module, full, self.site.writes)
+        elif isinstance(self.step, StoredStep) and torch.is_grad_enabled():
+            self.step.owned += [Owned.found(f"{full}.{name}", p) for name, p in module.named_parameters()]
+        result = self._leaf(partial(run, module), args, kwargs, in_place=False)
+        if not self.begun:
+            return self._looked_for_start(result)
+        self._mark_view(args, result)
+        return result
+
+    def _leaf(self, function: Callable[..., Any], args: Any, kwargs: Any, in_place: bool) -> Any:
+        """Run `function` unwatched, and write it down as one call."""
+        if self.paused or self.recording is None:
+            self.paused += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.paused -= 1
+        self.paused += 1
+        try:
+            return self.recording.call(function, args, kwargs, in_place)
+        finally:
+            self.paused -= 1
+
+    def _current(self, tensor: torch.Tensor) -> torch.Tensor:
+        while True:
+            found = self.renamed.get(id(tensor))
+            if found is None or found[0]() is not tensor:
+                return tensor
+            tensor = found[1]
+
+    def _looked_for_start(self, result: Any) -> Any:
+        """The loop's stream, if this is it, as the first step has it."""
+        here: Place | None = None
+        for start in self.known.starts:
+            if start.place is None:
+                continue
+            here = here or caller_place()
+            if start.place != here:
+                continue
+            seen = self.passed.get(start, 0)
+            self.passed[start] = seen + 1
+            if seen != start.after:
+                continue
+            stream = result
+            try:
+                for item in start.items:
+                    stream = stream[item]
+            except (KeyError, IndexError, TypeError):
+                continue
+            if isinstance(stream, torch.Tensor) and stream.is_floating_point():
+                return put(result, start.items, self.begin(stream))
+        return result
+
+    # -- the stream, among the code's tensors
+
+    def _mark(self, tensor: Any, form: Form) -> None:
+        if isinstance(tensor, torch.Tensor):
+            self.forms[id(tensor)] = weakref.ref(tensor), form
+
+    def _form(self, tensor: Any) -> Form | None:
+        """The layout of a tensor that is the stream; None for any other."""
+        found = self.forms.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def _skip(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The operand that is the stream, of a sum of it and something that is not."""
+        operands = [*args, *(kwargs[key] for key in ("other", "tensor1", "tensor2") if key in kwargs)]
+        streams = [operand for operand in operands if self._form(operand) is not None]
+        if len(streams) != 1 or (streams[0] is not operands[0] and _SUMS[name] is not torch.add):
+            return None
+        skip: torch.Tensor = streams[0]
+        others = (o for o in operands if isinstance(o, torch.Tensor) and o is not skip)
+        return skip if torch.broadcast_shapes(skip.shape, *(o.shape for o in others)) == skip.shape else None
+
+    def _ends_step(self, place: Place) -> bool:
+        if not self.known.knows(place):
+            self.paused += 1
+            try:
+                self.analyse()
+            finally:
+                self.paused -= 1
+            if not self.known.knows(place):
+                raise ConversionError(
+                    f"{self.name} adds to its stream at {place[0]}, which it did not when it was analysed, nor when "
+                    "this call was: whether that ends a residual step is not known. Use granularity='block', or give "
+                    "the loop's body a module of its own"
+                )
+        return place in self.known.closing
+
+    def _mark_alias(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        form = self._form(args[0]) if args else None
+        if form is None or not isinstance(result, torch.Tensor) or result is args[0]:
+            return
+        source: torch.Tensor = args[0]
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        if result.numel() != source.numel() or not result.is_floating_point():
+            return
+        if name in _PERMUTATIONS:
+            probe = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
+            moved = getattr(probe, name)
+            moved = moved(*args[1:], **kwargs) if callable(moved) else moved
+            self._mark(result, (*form, _Permuted(tuple(size - 2 for size in moved.shape))))
+        elif name in _RESHAPES:
+            self._mark(result, (*form, _Reshaped(source.shape, result.shape)))
+        elif name in _COPIES and result.shape == source.shape:
+            self._mark(result, form)
+        else:
+            self._mark_view((source,), result)
+
+    def _mark_view(self, args: tuple[Any, ...], result: Any) -> None:
+        """Whatever returned it: all of the stream's memory, in the same order, is the stream."""
+        results = result if isinstance(result, tuple) else (result,)
+        for source in args:
+            form = self._form(source)
+            if form is None or not source.is_contiguous():
+                continue
+            for one in results:
+                if (
+                    isinstance(one, torch.Tensor)
+                    and self._form(one) is None
+                    and one.numel() == source.numel()
+                    and one.is_contiguous()
+                    and one.untyped_storage()._cdata == source.untyped_storage()._cdata
+                ):
+                    self._mark(one, (*form, _Reshaped(source.shape, one.shape)))
+
+
+def _in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__isub__", "__setitem__", "iadd")
