@@ -100,8 +100,8 @@ class ReversibleChain:
                 del self.seeds[next(iter(self.seeds))]
         elif key not in self.seeds:
             raise ConversionError(
-                f"{self.name} is run again in backward, and its signs of the first run are not known any more (those of "
-                f"the latest {MOST_SEEDS} forward passes are); call backward sooner, or remove the checkpoint around it"
+                f"{self.name} is run again in backward, and its signs of the first run are not known any more (the "
+                f"latest {MOST_SEEDS} are); call backward sooner, or remove the checkpoint around it"
             )
         return self.seeds[key]
 

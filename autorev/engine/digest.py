@@ -1,24 +1,29 @@
 """A digest of a tensor's values: enough to notice that a second run computed something else than the first.
 
-Small tensors are looked at whole, of large ones a grid of elements, so that looking at everything a branch saved costs
-a percent of the branch. What is kept are a few numbers. On a GPU they stay there, and nothing waits for them.
+Small tensors are looked at element by element, large ones at a grid of elements and at the sum of all, so that looking
+at everything a branch saved costs a percent or two of the branch. What is kept are a few numbers. On a GPU they stay
+there, and nothing waits for them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch._C import _TorchDispatchModeKey
+from torch.multiprocessing.reductions import StorageWeakRef
 
 WHOLE = 4096
 """Elements up to which a tensor is looked at whole."""
 SAMPLED = 512
 """Elements, at most about, that are looked at of a larger one."""
+SAMPLED_BITS = 24
+"""The same for a comparison bit for bit: where the output tells, few are enough to say early what it will tell."""
 FLOAT_TOLERANCE = 1e-2
 """Relative difference of what a branch saved beyond which its second run, on a stream that is only right up to
 rounding, is not the first one's."""
@@ -28,6 +33,8 @@ to: the mean of a normalised stream is zero but for them."""
 FLIPPED = 0.2
 """The same for integers and masks, of which rounding may have changed a few."""
 PROJECTIONS = 2
+RECENT = 64
+"""Tensors whose digest is remembered for the next operator that saves them."""
 
 Digest = int | tuple[float, ...] | torch.Tensor
 """A hash of the bytes; or count, norm and a few random projections, which a small difference changes by little."""
@@ -38,9 +45,9 @@ def looked_at() -> bool:
     return torch._C._get_dispatch_mode(_TorchDispatchModeKey.FAKE) is None
 
 
-def digest(tensor: torch.Tensor, exact: bool) -> Digest | None:
+def digest(tensor: torch.Tensor, exact: bool, wholly: bool = True) -> Digest | None:
     """Numbers that stand for `tensor`, for a comparison bit for bit (`exact`) or up to rounding; None where it has no
-    values of its own (fake, meta, sparse, quantised)."""
+    values of its own (fake, meta, sparse, quantised). `wholly`: look at the sum of all elements, too."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return None
     if tensor.is_meta or tensor.is_quantized or not looked_at():
@@ -48,19 +55,25 @@ def digest(tensor: torch.Tensor, exact: bool) -> Digest | None:
     on_cpu = tensor.device.type == "cpu"
     if not on_cpu and not tensor.is_floating_point() and tensor.numel() <= 2:
         return None  # fused attention without dropout leaves the seed that it saves unwritten
-    part = tensor.detach()
-    if part.numel() > WHOLE:
-        part = part[_grid(part.shape)]
-    part = part.reshape(-1)
+    whole = tensor.detach()
+    large = whole.numel() > (WHOLE if wholly else WHOLE // 4)
+    if large and whole.is_contiguous():
+        # Odd, so that heads, groups and pairs are all met. Each element is a page of memory to wait for.
+        part = whole.view(-1)[:: (whole.numel() // (SAMPLED_BITS if exact and not wholly else SAMPLED)) | 1]
+    else:
+        part = (whole[_grid(whole.shape)] if large else whole).reshape(-1)
     if exact:
         # Bytes are what every dtype has, and by them NaN equals itself.
         seen = part.contiguous().view(torch.uint8)
+        total = _sum_of_bits(whole) if large and wholly else None
         if on_cpu:
-            return hash(_bytes(seen))
-        return (seen.to(torch.int64) * _weights(seen.numel(), seen.device)).sum()
+            return hash((_bytes(seen), 0 if total is None else int(total)))
+        found = (seen.to(torch.int64) * _weights(seen.numel(), seen.device)).sum()
+        return found if total is None else found * 3 + total
     if part.is_complex():
-        part = torch.view_as_real(part).reshape(-1)
+        part, whole = torch.view_as_real(part).reshape(-1), torch.view_as_real(whole)
     count = part.numel()
+    overall = _size_and_sum(whole) if large else []
     if on_cpu:
         native = part.float() if part.dtype is torch.bfloat16 else part  # which numpy does not have
         values = np.frombuffer(_bytes(native.contiguous()), _numpy_dtype(native.dtype)).astype(np.float64)
@@ -68,10 +81,37 @@ def digest(tensor: torch.Tensor, exact: bool) -> Digest | None:
         if not math.isfinite(square):
             values = np.nan_to_num(values)
             square = float(values @ values)
-        return count, math.sqrt(square), *(_signs(count) @ values).tolist()
+        projections = (_signs(count) @ values).tolist()
+        return count, math.sqrt(square), *projections, *(float(number) for number in overall)
     wide = part.to(torch.float64).nan_to_num()
-    projections = torch.from_numpy(_signs(count)).to(wide.device) @ wide
-    return torch.cat([wide.new_tensor([count]), wide.norm().view(1), projections])
+    projected = torch.from_numpy(_signs(count)).to(wide.device) @ wide
+    sizes = [wide.new_tensor([count]), wide.norm().view(1), projected, *(number.view(1) for number in overall)]
+    return torch.cat(sizes)
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the whole tensor as integers, wrapping round: it costs a read of the memory."""
+    size = tensor.element_size()
+    if (
+        tensor.is_contiguous()
+        and size < 8
+        and tensor.numel() * size % 8 == 0
+        and tensor.storage_offset() * size % 8 == 0
+    ):
+        return tensor.view(-1).view(torch.int64).sum()
+    if tensor.is_complex():
+        return _sum_of_bits(torch.view_as_real(tensor))
+    return tensor.view(_INTEGERS[size]).sum(dtype=torch.int64)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _size_and_sum(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """(norm, sum) of the whole tensor in float64; infinities count as nothing."""
+    floating = tensor if tensor.is_floating_point() else tensor.float()
+    size, total = torch.linalg.vector_norm(floating, dtype=torch.float64), floating.sum(dtype=torch.float64)
+    return [size.nan_to_num(0, 0, 0), total.nan_to_num(0, 0, 0)]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -107,18 +147,42 @@ def _signs(count: int) -> np.ndarray:
     return np.random.RandomState(count).randint(0, 2, (PROJECTIONS, count)) * 2.0 - 1
 
 
+def _groups(length: int, count: float, whole: int) -> list[tuple[int, tuple[int, ...], float]]:
+    """(place of a norm, places of the sums that it is the size of, over how many elements) in a float's digest."""
+    sampled = (1, tuple(range(2, 2 + PROJECTIONS)), count)
+    at = 2 + PROJECTIONS
+    return [sampled] if length <= at else [sampled, (at, (at + 1,), float(whole))]
+
+
 @dataclass(eq=False)
 class Comparison:
     """Second runs against first ones, over a whole chain; on a GPU the verdict is looked at later (`settle`)."""
 
     exact: bool
     pending: torch.Tensor | None = None
+    recent: dict[Any, tuple[StorageWeakRef, Digest | None]] = field(default_factory=dict)
     scale: float | torch.Tensor = 0.0
     """The largest root mean square of a floating tensor in the first runs."""
 
-    def first(self, tensor: torch.Tensor) -> Digest | None:
-        """Of a first run."""
+    def _digest(self, tensor: torch.Tensor, wholly: bool) -> Digest | None:
+        """What several operators save (the input of q, k and v) is looked at once, while it is the same memory."""
+        wholly = wholly or not self.exact
+        if tensor.numel() <= WHOLE or not wholly or tensor.is_meta or tensor.is_inference():
+            return digest(tensor, self.exact, wholly)
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        known = self.recent.get(key)
+        if known is not None and not known[0].expired():
+            return known[1]
         found = digest(tensor, self.exact)
+        self.recent[key] = StorageWeakRef(storage), found  # as long as it is here, its address is no other's
+        if len(self.recent) > RECENT:
+            del self.recent[next(iter(self.recent))]
+        return found
+
+    def first(self, tensor: torch.Tensor, wholly: bool = True) -> Digest | None:
+        """Of a first run."""
+        found = self._digest(tensor, wholly)
         if not self.exact and tensor.is_floating_point():
             if isinstance(found, tuple) and found[0]:
                 self.scale = max(float(self.scale), found[1] / math.sqrt(found[0]))
@@ -127,22 +191,30 @@ class Comparison:
                 self.scale = torch.maximum(torch.as_tensor(self.scale, device=size.device), size)
         return found
 
-    def says_other(self, first: Digest | None, tensor: torch.Tensor) -> bool:
+    def says_other(self, first: Digest | None, tensor: torch.Tensor, wholly: bool = True) -> bool:
         """Is it known by now that `tensor`, of a second run, is another than the first run's?"""
-        second = None if first is None else digest(tensor, self.exact)
+        second = None if first is None else self._digest(tensor, wholly)
         if first is None or second is None:
             return False
         if isinstance(first, int):
             return first != second
         tolerance = FLOAT_TOLERANCE if tensor.is_floating_point() else FLIPPED
         if isinstance(first, tuple) and isinstance(second, tuple):
-            allowed = tolerance * max(first[1], second[1]) + FLOOR * float(self.scale) * math.sqrt(first[0])
-            return any(abs(a - b) > 2 * allowed for a, b in zip(first, second, strict=True))
+            floor = FLOOR * float(self.scale)
+            for size, at, count in _groups(len(first), first[0], tensor.numel()):
+                allowed = 2 * (tolerance * max(first[size], second[size]) + floor * math.sqrt(count))
+                if any(abs(first[i] - second[i]) > allowed for i in (size, *at)):
+                    return True
+            return False
         if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
             return True
         if first.dim():
-            room = tolerance * torch.maximum(first[1], second[1]) + FLOOR * self.scale * first[0].sqrt()
-            other = ((first - second).abs() > 2 * room).any()
+            other = torch.zeros((), dtype=torch.bool, device=first.device)
+            for size, at, count in _groups(first.numel(), 0, tensor.numel()):
+                room = tolerance * torch.maximum(first[size], second[size])
+                room = room + FLOOR * self.scale * (first[0] if not count else first.new_tensor(count)).sqrt()
+                for i in (size, *at):
+                    other |= (first[i] - second[i]).abs() > 2 * room
         else:
             other = first != second
         self.pending = other if self.pending is None else self.pending | other.to(self.pending.device)

@@ -67,8 +67,9 @@ class Owned:
 
 
 def _values(tensor: torch.Tensor) -> Digest | None:
-    """A GPU is not waited for: weights there are among what the branch saved, which is compared."""
-    return digest(tensor, exact=True) if tensor.device.type == "cpu" else None
+    """Of a part: all weights, twice a step, would cost a tenth of it, and version counters see ordinary writes. A GPU
+    is not waited for: weights there are compared among what the branch saved."""
+    return digest(tensor, exact=True, wholly=False) if tensor.device.type == "cpu" else None
 
 
 @dataclass(eq=False)
@@ -92,8 +93,11 @@ class ModuleStates:
         self.owned: list[Owned] = []
         self.updated: list[tuple[Callable[[], dict[str, Any]], str, torch.Tensor]] = []
         """Tensors that the branch writes to, with their values before: (where a module has them, name, values)."""
-        self.written: set[int] = set()
-        """The storages of those that are known to be written to."""
+        self.compared: set[int] = set()
+        """Storages whose values are looked after here: among what the branch saves, they are not compared again."""
+        self.hides = False
+        """Is one of the parameters zero (a fresh LoRA, ReZero, adaLN-zero)? Then the output does not tell what the
+        branch computes before it, and what it saves is looked at wholly."""
         self.small: list[tuple[Callable[[], dict[str, Any]], str, Owned, torch.Tensor]] = []
         """Small tensors with their values, until it is known whether the branch writes to them."""
         self._copies: dict[int, tuple[Any, Any]] = {}
@@ -113,12 +117,15 @@ class ModuleStates:
             for key, parameter in child._parameters.items():
                 if parameter is not None:
                     self.owned.append(Owned.found(f"{prefix}.{key}", parameter))
+                    self.hides = self.hides or (key != "bias" and _is_zero(parameter))
+                    if self.owned[-1].values is not None:
+                        self.compared.add(parameter.untyped_storage()._cdata)
             for key, buffer in child._buffers.items():
                 if buffer is None:
                     continue
                 where = partial(child.__dict__.__getitem__, "_buffers")
                 if counts or writes(child, key):
-                    self.written.add(buffer.untyped_storage()._cdata)
+                    self.compared.add(buffer.untyped_storage()._cdata)
                     self.updated.append((where, key, buffer.clone()))
                 else:
                     self._own(f"{prefix}.{key}", buffer, where, key)
@@ -255,17 +262,18 @@ def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
 
 
 def without_history(value: Any) -> Any:
-    """A tensor of the same values, cut off from autograd's graph; whether a gradient goes there stays. Of an object
-    that holds tensors with a history (a context that blocks hand on), a copy that holds such ones."""
+    """A tensor of the same values, cut off from autograd's graph; whether a gradient goes there stays. Of an object of
+    plain data (a context that blocks hand on and write to), a copy that holds such tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     if not _is_record(value):
         return value
-    cut = {k: without_history(v) for k, v in vars(value).items() if isinstance(v, torch.Tensor) and not v.is_leaf}
-    if not cut:
+    try:
+        twin = copy.copy(value)
+    except Exception:  # made of something that cannot be copied, and so no plain data
         return value
-    twin = copy.copy(value)
-    twin.__dict__.update(cut)
+    held = vars(value).items()
+    twin.__dict__.update({k: without_history(v) for k, v in held if isinstance(v, torch.Tensor) and not v.is_leaf})
     return twin
 
 
@@ -291,6 +299,17 @@ def _set_generator(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
     else:
         generator.set_state(state)
+
+
+def _is_zero(parameter: torch.Tensor) -> bool:
+    if parameter.device.type != "cpu" or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
+        return parameter.device.type != "cpu"  # not waited for, and looking at all of it costs little there
+    if parameter.layout is not torch.strided or not parameter.numel():
+        return False
+    few = parameter.detach()
+    while few.numel() > 64 and few.dim():
+        few = few[:: max(1, few.shape[0] // 4)][:4].flatten(0, 1) if few.dim() > 1 else few[:: few.shape[0] // 32]
+    return not bool(few.count_nonzero())
 
 
 def version_of(tensor: torch.Tensor) -> int:

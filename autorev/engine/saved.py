@@ -17,22 +17,24 @@ import torch
 from torch.utils.checkpoint import CheckpointError, _checkpoint_hook, _CheckpointFrame
 
 from autorev.engine.digest import Comparison
+from autorev.engine.modules import ModuleStates
 from autorev.errors import ReconstructionError
 
 
 class SavedTensors:
     """The tensors that one run of a branch saved, dropped and made again by `again`."""
 
-    def __init__(self, path: str, again: Callable[[], object], comparison: Comparison, ignored: set[int]) -> None:
-        """`again` runs the branch once more, under the hooks of a frame that takes what it saves. `ignored`: storages
-        that the branch writes to after it saved them (running statistics, which backward does not read)."""
+    def __init__(self, path: str, again: Callable[[], object], comparison: Comparison, modules: ModuleStates) -> None:
+        """`again` runs the branch once more, under the hooks of a frame that takes what it saves. What
+        `modules` compares (parameters), or the branch writes to after it saved it (running statistics, which backward
+        does not read), is left out here."""
         # The frame must not refer to this object, which refers to it: only the garbage collector would free them.
         self.frame = frame = _CheckpointFrame(again, False, partial(_explain, path), None)
         reference = weakref.ref(frame)
 
         def look(tensor: torch.Tensor) -> _Look:
             frame = reference()
-            return _Look(tensor, comparison, ignored, first=frame is not None and not frame.forward_completed)
+            return _Look(tensor, comparison, modules, first=frame is not None and not frame.forward_completed)
 
         frame.metadata_fn = look
 
@@ -66,20 +68,22 @@ def _explain(path: str, error: CheckpointError) -> None:
 class _Look:
     """One saved tensor of the first run, or one of the second that is compared with it."""
 
-    __slots__ = ("comparison", "dtype", "first", "second", "shape")
+    __slots__ = ("comparison", "dtype", "first", "second", "shape", "wholly")
 
-    def __init__(self, tensor: torch.Tensor, comparison: Comparison, ignored: set[int], first: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, comparison: Comparison, modules: ModuleStates, first: bool) -> None:
         self.shape, self.dtype, self.comparison = tensor.shape, tensor.dtype, comparison
         self.first = self.second = None
+        self.wholly = True
         if not first:
             self.second = tensor
-        elif tensor.untyped_storage()._cdata not in ignored:
-            self.first = comparison.first(tensor)
+        elif tensor.untyped_storage()._cdata not in modules.compared:
+            self.wholly = modules.hides
+            self.first = comparison.first(tensor, self.wholly)
 
     def __ne__(self, other: Any) -> bool:
         if self.shape != other.shape or self.dtype != other.dtype:
             return True
-        return self.comparison.says_other(self.first, other.second)
+        return self.comparison.says_other(self.first, other.second, self.wholly)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -220,7 +220,7 @@ class RecomputedStep(Step):
             self.tape.comparison if self.tape is not None else Comparison(isinstance(self.arithmetic, FixedPoint))
         )
         self.again = _Again(site.path)
-        self.saved = SavedTensors(site.path, self.again, self.comparison, self.replay.modules.written)
+        self.saved = SavedTensors(site.path, self.again, self.comparison, self.replay.modules)
         self.overwrites = site.overwrites
 
     @property

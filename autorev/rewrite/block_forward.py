@@ -255,8 +255,8 @@ class WholeBlock(ReversibleForward):
             # chain returned (T5's position bias) would close a circle through autograd's graph that no one collects.
             kept = tree_map(without_history, inputs)
             step.replay.add_arguments(kept)
-            # Containers are made anew for each run: the block may write to a dict that it is given.
-            step.runs_again_by(lambda x: self._branch(place, tree_map(_same, kept), x))
+            # Containers are made anew for each run: the block may write to a dict or a context that it is given.
+            step.runs_again_by(lambda x: self._branch(place, tree_map(without_history, kept), x))
         with step.running():
             (at, rest), out = self._branch(place, inputs, step.given())
         return put(rest, at, step.close(out))
@@ -285,10 +285,6 @@ class WholeBlock(ReversibleForward):
         if place is None:
             raise ConversionError(f"{self.path} returned no tensor, so it has no stream; exclude it")
         return place
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _asked_for(cache: Any, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
