@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
-from autorev.engine.modules import undisturbed
 from autorev.engine.tape import observing
+from autorev.engine.undisturbed import undisturbed
 from autorev.errors import ConversionError
 from autorev.rewrite.convert import chains_of
 

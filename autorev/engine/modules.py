@@ -23,11 +23,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from autorev.engine.digest import WHOLE, Digest, digest, looked_at
-from autorev.engine.surroundings import RandomStates, devices_of
 
 _ABSENT = object()
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-_TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
+TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 """Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
 _MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
 """Packages whose objects are no data that a forward reads its numbers from."""
@@ -112,7 +111,7 @@ class ModuleStates:
             if type(child).__name__ == "FullyShardedDataParallel":
                 self.seen.add(id(child))  # its attributes are the course of its own work, in backward as in forward
             else:
-                self._hold(child, prefix)
+                self.hold(child, prefix)
             counts = isinstance(child, _NormBase) and child.training and child.track_running_stats
             for key, parameter in child._parameters.items():
                 if parameter is not None:
@@ -146,7 +145,8 @@ class ModuleStates:
                 self.updated.append((where, key, value))
         self.small.clear()
 
-    def _hold(self, thing: Any, path: str) -> None:
+    def hold(self, thing: Any, path: str) -> None:
+        """Write down the attributes of one module, or of an object that one refers to."""
         self.seen.add(id(thing))
         home = thing.__dict__
         held = _Held(home, {}, set())
@@ -154,7 +154,7 @@ class ModuleStates:
             kind = type(value)
             if kind in _CONTAINERS:
                 held.containers.add(key)
-                held.attributes[key] = value.copy() if key in _TORCH_DICTS else _copied(value, self._copies)
+                held.attributes[key] = value.copy() if key in TORCH_DICTS else copied(value, self._copies)
                 continue
             held.attributes[key] = value
             if kind in (int, float, bool, str, type(None)):
@@ -172,7 +172,7 @@ class ModuleStates:
                 held.attributes[key] = value if value.is_leaf else without_history(value)
                 self._own(f"{path}.{key}", value, partial(_itself, home), key)
             elif isinstance(thing, nn.Module) and _is_record(value) and id(value) not in self.seen:
-                self._hold(value, f"{path}.{key}")
+                self.hold(value, f"{path}.{key}")
         self.held.append(held)
 
     def change(self) -> str | None:
@@ -189,11 +189,11 @@ class ModuleStates:
         fresh: dict[int, tuple[Any, Any]] = {}
         with ExitStack() as stack:
             for held in self.held:
-                stack.callback(_put_back, held.home, dict(held.home))
+                stack.callback(put_back, held.home, dict(held.home))
                 _restore(held, fresh)
                 for generator, state in held.generators:
-                    stack.callback(_set_generator, generator, _generator_state(generator))
-                    _set_generator(generator, state)
+                    stack.callback(set_generator, generator, _generator_state(generator))
+                    set_generator(generator, state)
             for where, name, value in self.updated:
                 home = where()  # the dict that is in place now: `_restore` may have put a copy there
                 stack.callback(home.__setitem__, name, home[name])
@@ -212,19 +212,20 @@ def _itself(home: dict[str, Any]) -> dict[str, Any]:
 def _restore(held: _Held, fresh: dict[int, tuple[Any, Any]]) -> None:
     home = held.home
     for key, value in held.attributes.items():
-        if key in _TORCH_DICTS:
+        if key in TORCH_DICTS:
             now = home.get(key)
-            if not _same_entries(now, value):
+            if not same_entries(now, value):
                 home[key] = value.copy()
         elif key in held.containers:
-            home[key] = _copied(value, fresh)  # a list that the branch appends to is not appended to once more
+            home[key] = copied(value, fresh)  # a list that the branch appends to is not appended to once more
         elif home.get(key, _ABSENT) is not value:
             home[key] = value
     for key in home.keys() - held.attributes.keys():
         del home[key]
 
 
-def _put_back(home: dict[str, Any], before: dict[str, Any]) -> None:
+def put_back(home: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make the entries of `home` those of `before`."""
     for key, value in before.items():
         if home.get(key, _ABSENT) is not value:
             home[key] = value
@@ -232,15 +233,16 @@ def _put_back(home: dict[str, Any], before: dict[str, Any]) -> None:
         del home[key]
 
 
-def _same_entries(a: Any, b: Any) -> bool:
+def same_entries(a: Any, b: Any) -> bool:
+    """Have two dicts the same keys, with the same objects behind them?"""
     return a is not None and len(a) == len(b) and all(a.get(key, _ABSENT) is value for key, value in b.items())
 
 
-def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
+def copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
     """A container, and those inside it, as new ones with the same leaves; one that occurs twice is copied once."""
     kind = type(value)
     if kind is tuple:
-        items = [_copied(item, copies) for item in value]
+        items = [copied(item, copies) for item in value]
         return tuple(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
     if isinstance(value, torch.Tensor):
         return value if value.is_leaf else without_history(value)
@@ -254,10 +256,10 @@ def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
     copies[id(value)] = value, twin
     if isinstance(twin, dict):
         for key, item in value.items():
-            twin[key] = _copied(item, copies)
+            twin[key] = copied(item, copies)
     elif not isinstance(twin, set):
         for number, item in enumerate(value):
-            twin[number] = _copied(item, copies)
+            twin[number] = copied(item, copies)
     return twin
 
 
@@ -292,7 +294,8 @@ def _generator_state(generator: Any) -> Any:
     return generator.get_state()
 
 
-def _set_generator(generator: Any, state: Any) -> None:
+def set_generator(generator: Any, state: Any) -> None:
+    """Of torch's, Python's or numpy's kind."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, np.random.Generator):
@@ -322,43 +325,6 @@ def _address(tensor: torch.Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:  # fake, or a subclass without memory of its own
         return 0
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the modules' attributes, flags and buffers and the random streams are afterwards as before.
-
-    Weights and gradients are not looked after: nothing that runs here writes to them.
-    """
-    states = ModuleStates()
-    for module in model.modules():
-        states._hold(module, "")
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    attributes = [(owned.tensor, value) for _, _, owned, value in states.small]
-    tensors = [*model.parameters(), *model.buffers()]
-    streams = RandomStates(devices_of(tensors)) if looked_at() and not any(map(is_fake, tensors)) else None
-    before = [(held.home, dict(held.home)) for held in states.held]
-    fresh: dict[int, tuple[Any, Any]] = {}
-    try:
-        for held in states.held:  # what is written inside is written to copies
-            held.home.update({key: _copied(held.home[key], fresh) for key in held.containers - _TORCH_DICTS})
-        yield
-    finally:
-        if streams is not None:
-            streams.put_back()
-        for home, entries in before:
-            _put_back(home, entries)
-        for held in states.held:
-            for key in held.containers & _TORCH_DICTS:
-                if not _same_entries(held.home[key], held.attributes[key]):
-                    held.home[key].clear()
-                    held.home[key].update(held.attributes[key])
-            for generator, state in held.generators:
-                _set_generator(generator, state)
-        with torch.no_grad():
-            for tensor, value in (*buffers, *attributes):
-                if is_fake(tensor) or not torch.equal(tensor, value):  # writing the same would count as a change
-                    tensor.copy_(value)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.detect.ends import find_stream, leaves, put
-from autorev.engine.chain import ReversibleChain, arrive, one_pass, pass_of
+from autorev.engine.chain import ReversibleChain, arrive, pass_of
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
@@ -123,23 +123,6 @@ def replacements_of(model: nn.Module) -> Iterator[Replacement]:
                 lost.reverted = True
             module.__dict__.pop(_REPLICATE, None)
         yield from module.__dict__.get(HANDLE, ())
-
-
-@dataclass(eq=False)
-class LoopForward(Replacement):
-    """The forward of the module whose loop runs the blocks: it knows where a pass through the chains ends."""
-
-    chains: list[ReversibleChain]
-
-    @property
-    def wholly_eager(self) -> bool:
-        """What is between the blocks may be compiled."""
-        return False
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The loop, as it is."""
-        with one_pass(self.chains, (args, kwargs)):
-            return self.original(*args, **kwargs)
 
 
 @dataclass(eq=False)

@@ -20,15 +20,15 @@ from autorev.couplings.coupling import Coupling
 from autorev.couplings.presets import Preset, check_dyadic, coupling_for, preset_named
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
-from autorev.detect.inline import common_start
 from autorev.detect.judge import Finding, argument_of
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
 from autorev.rewrite.adds import KnownAdds
-from autorev.rewrite.block_forward import LoopForward, ReversibleForward, WholeBlock, replacements_of
+from autorev.rewrite.block_forward import ReversibleForward, WholeBlock, replacements_of
 from autorev.rewrite.checkpointing import explain_checkpointing, stop_explaining
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
+from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
 from autorev.rewrite.select import Chosen, Numbers, choose, patterns
@@ -114,7 +114,7 @@ def convert(
     names = list(model.state_dict())
     for item in built:
         item.install()
-    _install_loops(model, built)
+    install_loops(model, [(item.findings, item.chain) for item in built])
     try:
         notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
         if list(model.state_dict()) != names:
@@ -300,24 +300,6 @@ class _Built:
             fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
             saving=saving_of(self.findings, chain),
         )
-
-
-def _install_loops(model: nn.Module, built: list[_Built]) -> None:
-    """A `LoopForward` for each module whose loop runs a chain of block modules."""
-    chains: dict[str, list[ReversibleChain]] = {}
-    for item in built:
-        if not item.findings[0].inline:
-            chains.setdefault(_loop_of(model, [f.call.path for f in item.findings]), []).append(item.chain)
-    for path, of_loop in chains.items():
-        LoopForward(model.get_submodule(path), path, of_loop).install()
-
-
-def _loop_of(model: nn.Module, paths: list[str]) -> str:
-    """The innermost module that holds all of these and has a forward of its own."""
-    shared = common_start([path.split(".")[:-1] for path in paths])
-    while shared and isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
-        shared.pop()
-    return ".".join(shared)
 
 
 def number_for(numbers: Numbers, path: str) -> float | None:

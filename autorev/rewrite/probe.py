@@ -13,7 +13,8 @@ from torch import nn
 from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
 from autorev.engine.chain import Reach, ReversibleChain
 from autorev.engine.grid import COARSEST_FOR_INPUT
-from autorev.engine.modules import is_fake, undisturbed
+from autorev.engine.modules import is_fake
+from autorev.engine.undisturbed import undisturbed
 from autorev.errors import AutorevError, ConversionError
 
 HEAD_ROOM = 16.0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from autorev.engine.modules import Owned
 from autorev.engine.step import RecomputedStep, Site, Step, StoredStep, open_step
 from autorev.errors import ConversionError
 from autorev.rewrite.adds import KnownAdds, Place, Start
+from autorev.rewrite.layout import Form, Reshaped, layout_of
 from autorev.rewrite.recording import Recording
 
 _SUMS: dict[str, Callable[..., torch.Tensor]] = {
@@ -36,36 +36,6 @@ _SUMS: dict[str, Callable[..., torch.Tensor]] = {
     **dict.fromkeys(("addcmul", "addcmul_"), torch.addcmul),
     **dict.fromkeys(("addcdiv", "addcdiv_"), torch.addcdiv),
 }
-_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
-_PERMUTATIONS = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
-_COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
-
-
-@dataclass(frozen=True)
-class _Reshaped:
-    before: torch.Size
-    after: torch.Size
-
-    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(self.after)
-
-    def back(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(self.before)
-
-
-@dataclass(frozen=True)
-class _Permuted:
-    order: tuple[int, ...]
-
-    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.permute(self.order)
-
-    def back(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.permute(tuple(self.order.index(axis) for axis in range(len(self.order))))
-
-
-Form = tuple[_Reshaped | _Permuted, ...]
-"""How the code has laid out the stream (OPT flattens tokens around its MLP), from the layout in which it entered."""
 
 
 class Watch(TorchFunctionMode):
@@ -346,22 +316,11 @@ class Watch(TorchFunctionMode):
         form = self._form(args[0]) if args else None
         if form is None or not isinstance(result, torch.Tensor) or result is args[0]:
             return
-        source: torch.Tensor = args[0]
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", "")
-        if result.numel() != source.numel() or not result.is_floating_point():
-            return
-        if name in _PERMUTATIONS:
-            probe = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
-            moved = getattr(probe, name)
-            moved = moved(*args[1:], **kwargs) if callable(moved) else moved
-            self._mark(result, (*form, _Permuted(tuple(size - 2 for size in moved.shape))))
-        elif name in _RESHAPES:
-            self._mark(result, (*form, _Reshaped(source.shape, result.shape)))
-        elif name in _COPIES and result.shape == source.shape:
-            self._mark(result, form)
+        more = layout_of(func, name, args, kwargs, result)
+        if more is None:
+            self._mark_view((args[0],), result)
         else:
-            self._mark_view((source,), result)
+            self._mark(result, (*form, *more))
 
     def _mark_view(self, args: tuple[Any, ...], result: Any) -> None:
         """Whatever returned it: all of the stream's memory, in the same order, is the stream."""
@@ -378,7 +337,7 @@ class Watch(TorchFunctionMode):
                     and one.is_contiguous()
                     and one.untyped_storage()._cdata == source.untyped_storage()._cdata
                 ):
-                    self._mark(one, (*form, _Reshaped(source.shape, one.shape)))
+                    self._mark(one, (*form, Reshaped(source.shape, one.shape)))
 
 
 def _in_place(name: str) -> bool:

@@ -1,0 +1,64 @@
+"""How code has laid out the stream (OPT flattens tokens around its MLP), and the way back to how it entered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
+_PERMUTATIONS = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """Other axes, the elements in the same order."""
+
+    before: torch.Size
+    after: torch.Size
+
+    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From the layout before to the one after."""
+        return tensor.reshape(self.after)
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        return tensor.reshape(self.before)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """The same axes in another order."""
+
+    order: tuple[int, ...]
+
+    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From the layout before to the one after."""
+        return tensor.permute(self.order)
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        return tensor.permute(tuple(self.order.index(axis) for axis in range(len(self.order))))
+
+
+Form = tuple[Reshaped | Permuted, ...]
+"""How the code has laid out the stream (OPT flattens tokens around its MLP), from the layout in which it entered."""
+
+
+def layout_of(func: Any, name: str, args: Any, kwargs: Any, result: torch.Tensor) -> Form | None:
+    """What a torch function made of its first argument, where it only lays it out anew; None for any other."""
+    source: torch.Tensor = args[0]
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", "")
+    if result.numel() != source.numel() or not result.is_floating_point():
+        return None
+    if name in _PERMUTATIONS:
+        probe = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
+        moved = getattr(probe, name)
+        moved = moved(*args[1:], **kwargs) if callable(moved) else moved
+        return (Permuted(tuple(size - 2 for size in moved.shape)),)
+    if name in _RESHAPES:
+        return (Reshaped(source.shape, result.shape),)
+    return () if name in _COPIES and result.shape == source.shape else None

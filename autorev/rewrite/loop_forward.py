@@ -1,0 +1,48 @@
+"""The forward of the module whose loop runs the blocks: it marks where a pass through their chains begins and ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from autorev.detect.inline import common_start
+from autorev.detect.judge import Finding
+from autorev.engine.chain import ReversibleChain, one_pass
+from autorev.rewrite.block_forward import Replacement
+
+
+@dataclass(eq=False)
+class LoopForward(Replacement):
+    """The forward of the module whose loop runs the blocks: it knows where a pass through the chains ends."""
+
+    chains: list[ReversibleChain]
+
+    @property
+    def wholly_eager(self) -> bool:
+        """What is between the blocks may be compiled."""
+        return False
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loop, as it is."""
+        with one_pass(self.chains, (args, kwargs)):
+            return self.original(*args, **kwargs)
+
+
+def install_loops(model: nn.Module, built: list[tuple[list[Finding], ReversibleChain]]) -> None:
+    """A `LoopForward` for each module whose loop runs a chain of block modules."""
+    chains: dict[str, list[ReversibleChain]] = {}
+    for findings, chain in built:
+        if not findings[0].inline:
+            chains.setdefault(_loop_of(model, [f.call.path for f in findings]), []).append(chain)
+    for path, of_loop in chains.items():
+        LoopForward(model.get_submodule(path), path, of_loop).install()
+
+
+def _loop_of(model: nn.Module, paths: list[str]) -> str:
+    """The innermost module that holds all of these and has a forward of its own."""
+    shared = common_start([path.split(".")[:-1] for path in paths])
+    while shared and isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
+        shared.pop()
+    return ".".join(shared)
