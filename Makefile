@@ -19,7 +19,7 @@ test: $(VENV)/.autorev-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m autorev.profiles
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 $(BIN)/python:
 	$(PYTHON) -m venv --without-pip $(VENV)

@@ -117,6 +117,11 @@ def convert(
     install_loops(model, [(item.findings, item.chain) for item in built])
     try:
         notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
+        notes += [
+            f"{item.chain.name} begins anew at {path}, with velocity 0: {why}; each piece keeps two streams"
+            for item in built
+            for path, why in item.chain.restarts.items()
+        ]
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         explain_checkpointing(model)
