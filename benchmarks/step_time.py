@@ -18,7 +18,7 @@ from typing import Any
 import autorev
 from benchmarks.workloads import TEXT, peak_of, smollm2, step_of, tokens_of, wide_llama
 
-ROUNDS = 11
+ROUNDS = 21
 
 
 def variants(plain: Any, ids: Any) -> dict[str, Any]:

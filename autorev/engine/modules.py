@@ -9,6 +9,7 @@ run leaves no trace. What cannot be put back (the values of a parameter) is comp
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -309,6 +310,8 @@ def _is_zero(parameter: torch.Tensor) -> bool:
         return parameter.device.type != "cpu"  # not waited for, and looking at all of it costs little there
     if parameter.layout is not torch.strided or not parameter.numel():
         return False
+    if parameter.is_contiguous() and any(ctypes.string_at(parameter.data_ptr(), parameter.element_size())[:-1]):
+        return False  # nearly always: a zero one's first element is zero, too; of -0.0, the last byte is not
     few = parameter.detach()
     while few.numel() > 64 and few.dim():
         few = few[:: max(1, few.shape[0] // 4)][:4].flatten(0, 1) if few.dim() > 1 else few[:: few.shape[0] // 32]

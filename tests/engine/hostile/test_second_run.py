@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autorev
+from autorev.engine.digest import digest
+from autorev.engine.modules import ModuleStates
 from autorev.errors import ReconstructionError
 from tests.engine.hostile.by_hand import LEAPFROG, assert_close, results_of, run_blocks
 
@@ -247,3 +249,27 @@ def test_requires_grad_is_flipped_between_forward_and_backward() -> None:
         assert z.grad is not None
         results[converted] = {"z": z.grad, **{n: p.grad for n, p in model.named_parameters()}}
     assert_close(results[True], results[False], 2e-2)  # gamma is nearly 0
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zeros_of_either_sign_hide_what_is_before_them(zero: float) -> None:
+    linear, states = nn.Linear(80, 80, bias=False), ModuleStates()
+    nn.init.constant_(linear.weight, zero)
+    states.add(linear, "linear", lambda module, name: False)
+    assert states.hides
+    with torch.no_grad():
+        linear.weight[0, 0] = 2.0**-130  # the smallest of floats are numbers, too
+    other = ModuleStates()
+    other.add(linear, "linear", lambda module, name: False)
+    assert not other.hides
+
+
+def test_a_glance_sees_heads_of_attention() -> None:
+    heads = torch.randn(2, 64, 4, 32).transpose(1, 2)
+    before = digest(heads, exact=True, wholly=False)
+    assert digest(heads.clone(), exact=True, wholly=False) == before
+    assert digest(heads.contiguous() + 1, exact=True, wholly=False) != before
+    part = torch.randn(64, 256)[:, :128]  # between its rows is memory of others
+    before = digest(part, exact=True, wholly=False)
+    part._base[:, 128:] = 7
+    assert digest(part, exact=True, wholly=False) == before
