@@ -152,6 +152,7 @@ class Watch(TorchFunctionMode):
         self._mark(new, form)
         if _in_place(name):  # the tensor that is written to, the skip or the branch, is the stream from here on
             self.renamed[id(args[0])] = weakref.ref(args[0]), new
+            self._rename_in(self.module)
         return new
 
     def _hand_over(self, step: RecomputedStep, recording: Recording, result: int | None) -> None:
@@ -180,7 +181,11 @@ class Watch(TorchFunctionMode):
             self.running = None
             if isinstance(self.step, RecomputedStep):
                 self.step.leave_open()
-        return tree_map_only(torch.Tensor, self._current, returned) if self.renamed else returned
+        if not self.renamed:
+            return returned
+        for child in self.module.modules():
+            self._rename_in(child)
+        return tree_map_only(torch.Tensor, self._current, returned)
 
     # -- what the code does
 
@@ -252,6 +257,13 @@ class Watch(TorchFunctionMode):
             if found is None or found[0]() is not tensor:
                 return tensor
             tensor = found[1]
+
+    def _rename_in(self, module: nn.Module) -> None:
+        """What the code has kept on a module (`self.kept = x`), and has added to in place since, is the stream, too."""
+        for holder in (vars(module), *(value for value in vars(module).values() if type(value) in (list, dict))):
+            for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+                if type(value) is torch.Tensor and (now := self._current(value)) is not value:
+                    holder[key] = now
 
     def _looked_for_start(self, result: Any) -> Any:
         """The loop's stream, if this is it, as the first step has it."""

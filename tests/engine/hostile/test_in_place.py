@@ -266,6 +266,31 @@ def test_a_buffer_is_written_once_and_read_as_it_was(how: str, granularity: str,
     assert [float(block.e[1]) for block in model] == [1.0] * 3
 
 
+class Keeping(Loop):
+    """Keeps its stream on itself, and adds to it in place afterwards."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 0
+        self.kept, self.seen, self.by_name = None, [], {}
+        for number, layer in enumerate(self.layers):
+            self.kept = x
+            self.seen.append(x)
+            self.by_name[f"{number}"] = x
+            x += layer(x)
+        return x
+
+
+@pytest.mark.parametrize("read", [lambda m: m.kept, lambda m: m.seen[1], lambda m: m.by_name["2"]])
+def test_what_is_kept_before_an_add_in_place_is_added_to(read: Callable[[Any], torch.Tensor]) -> None:
+    """As in the code as it was, where all of them are one tensor; values and gradients."""
+    torch.manual_seed(0)
+    plain, x = Keeping(), torch.randn(2, 4, D)
+    model = copy.deepcopy(plain)
+    autorev.convert(model, example_args=(x,), keep_last=0, **FLOAT)
+    expected = results_of(plain, lambda: 2 * plain.by_hand(x)[-1])
+    assert_close(results_of(model, lambda: model(x) + read(model)), expected)
+
+
 @dataclass
 class Context:
     """Handed to an operator beside its input."""
