@@ -21,6 +21,18 @@ class NoBlocksError(AutorevError):
     """The model holds no residual block at all, so there is nothing to analyse."""
 
 
+class UnreadableError(AutorevError):
+    """A path or a file that cannot be read, or does not hold what it should."""
+
+
+class MissingPackageError(AutorevError):
+    """A package that this needs is not installed; says which, and how to install it."""
+
+
+class UntrustedCodeError(AutorevError):
+    """A file names code, and code runs where the user asked for it, not where a file does."""
+
+
 class ProfileError(AutorevError):
     """A device or model profile is missing or does not follow its schema."""
 
@@ -53,5 +65,13 @@ class TrainingError(AutorevError):
     """A training run had to stop; says at which step, why, and which checkpoint is the last good one."""
 
 
+class DamagedError(AutorevError):
+    """Stored weights are not those that were written: a file was damaged, replaced or lost."""
+
+
 class ExportError(AutorevError):
     """A trained model is not written as the plain architecture, because it would not be the same model there."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it. What catches errors lets it pass, as it does Ctrl-C; the CLI exits with 143."""

@@ -12,7 +12,7 @@ from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingErr
 from autorev.plan import recommend
 from autorev.predict.forecast import PROBES, RESERVE_BYTES, Forecaster, rename, walks_through_sequence
 from autorev.predict.frontier import Exploration, explore, sweeps
-from autorev.workload import Call, Workload
+from autorev.workload import Call, Workload, check_step
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +50,9 @@ def example_call_of(model: torch.nn.Module, function: str) -> Call:
     Raises:
         CaptureError: it is a model of another kind.
     """
-    if hasattr(model, "config") and hasattr(model, "main_input_name"):
-        from autorev.models.example_call import example_call_for
+    from autorev.models.example_call import example_call_for, is_transformers
 
+    if is_transformers(model):
         return example_call_for(model, 1, None)
     raise CaptureError(
         f"autorev.{function}({type(model).__name__}) needs example arguments: pass what you would pass to the model "
@@ -70,6 +70,13 @@ _PASSING = {
 
 def detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
     """Detection on a fake copy; where the model must see its data to run, on a real copy."""
+    from autorev.capture.wrapped import own_forward
+
+    with own_forward(model):
+        return _detect_in(model, args, kwargs)
+
+
+def _detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
     import copy
 
     from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
@@ -218,14 +225,16 @@ def _detect_on_twin(twin: torch.nn.Module, call: Call, progress: Progress) -> De
     return detect(recorded)
 
 
-def forecast(model: str | Workload | None = None, **setting: Any) -> Analysis:
+def forecast(model: str | Workload | None = None, *, trust_remote_code: bool = False, **setting: Any) -> Analysis:
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
     `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.
+    `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
     from autorev.models.resolve import resolve
 
-    return analyze_workload(model if isinstance(model, Workload) else resolve(model), **setting)
+    workload = model if isinstance(model, Workload) else resolve(model, trust_remote_code=trust_remote_code)
+    return analyze_workload(workload, **setting)
 
 
 def _setting(
@@ -239,7 +248,8 @@ def _setting(
     loss: str,
     device: str,
 ) -> tuple[Setting, list[str]]:
-    notes = []
+    check_step(batch, sequence)
+    notes = list(workload.notes)
     if sequence is not None and workload.default_sequence is None:
         raise SettingError(f"{workload.name} has no sequence axis; leave --sequence out")
     if batch is not None and not workload.resizable and batch != workload.default_batch:

@@ -9,9 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autorev.errors import SettingError
+
 if TYPE_CHECKING:
     import torch
 
+MOST_TOKENS = 2**31
+"""In one step: a thousand times what the largest clusters take, and in reach of 64-bit sizes."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward call."""
 
@@ -37,3 +41,31 @@ class Workload:
     """The model's own limit (position embeddings); None where it has none or none is known."""
     resizable: bool = True
     """May `batch` be varied? Not where the user's example inputs share no first axis."""
+    notes: tuple[str, ...] = ()
+    """What its source leaves open, and was assumed."""
+
+
+def without_cache(model: torch.nn.Module, call: Call) -> Call:
+    """`call` as in training, which fills no key-value cache; one that was asked for is left.
+
+    A `transformers` model makes one by default, and a block that is run a second time would append to it again.
+    """
+    args, kwargs = call
+    makes_one = getattr(getattr(model, "config", None), "use_cache", None) is True and hasattr(model, "main_input_name")
+    return (args, {**kwargs, "use_cache": False}) if makes_one and "use_cache" not in kwargs else call
+
+
+def check_step(batch: int | None, sequence: int | None) -> None:
+    """Raise where a step would be larger than any there is.
+
+    Raises:
+        SettingError: it would.
+    """
+    for what, count in (("samples", batch), ("tokens per sample", sequence)):
+        if count is not None and count < 1:
+            raise SettingError(f"a step has 1 or more {what}, not {count}")
+    if (batch or 1) * (sequence or 1) > MOST_TOKENS:
+        tokens = "" if sequence is None else f" of {sequence:,} tokens"
+        raise SettingError(
+            f"a step of {batch or 1:,} samples{tokens} is larger than any there is; give {MOST_TOKENS:,} in all at most"
+        )

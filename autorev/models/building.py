@@ -18,11 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.capture.patching import patched_here
 from autorev.capture.transformers_quirks import quiet
+from autorev.errors import ModelBuildError
 from autorev.workload import Call
 
 Build = Callable[[torch.dtype], nn.Module]
 Example = Callable[[int, int | None], Call]
 
+MOST_MODULES = 300_000
+"""Three times the modules of the largest mixture of experts there is; built in minutes."""
 _one_at_a_time = threading.RLock()
 """Of two threads that set the default dtype at once, one would put back the other's for good."""
 
@@ -32,12 +35,39 @@ def building(dtype: torch.dtype) -> Iterator[None]:
     """Constructors inside run on fake tensors as they do on real ones; floating tensors are of `dtype`."""
     with (
         default_dtype(dtype),
+        count_modules(),
         # It draws until every value lies within its bounds, and there is none to look at.
         patched_here(nn.init, "_no_grad_trunc_normal_", lambda original: _as_it_is),
         patched_here(nn.Module, "_apply", lambda original: _apply_by_replacing),
         _RealLinspace(),
         quiet(),
     ):
+        yield
+
+
+@contextmanager
+def count_modules() -> Iterator[None]:
+    """A constructor inside that would go on making modules without end is stopped.
+
+    Raises:
+        ModelBuildError: it made more than any model has.
+    """
+    made = 0
+
+    def counting(original: Callable[..., None]) -> Callable[..., None]:
+        def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            nonlocal made
+            made += 1
+            if made > MOST_MODULES:
+                raise ModelBuildError(
+                    f"the model has more than {MOST_MODULES:,} modules, which is more than any there is; lower the "
+                    "number of its blocks"
+                )
+            original(self, *args, **kwargs)
+
+        return init
+
+    with patched_here(nn.Module, "__init__", counting):
         yield
 
 

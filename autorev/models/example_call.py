@@ -32,6 +32,12 @@ _TASKS = (
     "MODEL_MAPPING_NAMES",
 )
 
+_OWN = (
+    *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"),
+    *("AutoModelForSequenceClassification", "AutoModel"),
+)
+"""What a config's own code is searched for, in this order."""
+
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 # These number their positions from `pad_token_id + 1`: a table of 514 rows serves 512 tokens.
@@ -63,15 +69,19 @@ _LABEL_TOKENS = 8
 """Length of a transcript, which must be shorter than the sound's frames."""
 
 
-def model_class(config: Any) -> type[Any]:
+def model_class(config: Any, code_from: str | None = None) -> type[Any]:
     """The class to build for `config`: the one it names, else its type's usual class with a training loss.
 
+    `code_from`: the folder or hub id whose own code may run, where the config names some; None: none may.
+
     Raises:
-        ModelBuildError: this `transformers` has no model of the config's type.
+        ModelBuildError: this `transformers` has no model of the config's type, or its own code has none.
     """
     import transformers
     from transformers.models.auto import modeling_auto
 
+    if code_from is not None and isinstance(getattr(config, "auto_map", None), dict):
+        return _own_class(config.auto_map, code_from)
     named = list(getattr(config, "architectures", None) or [])
     tasks = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *_TASKS] if getattr(config, "is_decoder", False) else _TASKS
     for task in tasks:
@@ -85,6 +95,20 @@ def model_class(config: Any) -> type[Any]:
         f"transformers {transformers.__version__} has no model of type {config.model_type!r}; "
         "install a version that has it, or write a function that builds it and give package.module:function"
     )
+
+
+def _own_class(auto_map: dict[str, str], code_from: str) -> type[Any]:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name = next((name for name in _OWN if name in auto_map), None)
+    if name is None:
+        raise ModelBuildError(f"{code_from} brings code of its own and no model in it ({', '.join(auto_map)})")
+    try:
+        found: type[Any] = get_class_from_dynamic_module(auto_map[name], code_from)
+    except Exception as error:  # code of others
+        why = " ".join(str(error).split())
+        raise ModelBuildError(f"the code of {code_from} cannot be imported: {type(error).__name__}: {why}") from error
+    return found
 
 
 def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | None) -> Call:
@@ -103,6 +127,14 @@ def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
     if hasattr(model, "get_base_model"):  # peft forwards the attributes of what it wraps, but its class has none
         model = model.get_base_model()
     return (), _Maker(model.config, type(model), batch, sequence, model.dtype, model.device).keywords()
+
+
+def is_transformers(model: Any) -> bool:
+    """Is it a model of `transformers`, or one that an adapter wraps, so that a call of it follows from its config?"""
+    try:
+        return hasattr(model.config, "get_text_config") and isinstance(model.main_input_name, str)
+    except Exception:  # nothing of that name, or a property of the user's own that raises
+        return False
 
 
 def has_sequence(config: Any, model_cls: type[Any]) -> bool:
@@ -212,6 +244,8 @@ class _Maker:
     def tokens(self, length: int | None = None) -> torch.Tensor:
         """Ordinary tokens, then the token that ends a text: CLIP and BART read their summary at it."""
         text = self.config.get_text_config()
+        if text.vocab_size < 1:
+            raise ModelBuildError(f"a vocabulary of {text.vocab_size} tokens has none to call the model with")
         special = _special_tokens(self.config, text.vocab_size)
         plain = next((token for token in range(text.vocab_size) if token not in special), 0)
         ids = self.integers(text.vocab_size, (length or self.length,))

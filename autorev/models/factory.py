@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.source import raised_line
-from autorev.errors import ModelBuildError, ModelNotFoundError
-from autorev.models.building import Build, building, in_one_dtype, settle
+from autorev.errors import AutorevError, ModelBuildError, ModelNotFoundError
+from autorev.models.building import Build, building, count_modules, in_one_dtype, settle
+from autorev.models.example_call import is_transformers
 from autorev.models.from_config import transformers_workload
 from autorev.workload import Call, Workload
 
@@ -41,7 +42,7 @@ def factory_workload(spec: str) -> Workload:
     with new_fake_mode():
         model, call = _made(factory, spec, torch.get_default_dtype())
     name = spec.partition(":")[2]
-    if call is None and hasattr(model, "config") and hasattr(model, "main_input_name"):
+    if call is None and is_transformers(model):
         return transformers_workload(model.config, type(model), build, name, spec)
     return _resizable_workload(call or _no_arguments(model, spec), build, name, spec)
 
@@ -55,12 +56,13 @@ def made_for_real(spec: str) -> tuple[nn.Module, Call | None]:
     """
     factory = _imported(spec)
     try:
-        returned = factory()
-    except Exception as error:
+        with count_modules():
+            returned = factory()
+    except (KeyboardInterrupt, AutorevError):
+        raise
+    except BaseException as error:  # SystemExit and the like, too: a model that is not there is no result
         raise ModelBuildError(f"{spec} raised {_described(error)}") from error
-    model, *rest = returned if isinstance(returned, tuple | list) else (returned,)
-    if not isinstance(model, nn.Module):
-        raise ModelBuildError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module; {_REMEDY}")
+    model, rest = _split(returned, spec)
     return model, _call(rest, spec)
 
 
@@ -83,19 +85,27 @@ def _imported(spec: str) -> Callable[[], Any]:
         raise ModelBuildError(
             f"{spec}: importing {module_name} failed, for it needs {error.name}; install that package"
         ) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ModelBuildError(
             f"{spec}: importing {module_name} raised {_described(error)}; correct it, and keep what is not "
             'meant for importing under `if __name__ == "__main__":`'
         ) from error
     for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            raise ModelNotFoundError(f"{spec}: {found.__name__} has no {attribute}{_functions_of(found)}")
-        found = getattr(found, attribute)
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            what = getattr(found, "__name__", type(found).__name__)
+            raise ModelNotFoundError(f"{spec}: {what} has no {attribute}{_functions_of(found)}") from None
+        except Exception as error:  # an attribute that is computed
+            raise ModelBuildError(f"{spec} raised {_described(error)}") from error
     return _checked(found, spec)
 
 
 def _functions_of(module: Any) -> str:
+    if not inspect.ismodule(module):
+        return ""
     own = [
         name
         for name, value in vars(module).items()
@@ -134,46 +144,67 @@ def _made(factory: Callable[[], Any], spec: str, dtype: torch.dtype) -> tuple[nn
     try:
         with building(dtype):
             returned = factory()
+            model, rest = _split(returned, spec)
+            settle(model, dtype)
+            model.train()
     except DATA_DEPENDENT as error:
         raise ModelBuildError(
             f"{spec} looks at the values of a tensor at {raised_line(error)}, "
             "and autorev builds models without values; use plain Python numbers there, or numpy"
         ) from error
-    except Exception as error:
+    except (KeyboardInterrupt, AutorevError):
+        raise
+    except BaseException as error:  # SystemExit and the like, too: a model that is not there is no result
         raise ModelBuildError(
             f"{spec} raised {_described(error)}; it is called without weights (fake tensors on the CPU): "
             "build the model from its config and load nothing"
         ) from error
-    model, *rest = returned if isinstance(returned, tuple | list) else (returned,)
+    return model, _call(rest, spec)
+
+
+def _split(returned: Any, spec: str) -> tuple[nn.Module, list[Any]]:
+    """The model, and what stands behind it."""
+    model, *rest = returned if isinstance(returned, tuple | list) and returned else (returned,)
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ModelBuildError(f"{spec} returned the class {model.__name__}, not a model; return {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise ModelBuildError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module; {_REMEDY}")
-    settle(model, dtype)
-    return model.train(), _call(rest, spec)
+    return model, rest
 
 
 def _call(rest: list[Any], spec: str) -> Call | None:
     """What stands behind the model in the returned tuple."""
+    call: Call
     match rest:
         case []:
             return None
         case [torch.Tensor() as only]:
-            return (only,), {}
+            call = (only,), {}
         case [dict() as kwargs]:
-            return (), kwargs
+            call = (), kwargs
         case [tuple() | list() as args]:
-            return tuple(args), {}
+            call = tuple(args), {}
         case [tuple() | list() as args, dict() as kwargs]:
-            return tuple(args), kwargs
-    given = ", ".join(type(item).__name__ for item in rest)
-    raise ModelBuildError(f"{spec} returned a model followed by ({given}); {_REMEDY}")
+            call = tuple(args), kwargs
+        case _:
+            given = ", ".join(type(item).__name__ for item in rest)
+            raise ModelBuildError(f"{spec} returned a model followed by ({given}); {_REMEDY}")
+    if not all(isinstance(name, str) for name in call[1]):
+        raise ModelBuildError(f"{spec} returned keyword arguments whose names are no text; {_REMEDY}")
+    for tensor in tree_leaves(call):
+        if isinstance(tensor, torch.Tensor) and tensor.numel() == 0:
+            raise ModelBuildError(
+                f"{spec} returned an empty example input of shape {list(tensor.shape)}; give a batch of one or more"
+            )
+    return call
 
 
 def _no_arguments(model: nn.Module, spec: str) -> Call:
     """The empty call, for a forward that needs nothing."""
     try:
         inspect.signature(model.forward).bind()
+    except ValueError:  # written in C: no signature to look at
+        pass
     except TypeError as error:
         raise ModelBuildError(
             f"{spec} returned a {type(model).__name__} without example inputs, and its forward is {error}; "

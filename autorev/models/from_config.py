@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError
+from autorev.models.trust import check_config
+from autorev.packages import require
 from autorev.workload import Call, Workload
 
 if TYPE_CHECKING:
@@ -16,18 +19,29 @@ if TYPE_CHECKING:
 _USUAL_SEQUENCE = 2048
 """Tokens per sample where nothing else is asked for; fewer where the model has fewer positions."""
 _USUAL_IMAGES = 32
+_MOST_BLOCKS = 10_000
+"""Layers or experts that a config may ask for: ten times the deepest model there is, and built in minutes."""
+_COUNT = re.compile(r"(num|n|encoder|decoder)_(.*_)?(layer|block|expert)s?|(encoder|decoder)?_?(layers|depths?)")
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+"""What a model's memory follows from, by the names that every family's own are mapped to."""
 
 
-def config_workload(data: Any, name: str, source: str, depth: int | None = None) -> Workload:
-    """The workload of a `transformers` config given as a dictionary; `depth`: of so many blocks instead of its own."""
-    try:
-        import transformers  # noqa: F401 - is it installed?
-    except ImportError as error:
-        raise needs_transformers(error) from None
+def config_workload(
+    data: Any, name: str, source: str, depth: int | None = None, code_from: str | None = None
+) -> Workload:
+    """The workload of a `transformers` config given as a dictionary.
+
+    Args:
+        data: the config.
+        name: of the model.
+        source: where it came from, in words.
+        depth: so many blocks instead of its own.
+        code_from: the folder or hub id whose own code may run; None: none may.
+    """
     from autorev.models.example_call import model_class
 
-    config = parse_config(data, source, depth)
-    model_cls = model_class(config)
+    config = parse_config(data, source, depth, code_from)
+    model_cls = model_class(config, code_from)
 
     def build(dtype: torch.dtype) -> torch.nn.Module:
         from autorev.models.building import building, settle
@@ -44,10 +58,12 @@ def config_workload(data: Any, name: str, source: str, depth: int | None = None)
         settle(built, dtype)  # Mamba makes some of its parameters in fp32 and loads them in the weights' dtype
         return built.train()
 
-    return transformers_workload(config, model_cls, build, name, source)
+    return transformers_workload(config, model_cls, build, name, source, assumed_sizes(config, data, source))
 
 
-def transformers_workload(config: Any, model_cls: type[Any], build: Build, name: str, source: str) -> Workload:
+def transformers_workload(
+    config: Any, model_cls: type[Any], build: Build, name: str, source: str, notes: tuple[str, ...] = ()
+) -> Workload:
     """The workload of a `transformers` class: what it is called with follows from its config."""
     from autorev.models.building import in_one_dtype
     from autorev.models.example_call import example_call, has_images, has_sequence, sequence_limit
@@ -56,7 +72,14 @@ def transformers_workload(config: Any, model_cls: type[Any], build: Build, name:
     limit = sequence_limit(config) if has_text else None
 
     def example(batch: int, sequence: int | None) -> Call:
-        return example_call(config, model_cls, batch, sequence)
+        try:
+            return example_call(config, model_cls, batch, sequence)
+        except AutorevError:
+            raise
+        except Exception as error:  # torch's, on the config's numbers
+            raise ModelBuildError(
+                f"no inputs of {model_cls.__name__} can be made from {source}: {one_line(error)}; correct the config"
+            ) from error
 
     matched_build, matched_example = in_one_dtype(build, example)
     return Workload(
@@ -67,15 +90,18 @@ def transformers_workload(config: Any, model_cls: type[Any], build: Build, name:
         default_batch=_USUAL_IMAGES if has_images(model_cls) else 1,
         default_sequence=min(limit or _USUAL_SEQUENCE, _USUAL_SEQUENCE) if has_text else None,
         longest_sequence=limit,
+        notes=notes,
     )
 
 
-def parse_config(data: Any, source: str, depth: int | None = None) -> Any:
-    """The `transformers` config of a dictionary; `depth`: with so many blocks instead of its own.
+def parse_config(data: Any, source: str, depth: int | None = None, code_from: str | None = None) -> Any:
+    """The `transformers` config of a dictionary; see `config_workload` for the arguments.
 
     Raises:
-        ModelBuildError: it is none that this `transformers` knows, or it has no number of blocks.
+        ModelBuildError: it is none that this `transformers` knows, asks for too much, or has no number of blocks.
+        UntrustedCodeError: it names code.
     """
+    require("a transformers model", "transformers")
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -86,6 +112,10 @@ def parse_config(data: Any, source: str, depth: int | None = None) -> Any:
         raise ModelBuildError(
             f"{source} has no model_type, so it is not a transformers config; give a config.json that has one"
         )
+    check_config(data, source, trusted=code_from is not None)
+    check_counts(data, source)
+    if code_from is not None and "auto_map" in data:
+        return _own_config(code_from, source, depth)
     if kind not in CONFIG_MAPPING:
         raise ModelBuildError(
             f"{source} is of type {kind!r}, which transformers {transformers.__version__} does not know; "
@@ -104,21 +134,67 @@ def parse_config(data: Any, source: str, depth: int | None = None) -> Any:
     return config
 
 
+def check_counts(data: Any, source: str) -> None:
+    """Raise where a config asks for more blocks or experts than could be built, or its class is no name.
+
+    Raises:
+        ModelBuildError: it does.
+    """
+    if isinstance(data, list):
+        for part in data:
+            check_counts(part, source)
+    if not isinstance(data, dict):
+        return
+    named = data.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ModelBuildError(f"{source} has architectures that are no list of names; correct the config")
+    for key, value in data.items():
+        counts = value if isinstance(value, list) else [value]
+        if _COUNT.fullmatch(key) and any(isinstance(n, int | float) and n > _MOST_BLOCKS for n in counts):
+            raise ModelBuildError(
+                f"{source} asks for {key} = {value}, and autorev builds {_MOST_BLOCKS:,} at most; correct the config"
+            )
+        check_counts(value, source)
+
+
+def assumed_sizes(config: Any, data: dict[str, Any], source: str) -> tuple[str, ...]:
+    """A note on the sizes that the config `data` leaves to `transformers`, if there are any."""
+    text = config.get_text_config()
+    key = next((name for name, part in vars(config).items() if part is text), None)
+    given = data if key is None else data.get(key) or {}
+    declared = vars(text)
+    own = {getattr(text, "attribute_map", {}).get(name, name): name for name in _SIZES}
+    left = [name for name, usual in own.items() if name in declared and not {name, usual} & given.keys()]
+    if not left:
+        return ()
+    values = ", ".join(f"{name} = {declared[name]}" for name in left)
+    return (f"{source} does not say {values}: these are what {type(text).__name__} has by itself",)
+
+
+def _own_config(code_from: str, source: str, depth: int | None) -> Any:
+    """The config that code beside it defines, which the user lets run."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(code_from, trust_remote_code=True)
+    except Exception as error:  # code of others
+        raise ModelBuildError(f"the code beside {source} cannot make its config: {one_line(error)}") from error
+    if depth is not None:
+        _set_depth(config, depth, source)
+    return config
+
+
 def _set_depth(config: Any, depth: int, source: str) -> None:
     text = config.get_text_config()
     own = getattr(text, "num_hidden_layers", None)  # every family's own name for it is mapped to this one
     if not isinstance(own, int):
         raise ModelBuildError(f"the config of {source} has no number of blocks that could be set; leave --depth out")
+    if depth > _MOST_BLOCKS:
+        raise ModelBuildError(f"autorev builds {_MOST_BLOCKS:,} blocks at most, not a depth of {depth:,}")
     kinds = getattr(text, "layer_types", None)
     if kinds:
         text.layer_types = [kinds[n % len(kinds)] for n in range(depth)]
     text.num_hidden_layers = depth
-
-
-def needs_transformers(error: ImportError) -> ModelBuildError:
-    return ModelBuildError(
-        f"this MODEL needs transformers and gguf, and {error.name} is missing: pip install 'transformers>=5' gguf"
-    )
 
 
 def one_line(error: BaseException) -> str:

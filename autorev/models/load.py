@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.errors import ModelBuildError, SettingError
-from autorev.models.building import default_dtype
-from autorev.models.from_config import one_line, parse_config
-from autorev.models.resolve import config_of, embedded_file, is_embedded
+from autorev.errors import AutorevError, ModelBuildError, SettingError
+from autorev.files import path_of
+from autorev.models.building import count_modules, default_dtype
+from autorev.models.from_config import assumed_sizes, check_counts, one_line, parse_config
+from autorev.models.gguf_file import check_sizes, check_whole
+from autorev.models.resolve import NamedConfig, config_of, embedded_file, is_embedded, names_factory
+from autorev.models.trust import check_adapters, check_config, check_tokenizer
 from autorev.models.weights import holds_weights, load_weights, say_what_is_not_read
-from autorev.workload import Call
+from autorev.workload import Call, check_step
 
 MOST_OF_MEMORY = 0.25
 """Share of this machine's memory that the weights may take: gradients and activations come on top."""
@@ -37,21 +42,29 @@ class Loaded:
 
 
 def load_model(
-    model: str | None, dtype: torch.dtype, batch: int, sequence: int | None, depth: int | None = None
+    model: str | None,
+    dtype: torch.dtype,
+    batch: int,
+    sequence: int | None,
+    depth: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """The model that MODEL names (`models/resolve.py` says how), in `dtype`, on the CPU.
 
-    With a `depth`, its config is built with so many blocks and random weights.
+    With a `depth`, its config is built with so many blocks and random weights. `trust_remote_code`: code that stands
+    beside a config, or that it names, may run.
 
     Raises:
         ModelNotFoundError: it names nothing.
         ModelBuildError: it names something that cannot be built or loaded.
+        UntrustedCodeError: it names code, which is not trusted.
         SettingError: it is too large for this machine.
     """
-    path = Path(model or "").expanduser()
+    check_step(batch, sequence)
+    path = path_of(model or "")
+    trusted = trust_remote_code
     if depth is not None:
-        data, name, source = config_of(model)
-        return _random(parse_config(data, source, depth), name, dtype, batch, sequence)
+        return _random(config_of(model), dtype, batch, sequence, depth, trusted)
     if is_embedded(model):
         file = embedded_file()
         return _pretrained(file.parent, "SmolLM2-135M-Instruct", dtype, batch, sequence, gguf_file=file.name)
@@ -59,27 +72,30 @@ def load_model(
         return _pretrained(path.parent, path.stem, dtype, batch, sequence, gguf_file=path.name)
     assert model is not None
     if holds_weights(path):
-        return _pretrained(path, path.resolve().name, dtype, batch, sequence)
-    if ":" in model and not path.exists():
+        return _pretrained(path, path.resolve().name, dtype, batch, sequence, trusted)
+    if names_factory(model):
         return _from_factory(model, dtype)
-    data, name, source = config_of(model)
     say_what_is_not_read(path)
-    return _random(parse_config(data, source), name, dtype, batch, sequence)
+    return _random(config_of(model), dtype, batch, sequence, None, trusted)
 
 
 def has_weights(model: str | None) -> bool:
     """Does MODEL name weights, and not only a config or code?"""
-    path = Path(model or "").expanduser()
+    path = path_of(model or "")
     return is_embedded(model) or (path.suffix == ".gguf" and path.is_file()) or holds_weights(path)
 
 
-def tokenizer_of(model: str | None) -> Any:
-    """The tokenizer that stands beside MODEL's weights; None where there is none."""
+def tokenizer_of(model: str | None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that stands beside MODEL's weights; None where there is none.
+
+    Raises:
+        UntrustedCodeError: it is code of its own, which is not trusted.
+    """
     from transformers import AutoTokenizer
 
     from autorev.capture.transformers_quirks import quiet_files
 
-    path = embedded_file() if is_embedded(model) else Path(model or "").expanduser()
+    path = embedded_file() if is_embedded(model) else path_of(model or "")
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -87,33 +103,54 @@ def tokenizer_of(model: str | None) -> Any:
         return None
     try:
         with quiet_files():
-            found = AutoTokenizer.from_pretrained(**where)
+            found = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
             # Of some families, transformers makes one without any words where there is no file of it.
             return found if found("text", add_special_tokens=False).input_ids else None
     except Exception:  # no file of a tokenizer, or one that this transformers cannot read
+        check_tokenizer(path, trust_remote_code)
         return None
 
 
-def _pretrained(folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, **how: Any) -> Loaded:
+def class_in(folder: Path, trust_remote_code: bool, **how: Any) -> tuple[type[Any], Any]:
+    """The class of the model that was saved to `folder`, and its config. `how`: more of `from_pretrained`'s keywords.
+
+    Raises:
+        ModelBuildError: transformers cannot read the config, or has no such model.
+        UntrustedCodeError: it names code, which is not trusted.
+    """
     from transformers import AutoConfig
 
     from autorev.capture.transformers_quirks import quiet_files
-    from autorev.models.example_call import example_call_for, model_class
+    from autorev.models.example_call import model_class
 
+    if "gguf_file" not in how:
+        check_adapters(folder)
+        named = config_of(str(folder))
+        check_config(named.data, named.source, trust_remote_code)
+        check_counts(named.data, named.source)
     try:
         with quiet_files():
-            config = AutoConfig.from_pretrained(folder, **how)
-            cls = model_class(config)
-            _check_size(cls, config, name, dtype)
-            model: Any = load_weights(cls, folder, dtype=dtype, **how)
-            if "gguf_file" in how:
-                _forget_quantization(model)
-    except (ModelBuildError, SettingError):
-        raise
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **how)
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {folder}: {one_line(error)}") from error
+    return model_class(config, str(folder) if trust_remote_code else None), config
+
+
+def _pretrained(
+    folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, trusted: bool = False, **how: Any
+) -> Loaded:
+    from autorev.models.example_call import example_call_for
+
+    if "gguf_file" in how:
+        file = folder / how["gguf_file"]
+        check_sizes(file, check_whole(file))
+    cls, config = class_in(folder, trusted, **how)
+    _check_size(cls, config, name, dtype)
+    model: Any = load_weights(cls, folder, dtype=dtype, **how)
+    if "gguf_file" in how:
+        _forget_quantization(model)
     example = partial(example_call_for, model)
-    return Loaded(model.train(), example(batch, sequence), name, pretrained=True, example=example)
+    return Loaded(model.train(), _called(example, batch, sequence, name), name, pretrained=True, example=example)
 
 
 def _forget_quantization(model: Any) -> None:
@@ -124,33 +161,58 @@ def _forget_quantization(model: Any) -> None:
     model.config.__dict__.pop("quantization_config", None)
 
 
-def _random(config: Any, name: str, dtype: torch.dtype, batch: int, sequence: int | None) -> Loaded:
+def _random(
+    named: NamedConfig, dtype: torch.dtype, batch: int, sequence: int | None, depth: int | None, trusted: bool
+) -> Loaded:
     from autorev.models.example_call import example_call_for, model_class
 
-    cls = model_class(config)
-    _check_size(cls, config, name, dtype)
+    code_from = named.home if trusted else None
+    config = parse_config(named.data, named.source, depth, code_from)
+    for note in assumed_sizes(config, named.data, named.source):
+        logging.getLogger("autorev").warning("%s", note)
+    cls = model_class(config, code_from)
+    _check_size(cls, config, named.name, dtype)
     model = cls._from_config(config, dtype=dtype)
     example = partial(example_call_for, model)
-    return Loaded(model.train(), example(batch, sequence), name, pretrained=False, example=example)
+    call = _called(example, batch, sequence, named.name)
+    return Loaded(model.train(), call, named.name, pretrained=False, example=example)
+
+
+def _called(example: Callable[[int, int | None], Call], batch: int, sequence: int | None, name: str) -> Call:
+    try:
+        return example(batch, sequence)
+    except AutorevError:
+        raise
+    except Exception as error:  # torch's, on the config's numbers, or as there is not so much memory
+        raise ModelBuildError(
+            f"{name} cannot be called: {one_line(error)}; correct its config, or ask for less"
+        ) from error
 
 
 def _from_factory(spec: str, dtype: torch.dtype) -> Loaded:
-    from autorev.models.example_call import example_call_for
+    from autorev.models.example_call import example_call_for, is_transformers
     from autorev.models.factory import made_for_real, resized
 
     with default_dtype(dtype):
         model, call = made_for_real(spec)
     name = spec.partition(":")[2]
-    if call is None and hasattr(model, "config") and hasattr(model, "main_input_name"):
+    if call is None and is_transformers(model):
         example = partial(example_call_for, model)
-        return Loaded(model.train(), example(1, None), name, pretrained=False, example=example)
+        return Loaded(model.train(), _called(example, 1, None, name), name, pretrained=False, example=example)
     call = call or ((), {})
     return Loaded(model.train(), call, name, pretrained=False, example=partial(resized, call))
 
 
 def _check_size(cls: Any, config: Any, name: str, dtype: torch.dtype) -> None:
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in cls._from_config(config).parameters())
+    try:
+        with torch.device("meta"), count_modules():
+            parameters = sum(p.numel() for p in cls._from_config(copy.deepcopy(config)).parameters())
+    except AutorevError:
+        raise
+    except Exception as error:
+        raise ModelBuildError(
+            f"{cls.__name__} cannot be built from the config of {name}: {one_line(error)}; correct the config"
+        ) from error
     needed = parameters * dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > MOST_OF_MEMORY * memory:
