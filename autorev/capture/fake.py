@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from autorev.capture.hush import logs_hushed
 from autorev.capture.own_mode import OwnFakeMode
+from autorev.capture.plain import plain_state
+from autorev.capture.quantised import bytes_inside, on_packed_memory, quantised_linears, stand_in_for
 from autorev.capture.streams import own_streams
 from autorev.capture.transformers_quirks import quirks
 from autorev.errors import CaptureError
@@ -41,18 +43,33 @@ def new_fake_mode() -> FakeTensorMode:
 def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
     """`value` (a module, or arguments) with every tensor replaced by a fake CPU tensor; `value` itself stays untouched.
 
-    Tensors that occur twice (tied weights) are replaced by one.
+    Tensors that occur twice (tied weights) are replaced by one. A quantised linear layer is replaced by its stand-in,
+    and what libraries have put into a module to shard or to move it is left out.
 
     Raises:
         CaptureError: `value` holds something that `copy.deepcopy` refuses.
     """
     try:
         memo: dict[int, Any] = {}
+        plain: list[tuple[nn.Module, dict[str, Any]]] = []
+        stand_ins: list[tuple[nn.Module, nn.Module]] = []
         if isinstance(value, nn.Module):  # a parameter's own __deepcopy__ would copy its data
+            stand_ins = list(_stand_ins(value, mode))
             owned = [*value.parameters(), *value.buffers()]
             memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
+            for module in value.modules():
+                found = plain_state(module)
+                if found is not None:
+                    cls, state = found
+                    memo[id(module)] = cls.__new__(cls)
+                    plain.append((memo[id(module)], state))
+            memo |= {id(layer): stand_in for layer, stand_in in stand_ins}
         with _FakeDeepCopy(mode):
+            for twin, state in plain:
+                twin.__dict__.update(copy.deepcopy(state, memo))
             copied = copy.deepcopy(value, memo)
+            for layer, stand_in in stand_ins:
+                _take_up_hooks(stand_in, layer, memo)
             return tree_map_only(torch.Tensor, lambda tensor: _fake(tensor, mode), copied)
     except CaptureError:
         raise
@@ -61,6 +78,23 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             f"cannot copy {type(value).__name__} onto fake tensors ({type(error).__name__}: {error}); "
             "autorev analyses a copy so that the model itself stays untouched: make it copyable with copy.deepcopy"
         ) from error
+
+
+def _stand_ins(model: nn.Module, mode: FakeTensorMode) -> Iterator[tuple[nn.Module, nn.Module]]:
+    for _, layer, found in quantised_linears(model):
+        bias = getattr(layer, "bias", None)
+        with mode:
+            yield layer, stand_in_for(layer, found, None if bias is None else _fake(bias, mode))
+
+
+def _take_up_hooks(stand_in: nn.Module, layer: nn.Module, memo: dict[int, Any]) -> None:
+    """Of the user's; a quantised layer's own are part of what the stand-in stands for."""
+    for name in _HOOKS:
+        hooks = {k: hook for k, hook in layer.__dict__[name].items() if getattr(hook, "__self__", None) is not layer}
+        stand_in.__dict__[name].update(copy.deepcopy(hooks, memo))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 class _FakeDeepCopy(TorchFunctionMode):
@@ -82,8 +116,12 @@ class _FakeDeepCopy(TorchFunctionMode):
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     if getattr(tensor, "fake_mode", None) is mode:
         return tensor
+    hidden = bytes_inside(tensor)
     with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if hidden is None:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        else:
+            fake = on_packed_memory(tuple(tensor.shape), tensor.dtype, hidden)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)

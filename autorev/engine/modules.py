@@ -175,6 +175,9 @@ class ModuleStates:
             elif isinstance(thing, nn.Module) and _is_record(value) and id(value) not in self.seen:
                 self.hold(value, f"{path}.{key}")
         self.held.append(held)
+        for key, parameter in thing._parameters.items() if isinstance(thing, nn.Module) else ():
+            if _says_more(parameter) and id(parameter) not in self.seen:
+                self.hold(parameter, f"{path}.{key}")
 
     def change(self) -> str | None:
         """The first parameter, buffer or tensor attribute that is not what it was, in words."""
@@ -285,6 +288,11 @@ def _is_record(value: Any) -> bool:
     if callable(value) or type(value).__module__.partition(".")[0] in _MACHINERY:
         return False
     return type(getattr(value, "__dict__", None)) is dict
+
+
+def _says_more(parameter: Any) -> bool:
+    """Is it of a class that keeps more than values: a quantised weight, whose layer may move its scales elsewhere?"""
+    return parameter is not None and type(parameter).__module__.partition(".")[0] not in _MACHINERY
 
 
 def _generator_state(generator: Any) -> Any:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.capture.plain import fetched
 from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
 from autorev.engine.chain import Reach, ReversibleChain
+from autorev.engine.eval_mode import eval_mode
 from autorev.engine.grid import COARSEST_FOR_INPUT
 from autorev.engine.modules import is_fake
 from autorev.engine.undisturbed import undisturbed
@@ -48,8 +50,8 @@ def choose_grids(
             chain.arithmetic = FixedPoint(bits)
     if not unknown:
         return []
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(is_fake(t) for t in tensors):
+    brought = {id(tensor) for _, tensor in fetched(model)}
+    if any(is_fake(t) and id(t) not in brought for t in (*model.parameters(), *model.buffers())):
         for chain in unknown:
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS)
         return [f"the model has no weights yet, so the grid was not fitted to them: 2^-{USUAL_FRACTION_BITS}"]
@@ -93,8 +95,5 @@ def _bits_for(chain: ReversibleChain) -> int:
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Without gradients; everything else is afterwards as before."""
-    with undisturbed(model), torch.no_grad():
-        for module in model.modules():
-            if module.training:
-                module.training = False  # not by `eval()`, which an exported graph refuses
+    with undisturbed(model), torch.no_grad(), eval_mode(model):
         yield
