@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ReversibleChain
 from autorev.finetuning.schedule import Schedule
+from autorev.integrations.references import match_references
 from autorev.profiler.passes.watch import PeakWatch
 from autorev.rewrite.convert import chains_of, drift
 from autorev.rewrite.recouple import recouple
@@ -45,7 +46,14 @@ class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._watch: PeakWatch | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Before the callbacks that report (W&B, TensorBoard), so that they see these figures too."""
+        """Before the callbacks that report (W&B, TensorBoard), so that they see these figures too.
+
+        A reference model that the trainer holds beside a converted policy (`trl`'s DPO, GRPO, ...) is converted alike.
+
+        Raises:
+            ConversionError: it cannot be.
+        """
+        match_references(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -25,6 +25,8 @@ class CheckpointingEnable:
 
     model: nn.Module
     method: str
+    told: bool = False
+    """Trainers that switch checkpointing off for an evaluation switch it on again in every step."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Switch checkpointing on in what is not reversible."""
@@ -35,7 +37,8 @@ class CheckpointingEnable:
             if reversible and getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
                 left_off.append(name)
-        if left_off:
+        if left_off and not self.told:
+            self.told = True
             logging.getLogger("autorev").warning(
                 "gradient checkpointing stays off for the %d reversible blocks %s to %s: they keep no activations that "
                 "it could save; autorev.revert(model) first if you want checkpointing instead",

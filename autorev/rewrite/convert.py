@@ -33,6 +33,7 @@ from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
 from autorev.rewrite.select import Chosen, Numbers, choose, patterns
 from autorev.rewrite.summary import Conversion, ConvertedChain, saving_of
+from autorev.rewrite.trained_by import notice_trainers, stop_noticing
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def convert(
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         explain_checkpointing(model)
+        notice_trainers(model)
         remember(model, request, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
@@ -148,6 +150,7 @@ def revert(model: nn.Module) -> int:
     for replacement in reversed(found):
         replacement.remove()
     stop_explaining(model)
+    stop_noticing(model)
     forget(model)
     return sum(isinstance(replacement, ReversibleForward) for replacement in found)
 

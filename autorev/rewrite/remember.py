@@ -58,6 +58,15 @@ def forget(model: nn.Module) -> None:
         delattr(config, KEY)
 
 
+def converted_as(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments of `convert` that `model` was converted with, as its config tells them; None: it does not."""
+    entry = getattr(getattr(model, "config", None), KEY, None)
+    if not isinstance(entry, Mapping):
+        return None
+    pairs = {name: dict(entry[name]) for name in ("gamma", "c") if isinstance(entry.get(name), list)}
+    return {**entry, **pairs}
+
+
 def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
     """A model saved by `save_pretrained`, converted as it was when it was saved.
 
@@ -88,15 +97,11 @@ def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
     except Exception as error:
         raise ModelBuildError(f"transformers cannot load {path}: {one_line(error)}") from error
     model: nn.Module = load_weights(cls, path, **from_pretrained)
-    entry = getattr(getattr(model, "config", None), KEY, None)
-    if not isinstance(entry, Mapping):
+    settings = converted_as(model)
+    if settings is None:
         raise ConversionError(
             f"{path} holds a model that was not converted; use transformers' from_pretrained, and autorev.convert"
         )
-    settings = dict(entry)
-    for name in ("gamma", "c"):
-        if isinstance(settings.get(name), list):
-            settings[name] = dict(settings[name])
     forget(model)
     try:
         convert(model, **settings)

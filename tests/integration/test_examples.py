@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import sys
@@ -18,8 +19,14 @@ import autorev
 from tests.tiny_llm import LENGTH, tiny_llm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS = {"plain_loop": (), "trainer": ("accelerate",), "sft_lora": ("accelerate", "trl", "datasets")}
+_TRL = ("accelerate", "trl", "datasets", "peft")
+NEEDS = {"plain_loop": (), "trainer": ("accelerate",), "sft": _TRL, "dpo": _TRL, "grpo": _TRL}
 """By script, what it needs beyond the tests' own packages."""
+LEARN_THE_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("plain_loop", {}), ("trainer", {}), ("sft", {"lora": False}), ("sft", {"lora": True})
+]  # fmt: skip
+COMPARE = [(name, lora) for name in ("dpo", "grpo") for lora in (False, True)]
+"""Scripts that compare the model with what it was, with and without adapters."""
 STEPS, RATE = 12, 1e-2
 """Steps and learning rate for a model of random weights."""
 
@@ -28,9 +35,8 @@ pytestmark = [
     # torch's DataLoader, on every machine without a GPU, whenever a Trainer is left at its default
     pytest.mark.filterwarnings("ignore:.pin_memory. argument is set as true but no accelerator:UserWarning"),
     # transformers 5.23 renames the option; its new name is unknown to 5.0, which autorev supports
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
-each_example = pytest.mark.parametrize("name", NEEDS)
 
 
 def script(name: str, run_name: str = "example") -> dict[str, Any]:
@@ -50,26 +56,44 @@ def loss_of(folder: Path) -> float:
         return float(model(input_ids=rows, labels=rows).loss)
 
 
-@each_example
-def test_an_example_trains_and_leaves_a_plain_model(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The loss is lower, the drift was 0, and what is saved is the class it was, with nothing of autorev about it."""
-    start, end = tiny_llm(tmp_path / "start"), tmp_path / "end"
-    script(name)["main"](str(start), steps=STEPS, learning_rate=RATE, out=str(end))
-    said = capsys.readouterr().out
+def check_left_a_plain_model(said: str, end: Path) -> None:
+    """The drift was 0, and what is saved is the class it was, with nothing of autorev about it."""
     assert re.findall(r"^drift: (.*)$", said, re.MULTILINE) == ["{'model.layers': 0.0}"]
     assert "model.layers: 4 blocks reversible, momentum" in said
-    before, after = loss_of(start), loss_of(end)
-    assert before > 5
-    assert after < before - 0.05
     config = json.loads((end / "config.json").read_text("utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "autorev" not in json.dumps(config)
     assert not (end / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["trainer", "sft_lora"])
+@pytest.mark.parametrize(("name", "how"), LEARN_THE_TEXT)
+def test_an_example_trains_and_leaves_a_plain_model(
+    name: str, how: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss is lower."""
+    start, end = tiny_llm(tmp_path / "start"), tmp_path / "end"
+    script(name)["main"](str(start), steps=STEPS, learning_rate=RATE, out=str(end), **how)
+    check_left_a_plain_model(capsys.readouterr().out, end)
+    before, after = loss_of(start), loss_of(end)
+    assert before > 5
+    assert after < before - 0.05
+
+
+@pytest.mark.parametrize(("name", "lora"), COMPARE)
+def test_an_example_that_compares_begins_at_what_it_compares_with(
+    name: str, lora: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a learning rate of 0: preferences have the loss ln 2, a reward the divergence 0, in each of two steps."""
+    start, end = tiny_llm(tmp_path / "start"), tmp_path / "end"
+    script(name)["main"](str(start), lora=lora, steps=2, learning_rate=0.0, out=str(end))
+    said = capsys.readouterr().out
+    check_left_a_plain_model(said, end)
+    figure, expected = ("loss", math.log(2)) if name == "dpo" else ("kl", 0.0)
+    found = [float(number) for number in re.findall(rf"'{figure}': '?([-+.e\d]+)", said)]
+    assert found == pytest.approx([expected] * 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["trainer", "sft"])
 def test_the_logs_carry_the_figures_of_the_chain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line for each step, with its side bits and drift; memory in the second one."""
     script(name)["main"](str(tiny_llm(tmp_path / "start")), steps=3, out=str(tmp_path / "end"))
@@ -79,7 +103,7 @@ def test_the_logs_carry_the_figures_of_the_chain(name: str, tmp_path: Path, caps
     assert ["peak_bytes" in line for line in steps] == [False, True, False]
 
 
-@each_example
+@pytest.mark.parametrize("name", [name for name, how in LEARN_THE_TEXT if not how.get("lora")])
 def test_an_example_is_told_its_model_on_the_command_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
-"""Fine-tune LoRA adapters reversibly with trl's SFTTrainer, and save the merged model as a plain one.
+"""Fine-tune reversibly with trl's SFTTrainer, all weights or LoRA adapters, and save the model as a plain one.
 
-python examples/sft_lora.py MODEL        a folder that save_pretrained wrote, or a name on the Hub
+python examples/sft.py MODEL [--lora]        a folder that save_pretrained wrote, or a name on the Hub
 """
 
 import sys
@@ -16,7 +16,9 @@ import autorev
 from autorev.integrations.transformers import ReversibleCallback
 
 
-def main(model_folder: str, steps: int = 50, learning_rate: float = 2e-4, out: str = "trained") -> None:
+def main(
+    model_folder: str, lora: bool = False, steps: int = 50, learning_rate: float = 2e-5, out: str = "trained"
+) -> None:
     """Train to explain what CPython's language reference explains; the explanations alone are learned."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -40,19 +42,21 @@ def main(model_folder: str, steps: int = 50, learning_rate: float = 2e-4, out: s
         ),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
     ReversibleCallback().attach(trainer)  # adds seconds, side bits, drift and peak memory to what is logged
     trainer.train()
     print("drift:", autorev.drift(trainer.model))  # 0.0: every activation was rebuilt bit for bit
 
     autorev.revert(trainer.model)
-    trainer.model.merge_and_unload().save_pretrained(out)
+    trained = trainer.model.merge_and_unload() if lora else trainer.model
+    trained.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"saved to {out}: a plain model, which transformers loads without autorev")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    options = sys.argv[1:]
+    if not options or options[1:] not in ([], ["--lora"]):
         sys.exit(__doc__)
-    main(sys.argv[1])
+    main(options[0], lora="--lora" in options, learning_rate=2e-4 if "--lora" in options else 2e-5)

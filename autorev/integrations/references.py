@@ -1,0 +1,250 @@
+"""A reference model beside a converted policy: DPO, KTO, GRPO and their kin measure how far the one has left the other.
+
+At the first step the two are the same weights, and have to be the same function; a trainer loads the reference by
+itself, as the plain architecture. Here it gets the policy's coupling. Adapters that are switched off for the reference
+need nothing: that is the policy itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from autorev.errors import AutorevError, ConversionError
+from autorev.rewrite.block_forward import HANDLE
+from autorev.rewrite.remember import converted_as
+
+_NAMES = re.compile(r"_?ref(erence)?(_|$)")
+"""What trainers call the attribute: ref_model, reference_model, ref_policy, ..."""
+_PRECOMPUTED = re.compile(r"ref(erence)?_.*log_?p")
+"""What they call the columns of a data set that hold the reference's log-probabilities."""
+_WITHIN = ("module", "_orig_mod", "_fsdp_wrapped_module")
+"""Where DDP, DeepSpeed, torch.compile and FSDP keep the model."""
+_SERVERS = re.compile(r"use_(vllm|sglang)$")
+_OF_ADAPTERS = (".base_layer", ".original_module")
+_SAME = 1e-3
+"""Relative difference of two sums of log-probabilities of the same function."""
+_MOST_ROWS = 8
+_matched: WeakSet[Any] = WeakSet()
+"""Trainers that were looked at after their first call."""
+
+
+def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
+    """Give the reference models that `owner` holds beside its converted policy the policy's coupling.
+
+    A `transformers.Trainer`'s are converted. Of any other object that holds both, only a warning is logged: nobody
+    knows what it compares.
+
+    Returns: whether `owner` is what trains `policy`, so that no one else has to be looked at.
+
+    Raises:
+        ConversionError: a reference cannot be converted like the policy, or log-probabilities that were computed
+            beforehand are not those of the coupled reference.
+    """
+    held = _modules_of(owner)
+    if policy is None:
+        policy = held.get("model")
+    references = {name: module for name, module in held.items() if _NAMES.match(name)}
+    trainer = _is_trainer(owner)
+    if policy is None or not (trainer or references) or not _holds(held, policy):
+        return trainer
+    if owner in _matched:
+        return True
+    base = _base(policy)
+    blocks = {name: type(module) for name, module in base.named_modules() if HANDLE in module.__dict__}
+    if not blocks:
+        return trainer
+    for name, module in references.items():
+        _match(f"{type(owner).__name__}.{name}", module, base, blocks, convert_it=trainer)
+    if trainer:
+        _check_precomputed(owner)
+        _tell_of_servers(owner)
+    _matched.add(owner)
+    return True
+
+
+def _match(what: str, module: nn.Module, policy: nn.Module, blocks: Mapping[str, type], convert_it: bool) -> None:
+    from autorev.rewrite.convert import convert
+
+    reference = _base(module)
+    if reference is policy:
+        return
+    settings, theirs = converted_as(policy), converted_as(reference)
+    log = logging.getLogger("autorev")
+    if any(HANDLE in each.__dict__ for each in reference.modules()):
+        ours, other = settings or {}, theirs or {}
+        different = [name for name in ours if name not in _NO_FUNCTION and other.get(name) != ours[name]]
+        if different:
+            log.warning(
+                "%s is converted with another %s than the policy: from the first step on they differ by more than "
+                "what was trained",
+                what,
+                ", ".join(different),
+            )
+        return
+    if not _alike(reference, policy, blocks):
+        log.warning(
+            "%s (%s) is another architecture than the converted policy, and stays as it is",
+            what,
+            type(reference).__name__,
+        )
+        return
+    if not convert_it:
+        log.warning(
+            "%s computes the plain function, and the policy beside it the coupled one; if it is the reference of a "
+            "loss, convert it with the same settings",
+            what,
+        )
+        return
+    if settings is None:
+        raise ConversionError(f"{what} {_UNKNOWN}: the policy's config does not say how it was converted. {_BY_HAND}")
+    try:
+        convert(reference, **_named_as_in(reference, settings))
+    except AutorevError as error:
+        raise ConversionError(f"{what} {_UNKNOWN}: {error}. {_BY_HAND}") from error
+    log.warning("%s is converted like the policy, which it is compared with", what)
+
+
+_NO_FUNCTION = ("keep_last", "blocks", "exclude", "fraction_bits")
+"""Settings that may differ: they say what is stored and how finely it is rounded, or are patterns of names."""
+_UNKNOWN = "computes the plain function beside a policy that is coupled, and cannot be converted like it"
+_BY_HAND = (
+    "Load the reference yourself, autorev.convert it as the policy, and hand it to the trainer (ref_model=...); or "
+    "train adapters (LoRA), whose reference is the policy itself with its adapters off"
+)
+
+
+def _named_as_in(reference: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a policy that was converted within PEFT's model, whose names are longer."""
+    inside = "base_model.model."
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.removeprefix(inside)
+        if isinstance(value, Mapping):
+            return {plain(name): number for name, number in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in settings.items()}
+
+
+def _alike(reference: nn.Module, policy: nn.Module, blocks: Mapping[str, type]) -> bool:
+    """The same class, with its blocks where the policy's are, and no weight that the policy lacks."""
+    found = {name: type(module) for name, module in reference.named_modules()}
+    known = {_without_adapters(name) for name, _ in policy.named_parameters()}
+    return (
+        _related(type(reference), type(policy))
+        and all(name in found and _related(found[name], kind) for name, kind in blocks.items())
+        and all(_without_adapters(name) in known for name, _ in reference.named_parameters())
+    )
+
+
+def _related(one: type, other: type) -> bool:
+    """FSDP makes a class of its own of each class."""
+    return issubclass(one, other) or issubclass(other, one)
+
+
+def _without_adapters(name: str) -> str:
+    for part in _OF_ADAPTERS:
+        name = name.replace(part, "")
+    return name
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model itself within what wraps it."""
+    while True:
+        inner = next((m for name in _WITHIN if isinstance(m := model._modules.get(name), nn.Module)), None)
+        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # type: ignore[operator]  # PEFT's method
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def _modules_of(owner: Any) -> dict[str, nn.Module]:
+    own = getattr(owner, "__dict__", {})
+    held = {**own.get("_modules", {}), **own} if isinstance(owner, nn.Module) else own
+    return {name: value for name, value in held.items() if isinstance(value, nn.Module)}
+
+
+def _holds(held: Mapping[str, nn.Module], policy: nn.Module) -> bool:
+    inside = _base(policy)
+    return any(not _NAMES.match(name) and _base(module) is inside for name, module in held.items())
+
+
+def _is_trainer(owner: Any) -> bool:
+    module = sys.modules.get("transformers.trainer")
+    return module is not None and isinstance(owner, module.Trainer)
+
+
+# -- what a trainer computes elsewhere
+
+
+def _check_precomputed(trainer: Any) -> None:
+    """Log-probabilities that were computed before training, or by an earlier run whose cache was found.
+
+    Raises:
+        ConversionError: they are not the coupled reference's.
+    """
+    columns = [name for name in getattr(trainer.train_dataset, "column_names", None) or () if _PRECOMPUTED.match(name)]
+    if not columns or trainer.state.global_step:
+        return
+    try:
+        found = _computed_anew(trainer)
+    except Exception as error:  # TRL's versions differ
+        logging.getLogger("autorev").warning(
+            "whether %s hold the coupled reference's log-probabilities could not be looked at (%s: %s); they do if the "
+            "model was converted before the trainer was made, and nothing of an earlier run was cached",
+            ", ".join(columns),
+            type(error).__name__,
+            error,
+        )
+        return
+    for name, values in zip(columns, found, strict=False):
+        for row, value in zip(trainer.train_dataset, values, strict=False):
+            if not abs(row[name] - value) <= _SAME * abs(value):
+                raise ConversionError(
+                    f"{name} was computed beforehand by another function than the policy's: {row[name]:.4f} in a row "
+                    f"where the coupled reference has {value:.4f}. Convert the model, and a ref_model, before the "
+                    "trainer is made; if an earlier run left its log-probabilities in the data set's cache, call "
+                    "dataset.cleanup_cache_files(), or leave precompute_ref_log_probs out"
+                )
+
+
+def _computed_anew(trainer: Any) -> list[list[float]]:
+    """Of the data set's first rows, in a batch like the one that they were computed in: it rounds the same."""
+    args = trainer.args
+    count = min(getattr(args, "precompute_ref_batch_size", None) or args.per_device_train_batch_size, _MOST_ROWS)
+    rows = [trainer.train_dataset[n] for n in range(min(count, len(trainer.train_dataset)))]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    model = getattr(trainer, "ref_model", None) or trainer.model
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            return [[] if v is None else v.tolist() for v in trainer.compute_ref_log_probs(model, batch)]
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tell_of_servers(trainer: Any) -> None:
+    """Samples that another program makes of the same weights."""
+    servers = [name for name, value in vars(trainer.args).items() if _SERVERS.match(name) and value is True]
+    if servers:
+        logging.getLogger("autorev").warning(
+            "%s generates with %s, which computes the plain function of the weights, while the policy is trained as "
+            "the coupled one: the samples are off-policy by the difference of the two. Keep the correction for that "
+            "(importance sampling) on and the coupling near the plain function (momentum with a small gamma), or "
+            "generate with the model itself",
+            type(trainer).__name__,
+            ", ".join(name.removeprefix("use_") for name in servers),
+        )
