@@ -40,8 +40,8 @@ def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
         raise CaptureError(f"autorev.analyze needs a torch.nn.Module instance, and got {what}")
     if not args and not kwargs:
         args, kwargs = example_call_of(model, "analyze")
-    detection, _ = detect_in(model, args, kwargs)
-    return _analysis(detection, model, type(model).__name__, "a model in user code")
+    detection, twin = detect_in(model, args, kwargs)  # whose quantised weights have their own number of elements
+    return _analysis(detection, twin, type(model).__name__, "a model in user code")
 
 
 def example_call_of(model: torch.nn.Module, function: str) -> Call:
@@ -157,6 +157,7 @@ def prepare(
     `batch` and `sequence` default to the workload's own. Raises what `analyze_workload` raises.
     """
     from autorev.capture.fake import new_fake_mode
+    from autorev.models.quantization import predicted_quantised
     from autorev.predict.simulate import layout_of
     from autorev.predict.training import DTYPES, choose_trained
     from autorev.profiles import load_device
@@ -169,6 +170,8 @@ def prepare(
     mode = new_fake_mode()
     with mode:
         twin = workload.build(DTYPES[dtype]).train()
+        if workload.scheme is not None:
+            notes.append(predicted_quantised(twin, workload.scheme, trains, dtype))
         progress("recording one call", 0.1)
         walks = setting.sequence is not None and walks_through_sequence(twin, workload.example, setting.batch)
         length = setting.sequence

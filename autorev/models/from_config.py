@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError
+from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
 from autorev.packages import require
 from autorev.workload import Call, Workload
@@ -58,7 +60,8 @@ def config_workload(
         settle(built, dtype)  # Mamba makes some of its parameters in fp32 and loads them in the weights' dtype
         return built.train()
 
-    return transformers_workload(config, model_cls, build, name, source, assumed_sizes(config, data, source))
+    workload = transformers_workload(config, model_cls, build, name, source, assumed_sizes(config, data, source))
+    return replace(workload, scheme=scheme_of(data))
 
 
 def transformers_workload(
@@ -122,7 +125,7 @@ def parse_config(data: Any, source: str, depth: int | None = None, code_from: st
             "install a version that does, or write a function that returns (model, args) and "
             "give package.module:function"
         )
-    # The weights that are trained are those of the setting's dtype, however the published ones are packed.
+    # Built as it is computed; how the published weights are packed, `models/quantization.py` adds.
     keys = {key: value for key, value in data.items() if key != "quantization_config"}
     try:
         with quiet():

@@ -19,8 +19,9 @@ from autorev.files import path_of
 from autorev.models.building import count_modules, default_dtype
 from autorev.models.from_config import assumed_sizes, check_counts, one_line, parse_config
 from autorev.models.gguf_file import check_sizes, check_whole
+from autorev.models.quantization import Scheme, quantise, scheme_of
 from autorev.models.resolve import NamedConfig, config_of, embedded_file, is_embedded, names_factory
-from autorev.models.trust import check_adapters, check_config, check_tokenizer
+from autorev.models.trust import check_adapter_code, check_config, check_tokenizer
 from autorev.models.weights import holds_weights, load_weights, say_what_is_not_read
 from autorev.workload import Call, check_step
 
@@ -48,11 +49,14 @@ def load_model(
     sequence: int | None,
     depth: int | None = None,
     trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> Loaded:
     """The model that MODEL names (`models/resolve.py` says how), in `dtype`, on the CPU.
 
     With a `depth`, its config is built with so many blocks and random weights. `trust_remote_code`: code that stands
-    beside a config, or that it names, may run.
+    beside a config, or that it names, may run. `quantization`: a quantization config of `transformers`, by which the
+    weights are quantised while they are loaded; those that are saved quantised come so, wherever their library wants
+    them.
 
     Raises:
         ModelNotFoundError: it names nothing.
@@ -65,14 +69,19 @@ def load_model(
     trusted = trust_remote_code
     if depth is not None:
         return _random(config_of(model), dtype, batch, sequence, depth, trusted)
+    how = dtype, batch, sequence, trusted, quantization
     if is_embedded(model):
         file = embedded_file()
-        return _pretrained(file.parent, "SmolLM2-135M-Instruct", dtype, batch, sequence, gguf_file=file.name)
+        return _pretrained(file.parent, "SmolLM2-135M-Instruct", *how, gguf_file=file.name)
     if path.suffix == ".gguf" and path.is_file():
-        return _pretrained(path.parent, path.stem, dtype, batch, sequence, gguf_file=path.name)
+        return _pretrained(path.parent, path.stem, *how, gguf_file=path.name)
     assert model is not None
     if holds_weights(path):
-        return _pretrained(path, path.resolve().name, dtype, batch, sequence, trusted)
+        return _pretrained(path, path.resolve().name, *how)
+    if quantization is not None:
+        raise SettingError(
+            f"{model} has no weights to quantise; give a folder or a GGUF file that has some"
+        )
     if names_factory(model):
         return _from_factory(model, dtype)
     say_what_is_not_read(path)
@@ -137,7 +146,14 @@ def class_in(folder: Path, trust_remote_code: bool, **how: Any) -> tuple[type[An
 
 
 def _pretrained(
-    folder: Path, name: str, dtype: torch.dtype, batch: int, sequence: int | None, trusted: bool = False, **how: Any
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    batch: int,
+    sequence: int | None,
+    trusted: bool,
+    quantization: Any,
+    **how: Any,
 ) -> Loaded:
     from autorev.models.example_call import example_call_for
 
@@ -145,10 +161,19 @@ def _pretrained(
         file = folder / how["gguf_file"]
         check_sizes(file, check_whole(file))
     cls, config = class_in(folder, trusted, **how)
-    _check_size(cls, config, name, dtype)
-    model: Any = load_weights(cls, folder, dtype=dtype, **how)
     if "gguf_file" in how:
+        _check_size(cls, config, name, dtype)
+        model: Any = load_weights(cls, folder, dtype=dtype, **how)
         _forget_quantization(model)
+        if quantization is not None:  # transformers does not do both at once
+            model = _quantised(model, dtype, quantization)
+    else:
+        own = _scheme(getattr(config, "quantization_config", None))
+        if own is not None and quantization is not None:
+            raise SettingError(f"the weights of {name} are quantised already ({own.title}); leave --quantize out")
+        _check_size(cls, config, name, dtype, own or _scheme(quantization))
+        more = {} if quantization is None else {"quantization_config": quantization}
+        model = load_weights(cls, folder, dtype=dtype, **more)
     example = partial(example_call_for, model)
     return Loaded(model.train(), _called(example, batch, sequence, name), name, pretrained=True, example=example)
 
@@ -159,6 +184,20 @@ def _forget_quantization(model: Any) -> None:
     for name in ("is_quantized", "hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)
+
+
+def _quantised(model: Any, dtype: torch.dtype, quantization: Any) -> Any:
+    from autorev.capture.transformers_quirks import quiet_files
+
+    weights = model.state_dict()
+    with quiet_files():
+        return type(model).from_pretrained(
+            None, config=model.config, state_dict=weights, dtype=dtype, quantization_config=quantization
+        )
+
+
+def _scheme(said: Any) -> Scheme | None:
+    return scheme_of({"quantization_config": said if said is None or isinstance(said, dict) else said.to_dict()})
 
 
 def _random(
@@ -203,10 +242,15 @@ def _from_factory(spec: str, dtype: torch.dtype) -> Loaded:
     return Loaded(model.train(), call, name, pretrained=False, example=partial(resized, call))
 
 
-def _check_size(cls: Any, config: Any, name: str, dtype: torch.dtype) -> None:
+def _check_size(cls: Any, config: Any, name: str, dtype: torch.dtype, scheme: Scheme | None = None) -> None:
+    unquantised = copy.deepcopy(config)
+    unquantised.__dict__.pop("quantization_config", None)
     try:
         with torch.device("meta"), count_modules():
-            parameters = sum(p.numel() for p in cls._from_config(copy.deepcopy(config)).parameters())
+            model = cls._from_config(unquantised, dtype=dtype)
+            if scheme is not None and scheme.bits:
+                quantise(model, scheme)
+            held = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}
     except AutorevError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autorev.analysis import Setting
+from autorev.capture.quantised import is_quantised
 from autorev.chunked_loss import head_of, linear_loss, run_without_logits
 from autorev.detect.judge import leaves
 from autorev.errors import SettingError
@@ -66,6 +67,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if is_quantised(module):  # of a library whose layers are no nn.Linear
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
         rows, columns = module.weight.shape  # type: ignore[misc]  # two axes
         return int(rows), int(columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from autorev.analysis import DeviceInfo, ModelInfo, Setting
 from autorev.errors import AutorevError, SettingError
 from autorev.models.load import has_weights, tokenizer_of
+from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
 from autorev.pipeline import detect_in, example_call_of, prepare
 from autorev.predict.forecast import Forecaster
@@ -57,7 +58,12 @@ def named_subject(
     pretrained = depth is None and has_weights(model)
     if depth is not None and has_weights(model) and not is_embedded(model):
         raise SettingError(f"{model} has weights of its own depth; leave --depth out, or give its config.json")
-    workload = resolve(model, depth)
+    workload = resolve(model, depth, trust_remote_code)
+    if workload.scheme is not None and not pretrained:
+        said = f"its config has quantised weights ({workload.scheme.title}); random ones are not quantised"
+        workload = replace(workload, scheme=None, notes=(*workload.notes, said))
+    elif workload.scheme is not None and wanted["trains"] == "full":
+        raise cannot_train(workload.name, workload.scheme.title, "--lora-rank 16 (or --trains head)")
     if wanted["sequence"] is None and workload.default_sequence is not None:
         wanted = {**wanted, "sequence": min(workload.default_sequence, 256)}
     analysis, forecaster = prepare(workload, device=profile.name, **wanted)

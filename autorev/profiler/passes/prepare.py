@@ -78,7 +78,7 @@ def prepare_model(
 def with_text(call: Call, tokens: torch.Tensor, batch: int, sequence: int) -> Call:
     """`call` on the first tokens of the text, and the labels that go with them; repeated where the text is short."""
     needed = batch * sequence
-    ids = tokens.repeat(-(-needed // tokens.numel()))[:needed].view(batch, sequence)
+    ids = tokens.repeat(-(-needed // tokens.numel()))[:needed].view(batch, sequence).clone()  # without the rest
     return on_tokens(call, ids)
 
 
