@@ -257,7 +257,7 @@ def _check_size(cls: Any, config: Any, name: str, dtype: torch.dtype, scheme: Sc
         raise ModelBuildError(
             f"{cls.__name__} cannot be built from the config of {name}: {one_line(error)}; correct the config"
         ) from error
-    needed = parameters * dtype.itemsize
+    needed = sum(held.values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > MOST_OF_MEMORY * memory:
         raise SettingError(
