@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autorev.capture.quantised import is_quantised
+from autorev.engine.eval_mode import eval_mode
 from autorev.errors import ConversionError
 
 CHUNKS = 8
@@ -85,45 +87,39 @@ def _kind_of_loss(model: nn.Module, head: nn.Linear) -> tuple[bool, bool]:
         with _head_replaced(head, made_up):
             return float(model(**call, **more).loss)
 
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            _, call = example_call_of(model, "convert")
-            call = {k: v[:, :_CHECKED_TOKENS] if k in _TOKENS else v for k, v in call.items()}
-            labels = call["labels"]
-            drawn = torch.randn(*labels.shape, head.out_features, generator=torch.Generator().manual_seed(0))
-            possible = {True, False}
-            for scale in _SCALES:
-                logits = scale * drawn.to(labels.device)
-                own = own_loss()
-                of_logits = {
-                    True: float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())),
-                    False: float(F.cross_entropy(logits.flatten(0, 1), labels.flatten())),
-                }
-                possible &= {s for s, loss in of_logits.items() if abs(loss - own) <= _TOLERANCE * abs(own)}
-                if not possible:
-                    raise ConversionError(
-                        f"{type(model).__name__} does something between its head and its loss, or adds something to "
-                        f"it: of an example its own loss is {own:.6g}, the cross entropy {of_logits[True]:.6g}; train "
-                        "it with the full loss"
-                    )
-            counts = False
-            with suppress(TypeError):  # its forward takes no such argument
-                counts = own_loss(num_items_in_batch=1) != own
-            return possible.pop(), counts
-    finally:
-        for module, was in training:
-            module.training = was
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model):
+        _, call = example_call_of(model, "convert")
+        call = {k: v[:, :_CHECKED_TOKENS] if k in _TOKENS else v for k, v in call.items()}
+        labels = call["labels"]
+        drawn = torch.randn(*labels.shape, head.out_features, generator=torch.Generator().manual_seed(0))
+        possible = {True, False}
+        for scale in _SCALES:
+            logits = scale * drawn.to(labels.device)
+            own = own_loss()
+            of_logits = {
+                True: float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())),
+                False: float(F.cross_entropy(logits.flatten(0, 1), labels.flatten())),
+            }
+            possible &= {s for s, loss in of_logits.items() if abs(loss - own) <= _TOLERANCE * abs(own)}
+            if not possible:
+                raise ConversionError(
+                    f"{type(model).__name__} does something between its head and its loss, or adds something to "
+                    f"it: of an example its own loss is {own:.6g}, the cross entropy {of_logits[True]:.6g}; train "
+                    "it with the full loss"
+                )
+        counts = False
+        with suppress(TypeError):  # its forward takes no such argument
+            counts = own_loss(num_items_in_batch=1) != own
+        return possible.pop(), counts
 
 
 _TOKENS = ("input_ids", "labels", "decoder_input_ids", "attention_mask")
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
-    """The linear layer that makes the logits; None where there is none, or adapters wrap it."""
+    """The linear layer that makes the logits; None where there is none, it is quantised, or adapters wrap it."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head if type(head) is nn.Linear else None
+    return head if type(head) is nn.Linear and not is_quantised(head) else None
 
 
 @dataclass(eq=False)

@@ -104,6 +104,20 @@ def quantised_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed
             yield path, module, found
 
 
+def parameters_of(model: nn.Module) -> int:
+    """How many parameters a model has, the quantised ones counted as what they stand for."""
+    layers = list(quantised_linears(model))
+    packed_away = {id(p) for _, layer, _ in layers for name, p in layer.named_parameters() if name != "bias"}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in packed_away)
+    return rest + sum(found.inputs * found.outputs for _, _, found in layers)
+
+
+def held_by(model: nn.Module) -> list[torch.Tensor]:
+    """The ordinary tensors that a model's parameters and buffers, and its quantised layers, consist of."""
+    own = [t for tensor in [*model.parameters(), *model.buffers()] for t in plain_tensors(tensor)]
+    return own + [t for _, layer, _ in quantised_linears(model) for t in plain_tensors(layer)]
+
+
 def plain_tensors(thing: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
     """The ordinary tensors in which a tensor of a class of its own, a module or an object has its numbers.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autorev.engine.eval_mode import eval_mode
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import divergence, shifted
@@ -53,15 +54,8 @@ def logits_of(model: nn.Module) -> Logits:
 
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         device = next(model.parameters()).device
-        training = [module for module in model.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            with torch.no_grad():
-                found: torch.Tensor = call(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
-        finally:
-            for module in training:
-                module.training = True
+        with torch.no_grad(), eval_mode(model):
+            found: torch.Tensor = call(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
         return found
 
     return run

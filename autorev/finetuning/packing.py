@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.errors import DataError
+from autorev.engine.eval_mode import eval_mode
+from autorev.errors import DataError, UnreadableError
+from autorev.files import parse_json
 from autorev.finetuning.data import IGNORED, Example
 
 _APART = 1e-3
@@ -166,15 +168,11 @@ def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
     device = next(model.parameters()).device
     ids = torch.randint(vocabulary, (1, 2 * _LOOKED_AT), generator=generator).to(device)
     half = torch.arange(_LOOKED_AT, device=device)
-    training = model.training
-    model.eval()
     call: Any = model
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             both = call(input_ids=ids, position_ids=torch.cat([half, half])[None], use_cache=False).logits
             alone = call(input_ids=ids[:, _LOOKED_AT:], use_cache=False).logits
     except (TypeError, ValueError):  # its forward takes no position_ids
         return False
-    finally:
-        model.train(training)
     return bool((both[:, _LOOKED_AT:] - alone).abs().max() <= _APART * alone.abs().max())

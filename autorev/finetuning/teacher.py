@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autorev.engine.eval_mode import eval_mode
 from autorev.engine.mode import ORIGINAL, running
 from autorev.finetuning.data import IGNORED
 
@@ -50,19 +51,13 @@ class Teacher:
 @contextmanager
 def as_original(model: nn.Module) -> Iterator[None]:
     """While it lasts, `model` is in eval mode, runs its vanilla blocks, and its adapters are off."""
-    training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(running(ORIGINAL))
+        stack.enter_context(eval_mode(model))
         if hasattr(model, "disable_adapter"):
             off: Any = model.disable_adapter()  # type: ignore[operator]  # PEFT's method
             stack.enter_context(off)
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
 
 
 def shifted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from autorev.engine.eval_mode import eval_mode
 from autorev.errors import AutorevError, ConversionError
 from autorev.rewrite.block_forward import HANDLE
 from autorev.rewrite.remember import converted_as
@@ -225,15 +226,8 @@ def _computed_anew(trainer: Any) -> list[list[float]]:
     rows = [trainer.train_dataset[n] for n in range(min(count, len(trainer.train_dataset)))]
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     model = getattr(trainer, "ref_model", None) or trainer.model
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            return [[] if v is None else v.tolist() for v in trainer.compute_ref_log_probs(model, batch)]
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), eval_mode(model):
+        return [[] if v is None else v.tolist() for v in trainer.compute_ref_log_probs(model, batch)]
 
 
 def _tell_of_servers(trainer: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from autorev.capture.quantised import held_by
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ReversibleChain
 from autorev.finetuning.schedule import Schedule
@@ -71,7 +72,7 @@ class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self._taken >= _WARM and (device.type == "cuda" or stage != self._looked_at):
             self._looked_at = stage
             self._watch = PeakWatch(device)
-            self._watch.begin([*model.parameters(), *model.buffers(), *_state(kwargs.get("optimizer")), *self.beside])
+            self._watch.begin([*held_by(model), *_state(kwargs.get("optimizer")), *self.beside])
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

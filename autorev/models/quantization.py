@@ -12,10 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import SettingError
+from autorev.packages import require
 from autorev.report.format import format_bytes
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+KINDS = ("nf4", "int8")
+"""What weights can be quantised to when they are loaded: by bitsandbytes, 4 bits as QLoRA has them, or 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +56,11 @@ def scheme_of(config: Any) -> Scheme | None:
     if not isinstance(said, Mapping) or not said:
         return None
     method = said.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & {*said} else "")
+    method = str(getattr(method, "value", method))  # an enum, while the model is alive
     try:
-        found = _READERS[str(method)](said)
+        found = _READERS[method](said)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # another library, or another version
-        return Scheme(str(method) or "a library that its config does not name")
+        return Scheme(method or "a library that its config does not name")
     names = [said.get(key) for key in ("llm_int8_skip_modules", "modules_to_not_convert", "ignore") if said.get(key)]
     listed = tuple(str(name).removeprefix("re:") for name in names[0]) if names and isinstance(names[0], list) else None
     return replace(found, skipped=listed)
@@ -112,6 +118,40 @@ def predicted_quantised(twin: nn.Module, scheme: Scheme, trains: str, dtype: str
         f"weights quantised as its config says ({scheme.title}): {format_bytes(packed)} in linear layers, and "
         f"{format_bytes(sum(inside.values()) - packed)} in {dtype}; unquantised they would be {format_bytes(before)}"
     )
+
+
+def bitsandbytes_config(kind: str | None, bf16: bool) -> Any:
+    """The config by which `transformers` quantises weights to `kind`, one of `KINDS`, while it loads them; None for
+    None. `bf16`: products are computed in it.
+
+    Raises:
+        MissingPackageError: bitsandbytes is not installed.
+    """
+    if kind is None:
+        return None
+    require(f"--quantize {kind}", "bitsandbytes")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+
+
+def quantised_by(model: nn.Module) -> str:
+    """How the weights of a live model are quantised, in words; empty where they are not."""
+    from autorev.capture.quantised import is_quantised
+
+    if not any(map(is_quantised, model.modules())):
+        return ""
+    said: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    scheme = scheme_of({"quantization_config": said if said is None or isinstance(said, dict) else said.to_dict()})
+    return "by a library of its own" if scheme is None else scheme.title
 
 
 def cannot_train(name: str, title: str, remedy: str) -> SettingError:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from autorev.analysis import Category
 from autorev.capture.own_mode import OwnMode
+from autorev.capture.quantised import held_by
 
 aten = torch.ops.aten
 _cpu_attention = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -118,7 +119,7 @@ class MemoryTracker(OwnMode):
 
     def adopt(self, model: nn.Module) -> None:
         """Count a model's parameters and buffers, and follow its gradients when they appear."""
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in held_by(model):
             self.see(tensor, Category.PARAMETERS)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from autorev.analysis import DeviceInfo, ModelInfo, Setting
-from autorev.errors import AutorevError, SettingError
+from autorev.capture.quantised import parameters_of
+from autorev.errors import AutorevError, SettingError, UnreadableError
+from autorev.files import read_bytes
 from autorev.models.load import has_weights, tokenizer_of
 from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
@@ -124,7 +126,7 @@ def live_subject(model: nn.Module, batch: Any, profile: DeviceProfile, wanted: d
         info, setting, forecast = analysis.model, analysis.setting, forecaster
     except AutorevError as error:
         # Prediction needs more of a model than measuring does.
-        info = ModelInfo(type(model).__name__, type(model).__name__, _count(model), "a model in user code")
+        info = ModelInfo(type(model).__name__, type(model).__name__, parameters_of(model), "a model in user code")
         setting = Setting(**{**wanted, "device": profile.name})
         forecast, notes = None, (f"nothing is predicted: {error}",)
     blocks = find_blocks(model, call)
@@ -204,7 +206,3 @@ def _workload_of(model: nn.Module, call: Call, wanted: dict[str, Any]) -> Worklo
         longest_sequence=None,
         resizable=False,
     )
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from autorev.engine.eval_mode import eval_mode
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import on_tokens
 from autorev.profiler.readings import Fidelity
@@ -55,15 +56,10 @@ def measure_fidelity(
 
 def _loss(model: nn.Module, call: Call, texts: list[torch.Tensor]) -> float:
     """Mean loss without dropout."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     calls = [on_tokens(call, ids) for ids in texts] or [call]
-    try:
+    with eval_mode(model):
         # With gradients: a model without a loss of its own is trained on what depends on its parameters.
         losses = [float(own_loss(model, each).detach()) for each in calls]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return sum(losses) / len(losses)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from autorev.capture.quantised import held_by
 from autorev.predict.training import own_loss
 from autorev.profiler.readings import PHASES
 
@@ -66,7 +67,7 @@ class TrainingStep:
     def standing(self) -> list[torch.Tensor]:
         """What is alive before a step begins: parameters, buffers, inputs, optimiser state."""
         state = [t for held in self.optimizer.state.values() for t in held.values() if isinstance(t, torch.Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *tensors_of(self.call), *state]
+        return [*held_by(self.model), *tensors_of(self.call), *state]
 
 
 def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
