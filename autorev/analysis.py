@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+RESERVE_BYTES = 2**30
+"""What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
 
 class Verdict(StrEnum):
     """May this block be made reversible?"""
@@ -156,6 +158,8 @@ class Prediction:
     """Does a pretrained model keep its function when it is converted this way?"""
     note: str = ""
 
+    keep_last: tuple[int, ...] = ()
+    """Blocks at the end of each chain that are stored, chain by chain; empty for what is no coupling."""
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -183,7 +187,8 @@ class Sweep:
 class Recommendation:
     """What to do, in words."""
 
-    strategy: str
+    strategy: str | None
+    """What to train with; None: nothing fits, or nothing is known."""
     why: str
     advice: tuple[str, ...] = ()
     """Further steps that would help, most effective first."""
@@ -203,6 +208,11 @@ class DeviceInfo:
     host_bandwidth: float
     """Bytes per second between host and device, one direction."""
 
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a step may take."""
+        return max(self.memory_bytes - RESERVE_BYTES, 0)
 
 @dataclass(frozen=True, slots=True)
 class Analysis:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
+from autorev.offers import Possible
 from autorev.plan import recommend
-from autorev.predict.forecast import PROBES, RESERVE_BYTES, Forecaster, rename, walks_through_sequence
+from autorev.predict.forecast import PROBES, Forecaster, rename, walks_through_sequence
 from autorev.predict.frontier import Exploration, explore, sweeps
 from autorev.workload import Call, Workload, check_step
 
@@ -114,11 +115,12 @@ def _detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detectio
 
 
 def analyze_workload(
-    workload: Workload, *, progress: Progress = lambda what, fraction: None, **setting: Any
+    workload: Workload, *, named: str | None = None, progress: Progress = lambda what, fraction: None, **setting: Any
 ) -> Analysis:
     """Analyse a workload, predict a training step of it under every strategy, and recommend one.
 
-    `setting` is what `prepare` takes. `progress` is told what is being done, and the fraction done.
+    `named` is MODEL as the command line has it, for the commands in the advice. `setting` is what `prepare` takes.
+    `progress` is told what is being done, and the fraction done.
 
     Raises:
         SettingError: the model cannot be trained that way (a chunked loss without a vocabulary head, ...).
@@ -127,7 +129,7 @@ def analyze_workload(
     """
     analysis, forecaster = prepare(workload, progress=progress, **setting)
     try:
-        return _forecast(analysis, forecaster, progress)
+        return _forecast(analysis, forecaster, named, progress)
     except AutorevError:
         raise
     except Exception as error:
@@ -278,7 +280,7 @@ def _setting(
     return setting, notes
 
 
-def _forecast(analysis: Analysis, forecaster: Forecaster, progress: Progress) -> Analysis:
+def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, progress: Progress) -> Analysis:
     """Predictions, frontier, sweeps and recommendation."""
     setting, strategies = forecaster.setting, forecaster.strategies()
     predictions: dict[str, Prediction] = {}
@@ -303,8 +305,23 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, progress: Progress) ->
         sweeps=tuple(sweeps(forecaster, explored)),
         notes=(*analysis.notes, *dict.fromkeys(problems)),
     )
-    room = forecaster.device.memory_bytes - RESERVE_BYTES
-    return replace(analysis, recommendation=recommend(analysis, room))
+    return replace(analysis, recommendation=recommend(analysis, _possible(analysis, forecaster, named)))
+
+
+def _possible(analysis: Analysis, forecaster: Forecaster, named: str | None) -> Possible:
+    from autorev.chunked_loss import head_of
+    from autorev.commands import training_command
+    from autorev.models.load import has_weights
+    from autorev.predict.training import linear_sizes
+
+    assert analysis.setting is not None
+    causal = any(word in analysis.model.class_name for word in ("CausalLM", "LMHead"))
+    inside = (module for site in forecaster.layout.sites for module in site.module.modules())
+    return Possible(
+        chunked=head_of(forecaster.twin) is not None,
+        lora=any(linear_sizes(module) is not None for module in inside),
+        command="" if named is None else training_command(named, analysis.setting, causal and has_weights(named)),
+    )
 
 
 def forward_failed(model: torch.nn.Module, error: Exception) -> str:

@@ -1,193 +1,205 @@
-"""What to do about a model's memory, and why: a pure function of the predictions."""
+"""What to do about a model's memory, and why: a pure function of the predictions.
+
+The recommended strategy is the fastest of those that fit; of equally fast ones the simplest. Where nothing fits, none
+is. Every figure that a sentence names stands in the table of predictions, in the table's unit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Any
 
-from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation, Setting
-from autorev.report.format import format_bytes as size
+from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation
+from autorev.offers import CHUNKED, Offer, Possible, offers, what_dominates
+from autorev.report.format import format_bytes, format_integer, format_seconds, plural, unit_for
 from autorev.report.words import CATEGORY_TITLES
 
 COMFORT = 0.9
 """Share of the device's memory up to which a step is said to fit without worry."""
-WORTH = 0.05
-"""Where checkpointing fits narrowly, a reversible chain has to beat its peak by this share to be worth a conversion."""
-DOMINANT = 0.40
-"""A category with this share of a peak is what the peak is about."""
-LOGITS_WEIGH = 0.20
-"""From this share of a peak on, logits are worth chunking."""
-FIXED = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
-"""What neither the batch nor a way of storing activations changes."""
+SIMPLEST = ("plain", "checkpoint", "offload", "momentum")
+"""Strategies that keep a pretrained model's function, the simplest first: PyTorch's own come before a conversion."""
+_TITLES = {
+    "plain": "plain training",
+    "checkpoint": "checkpointing",
+    "offload": "offloaded checkpointing",
+    "momentum": "the momentum coupling",
+}
 
-CHUNKED = "autorev.chunk_loss(model)"
-HOW = "autorev.convert(model) does it in user code, and autorev.verify(model) checks the gradients"
-
-_by_blocks = (Category.STORED_ACTIVATIONS, Category.STREAMS, Category.SIDE_BITS)
+_USUAL = {"coupling": "momentum", "gamma": 0.125, "arithmetic": "exact", "granularity": "block", "keep_last": "auto"}
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """One thing that would lower a peak."""
-
-    name: str
-    """chunked, lora, 8-bit, fused or smaller batch."""
-    bytes: int
-    """What it is about; what it saves is at most that."""
-    text: str
+def recommend(analysis: Analysis, possible: Possible | None = None) -> Recommendation:
+    """The strategy for this setting on its device, with its reason and further advice."""
+    assert analysis.device is not None and analysis.predictions
+    plan = _Plan(analysis, possible or Possible())
+    return plan.nothing_fits() if plan.chosen is None else plan.recommendation()
 
 
-def recommend(analysis: Analysis, room: int) -> Recommendation:
-    """The strategy for this setting on a device with `room` bytes to use, with its reason and further advice."""
-    assert analysis.setting is not None and analysis.device is not None
-    setting, device = analysis.setting, analysis.device
-    plain = analysis.prediction("plain")
-    assert plain is not None
-    checkpoint = analysis.prediction("checkpoint") or plain
-    reversible = analysis.prediction("momentum")
-    offload = analysis.prediction("offload")
-    advice = tuple(_advice(checkpoint, setting))
+class _Plan:
+    """A table of predictions, and the words that it is told in."""
 
-    if plain.peak_bytes <= COMFORT * room:
+    def __init__(self, analysis: Analysis, possible: Possible) -> None:
+        assert analysis.setting is not None and analysis.device is not None
+        self.analysis, self.possible = analysis, possible
+        self.setting, self.device = analysis.setting, analysis.device
+        self.room = analysis.device.usable_bytes
+        self.unit = unit_for(prediction.peak_bytes for prediction in analysis.predictions)
+        self.known = sorted((p for p in analysis.predictions if p.strategy in SIMPLEST), key=_simplicity)
+        self.fitting = [p for p in self.known if p.peak_bytes <= self.room]
+        self.chosen = min(self.fitting, key=_time, default=None)  # of equals the first, which is the simplest
+        self.reaches = {reach.strategy: reach for reach in analysis.frontier}
+
+    def size(self, count: int) -> str:
+        """As the table has it."""
+        return f"{self.unit.number(count)} {self.unit.name}"
+
+    @property
+    def usable(self) -> str:
+        """What there is."""
+        return f"the {format_bytes(self.room)} to use on {self.device.title}"
+
+    # -- something fits
+
+    def recommendation(self) -> Recommendation:
+        """The fastest that fits."""
+        chosen = self.chosen
+        assert chosen is not None
+        peak = f"{self.size(chosen.peak_bytes)} of {self.usable}"
+        why = {
+            "plain": f"do not convert: plain training peaks at {peak}, and nothing that fits is faster",
+            "checkpoint": f"checkpointing is enough: it peaks at {peak}",
+            "offload": f"checkpoint, and keep the blocks' inputs in host memory: that peaks at {peak}",
+            "momentum": f"convert with the momentum coupling (exact, gamma = 1/8): it peaks at {peak}",
+        }[chosen.strategy]
+        others = [self._against(other, chosen) for other in self.known if self._is_rival(other, chosen)]
+        if chosen.strategy != "plain" and not any(p.strategy == "momentum" for p in self.known):
+            alone = "no chain is long enough to reverse" if self.analysis.chains else "no block can be made reversible"
+            others.append(alone)
+        return Recommendation(chosen.strategy, "; ".join([why, *others]), tuple(self._advice(chosen)))
+
+    def _is_rival(self, other: Prediction, chosen: Prediction) -> bool:
+        """Why not the others: those that are simpler, and the reversible one."""
+        if other is chosen:
+            return False
+        simpler = _simplicity(other) < _simplicity(chosen)
+        return simpler or (other.strategy == "momentum" and chosen.strategy != "plain")
+
+    def _against(self, other: Prediction, chosen: Prediction) -> str:
+        title, peak = _TITLES[other.strategy], self.size(other.peak_bytes)
+        if other.peak_bytes > self.room:
+            text = f"{title} does not fit, at {peak}"
+            inputs = other.categories.get(Category.STORED_ACTIVATIONS, 0)
+            if other.strategy == "checkpoint" and inputs >= 0.2 * other.peak_bytes:
+                text += f", of which {self.size(inputs)} are stored, one input per block"
+            return text
+        if _time(other) > _time(chosen):
+            faster, slower = format_seconds(chosen.step_seconds), format_seconds(other.step_seconds)
+            text = f"{title} takes longer, {slower} instead of {faster} a step"
+        else:
+            text = f"{title} is no faster"
+        lower = "at" if other.peak_bytes >= chosen.peak_bytes else "though at"
+        return f"{text}, {lower} {peak}{self._because_of(other, chosen)}"
+
+    def _because_of(self, other: Prediction, chosen: Prediction) -> str:
+        """Why a reversible chain saves little."""
+        name = max(chosen.categories, key=lambda c: chosen.categories[c], default=None)
+        saves_little = 0.9 * chosen.peak_bytes < other.peak_bytes < chosen.peak_bytes
+        if other.strategy != "momentum" or name is None or not saves_little:
+            return ""
+        category, count = Category(name), chosen.categories[name]
+        if count < 0.25 * chosen.peak_bytes or category in (Category.STORED_ACTIVATIONS, Category.STREAMS):
+            return ""
+        return f", as {self.size(count)} of {_TITLES[chosen.strategy]}'s peak are {CATEGORY_TITLES[category]}"
+
+    def _advice(self, chosen: Prediction) -> Iterator[str]:
+        if chosen.strategy == "momentum":
+            yield from self._how(chosen)
+        narrow = chosen.peak_bytes > COMFORT * self.room
+        roomier = min((p for p in self.fitting if p.peak_bytes <= COMFORT * self.room), key=_time, default=None)
+        if narrow and roomier is not None:
+            at = f"{self.size(roomier.peak_bytes)}, at {format_seconds(roomier.step_seconds)} a step"
+            yield f"it fits narrowly: {_TITLES[roomier.strategy]} leaves room to spare with {at}"
+        elif narrow:
+            yield "it fits narrowly: measure it before you rely on it"
+        beside = next((p for p in self.fitting if p.strategy == "momentum"), None)
+        if chosen.strategy == "offload" and beside is not None:
+            yield f"without the host's memory the momentum coupling fits, too, with {self.size(beside.peak_bytes)}"
+            yield from self._how(beside)
+        yield from self._further(chosen)
+        yield from (offer.text for offer in self._offers(chosen) if narrow or offer.name != "smaller")
+
+    def _how(self, prediction: Prediction) -> Iterator[str]:
+        """The very call that was predicted."""
+        stored = set(prediction.keep_last)
+        options = {"keep_last": stored.pop()} if len(stored) == 1 else {}  # chain by chain, convert chooses the same
+        spec = ",".join(["momentum:k=3", *(f"{name}={value}" for name, value in options.items())])
+        text = how(options, self.setting.loss)
+        if self.possible.command:
+            text += f"; from the command line: {self.possible.command.replace('{spec}', spec)}"
+        yield text
+
+    def _further(self, chosen: Prediction) -> Iterator[str]:
+        """How much further another strategy would get, when the chosen one is enough for now."""
+        mine = self.reaches.get(chosen.strategy)
+        for axis in ("largest_batch", "longest_sequence"):
+            now = getattr(mine, axis, None)
+            best = self._farthest(axis)
+            most = getattr(best, axis, None)
+            if now and most and most > now and best is not None:
+                number = format_integer(most)
+                what = f"a batch of {number}" if axis == "largest_batch" else f"{number} tokens"
+                yield f"should you want more: {_TITLES[best.strategy]} fits {what} instead of {format_integer(now)}"
+
+    def _farthest(self, axis: str) -> Reach | None:
+        reached = [r for p in self.known if (r := self.reaches.get(p.strategy)) and getattr(r, axis)]
+        return max(reached, key=lambda reach: getattr(reach, axis), default=None)
+
+    def _offers(self, prediction: Prediction) -> list[Offer]:
+        whose = f"{_TITLES[prediction.strategy]}'s peak"
+        at = prediction.categories, prediction.peak_bytes, prediction.phase
+        return offers(*at, self.setting, whose, self.possible, self.size)
+
+    # -- nothing fits
+
+    def nothing_fits(self) -> Recommendation:
+        """Why, and what would make something fit."""
+        best = min(self.known, key=lambda p: p.peak_bytes)
         why = (
-            f"do not convert: plain training peaks at {size(plain.peak_bytes)} of {device.title}'s "
-            f"{size(device.memory_bytes)}, and nothing is faster than keeping what fits"
+            f"nothing fits {self.device.title}: even {_TITLES[best.strategy]} needs {self.size(best.peak_bytes)} of "
+            f"{format_bytes(self.room)} to use; {what_dominates(best.categories, best.peak_bytes, self.size)}"
         )
-        return Recommendation("plain", why, (*_further(analysis, "plain"), *advice))
+        advice = [offer.text for offer in self._offers(best) if offer.name != "smaller"]
+        return Recommendation(None, why, (*advice, *self._smaller()))
 
-    enough = (
-        f"checkpointing is enough: it peaks at {size(checkpoint.peak_bytes)} where plain training needs "
-        f"{size(plain.peak_bytes)}, and {_why_no_more(checkpoint, reversible, analysis)}"
-    )
-    if checkpoint.peak_bytes <= COMFORT * room:
-        return Recommendation("checkpoint", enough, (*_further(analysis, "checkpoint"), *advice))
-    gain = 0.0 if reversible is None else 1 - reversible.peak_bytes / checkpoint.peak_bytes
-    if reversible is not None and reversible.peak_bytes <= room and (gain >= WORTH or checkpoint.peak_bytes > room):
-        fits = "fits narrowly:" if checkpoint.peak_bytes <= room else "does not fit:"
-        why = (
-            "convert with the momentum coupling (exact, gamma = 1/8): the peak falls to "
-            f"{size(reversible.peak_bytes)}, where plain training needs {size(plain.peak_bytes)}; checkpointing {fits} "
-            f"it needs {size(checkpoint.peak_bytes)}, of which {size(_share_of_blocks(checkpoint))} are one stored "
-            "input per block"
-        )
-        return Recommendation("momentum", why, (*advice, HOW))
-    if checkpoint.peak_bytes <= room:
-        return Recommendation("checkpoint", enough, advice)
-    if offload is not None and offload.peak_bytes <= room:
-        why = (
-            f"checkpoint and keep the blocks' inputs in host memory: {size(offload.peak_bytes)} fit, where "
-            f"checkpointing on the device alone needs {size(checkpoint.peak_bytes)}"
-        )
-        return Recommendation("offload", why, advice)
-    best = min((p for p in analysis.predictions if p.preserves_function), key=lambda p: p.peak_bytes)
-    why = (
-        f"nothing fits {device.title}: even {best.strategy} needs {size(best.peak_bytes)} of {size(room)} usable; "
-        + what_dominates(best.categories, best.peak_bytes, setting)
-    )
-    return Recommendation(best.strategy, why, advice or ("use a larger device, a smaller batch or fewer tokens",))
+    def _smaller(self) -> Iterator[str]:
+        """How far the device's memory reaches."""
+        batch, tokens = self._farthest("largest_batch"), self._farthest("longest_sequence")
+        batches, lengths = batch and batch.largest_batch, tokens and tokens.longest_sequence
+        found = False
+        if batch is not None and batches and batches < self.setting.batch:
+            title = _TITLES[batch.strategy]
+            yield f"{title} fits a batch of {format_integer(batches)}: accumulate gradients over several"
+            found = True
+        if tokens is not None and lengths and lengths < (self.setting.sequence or 0):
+            yield f"{_TITLES[tokens.strategy]} fits {plural(lengths, 'token')} a sample"
+            found = True
+        if not found:
+            yield "use a device with more memory"
 
 
-def _why_no_more(checkpoint: Prediction, reversible: Prediction | None, analysis: Analysis) -> str:
-    if reversible is None:
-        if analysis.chains:
-            return "no chain is long enough to reverse"
-        return "no block of this model can be made reversible (see the refusals)"
-    saved = checkpoint.peak_bytes - reversible.peak_bytes
-    if saved <= 0:
-        text = "reversing the chain would save nothing beyond it"
-    else:
-        text = f"reversing the chain would save {size(saved)} more, which nothing here needs"
-        if saved < 0.1 * checkpoint.peak_bytes:
-            text = f"reversing the chain would save only {size(saved)} more"
-    dominant = _dominant(checkpoint)
-    if dominant is not None and dominant not in _by_blocks and saved < 0.1 * checkpoint.peak_bytes:
-        share = checkpoint.categories[dominant] / checkpoint.peak_bytes
-        text += f", because {share:.0%} of the peak is {CATEGORY_TITLES[dominant]}"
-    return text
+def how(options: Mapping[str, Any], loss: str) -> str:
+    """The calls that train as it was predicted, or measured. `options`: of `convert`."""
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if _USUAL.get(name) != value)
+    call = f"autorev.convert({', '.join(filter(None, ['model', given]))})"
+    if loss == "chunked":
+        call = f"{CHUNKED} and then {call}"
+    return f"{call} does it in user code, and autorev.verify(model) checks the gradients"
 
 
-def what_dominates(categories: Mapping[str, int], peak_bytes: int, setting: Setting) -> str:
-    """Why a peak of these categories does not fit, as the end of a sentence."""
-    fixed = sum(categories.get(c, 0) for c in FIXED)
-    if fixed >= DOMINANT * peak_bytes:
-        return (
-            f"weights, gradients and optimiser state alone take {size(fixed)}, and no way of storing activations can "
-            "help that"
-        )
-    logits = categories.get(Category.LOGITS_AND_LOSS, 0)
-    if logits >= DOMINANT * peak_bytes:
-        text = f"your logits dominate with {size(logits)}"
-        return f"{text}: use the chunked loss" if setting.loss == "full" else text
-    return "what a single block holds while it is computed is already too much"
+def _simplicity(prediction: Prediction) -> int:
+    return SIMPLEST.index(prediction.strategy)
 
 
-def _advice(checkpoint: Prediction, setting: Setting) -> Iterator[str]:
-    """What would lower the checkpointed peak further, most effective first."""
-    found = offers(checkpoint.categories, checkpoint.peak_bytes, checkpoint.phase, setting, "checkpointing's peak")
-    yield from (offer.text for offer in sorted(found, key=lambda offer: -offer.bytes))
-
-
-def offers(
-    categories: Mapping[str, int], peak_bytes: int, phase: str, setting: Setting, whose: str, measured: bool = False
-) -> list[Offer]:
-    """What would lower a peak of these categories that stands in `phase`.
-
-    Args:
-        categories: bytes by `Category`.
-        whose: what the peak is called in the advice, such as `checkpointing's peak`.
-        measured: name what does it in training, not the option that predicts it.
-    """
-    found: list[Offer] = []
-    held = {category: categories.get(category, 0) for category in Category}
-    logits = held[Category.LOGITS_AND_LOSS]
-    if setting.loss == "full" and setting.sequence is not None and logits >= LOGITS_WEIGH * peak_bytes:
-        how = CHUNKED if measured else "--loss chunked"
-        text = f"your logits take {size(logits)} of {whose}: use the chunked loss ({how})"
-        found.append(Offer("chunked", logits, text))
-    fixed = sum(held[c] for c in FIXED)
-    if setting.trains == "full" and (fixed >= DOMINANT * peak_bytes or phase == "optimizer"):
-        saved = held[Category.GRADIENTS] + held[Category.OPTIMIZER_STATE]
-        text = (
-            f"weights, gradients and optimiser state take {size(fixed)} of {whose}, which reversibility "
-            f"cannot lower: LoRA (--trains lora) frees most of {size(saved)}"
-        )
-        found.append(Offer("lora", saved, text))
-        if setting.optimizer == "adamw":
-            saved = held[Category.OPTIMIZER_STATE] * 3 // 4
-            how = "" if measured else " (--optimizer adamw-8bit)"
-            text = f"an 8-bit optimiser{how} frees up to {size(saved)}"
-            found.append(Offer("8-bit", saved, text))
-    if phase == "optimizer":
-        text = "the peak stands in the optimiser step: a fused optimiser, or one that steps during backward, lowers it"
-        found.append(Offer("fused", held[Category.OTHER], text))
-    working = held[Category.WORKING_SET]
-    if working >= DOMINANT * peak_bytes:
-        text = (
-            f"one block's working set takes {size(working)}, whatever is done between the blocks: a smaller batch with "
-            "gradient accumulation lowers it"
-        )
-        found.append(Offer("smaller batch", working, text))
-    return found
-
-
-def _further(analysis: Analysis, strategy: str) -> Iterator[str]:
-    """How much further another way of training would get, when `strategy` is enough for now."""
-    reaches = {reach.strategy: reach for reach in analysis.frontier}
-    mine = reaches[strategy]
-    others = [reaches[name] for name in ("checkpoint", "momentum") if name in reaches and name != strategy]
-    for axis in ("largest_batch", "longest_sequence"):
-        now = getattr(mine, axis)
-        best: Reach | None = max(others, key=lambda r: getattr(r, axis) or 0, default=None)
-        most = getattr(best, axis) if best is not None else None
-        if best is not None and now and most and most > now:
-            what = f"a batch of {most:,}" if axis == "largest_batch" else f"{most:,} tokens"
-            yield f"should you want more: {best.strategy} fits {what} instead of {now:,}"
-
-
-def _dominant(prediction: Prediction) -> Category | None:
-    name = max(prediction.categories, key=lambda c: prediction.categories[c])
-    return Category(name) if prediction.categories[name] >= 0.25 * prediction.peak_bytes else None
-
-
-def _share_of_blocks(prediction: Prediction) -> int:
-    return sum(prediction.categories[c] for c in _by_blocks)
+def _time(prediction: Prediction) -> float:
+    """Seconds to three digits, as they are shown: what lies beyond is no difference."""
+    return float(f"{prediction.step_seconds:.3g}")

@@ -4,8 +4,8 @@ A variant is written `NAME` or `NAME:option=value,...`:
 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
-        couplings take arithmetic=exact|float, granularity=block|sublayer, keep_last=N, fraction_bits=N; momentum takes
-        k or gamma
+        couplings take arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert chooses),
+        fraction_bits=N; momentum takes k or gamma
     every one takes loss=full|chunked
 """
 
@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autorev.couplings.arithmetic import side_bits_of
 from autorev.couplings.presets import PRESERVING_GAMMA, PRESETS
@@ -43,7 +43,7 @@ ALL = (
     *("momentum:k=3", "momentum:k=2", "momentum:k=1", "leapfrog", "midpoint", "hamiltonian"),
     *("momentum:k=3,keep_last=4", "plain:loss=chunked", "checkpoint:loss=chunked", "momentum:k=3,loss=chunked"),
 )
-_USUAL = {"arithmetic": "exact", "granularity": "block", "keep_last": 1}
+_USUAL = {"arithmetic": "exact", "granularity": "block", "keep_last": "auto"}
 """What a spec leaves out, so that the same variant has the same spec."""
 _COUPLING_OPTIONS = ("k", "gamma", *_USUAL, "fraction_bits")
 
@@ -100,7 +100,7 @@ def parse_variant(spec: str) -> Variant:
     if name == "compile":
         parts.append(f"budget={_shortest(_budget(request))}")
     for key, usual in _USUAL.items():
-        value = request.number(key, int, usual) if key == "keep_last" else options.get(key, usual)
+        value = _keep_last(request) if key == "keep_last" else options.get(key, usual)
         parts += [f"{key}={value}"] if value != usual else []
     bits = request.number("fraction_bits", int)
     parts += [] if bits is None else [f"fraction_bits={bits}"]
@@ -133,10 +133,9 @@ def coupling_options(variant: Variant) -> dict[str, Any]:
     return how
 
 
-def keep_last(variant: Variant) -> int:
+def keep_last(variant: Variant) -> int | Literal["auto"]:
     """How many blocks at the end of each chain a reversible variant stores."""
-    stored: int = _parse(variant.spec).number("keep_last", int, 1)
-    return stored
+    return _keep_last(_parse(variant.spec))
 
 
 def side_bits(variant: Variant) -> int:
@@ -170,9 +169,17 @@ def _parse(spec: str) -> _Request:
         if options.get(key, values[0]) not in values:
             raise SettingError(f"{key} of the variant {name} is {' or '.join(values)}, not {options[key]!r}")
     request = _Request(name, options)
-    if request.number("keep_last", int, 0) < 0:
-        raise SettingError(f"keep_last of the variant {name} is 0 or more, not {options['keep_last']}")
+    stored = _keep_last(request)
+    if stored != "auto" and stored < 0:
+        raise SettingError(f"keep_last of the variant {name} is auto, or 0 or more, not {options['keep_last']}")
     return request
+
+
+def _keep_last(request: _Request) -> int | Literal["auto"]:
+    if request.options.get("keep_last", "auto") == "auto":
+        return "auto"
+    stored: int = request.number("keep_last", int)
+    return stored
 
 
 def _gamma(request: _Request) -> float:
@@ -240,12 +247,15 @@ def in_place(
         NotApplicable: the variant cannot be had of this model; it is as it was.
     """
     from autorev.chunked_loss import chunk_loss, unchunk_loss
+    from autorev.predict.training import NO_LABELS
     from autorev.rewrite.convert import convert, revert
 
     placed = InPlace()
     with ExitStack() as stack:
         try:
             if variant.loss == "chunked":
+                if call[1].get("labels") is None:
+                    raise NotApplicable(NO_LABELS)
                 chunk_loss(model)
                 stack.callback(unchunk_loss, model)
             if variant.reversible:

@@ -23,6 +23,7 @@ from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import ConversionError
 from autorev.rewrite.convert import chains_of
+from autorev.workload import without_cache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative gradient error that passes, by the narrowest dtype among the parameters."""
@@ -114,7 +115,7 @@ def verify_call(
                 return float(value.detach()), ()
             return float(value.detach()), torch.autograd.grad(value, parameters, allow_unused=True)
 
-    kwargs = _without_cache(model, kwargs)
+    args, kwargs = without_cache(model, (args, kwargs))
     with observing() as observed:
         own_loss, own = run(REVERSIBLE)
     rebuilt = {chain.name: observed.rebuilt.get(chain.name, 0) for chain in chains_of(model)}
@@ -122,12 +123,6 @@ def verify_call(
     with torch.no_grad():
         original_loss, _ = run(ORIGINAL)
     return _compared(named, own, expected, (own_loss, oracle_loss, original_loss), observed.drifts, rebuilt)
-
-
-def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A `transformers` model in eval mode makes a key-value cache, which keeps its blocks from being run again."""
-    makes_one = getattr(getattr(model, "config", None), "use_cache", None) is True and hasattr(model, "main_input_name")
-    return {**kwargs, "use_cache": False} if makes_one and "use_cache" not in kwargs else kwargs
 
 
 def _compared(
@@ -156,6 +151,12 @@ def _compared(
             dot + float((a * b).sum()),
         )
         errors.append((name, math.sqrt(difference / size) if size else math.sqrt(difference)))
+    if not norm and any(hasattr(p, "placements") for _, p in named):
+        raise ConversionError(
+            "the parameters are sharded, and their gradients are collected past autograd, where nothing can compare "
+            "them; verify the model before fully_shard. autorev.drift(model) is 0 for a sharded model, too, when every "
+            "block was rebuilt exactly"
+        )
     if not norm:
         raise ConversionError("every gradient of the oracle is zero, so there is nothing to compare; use another batch")
     error = math.sqrt(off / norm)

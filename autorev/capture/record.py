@@ -126,7 +126,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
 
     with (
         every_layer_kept(drawn),
-        _without_caches(model),
+        without_caches(model),
         _RandomWatch(stack),
         watcher,
         ExitStack() as patches,
@@ -178,7 +178,7 @@ def _inside_of_hooks(model: nn.Module, stack: list[ModuleCall]) -> Iterator[None
 
 
 @contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
+def without_caches(model: nn.Module) -> Iterator[None]:
     """A `transformers` model fills a key-value cache by default, in training too, where nobody reads it.
 
     Switched off in copies of the configs, as a model that was copied or built may still share its config with another.

@@ -115,12 +115,12 @@ def analyze(
     # What the user's own code prints must not mix with what this command prints.
     with progress() as tell, redirect_stdout(sys.stderr):
         tell("reading the model", 0.0)
-        from autorev.models.resolve import resolve
+        from autorev.models.resolve import EMBEDDED, resolve
 
         workload = resolve(model)
         from autorev.pipeline import analyze_workload
 
-        analysis = analyze_workload(workload, **setting, progress=tell)
+        analysis = analyze_workload(workload, named=model or EMBEDDED, **setting, progress=tell)
     if html is None and not no_html and not as_json:
         html = Path("reports") / f"analyze-{file_name(analysis.model.name)}.html"
     if as_json:

@@ -19,12 +19,10 @@ from autorev.detect.chains import detect
 from autorev.predict.compose import StepCost, compose
 from autorev.predict.scaling import ScaledTrace
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
+from autorev.predict.stored import blocks_to_store
 from autorev.predict.strategies import STRATEGIES, Strategy
 from autorev.predict.training import loss_function, optimizer_bytes
 from autorev.workload import Call
-
-RESERVE_BYTES = 2**30
-"""What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
 
 PROBES = (32, 64, 96)
 """Sequence lengths at which a model is simulated that walks through its tokens one at a time."""
@@ -53,26 +51,23 @@ class Forecaster:
     """Strategy and batch -> its steps at `PROBES`."""
 
     def strategies(self) -> tuple[Strategy, ...]:
-        """The strategies that say something about this model.
-
-        `keep_last=1` spares the last block's recomputation for nothing when the step peaks in that block's backward.
-        Where it peaks in the loss, what is kept is alive beside the logits: then `keep_last=0` is the better choice.
-        """
+        """The strategies that say something about this model, with `keep_last` chosen."""
         chosen = STRATEGIES if self.layout.sites else STRATEGIES[:1]
         if not self.reversible:
             return tuple(s for s in chosen if s.kind != "reversible")
-        sample = next(s for s in chosen if s.name == "leapfrog")
-        peaks = [
-            self.peak(self.trace(replace(sample, keep_last=n), self.setting.batch, self.setting.sequence), sample)
-            for n in (0, 1)
-        ]
-        keep_last = int(peaks[1] <= 1.001 * peaks[0])
-        return tuple(
-            replace(s, keep_last=keep_last, note=f"{s.note}; keep_last={keep_last}") if s.kind == "reversible" else s
-            for s in chosen
+        settled = {s.name: self.settled(s) for s in chosen if not s.like}
+        return tuple(_storing(s, settled[s.like].keep_last) if s.like else settled[s.name] for s in chosen)
+
+    def settled(self, strategy: Strategy) -> Strategy:
+        """A reversible strategy with the `keep_last` that `convert` chooses for a step of the setting's size."""
+        if strategy.kind != "reversible":
+            return strategy
+        nothing, last = (
+            self.trace(replace(strategy, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
         )
 
     def trace(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
+        return _storing(strategy, blocks_to_store(nothing, last, self.layout))
         """One simulated step; of a model that walks through long sequences, the polynomial through short ones."""
         if self.walks and sequence is not None and sequence > PROBES[-1]:
             if (strategy, batch) not in self.probed:
@@ -81,7 +76,7 @@ class Forecaster:
             return self.probed[strategy, batch].at(sequence)
         with self.mode:
             call = self.example(batch, sequence)
-            layout = self._layout_for(call).storing(strategy.keep_last)
+            layout = self._layout_for(call).storing(strategy)
             loss = loss_function(self.twin, self.setting.loss)
             with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
                 return simulate(self.twin, call, layout, strategy, loss)
@@ -96,7 +91,7 @@ class Forecaster:
     def cost(self, trace: StepTrace, strategy: Strategy) -> StepCost:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
-        layout = self.layout.storing(strategy.keep_last)
+        layout = self.layout.storing(strategy)
         return compose(trace, layout, state, temporary, strategy.kind == "offload")
 
     def optimizer(self) -> tuple[int, int, int]:
@@ -122,6 +117,9 @@ class Forecaster:
             note=strategy.note,
         )
 
+            keep_last=tuple(strategy.stored_of(chain) for chain in range(len(self.layout.lengths)))
+            if strategy.kind == "reversible"
+            else (),
     def peak(self, trace: StepTrace, strategy: Strategy) -> int:
         """Peak bytes of a step."""
         return max(self.cost(trace, strategy).phase_peaks.values())
@@ -164,6 +162,13 @@ class _OperationCount(OwnMode):
 
 def rename(prediction: Prediction, strategy: Strategy) -> Prediction:
     """The prediction of a strategy with the same memory and work under its own name."""
+def _storing(strategy: Strategy, keep_last: int | tuple[int, ...]) -> Strategy:
+    if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
+        keep_last = keep_last[0]
+    shown = str(keep_last) if isinstance(keep_last, int) else ", ".join(map(str, keep_last))
+    return replace(strategy, keep_last=keep_last, note=f"{strategy.note}; keep_last={shown}")
+
+
     return replace(
         prediction,
         strategy=strategy.name,

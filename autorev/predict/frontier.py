@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autorev.analysis import Reach, Sweep
-from autorev.predict.forecast import RESERVE_BYTES, Forecaster
+from autorev.predict.forecast import Forecaster
 from autorev.predict.scaling import ScaledTrace
 from autorev.predict.simulate import StepTrace
 from autorev.predict.strategies import Strategy
@@ -81,7 +81,7 @@ def _curve(forecaster: Forecaster, strategy: Strategy, here: StepTrace, axis: st
 
 def _limit(forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
     """The largest size that fits, and the curve sharpened there: it proposes a size, a simulated step disposes."""
-    room = forecaster.device.memory_bytes - RESERVE_BYTES
+    room = forecaster.device.usable_bytes
     most = 2**20 if axis == "batch" else forecaster.longest_sequence or 2**24
 
     def fits(size: int) -> bool:

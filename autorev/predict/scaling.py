@@ -73,6 +73,8 @@ def _segment(same: Sequence[Segment], weights: Sequence[float]) -> Segment:
         flops=mix([s.flops for s in same]),
         matmul_bytes=mix([s.matmul_bytes for s in same]),
         other_bytes=mix([s.other_bytes for s in same]),
+        grown=mix([s.grown for s in same]),
+        grown_top=mix([s.grown_top for s in same]),
     )
 
 

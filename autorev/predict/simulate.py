@@ -8,6 +8,7 @@ of three. `measured=True` runs every block instead, on real tensors if the model
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import nn
 
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.record import named_arguments
+from autorev.capture.record import named_arguments, without_caches
 from autorev.detect.ends import find_stream, put
 from autorev.detect.judge import Finding, argument_of, leaves
 from autorev.detect.outline import Outlined, outline
@@ -84,11 +85,19 @@ class Layout:
         site = self.sites[number]
         return number if number in self.active else self.groups[site.chain, site.kind][1]
 
-    def storing(self, keep_last: int) -> Layout:
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Blocks of each chain, by its number."""
+        counts = Counter(site.chain for site in self.sites if site.chain is not None)
+        return tuple(counts[number] for number in range(len(counts)))
+
+    def storing(self, strategy: Strategy) -> Layout:
         """The layout in which the last blocks of a chain, stored instead of recomputed, are a kind of their own."""
-        if keep_last < 2:  # the last block of a kind is run in any case
+        most = max((strategy.stored_of(chain) for chain in range(len(self.lengths))), default=0)
+        if most < 2:  # the last block of a kind is run in any case
             return self
-        sites = (replace(s, kind=(s.kind, s.chain is not None and s.from_end < keep_last)) for s in self.sites)
+        stored = (s.chain is not None and s.from_end < strategy.stored_of(s.chain) for s in self.sites)
+        sites = (replace(s, kind=(s.kind, last)) for s, last in zip(self.sites, stored, strict=True))
         return Layout(tuple(sites), self.outlined)
 
 
@@ -179,6 +188,7 @@ def simulate(
     tracker = MemoryTracker()
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
+        stack.enter_context(without_caches(twin))
         stack.enter_context(tracker)
         tracker.adopt(twin)
         for _, leaf in leaves(call):
@@ -303,7 +313,7 @@ class _Steps:
             state=self.states.setdefault(site.chain, ChainState()),
             number=site.number,
             side_bits=self.strategy.side_bits,
-            recompute=site.from_end >= self.strategy.keep_last,
+            recompute=site.from_end >= self.strategy.stored_of(site.chain),
             tracker=self.tracker,
         )
 

@@ -34,10 +34,14 @@ class Strategy:
     """k of gamma = n / 2^k; 0 where nothing need be stored."""
     preserves_function: bool = True
     note: str = ""
-    keep_last: int = 1
-    """Blocks at the end of a reversible chain that are stored instead of recomputed."""
+    keep_last: int | tuple[int, ...] = 0
+    """Blocks at the end of a reversible chain that are stored instead of recomputed: of all alike, or one by one."""
     like: str = ""
     """Another strategy with the same memory and work: predicted once."""
+
+    def stored_of(self, chain: int) -> int:
+        """Blocks at the end of the chain of that number that are stored."""
+        return self.keep_last if isinstance(self.keep_last, int) else self.keep_last[chain]
 
 
 STRATEGIES: tuple[Strategy, ...] = (
@@ -135,7 +139,7 @@ def run_reversible(
         returned = run(stream)
     delta = take(returned)
     with torch.no_grad():
-        if side_bits:
+        if side_bits and recompute:
             with tracker.labelled(Category.SIDE_BITS):
                 packed = (stream.numel() * side_bits + 7) // 8
                 state.bits[number] = torch.empty(packed, dtype=torch.uint8)

@@ -50,6 +50,10 @@ class Segment:
     """Bytes read and written by operations that do `flops`."""
     other_bytes: int = 0
     """Bytes read and written by all other operations."""
+    grown: int = 0
+    """What it left behind of all that grows with the batch: parameters and their gradients do not."""
+    grown_top: int = 0
+    """The same at its own highest point."""
 
 
 @dataclass(eq=False)
@@ -61,6 +65,10 @@ class Live:
     born: Segment
     owner: str = ""
     """Who allocated it, where somebody keeps track: `MemoryTracker.owner` at its birth."""
+    of_weights: bool = False
+    """Is it of a parameter's size, whatever the batch: a parameter, or a gradient of one?"""
+    summed_from: tuple[Live, ...] = ()
+    """Gradients of the same tensor that autograd's engine added up to this one."""
 
 
 class MemoryTracker(OwnMode):
@@ -76,6 +84,8 @@ class MemoryTracker(OwnMode):
         self.gradients: set[int] = set()
         self.counting_work = True
         self._hooks: list[Any] = []
+        self._history: list[tuple[Segment, Live, int]] = []
+        """Births and deaths; which of them are of weights is known when the step is over."""
 
     # -- segments --------------------------------------------------------------------------------------------------
 
@@ -97,6 +107,11 @@ class MemoryTracker(OwnMode):
         self.current = Segment("after")  # what is freed from here on is no part of the step
         for hook in self._hooks:
             hook.remove()
+        for segment, live, size in self._history:
+            if not live.of_weights:
+                segment.grown += size
+                segment.grown_top = max(segment.grown_top, segment.grown)
+        self._history.clear()
         return self.segments
 
     @contextmanager
@@ -132,17 +147,23 @@ class MemoryTracker(OwnMode):
         if key in self.live or storage.nbytes() == 0:
             return
         weakref.finalize(storage, self._freed, key).atexit = False
-        self.born(key, Live(storage.nbytes(), category or self.label, self.current, self.owner))
+        live = Live(storage.nbytes(), category or self.label, self.current, self.owner)
+        live.of_weights = live.category in (Category.PARAMETERS, Category.OPTIMIZER_STATE)
+        self.born(key, live)
+
+    def _live_of(self, tensor: Any) -> Live | None:
+        return self.live.get(tensor.untyped_storage()._cdata) if isinstance(tensor, torch.Tensor) else None
 
     def relabel(self, tensor: torch.Tensor, category: Category) -> None:
         """A counted tensor is `category` from now on."""
-        live = self.live.get(tensor.untyped_storage()._cdata)
+        live = self._live_of(tensor)
         if live is not None and live.category is not category:
             self.moved(live, category)
 
     def born(self, key: int, live: Live) -> None:
         """A storage is alive from now on."""
         self.live[key] = live
+        self._history.append((self.current, live, live.bytes))
         self._count(live.category, live.bytes)
 
     def moved(self, live: Live, category: Category) -> None:
@@ -153,6 +174,7 @@ class MemoryTracker(OwnMode):
 
     def died(self, live: Live) -> None:
         """A storage is gone, or its memory was taken over."""
+        self._history.append((self.current, live, -live.bytes))
         self._count(live.category, -live.bytes)
 
     def _freed(self, key: int) -> None:
@@ -165,7 +187,14 @@ class MemoryTracker(OwnMode):
         if parameter.grad is not None:
             self.see(parameter.grad, Category.GRADIENTS)
             self.relabel(parameter.grad, Category.GRADIENTS)
+            self._is_of_weights(self._live_of(parameter.grad))
             self.gradients.add(parameter.grad.untyped_storage()._cdata)
+
+    def _is_of_weights(self, live: Live | None) -> None:
+        if live is not None:
+            live.of_weights = True
+            for part in live.summed_from:
+                self._is_of_weights(part)
 
     def _count(self, category: Category, size: int) -> None:
         segment = self.current
@@ -184,12 +213,18 @@ class MemoryTracker(OwnMode):
         if func is aten.add.Tensor and self._is_accumulation(args):
             # Under a dispatch mode autograd adds gradients out of place; in real training it adds in place.
             func = aten.add_.Tensor
+            self._is_of_weights(self._live_of(args[1]))
+        parts: list[Live | None] = []
         if func is aten.add.Tensor and self._is_summed_by_engine(args):
+            parts = [self._live_of(part) for part in args]
             self._forget(args[0])
         result = func(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         for tensor in made:
             self.see(tensor)
+        total = self._live_of(result) if parts else None
+        if total is not None:
+            total.summed_from = tuple(part for part in parts if part is not None)
         if self.counting_work:
             self._count_work(func, args, kwargs, result, made)
         return result

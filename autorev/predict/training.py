@@ -15,6 +15,7 @@ from autorev.detect.judge import leaves
 from autorev.errors import SettingError
 from autorev.workload import Call
 
+NO_LABELS = "the batch holds no labels, so there is no loss to compute in chunks"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -150,6 +151,8 @@ def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
     args, kwargs = call
     head = head_of(model)
     assert head is not None
+    if kwargs.get("labels") is None:
+        raise SettingError(NO_LABELS)
     _, hidden = run_without_logits(model, model, head, args, kwargs)
     return linear_loss(head, hidden, kwargs["labels"])
 

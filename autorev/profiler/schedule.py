@@ -16,7 +16,7 @@ from autorev.profiler.advice.advise import advise
 from autorev.profiler.job import Job, Outcome, Source, Sweep
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.options import SweepRequest
-from autorev.profiler.passes.measure import measure
+from autorev.profiler.passes.measure import measure, one_line
 from autorev.profiler.passes.predicted import predict_variant
 from autorev.profiler.record import Profile, Result, Status, Variant
 from autorev.profiler.subject import Subject
@@ -75,7 +75,7 @@ class Schedule:
             try:
                 prediction = predict_variant(self.subject.forecaster, result.variant)
             except Exception as error:  # a model that cannot be simulated can be measured all the same
-                why = str(error) if isinstance(error, AutorevError) else type(error).__name__
+                why = str(error) if isinstance(error, AutorevError) else one_line(error)
                 note = f"{result.variant.title} could not be predicted: {why}"
                 self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
                 continue

@@ -23,7 +23,7 @@ from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile
 from autorev.variants import Blocks
-from autorev.workload import Call, Workload
+from autorev.workload import Call, Workload, without_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +186,10 @@ def _call(model: nn.Module, batch: Any) -> Call:
     if batch is None:
         return example_call_of(model, "profile")
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+        call: Call = (), dict(batch)
+    else:
+        call = (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+    return without_cache(model, call)
 
 
 def _workload_of(model: nn.Module, call: Call, wanted: dict[str, Any]) -> Workload:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autorev.analysis import Category, ModelInfo, Setting
-from autorev.report.format import clean, format_count, format_integer, plural
+from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
+from autorev.report.format import clean, format_bytes, format_count, format_integer, plural
 
 CATEGORY_TITLES = {
     Category.PARAMETERS: "parameters",
@@ -86,8 +86,10 @@ def strategy_title(strategy: str) -> str:
     return clean(_titles.get(strategy, strategy))
 
 
-def headline(strategy: str) -> str:
-    """A recommendation as an imperative."""
+def headline(strategy: str | None) -> str:
+    """A recommendation as an imperative; `None` where nothing is recommended."""
+    if strategy is None:
+        return "None"
     coupling = strategy in STRATEGY_MEANINGS and strategy not in BASELINES
     return f"Use the {clean(strategy)} coupling" if coupling else f"Use {strategy_title(strategy)}"
 
@@ -95,6 +97,12 @@ def headline(strategy: str) -> str:
 def model_facts(model: ModelInfo) -> tuple[str, str, str]:
     """Class, size and origin."""
     return clean(model.class_name), f"{format_count(model.parameters)} parameters", clean(model.source)
+
+
+def device_facts(device: DeviceInfo) -> str:
+    """`NVIDIA H100 (79.6 GiB, of which 78.6 GiB to use)`."""
+    memory, usable = format_bytes(device.memory_bytes), format_bytes(device.usable_bytes)
+    return f"{clean(device.title)} ({memory}, of which {usable} to use)"
 
 
 def setting_facts(setting: Setting) -> dict[str, str]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,12 +28,13 @@ from autorev.errors import ConversionError
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock, replacements_of
 from autorev.rewrite.checkpointing import explain_checkpointing, stop_explaining
+from autorev.rewrite.estimate import Estimate
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
 from autorev.rewrite.select import Chosen, Numbers, choose, patterns
-from autorev.rewrite.summary import Conversion, ConvertedChain, saving_of
+from autorev.rewrite.summary import Conversion, ConvertedChain
 from autorev.rewrite.trained_by import notice_trainers, stop_noticing
 
 
@@ -46,7 +48,7 @@ class Request:
     arithmetic: str = "exact"
     blocks: str | Iterable[str] | None = None
     exclude: str | Iterable[str] | None = None
-    keep_last: int = 1
+    keep_last: int | Literal["auto"] = "auto"
     granularity: str = "block"
     fraction_bits: int | Mapping[str, int] | None = None
 
@@ -60,7 +62,7 @@ def convert(
     arithmetic: str = "exact",
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    keep_last: int = 1,
+    keep_last: int | Literal["auto"] = "auto",
     granularity: str = "block",
     fraction_bits: int | Mapping[str, int] | None = None,
     example_args: tuple[Any, ...] | None = None,
@@ -79,7 +81,8 @@ def convert(
         arithmetic: "exact" (int32 fixed point and side bits: reconstruction without any error) or "float".
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
-        keep_last: so many blocks at the end of each chain are stored instead of recomputed.
+        keep_last: so many blocks at the end of each chain are stored instead of recomputed. "auto": the last one, where
+            that does not raise the peak of a training step of the example (its proportions count, not its size).
         granularity: "block", or "sublayer" for a step per residual add.
         fraction_bits: the fixed-point grid is 2^-fraction_bits, for all chains or by chain name; default: chosen per
             chain by a probe of the example.
@@ -107,11 +110,15 @@ def convert(
     args, kwargs = _example(model, example_args, example_kwargs)
     chosen = choose(model, args, kwargs, request.blocks, request.exclude)
     _check_patterns(request, chosen)
-    built: list[_Built] = []
-    for chain in chosen.chains:
-        built.append(_Built(model, chain, request, preset, taken={item.chain.name for item in built}))
-    if not built:
+    if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
+    estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
+    couplings = [c for chain in chosen.chains for c in couplings_of(request, preset, [f.path for f in chain])]
+    bits = 0 if request.arithmetic == "float" else max(coupling.side_bits for coupling in couplings)
+    stored = estimate.stored(request.keep_last, bits, in_pieces(request, preset))
+    built: list[_Built] = []
+    for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
+        built.append(_Built(model, chain, kept, request, preset, taken={item.chain.name for item in built}))
     names = list(model.state_dict())
     for item in built:
         item.install()
@@ -135,9 +142,10 @@ def convert(
         coupling=preset.name,
         arithmetic=request.arithmetic,
         granularity=request.granularity,
-        chains=tuple(item.summary() for item in built),
+        chains=tuple(item.summary(why) for item, why in zip(built, stored.why, strict=True)),
         not_converted=tuple(chosen.left_out),
         notes=tuple(notes),
+        simulated=partial(estimate.memory, max(item.side_bits for item in built), stored.blocks),
     )
 
 
@@ -189,11 +197,17 @@ def check_request(request: Request) -> Preset:
         raise ConversionError(f"arithmetic is 'exact' or 'float', not {request.arithmetic!r}")
     if request.granularity not in ("block", "sublayer"):
         raise ConversionError(f"granularity is 'block' or 'sublayer', not {request.granularity!r}")
-    if not isinstance(request.keep_last, int) or request.keep_last < 0:
-        raise ConversionError(f"keep_last is a number of blocks, 0 or more, not {request.keep_last!r}")
+    number = isinstance(request.keep_last, int) and request.keep_last >= 0
+    if request.keep_last != "auto" and not number:
+        raise ConversionError(f"keep_last is 'auto' or a number of blocks, 0 or more, not {request.keep_last!r}")
     if request.fraction_bits is not None and request.arithmetic == "float":
         raise ConversionError("fraction_bits belongs to arithmetic='exact'; leave it out")
     return preset
+
+
+def in_pieces(request: Request, preset: Preset) -> bool:
+    """Is a step less than a block?"""
+    return request.granularity == "sublayer" or preset.two_streams
 
 
 def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
@@ -231,11 +245,12 @@ class _Built:
     """A chain ready to be installed."""
 
     def __init__(
-        self, model: nn.Module, findings: list[Finding], request: Request, preset: Preset, taken: set[str]
+        self, model: nn.Module, findings: list[Finding], kept: int, request: Request, preset: Preset, taken: set[str]
     ) -> None:
-        pieces = request.granularity == "sublayer" or preset.two_streams
+        """`kept`: so many blocks are stored."""
+        pieces = in_pieces(request, preset)
         inline = findings[0].inline
-        kept = min(request.keep_last, len(findings))
+        self.kept = kept
         if pieces and inline:
             kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
             findings = by_steps(findings)
@@ -246,10 +261,7 @@ class _Built:
         for finding in findings:
             self.first.append(len(paths))
             paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
-        couplings = [
-            coupling_for(preset, path, n, len(paths), number_for(request.gamma, path), number_for(request.c, path))
-            for n, path in enumerate(paths)
-        ]
+        couplings = couplings_of(request, preset, paths)
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
         stream = findings[0].stream_in
         double = stream is not None and stream.dtype is torch.float64
@@ -293,7 +305,16 @@ class _Built:
         for forward in self.forwards:
             forward.install()
 
-    def summary(self) -> ConvertedChain:
+    @property
+    def side_bits(self) -> int:
+        """The most that a block which is recomputed keeps of an element."""
+        chain = self.chain
+        if not isinstance(chain.arithmetic, FixedPoint):
+            return 0
+        per_block = max(len(chain.couplings) // max(len(set(chain.paths)), 1), 1)
+        return per_block * max((c.side_bits for c in chain.couplings[: chain.stored_from]), default=0)
+
+    def summary(self, why_stored: str) -> ConvertedChain:
         """What the user is told about it."""
         chain = self.chain
         gammas = tuple(float(c.gamma) for c in chain.couplings if isinstance(c, Velocity))
@@ -302,12 +323,21 @@ class _Built:
             blocks=tuple(finding.path for finding in self.findings),
             steps=len(chain.couplings),
             stored_steps=len(chain.couplings) - chain.stored_from,
+            stored_blocks=self.kept,
+            why_stored=why_stored,
             gamma=gammas,
             c=tuple(c.c for c in chain.couplings if isinstance(c, Velocity)),
             side_bits=tuple(c.side_bits for c in chain.couplings),
             fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
-            saving=saving_of(self.findings, chain),
         )
+
+
+def couplings_of(request: Request, preset: Preset, paths: list[str]) -> list[Coupling]:
+    """One for each step, of which `paths` are the blocks."""
+    return [
+        coupling_for(preset, path, n, len(paths), number_for(request.gamma, path), number_for(request.c, path))
+        for n, path in enumerate(paths)
+    ]
 
 
 def number_for(numbers: Numbers, path: str) -> float | None:

@@ -90,6 +90,7 @@ class ReverseChains(ResidualPass):
         self.request = Request(
             coupling, gamma, c, arithmetic, keep_last=keep_last, granularity="sublayer", fraction_bits=fraction_bits
         )
+        self.keep_last = keep_last
         self.preset = check_request(self.request)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -146,7 +147,7 @@ class ReverseChains(ResidualPass):
         assert not isinstance(gamma, Mapping)
         assert not isinstance(c, Mapping)
         couplings = [coupling_for(self.preset, full, n, steps, gamma, c) for n in range(steps)]
-        stored_from = max(steps - self.request.keep_last, 0)
+        stored_from = max(steps - self.keep_last, 0)
         arithmetic = arithmetic_for(self.request, couplings[:stored_from], [full] * steps, full, double)
         paths = [full] * steps
         return ReversibleChain(full, couplings, arithmetic, stored_from, self.preset.averages, paths)

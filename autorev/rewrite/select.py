@@ -22,6 +22,10 @@ class Chosen:
 
     chains: list[list[Finding]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    others: list[Finding] = field(default_factory=list)
+    """Those blocks that were judged."""
+    twin: nn.Module = field(default_factory=nn.Module)
+    """The fake copy that the findings speak of."""
 
 
 def choose(
@@ -39,9 +43,9 @@ def choose(
     """
     from autorev.pipeline import detect_in
 
-    detection, _ = detect_in(model, args, kwargs)
+    detection, twin = detect_in(model, args, kwargs)
     wanted, unwanted = patterns(blocks), patterns(exclude)
-    chosen = Chosen()
+    chosen = Chosen(twin=twin)
     refused = detection.public()[1]
     paths = [f.path for chain in detection.chains for f in chain] + [block.path for block in refused]
     for pattern in (*(wanted or ()), *(unwanted or ())):
@@ -68,6 +72,9 @@ def choose(
         chosen.left_out.append((block.path, "; ".join(block.reasons)))
         if wanted is not None and any(fnmatchcase(block.path, p) for p in wanted):
             raise ConversionError(f"{block.path} cannot be converted: {'; '.join(block.reasons)}")
+    taken_over = {id(finding) for chain in chosen.chains for finding in chain}
+    judged = (*(finding for chain in detection.chains for finding in chain), *detection.refused)
+    chosen.others = [finding for finding in judged if id(finding) not in taken_over]
     return chosen
 
 

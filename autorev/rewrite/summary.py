@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
-from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.presets import PRESERVING_GAMMA
-from autorev.report.format import format_bytes
-
-if TYPE_CHECKING:
-    from autorev.detect.judge import Finding
-    from autorev.engine.chain import ReversibleChain
+from autorev.report.format import format_bytes, plural
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
-    """Bytes that one chain keeps between forward and backward of the example call, side by side."""
+class Held:
+    """Bytes of one training step of the example call, beside parameters, their gradients and the optimiser's state."""
 
-    plain: int | None
-    """By ordinary autograd; None for the turns of a loop, which are not counted one by one."""
-    checkpoint: int
-    """By checkpointing every block: their inputs."""
-    tape: int
-    """The chain's last state and its side bits."""
-    stored_blocks: int | None
-    """The activations of the last blocks (`keep_last`), which are needed first."""
+    kept: int
+    """What the blocks keep between forward and backward."""
+    peak: int
+    """At the highest point of the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The same step side by side."""
+
+    plain: Held
+    """Under ordinary autograd."""
+    checkpoint: Held
+    """With a checkpoint around every block."""
+    converted: Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,18 @@ class ConvertedChain:
     steps: int
     stored_steps: int
     """Steps at the end that are stored instead of recomputed."""
+    stored_blocks: int
+    """The blocks they are: `keep_last`, as it was given or chosen."""
+    why_stored: str
+    """Why so many, in words."""
     gamma: tuple[float, ...]
     c: tuple[float, ...]
     side_bits: tuple[int, ...]
     fraction_bits: int | None
     """The grid is 2^-fraction_bits; None in float arithmetic."""
-    saving: Saving
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Conversion:
     """The result of `autorev.convert`; `print` it."""
 
@@ -58,6 +63,17 @@ class Conversion:
     not_converted: tuple[tuple[str, str], ...]
     """(path, reason) of every residual block that was left as it is."""
     notes: tuple[str, ...] = ()
+    simulated: Callable[[], Memory | str] = field(default=lambda: "it was not asked for", repr=False, compare=False)
+    """Simulates a training step of the example call; a string says why it cannot be."""
+
+    @cached_property
+    def _found(self) -> Memory | str:
+        return self.simulated()
+
+    @property
+    def memory(self) -> Memory | None:
+        """Of a training step of the example call, simulated when it is first read; None where it cannot be."""
+        return None if isinstance(self._found, str) else self._found
 
     @property
     def preserves_function(self) -> bool:
@@ -71,16 +87,20 @@ class Conversion:
 
     def to_json(self) -> str:
         """One JSON object."""
-        return json.dumps({**asdict(self), "preserves_function": self.preserves_function}, indent=1)
+        plain = ("coupling", "arithmetic", "granularity", "not_converted", "notes")
+        told = {name: getattr(self, name) for name in plain}
+        told["chains"] = [asdict(chain) for chain in self.chains]
+        told["memory"] = None if self.memory is None else asdict(self.memory)
+        return json.dumps({**told, "preserves_function": self.preserves_function}, indent=1)
 
     def __str__(self) -> str:
-        lines = []
-        for chain in self.chains:
-            lines.append(
-                f"{chain.name}: {len(chain.blocks)} blocks reversible, {self.coupling}{_numbers(chain)}, "
-                f"{self.arithmetic}{_grid(chain)}"
-            )
-            lines.append(f"  kept between forward and backward, in the example call: {_kept(chain.saving)}")
+        lines = [
+            f"{chain.name}: {len(chain.blocks)} blocks reversible, {self.coupling}{_numbers(chain)}, "
+            f"{self.arithmetic}{_grid(chain)}"
+            for chain in self.chains
+        ]
+        lines += _compared(self._found, self.chains, len(self.not_converted))
+        lines += dict.fromkeys(_stored(chain, len(self.chains)) for chain in self.chains)
         if self.preserves_function:
             lines.append("The pretrained function is preserved (gamma is small: autorev.verify shows by how much not)")
         else:
@@ -92,81 +112,65 @@ class Conversion:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
-def _kept(saving: Saving) -> str:
-    others = f"checkpointing {format_bytes(saving.checkpoint)}"
-    if saving.plain is None or saving.stored_blocks is None:
-        return f"{format_bytes(saving.tape)} and the stored blocks ({others})"
-    return f"{format_bytes(saving.tape + saving.stored_blocks)} (plain {format_bytes(saving.plain)}, {others})"
+def _stored(chain: ConvertedChain, chains: int) -> str:
+    if chain.stored_blocks == 0:
+        what = "No block is"
+    elif chain.stored_blocks == 1:
+        what = "The last block is"
+    else:
+        what = f"The last {chain.stored_blocks} blocks are"
+    where = f" of {chain.name}" if chains > 1 else ""
+    return f"{what} stored{where} (keep_last={chain.stored_blocks}): {chain.why_stored}"
+
+
+def _compared(memory: Memory | str, chains: tuple[ConvertedChain, ...], left_out: int) -> Iterator[str]:
+    if isinstance(memory, str):
+        yield f"  what it saves was not counted: a training step of the example call cannot be simulated ({memory})"
+        return
+    plain, checkpoint, converted = memory.plain, memory.checkpoint, memory.converted
+
+    def beside(own: int, of_plain: int, of_checkpoint: int) -> str:
+        return f"{format_bytes(own)} (plain {format_bytes(of_plain)}, checkpointing {format_bytes(of_checkpoint)})"
+
+    kept = beside(converted.kept, plain.kept, checkpoint.kept)
+    peak = beside(converted.peak, plain.peak, checkpoint.peak)
+    yield f"  kept between forward and backward, in the example call: {kept}"
+    yield f"  at the peak of that step, beside weights, their gradients and optimiser state: {peak}"
+    if converted.peak > min(plain.peak, checkpoint.peak):
+        lower = "plain training" if plain.peak <= checkpoint.peak else "checkpointing"
+        yield f"Do not convert to save memory: {lower} peaks lower here, {_because(memory, chains, left_out)}"
+
+
+def _because(memory: Memory, chains: tuple[ConvertedChain, ...], left_out: int) -> str:
+    if memory.converted.kept <= memory.checkpoint.kept:
+        return "because the chain's streams and their gradients lie beside the block that is computed"
+    blocks = sum(len(chain.blocks) for chain in chains)
+    text = (
+        f"because two streams in 32 bits for {plural(len(chains), 'chain')}, side bits and stored blocks take more "
+        f"than the inputs of {plural(blocks, 'block')}"
+    )
+    if left_out:
+        text += f", and the {plural(left_out, 'block')} that {'is' if left_out == 1 else 'are'} not converted keep all"
+    return text
 
 
 def _numbers(chain: ConvertedChain) -> str:
     if not chain.gamma:
         return ""
-    inner = set(zip(chain.gamma[1:-1], chain.c[1:-1], strict=True))
-    if len(set(chain.gamma)) == 1 and len(inner) == 1:
-        ends = "" if {chain.c[0], chain.c[-1]} == {chain.c[1]} else f", at the ends {chain.c[0]:g}"
-        return f" (gamma {chain.gamma[0]:g}, c {chain.c[1]:g}{ends})"
-    return f" (gamma {min(chain.gamma):g} to {max(chain.gamma):g})"
+    inner, ends = chain.c[1:-1], {chain.c[0], chain.c[-1]}
+    text = f"gamma {_range(chain.gamma)}, c {_range(inner or chain.c)}"
+    if inner and ends != set(inner):
+        text += f", at the ends {_range(ends)}"
+    return f" ({text})"
 
 
 def _grid(chain: ConvertedChain) -> str:
     if chain.fraction_bits is None:
         return ""
-    bits = sorted(set(chain.side_bits))
-    shown = f"{bits[0]}" if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"
-    return f" (grid 2^-{chain.fraction_bits}, {shown} side bits)"
+    return f" (grid 2^-{chain.fraction_bits}, {_range(chain.side_bits)} side bits)"
 
 
-def saving_of(findings: list[Finding], chain: ReversibleChain) -> Saving:
-    """Counted on the recorded call's fake tensors."""
-    stream = findings[0].stream_in
-    assert stream is not None
-    per_block = len(chain.couplings) // len(findings)
-    stored = (len(chain.couplings) - chain.stored_from) // max(per_block, 1)
-    known: dict[Any, int | None] = {}
-    kept = [known[kind] if (kind := _kind(f)) in known else known.setdefault(kind, _kept_by(f)) for f in findings]
-    each = None if None in kept else [one for one in kept if one is not None]
-    exact = isinstance(chain.arithmetic, FixedPoint)
-    itemsize = 4 if exact else max(4, stream.element_size())
-    side = sum(c.side_bits for c in chain.couplings[: chain.stored_from]) * stream.numel() // 8 if exact else 0
-    return Saving(
-        plain=None if each is None else sum(each),
-        checkpoint=sum(s.numel() * s.element_size() for f in findings if (s := f.stream_in) is not None),
-        tape=2 * stream.numel() * itemsize + side,
-        stored_blocks=None if each is None else sum(each[len(each) - stored :]),
-    )
-
-
-def _kind(finding: Finding) -> Any:
-    """Blocks of one kind keep the same: of one class, with parameters and a stream of the same sizes."""
-    module, stream = finding.call.module, finding.stream_in
-    sizes = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters())
-    plain = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, bool | int | float | str))
-    return type(module), sizes, plain, None if stream is None else tuple(stream.shape), finding.inline
-
-
-def _kept_by(finding: Finding) -> int | None:
-    """Bytes that autograd keeps for one block, parameters aside."""
-    import torch
-
-    from autorev.capture.fake import every_layer_kept
-
-    if finding.inline:
-        return None
-    call = finding.call
-    stream = finding.stream_in
-    owned = {t.untyped_storage()._cdata for t in [*call.module.parameters(), *call.module.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    fake_mode: Any = getattr(stream, "fake_mode", None)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.enable_grad(), every_layer_kept(), hooks, fake_mode or nullcontext():
-        alive = call.module.forward(*call.args, **call.kwargs)
-    del alive  # held until here: what is freed early would be counted under another's number
-    return sum(kept.values())
+def _range(numbers: Iterable[float]) -> str:
+    """`0.125`, or `0.125 to 0.5` where the numbers differ as they are shown."""
+    shown = list(dict.fromkeys(f"{number:g}" for number in sorted(numbers)))
+    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"

@@ -16,10 +16,11 @@ import transformers as hf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autorev.analysis import Analysis, Category, Prediction
+import autorev
+from autorev.analysis import RESERVE_BYTES, Analysis, Category, Prediction
 from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare
-from autorev.predict.forecast import RESERVE_BYTES, Forecaster
+from autorev.predict.forecast import Forecaster
 from autorev.predict.frontier import explore
 from autorev.profiles import load_device
 from autorev.workload import Workload
@@ -114,6 +115,36 @@ def test_other_settings_agree_with_the_allocator() -> None:
         predicted = predict(forecaster, "plain")
         truth = allocator_peak(workload, analysis, None, batch, sequence)
         assert predicted.peak_bytes == pytest.approx(truth, rel=0.02), str(setting)
+
+
+@pytest.mark.parametrize(
+    ("family", "vocabulary", "setting", "stored"),
+    [
+        ("llama", 2000, {}, (0,)),
+        ("llama", 2000, {"trains": "lora", "lora_rank": 4}, (0,)),
+        ("llama", 99, {"trains": "lora", "lora_rank": 4}, (1,)),
+        ("t5", 99, {}, (0, 1)),
+    ],
+)
+def test_what_is_predicted_is_what_convert_does(
+    family: str, vocabulary: int, setting: dict[str, Any], stored: tuple[int, ...]
+) -> None:
+    """`convert` chooses the `keep_last` that was predicted, and the step has the predicted peak."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES[family]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": vocabulary}))
+    analysis, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", **setting)
+    predicted = predict(forecaster, "momentum")
+    assert predicted.keep_last == stored
+    done: list[tuple[int, ...]] = []
+
+    def convert(model: nn.Module) -> None:
+        args, kwargs = workload.example(batch, sequence)
+        conversion = autorev.convert(model, example_args=args, example_kwargs=kwargs)
+        done.append(tuple(chain.stored_blocks for chain in conversion.chains))
+
+    truth = allocator_peak(workload, analysis, None, batch, sequence, prepared=convert)
+    assert done == [stored]
+    assert predicted.peak_bytes == pytest.approx(truth, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
@@ -232,6 +263,7 @@ def allocator_peak(
     batch: int,
     sequence: int | None,
     dtype: torch.dtype = torch.float32,
+    prepared: Callable[[nn.Module], None] = lambda model: None,
 ) -> int:
     """Bytes at the highest point of the second (warm) training step of the real model."""
     assert analysis.setting is not None
@@ -241,6 +273,7 @@ def allocator_peak(
     args, kwargs = workload.example(batch, sequence)
     blocks = [b.path for chain in analysis.chains for b in chain.blocks] + [b.path for b in analysis.refused]
     freeze(model, setting.trains, setting.lora_rank, blocks)
+    prepared(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
     if setting.optimizer == "adamw":

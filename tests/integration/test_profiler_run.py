@@ -7,21 +7,66 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 
+import autorev
 from autorev.errors import SettingError
 from autorev.profiler.job import Job
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.record import Profile, Status
+from autorev.profiler.subject import _call
 from tests.profiling import job_of, run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("folder")
 
 # -- fresh processes
+
+
+def test_a_tokenizers_batch_is_profiled_without_a_cache() -> None:
+    """Neither labels nor use_cache are given: what can be had is predicted, and the step fills no cache."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=99,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config), torch.randint(0, 99, (2, 16))
+    batch = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert _call(model, batch)[1]["use_cache"] is False
+    assert _call(model, {**batch, "use_cache": True})[1]["use_cache"] is True  # it was asked for
+    record = autorev.profile(model, batch, predict=True)
+    known = {result.variant.spec for result in record.results if result.prediction is not None}
+    assert known == {"plain", "checkpoint", "momentum:k=3"}
+    assert record.notes == (
+        "momentum k=3, chunked loss could not be predicted: the batch holds no labels, so there is no loss to compute "
+        "in chunks",
+    )
+
+
+def test_why_a_prediction_failed_is_told() -> None:
+    """The type and the message of whatever it was."""
+
+    class Picky(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number, block in enumerate(self.blocks):
+                x = x + block(x)
+                x.register_hook(partial(refuse, number))
+            return x
+
+    def refuse(number: int, gradient: torch.Tensor) -> None:
+        raise KeyError(f"gradient {number}")
+
+    record = autorev.profile(Picky(), torch.randn(4, 8), predict=True, variants=["plain"])
+    assert "plain could not be predicted: KeyError: 'gradient 2'" in record.notes
 
 
 def test_a_profile_in_fresh_processes(folder: Path) -> None:

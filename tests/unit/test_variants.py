@@ -38,7 +38,8 @@ def test_a_spec_is_its_own_canonical_form(spec: str) -> None:
         ("momentum", "momentum:k=3"),
         ("momentum:gamma=0.25", "momentum:k=2"),
         ("momentum:loss=chunked,keep_last=04,k=2", "momentum:k=2,keep_last=4,loss=chunked"),
-        ("momentum:arithmetic=exact,granularity=block,keep_last=1", "momentum:k=3"),
+        ("momentum:arithmetic=exact,granularity=block,keep_last=auto", "momentum:k=3"),
+        ("momentum:keep_last=1", "momentum:k=3,keep_last=1"),
         ("leapfrog:keep_last=0,arithmetic=float", "leapfrog:arithmetic=float,keep_last=0"),
     ],
 )
@@ -102,7 +103,7 @@ def test_conversion_gets_what_the_spec_says() -> None:
         "granularity": "sublayer",
         "keep_last": 7,
     }
-    assert coupling_options(parse_variant("leapfrog")) == {"coupling": "leapfrog", "keep_last": 1}
+    assert coupling_options(parse_variant("leapfrog")) == {"coupling": "leapfrog", "keep_last": "auto"}
     assert keep_last(parse_variant("momentum:keep_last=0")) == 0
 
 
@@ -138,7 +139,7 @@ def test_groups_stand_for_their_variants_and_none_comes_twice() -> None:
         ("momentum:gamma=much", "gamma of the variant momentum is a number, not 'much'"),
         ("momentum:gamma=0", "gamma of the variant momentum is between -2 and 2 and not 0, not 0"),
         ("momentum:gamma=nan", "gamma of the variant momentum is between -2 and 2 and not 0, not nan"),
-        ("bdia:keep_last=-1", "keep_last of the variant bdia is 0 or more, not -1"),
+        ("bdia:keep_last=-1", "keep_last of the variant bdia is auto, or 0 or more, not -1"),
         ("bdia:keep_last=many", "keep_last of the variant bdia is a whole number, not 'many'"),
         ("compile:budget=7", "budget of the variant compile is a share of 0 to 1, not 7"),
         ("compile:budget=nan", "budget of the variant compile is a share of 0 to 1, not nan"),
@@ -153,7 +154,7 @@ def test_an_error_names_the_option_and_the_remedy(spec: str, words: str) -> None
 
 def test_the_grid_is_part_of_the_spec() -> None:
     """Where the chosen grid has no room, the user names one; it reaches `convert`, and tells two variants apart."""
-    variant = parse_variant("midpoint_a:fraction_bits=8,keep_last=1")
+    variant = parse_variant("midpoint_a:fraction_bits=8,keep_last=auto")
     assert variant.spec == "midpoint_a:fraction_bits=8"
     assert variant.title == "midpoint_a fraction_bits=8"
     assert coupling_options(variant)["fraction_bits"] == 8

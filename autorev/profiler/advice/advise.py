@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autorev.analysis import Category, Recommendation
-from autorev.plan import COMFORT, WORTH, what_dominates
+from autorev.offers import what_dominates
+from autorev.plan import COMFORT
 from autorev.profiler.advice.candidates import (
+    WORTH,
     Candidate,
     allowed,
     at_largest_batch,
@@ -27,7 +29,7 @@ _Choice = tuple[Candidate, str]
 
 
 def advise(profile: Profile) -> Recommendation:
-    """The variant for `profile.goal`, why, and what would help further; its strategy is the variant's spec.
+    """The variant for `profile.goal`, why, and what would help further; its strategy is the variant's spec, or None.
 
     Predictions count only where nothing was measured, and the reason says so. A model without a sequence axis has no
     context to lengthen: its goal is taken as memory.
@@ -35,9 +37,7 @@ def advise(profile: Profile) -> Recommendation:
     known = candidates(profile)
     usable = [candidate for candidate in known if allowed(profile, candidate.variant)]
     if not usable:
-        return Recommendation(
-            "plain", "nothing is known yet: no variant was measured or predicted; go on with --resume"
-        )
+        return Recommendation(None, "nothing is known yet: no variant was measured or predicted; go on with --resume")
     room = _room(profile)
     fitting = [candidate for candidate in usable if room is None or candidate.peak_bytes <= room]
     at_batch = [c for c in at_largest_batch(profile, known) if allowed(profile, c.variant)]
@@ -57,7 +57,9 @@ def advise(profile: Profile) -> Recommendation:
     if not chosen.variant.preserves_function:
         why += "; it does not keep a pretrained function, which matters not when training from scratch"
     own_size = next((c for c in known if c.variant == chosen.variant), chosen)
-    return Recommendation(chosen.variant.spec, why, tuple(further(profile, own_size, chosen, known, room)))
+    fits = room is None or chosen.peak_bytes <= room
+    advice = further(profile, own_size, chosen, known, room)
+    return Recommendation(chosen.variant.spec if fits else None, why, tuple(advice))
 
 
 def _room(profile: Profile) -> int | None:
@@ -96,26 +98,23 @@ def _lowest(profile: Profile, fitting: Sequence[Candidate]) -> _Choice:
 
 
 def _within(profile: Profile, fitting: Sequence[Candidate], budget: int) -> _Choice:
-    """Under a budget: plain if it fits with room to spare, else the fastest that does, else the lowest peak."""
-    of_budget = f"of the {size(budget)} there are"
-    roomy = [c for c in fitting if c.peak_bytes <= COMFORT * budget]
-    plain = next((c for c in roomy if c.variant.strategy == "plain"), None)
-    if plain is not None:
-        why = f"do not convert: plain training peaks at {size(plain.peak_bytes)} {of_budget}"
-        return plain, f"{why}, and there is nothing to gain from less"
-    if not roomy:
-        chosen, why = _lowest(profile, fitting)
-        return chosen, f"{why}; it fits narrowly, {of_budget}"
-    chosen, tie = _simplest_of_fastest(roomy)
-    why = f"{_imperative(chosen)}: it peaks at {size(chosen.peak_bytes)} {of_budget}{_than_plain(profile)}"
+    """Under a budget: the fastest that fits."""
+    chosen, tie = _simplest_of_fastest(fitting)
+    why = f"{_imperative(chosen)}: it peaks at {size(chosen.peak_bytes)} of the {size(budget)} there are"
+    if chosen.variant.spec == "plain":
+        why = f"do not convert: plain training peaks at {size(chosen.peak_bytes)} of the {size(budget)} there are"
+    else:
+        why += _than_plain(profile)
     if chosen.rate is not None:
-        why += f", and nothing else that fits with room to spare is faster than its {_rate(profile, chosen)}{tie}"
+        why += f", and nothing that fits is faster than its {_rate(profile, chosen)}{tie}"
+    if chosen.peak_bytes > COMFORT * budget:
+        why += "; it fits narrowly"
     return chosen, why
 
 
 def _nothing_fits(profile: Profile, usable: Sequence[Candidate], room: int) -> _Choice:
     best, _ = _lowest(profile, usable)
-    why = what_dominates(best.categories, best.peak_bytes, profile.setting)
+    why = what_dominates(best.categories, best.peak_bytes)
     return best, f"nothing fits: even {best.title} needs {size(best.peak_bytes)} of {size(room)}; {why}"
 
 

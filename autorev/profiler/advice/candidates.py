@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from autorev.plan import FIXED, WORTH
+from autorev.offers import FIXED
 from autorev.profiler.points import largest_points, point_per_second, point_spread
 from autorev.profiler.record import WIDE_SPREAD, Profile, Result, Status, Variant
 
+WORTH = 0.05
+"""A peak has to be lower by this share to be worth a conversion."""
 _titles = {"plain": "plain training", "checkpoint": "checkpointing"}
 _SIMPLEST = ("plain", "checkpoint", "sac", "compile", "offload")
 

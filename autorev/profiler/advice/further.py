@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.analysis import Category
-from autorev.plan import CHUNKED, COMFORT, HOW, offers
+from autorev.offers import CHUNKED, Possible, offers, smaller_step
+from autorev.plan import COMFORT, how
 from autorev.profiler.advice.candidates import Candidate, same_loss, with_chunks
 from autorev.profiler.record import Profile, Result, Status
 from autorev.report.format import format_bytes as size
 from autorev.report.format import plural
 from autorev.report.words import CATEGORY_TITLES
+from autorev.variants import coupling_options
 
 
 def further(
@@ -31,8 +33,8 @@ def further(
     rival = _rival(profile, own, known)
     yield rival if chosen.batch == own.batch else f"{rival}; all that at a batch of {own.batch:,}"
     yield from _doubts(profile)
-    if chosen.variant.reversible:
-        yield HOW
+    if chosen.variant.reversible and (room is None or chosen.peak_bytes <= room):
+        yield how(coupling_options(chosen.variant), chosen.variant.loss)
 
 
 def _savings(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> Iterator[tuple[int, str]]:
@@ -51,13 +53,18 @@ def _savings(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> It
     setting = profile.setting
     if not total:
         return
-    for offer in offers(own.categories, total, own.phase, setting, f"the peak of {own.title}", measured=True):
-        # A measured saving says more than the size of the logits, and a chunked variant has had it.
-        if offer.name == "chunked" and (measured is not None or own.variant.loss == "chunked"):
-            continue
-        if offer.name == "lora" and not profile.pretrained:
-            continue
+    # A measured saving says more than the size of the logits, and a chunked variant has had it.
+    chunked_already = measured is not None or own.variant.loss == "chunked"
+    possible = Possible(chunked=not chunked_already and _can_chunk(profile), lora=profile.pretrained)
+    whose = f"the peak of {own.title}"
+    for offer in offers(own.categories, total, own.phase, setting, whose, possible, measured=True):
         yield offer.bytes, offer.text
+
+
+def _can_chunk(profile: Profile) -> bool:
+    """Was it not refused?"""
+    refused = (Status.REFUSED, Status.FAILED)
+    return not any(result.variant.loss == "chunked" and result.status in refused for result in profile.results)
 
 
 def _chunked_pair(own: Candidate, known: Sequence[Candidate]) -> tuple[Candidate, Candidate] | None:
@@ -103,7 +110,7 @@ def _move(profile: Profile, own: Candidate, category: Category) -> str:
     setting = profile.setting
     lora = setting.trains == "full" and profile.pretrained
     small = setting.optimizer == "adamw-8bit"
-    smaller = "a smaller batch with gradient accumulation lowers it"
+    smaller = smaller_step(setting) or "only a smaller model lowers it"
     if category is Category.PARAMETERS:
         return (
             "a 16-bit dtype (--dtype bf16) halves it" if setting.dtype == "fp32" else "only a smaller model lowers it"
@@ -114,13 +121,14 @@ def _move(profile: Profile, own: Candidate, category: Category) -> str:
         if small:
             return "LoRA (--trains lora) frees most of it" if lora else "SGD (--optimizer sgd) keeps none"
         return f"{'LoRA (--trains lora) or ' if lora else ''}an 8-bit optimiser frees most of it"
-    if category is Category.LOGITS_AND_LOSS and own.variant.loss == "full" and setting.sequence is not None:
+    full = own.variant.loss == "full" and setting.sequence is not None
+    if category is Category.LOGITS_AND_LOSS and full and _can_chunk(profile):
         return f"the chunked loss ({CHUNKED}) lowers it"
     if category is Category.STORED_ACTIVATIONS and own.variant.strategy == "plain":
         return "checkpointing or a reversible chain stores less"
     if category is Category.SIDE_BITS:
         return f"a larger gamma (a smaller k) keeps fewer bits, if the model bears it; {smaller}"
-    if category is Category.OTHER and own.phase == "optimizer":
+    if category is Category.OTHER and own.phase == "optimizer" and setting.optimizer == "adamw":
         return "a fused optimiser, or one that steps during backward, lowers it"
     return smaller
 

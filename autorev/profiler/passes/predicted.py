@@ -20,7 +20,9 @@ def predict_variant(forecaster: Forecaster, variant: Variant) -> Prediction | No
     if strategy is None or (variant.reversible and not forecaster.reversible):
         return None
     setting = forecaster.setting
-    forecaster = replace(forecaster, setting=replace(setting, loss=variant.loss))
+    forecaster = replace(forecaster, setting=replace(setting, loss=variant.loss), probed={})
+    if variant.reversible and keep_last(variant) == "auto":
+        strategy = forecaster.settled(strategy)
     trace = forecaster.trace(strategy, setting.batch, setting.sequence)
     return forecaster.prediction(strategy, trace)
 
@@ -33,10 +35,11 @@ def _strategy(variant: Variant) -> Strategy | None:
         return known
     if coupling_options(variant).get("granularity") == "sublayer":
         return None
+    stored = keep_last(variant)
     return replace(
         known,
         side_bits=side_bits(variant),
-        keep_last=keep_last(variant),
+        keep_last=0 if stored == "auto" else stored,
         preserves_function=variant.preserves_function,
         note=variant.note,
     )

@@ -18,7 +18,7 @@ from autorev.report.format import (
     plural,
     sentence,
 )
-from autorev.report.words import headline, model_facts, setting_facts
+from autorev.report.words import device_facts, headline, model_facts, setting_facts
 
 
 def render_markdown(analysis: Analysis) -> str:
@@ -45,7 +45,7 @@ def _heading(analysis: Analysis) -> Iterator[str]:
     if analysis.setting:
         facts = [f"{name.lower()} {value}" for name, value in setting_facts(analysis.setting).items()]
         if device := analysis.device:
-            facts.append(f"{device.title} ({format_bytes(device.memory_bytes)})")
+            facts.append(device_facts(device))
         yield "One training step: " + literal(", ".join(facts)) + "."
 
 

@@ -98,8 +98,8 @@ def _row(group: list[Prediction], reach: Reach | None) -> StrategyRow:
 
 
 def fits(row: StrategyRow, analysis: Analysis) -> bool:
-    """Whether the peak is within the device's memory; true where no device is named."""
-    return analysis.device is None or row.prediction.peak_bytes <= analysis.device.memory_bytes
+    """Whether the peak is within what the device has to use; true where no device is named."""
+    return analysis.device is None or row.prediction.peak_bytes <= analysis.device.usable_bytes
 
 
 def bar_scale(analysis: Analysis) -> tuple[int, int | None]:

@@ -36,7 +36,7 @@ from autorev.report.format import (
     sentence,
     unit_for,
 )
-from autorev.report.words import headline, model_facts, setting_facts
+from autorev.report.words import device_facts, headline, model_facts, setting_facts
 
 _MOST_GROUPS = 10
 """Lines of blocks before the rest is only counted: this is one screen, not the whole list."""
@@ -85,7 +85,7 @@ def _setting_phrases(analysis: Analysis) -> Iterator[str]:
     yield f"batch {analysis.setting.batch}"
     yield from (value for name, value in facts.items() if name != "Batch")
     if device := analysis.device:
-        yield f"{clean(device.title)} ({format_bytes(device.memory_bytes)})"
+        yield device_facts(device)
 
 
 def _blocks(analysis: Analysis) -> RenderableType:

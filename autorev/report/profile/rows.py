@@ -79,10 +79,8 @@ def by_strategy(profile: Profile, strategy: str) -> Result | None:
 
 def chosen(profile: Profile) -> Result | None:
     """The result that the recommendation names."""
-    if profile.recommendation is None:
-        return None
-    name = profile.recommendation.strategy
-    return profile.result(name) or by_strategy(profile, name)
+    name = None if profile.recommendation is None else profile.recommendation.strategy
+    return None if name is None else profile.result(name) or by_strategy(profile, name)
 
 
 def rival(profile: Profile) -> Result | None:

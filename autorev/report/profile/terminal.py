@@ -197,9 +197,10 @@ def _reach(profile: Profile, axis: str) -> RenderableType:
 def _advice(profile: Profile) -> RenderableType:
     advice, best = profile.recommendation, chosen(profile)
     assert advice is not None
-    strategy = best.variant.strategy if best else advice.strategy
-    name = labels(profile)[best.variant.spec] if best else strategy
-    title = headline(strategy) + ("" if name == strategy else f": {_short(name, 60)}")
+    title = headline(best.variant.strategy if best else advice.strategy)
+    name = labels(profile)[best.variant.spec] if best else ""
+    if best and name != best.variant.strategy:
+        title += f": {_short(name, 60)}"
     lines: list[RenderableType] = [
         Text.assemble(("Recommendation  ", "bold"), (title, "bold cyan")),
         Padding(Text(_short(sentence(advice.why))), (0, 0, 0, 2)),
