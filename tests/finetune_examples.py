@@ -30,7 +30,7 @@ from autorev.finetuning.record import (
     Sensitivity,
 )
 from autorev.profiler.record import Variant
-from tests.finetune_simulation import BLOCKS, MIB, chain, evaluations, losses, moving, needs, steps_of
+from tests.finetune_simulation import BLOCKS, MIB, chain, evaluations, looked_at, losses, moving, needs, steps_of
 from tests.profile_examples import ENVIRONMENT, HOSTILE, LONG
 
 ORIGINAL = 2.900
@@ -65,9 +65,9 @@ def momentum() -> FineTuning:
         corpus=CORPUS,
         command="autorev finetune --coupling momentum:k=3 --max-steps 40 --lr 5e-5 --out runs/momentum_k3",
         environment=ENVIRONMENT,
-        original=Evaluation(0, ORIGINAL, 0.1125),
+        original=looked_at(0, ORIGINAL, 0.1125),
         evaluations=evaluations(curve, 40, 10, 0.0418),
-        vanilla=Evaluation(40, 2.728, 0.11),
+        vanilla=looked_at(40, 2.728, 0.11),
         logged=tuple(steps_of(curve, RECIPE, gamma=lambda step: (0.125, 3.0))),
         chains=(chain([0.125] * BLOCKS, [1.0, *[0.9375] * (BLOCKS - 2), 1.0], [3] * BLOCKS),),
         complete=True,
@@ -117,7 +117,7 @@ def jump() -> FineTuning:
         recipe=recipe,
         command="autorev finetune --coupling leapfrog --distill --max-steps 60 --lr 1e-4 --out runs/jump",
         evaluations=evaluations(curve, 60, 10, 1.37),
-        vanilla=Evaluation(60, 7.55, 0.2),
+        vanilla=looked_at(60, 7.55, 0.2),
         logged=tuple(steps_of(curve, recipe, gamma=lambda step: (1.0, 0.0), peak=2_300 * MIB, seconds=3.9)),
         chains=(chain([1.0] * BLOCKS, [1.0] * BLOCKS, [0] * BLOCKS),),
         teacher_bytes=4 * SMOLLM2.parameters,
@@ -161,7 +161,7 @@ def calibrated() -> FineTuning:
         recipe=recipe,
         command="autorev finetune --max-loss-increase 0.02 --max-steps 40 --lr 5e-5 --out runs/calibrated",
         evaluations=evaluations(curve, 40, 10, 0.05),
-        vanilla=Evaluation(40, 2.74, 0.11),
+        vanilla=looked_at(40, 2.74, 0.11),
         logged=tuple(steps_of(curve, recipe, gamma=lambda step: (0.3, mean))),
         chains=(chain([2.0**-k for k in bits], [0.9] * BLOCKS, bits),),
         calibration=Calibration(
@@ -183,7 +183,7 @@ def two_streams() -> FineTuning:
         name="hamiltonian",
         variant=VARIANTS["hamiltonian"],
         evaluations=evaluations(curve, 40, 10, 4.1),
-        vanilla=Evaluation(40, 11.2, 0.2),
+        vanilla=looked_at(40, 11.2, 0.2),
         logged=tuple(steps_of(curve, RECIPE, gamma=lambda step: (None, 0.0))),
         chains=(chain([], [], [0] * BLOCKS),),
         notes=(),

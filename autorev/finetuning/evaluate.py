@@ -45,6 +45,8 @@ def evaluate(logits: Logits, rows: Rows, collator: Collator, step: int, original
         standard_error=stdev(means) / len(means) ** 0.5 if len(means) > 1 and all(map(isfinite, means)) else None,
         agreement=None if original is None else agreeing / total,
         divergence=None if original is None else diverging / total,
+        losses=tuple(means),
+        tokens=tuple(counts),
     )
 
 

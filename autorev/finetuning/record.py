@@ -119,6 +119,10 @@ class Evaluation:
     """Share of positions where the likeliest next token is the original model's; None: not compared."""
     divergence: float | None = None
     """KL(original, model)."""
+    losses: tuple[float, ...] = ()
+    """Of each sequence, nats a token: two models on the same text are compared sequence by sequence."""
+    tokens: tuple[int, ...] = ()
+    """Of each sequence, those that are learned."""
 
     @property
     def perplexity(self) -> float:
@@ -186,6 +190,8 @@ class FineTuning:
     command: str
     """What made it; one line for each run that went on with it."""
     environment: Environment
+    vocabulary: int | None = None
+    """Tokens that the model chooses from."""
     original: Evaluation | None = None
     """The model before conversion."""
     evaluations: tuple[Evaluation, ...] = ()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite, nan
 
 import pytest
 
+from autorev.finetuning.change import Change, change
 from autorev.finetuning.record import Evaluation, FineTuning
 from autorev.report import palette
 from autorev.report.finetuning import rows, tables
@@ -23,6 +25,7 @@ from autorev.report.finetuning.terminal import render_text
 from autorev.report.finetuning.verdict import EXPORT_LIMIT, drift_words, may_export, verdict
 from tests import finetune_examples as examples
 from tests.finetune_examples import ALL, many
+from tests.finetune_simulation import looked_at
 from tests.unit.test_profile_report import text_of
 from tests.unit.test_report import run as in_a_process
 from tests.unit.test_report import without_plotly
@@ -196,8 +199,9 @@ class TestVerdict:
         found = verdict(examples.momentum())
         assert found.title == "Ship it as the plain architecture"
         assert found.text == (
-            "Validation loss from 2.900 to 2.731 in 40 steps under momentum k=3. As the plain architecture it has "
-            "2.728 (-0.003): ship it with `autorev export`."
+            "Validation loss from 2.900 to 2.731 in 40 steps under momentum k=3. It is better than the original as the "
+            "plain architecture by 0.172 +- 0.002 (standard error, paired over 16 sequences). As the plain "
+            "architecture it has 2.728 (-0.003): ship it with `autorev export`."
         )
         assert not any(tile.warning for tile in tiles(examples.momentum()))
 
@@ -219,19 +223,65 @@ class TestVerdict:
     def test_what_is_worse_than_the_original_is_not_shipped(self) -> None:
         """Neither form of it is as good."""
         found = verdict(examples.jump())
-        assert found.title == "It has not recovered yet"
-        assert "0.55 above the original model" in found.text
+        assert found.title == "Worse than the original model"
+        assert "It is worse than the original by 0.550 +- 0.00" in found.text
         assert "The conversion alone had raised it to 12.038 (perplexity 169,058)." in found.text
-        assert found.text.endswith("Train it longer before you ship it.")
-        better = verdict(replace(examples.jump(), vanilla=Evaluation(60, 2.88)))
+        assert "hip it" not in found.text
+        better = verdict(replace(examples.jump(), vanilla=looked_at(60, 2.88)))
         assert better.title == "Ship it as the plain architecture"
         assert "better than under the coupling that it was trained with" in better.text
+
+    @pytest.mark.parametrize(
+        "example", [examples.momentum, examples.plain, examples.lora], ids=lambda each: each.__name__
+    )
+    def test_what_chance_could_do_is_not_recommended(self, example: Callable[[], FineTuning]) -> None:
+        """A loss that is lower, by less than it varies; or one of which nobody knows how much it varies."""
+        run = example()
+        assert run.original is not None and run.final is not None
+        noisy = tuple(loss + 0.5 * (-1) ** n for n, loss in enumerate(run.original.losses))
+        for original in (
+            replace(run.original, losses=noisy),
+            replace(run.original, losses=(), tokens=()),
+            replace(run.original, losses=(), tokens=(), standard_error=None),
+        ):
+            found = verdict(replace(run, original=original))
+            assert found.title == "Not distinguishable from the original yet"
+            assert "Train it longer, or hold out more text" in found.text and "hip it" not in found.text
+
+    @pytest.mark.parametrize(
+        ("loss", "words"), [(10.5, "guess"), (19.8, "guess"), (inf, "no number"), (nan, "no number")]
+    )
+    def test_what_is_of_no_use_is_not_recommended(self, loss: float, words: str) -> None:
+        """However much better it is than the original: near a guess among all tokens, or broken."""
+        run = examples.momentum()
+        worse = looked_at(0, 30.0)
+        for vocabulary in (49_152, None)[: 2 if loss != 10.5 else 1]:
+            bad = replace(run, original=worse, evaluations=(Evaluation(40, loss),), vanilla=None, vocabulary=vocabulary)
+            found = verdict(bad)
+            assert words in found.title and found.title.startswith("Do not ship it")
+            assert "ship it" not in found.text
+            assert "guess" in verdict(replace(bad, pretrained=False)).text or not isfinite(loss)
+
+    def test_the_error_of_a_difference_is_paired(self) -> None:
+        """Sequence by sequence where both have the same ones, weighed by their tokens."""
+        tokens = (10, 20, 30)
+        before = Evaluation(0, 40 / 60, 1.0, losses=(1.0, 0.0, 1.0), tokens=tokens)
+        same = Evaluation(1, 40 / 60 - 0.5, 1.0, losses=(0.5, -0.5, 0.5), tokens=tokens)
+        assert change(same, before) == Change(-0.5, pytest.approx(0.0, abs=1e-12), 3)  # all of them better by as much
+        other = replace(same, loss=(10 * 0.5 + 20 * 0.5 + 30 * -0.5) / 60, losses=(0.5, 0.5, -0.5))
+        found = change(other, before)
+        shifts = [(a - b - found.by) * n for a, b, n in zip(other.losses, before.losses, tokens, strict=True)]
+        assert found.error == pytest.approx((1.5 * sum(s * s for s in shifts)) ** 0.5 / 60)
+        unpaired = change(replace(other, tokens=(10, 20, 31)), before)
+        assert (unpaired.error, unpaired.sequences) == (pytest.approx(2**0.5), 0)
+        assert Change(-3.1, 1.0, 4).better is False and Change(-3.3, 1.0, 4).better  # of four, Student's t is 3.18
 
     def test_plain_training_has_nothing_to_export(self) -> None:
         """Nor a gap."""
         found = verdict(examples.plain())
         assert found.title == "The plain architecture, trained"
-        assert "with plain autograd. There is nothing to export" in found.text
+        assert "It is better than the original by 0.171 +- 0.00" in found.text
+        assert "There is nothing to export" in found.text
         assert "As the plain architecture" not in {tile.title for tile in tiles(examples.plain())}
 
     def test_from_scratch_there_is_no_original_to_be_compared_with(self) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from math import isfinite, log
 
-from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
+from autorev.finetuning.change import Change, change
+from autorev.finetuning.record import EXPORT_LIMIT, Evaluation, FineTuning
 from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
 from autorev.report.finetuning.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
 from autorev.report.format import format_error, format_integer, plural
@@ -16,6 +19,8 @@ _FROM_RANDOM = (
 )
 _NOTICED = 0.05
 """Nats by which the conversion alone must raise the loss before it is worth a sentence."""
+_LARGEST_VOCABULARY = 1_000_000
+"""Of a record that does not say how large it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ def verdict(run: FineTuning) -> Verdict:
         return _unfinished(run)
     if run.final is None:
         return Verdict("Trained, and not evaluated", ("The record holds no validation loss.",))
-    return Verdict(_title(run), tuple(s for s in (_losses(run), _conversion(run), _advice(run)) if s))
+    return Verdict(_title(run), tuple(s for s in (_losses(run), _compared(run), _conversion(run), _advice(run)) if s))
 
 
 def export_gap(run: FineTuning) -> float | None:
@@ -83,21 +88,50 @@ def _unfinished(run: FineTuning) -> Verdict:
 
 
 def _title(run: FineTuning) -> str:
+    found = outcome(run)
+    if found is Outcome.BROKEN:
+        return "Do not ship it: its loss is no number"
     if not run.pretrained:
         return "Trained from random weights"
-    if not _recovered(run):
-        return "It has not recovered yet"
+    if found is not Outcome.BETTER:
+        return str(found.value)
     if not run.variant.reversible:
         return "The plain architecture, trained"
     return "Ship it as the plain architecture" if may_export(run) else "Ship it reversible"
 
 
-def _recovered(run: FineTuning) -> bool:
-    """Is it as good as the original model, in the form in which it is better?"""
-    if run.original is None:
-        return True
-    forms = [each.loss for each in (run.final, run.vanilla) if each is not None]
-    return min(forms) <= run.original.loss + _NOTICED
+class Outcome(Enum):
+    """What became of the model, in the form that it would be shipped in."""
+
+    BROKEN = "Its loss is no number"
+    GUESSING = "Do not ship it: it hardly does better than guessing"
+    WORSE = "Worse than the original model"
+    UNCLEAR = "Not distinguishable from the original yet"
+    BETTER = "Better than the original model"
+
+
+def outcome(run: FineTuning) -> Outcome:
+    """Of a run that is complete and evaluated."""
+    shipped, by = _shipped(run), change_of(run)
+    if not isfinite(shipped.loss):
+        return Outcome.BROKEN
+    if shipped.loss > log(run.vocabulary or _LARGEST_VOCABULARY) - 1:
+        return Outcome.GUESSING
+    if by is None or not (by.better or by.worse):
+        return Outcome.UNCLEAR
+    return Outcome.BETTER if by.better else Outcome.WORSE
+
+
+def change_of(run: FineTuning) -> Change | None:
+    """From the original model to this one in the form that it would be shipped in; None: there is no original."""
+    return change(_shipped(run), run.original) if run.original else None
+
+
+def _shipped(run: FineTuning) -> Evaluation:
+    """The plain architecture where it is as good as the coupled one."""
+    found = run.vanilla if run.variant.reversible and may_export(run) else run.final
+    assert found is not None
+    return found
 
 
 def _losses(run: FineTuning) -> str:
@@ -108,10 +142,32 @@ def _losses(run: FineTuning) -> str:
     steps = plural(run.recipe.steps, "step")
     how = f"under {how_words(run)}" if run.variant.reversible else f"with {strategy_title(run.variant.strategy)}"
     text = f"Validation loss{came} to {loss_text(final.loss)} in {steps} {how}"
-    above = difference(final, run.original) if run.pretrained else None
-    if above is not None and above > 0:
-        text += f", {above:.3g} above the original model"
     return f"{text}."
+
+
+def _compared(run: FineTuning) -> str:
+    """Better or worse than the original, by how much, and how surely."""
+    found = outcome(run)
+    if found is Outcome.BROKEN:
+        return "Its weights are broken: lower the learning rate, or go back to an earlier checkpoint."
+    if found is Outcome.GUESSING:
+        perplexity = perplexity_text(_shipped(run).perplexity)
+        tokens = f"one of {format_integer(run.vocabulary)} tokens" if run.vocabulary else "a token"
+        return f"A perplexity of {perplexity} is hardly better than guessing {tokens}."
+    by = change_of(run)
+    if by is None or not run.pretrained:
+        return ""
+    form = " as the plain architecture" if run.variant.reversible and may_export(run) else ""
+    words = f"{abs(by.by):.3f}" if by.error is None else f"{abs(by.by):.3f} +- {by.error:.3f}"
+    how = f"paired over {plural(by.sequences, 'sequence')}" if by.sequences else "not paired"
+    known = "of which no standard error is known" if by.error is None else f"standard error, {how}"
+    if found is Outcome.UNCLEAR:
+        way = "lower" if by.by < 0 else "higher"
+        return (
+            f"It is not distinguishable from the original{form}: {words} {way} ({known}). Train it longer, or hold out "
+            "more text (`--validation-rows`)."
+        )
+    return f"It is {'better' if by.better else 'worse'} than the original{form} by {words} ({known})."
 
 
 def _conversion(run: FineTuning) -> str:
@@ -132,18 +188,19 @@ def _advice(run: FineTuning) -> str:
         return f"{_plain_loss(run)}{_FROM_RANDOM}"
     if not run.variant.reversible:
         return "There is nothing to export: the saved model is the plain one."
-    gap = export_gap(run)
+    gap, better = export_gap(run), outcome(run) is Outcome.BETTER
     if gap is None or run.vanilla is None:
-        return "It was not evaluated in the plain architecture; load it with `autorev.load`."
-    loss, train = loss_text(run.vanilla.loss), "Train it longer before you ship it."
+        found = "It was not evaluated in the plain architecture"
+        return f"{found}; load it with `autorev.load`." if better else f"{found}."
+    loss = loss_text(run.vanilla.loss)
     if not may_export(run):
         found = f"As the plain architecture it would lose {gap:.3g} nats ({loss})"
-        return f"{found}: ship it reversible, with `autorev.load`." if _recovered(run) else f"{found}. {train}"
+        return f"{found}: ship it reversible, with `autorev.load`." if better else f"{found}."
     found = f"As the plain architecture it has {loss} ({change_text(gap)})"
     if gap < -_NOTICED:
         # The weights are still those of the plain network: training has not made them the coupling's.
         found += ", better than under the coupling that it was trained with"
-    return f"{found}: ship it with `autorev export`." if _recovered(run) else f"{found}. {train}"
+    return f"{found}: ship it with `autorev export`." if better else f"{found}."
 
 
 def _plain_loss(run: FineTuning) -> str:
