@@ -18,9 +18,12 @@ class Told(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self._memory = self._validation = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One step."""
+        """One step, or the evaluation after it: beside later steps, it is said which one it belongs to."""
+        done = state.global_step / max(state.max_steps, 1)
         if "eval_loss" in logs:
-            self._validation = f", validation {logs['eval_loss']:.3f}"
+            now = f"validation {logs['eval_loss']:.3f}"
+            self._validation = f", {now} after step {state.global_step}"
+            self.progress(f"step {state.global_step} of {state.max_steps}: {now}", done)
         if "loss" not in logs:
             return
         if "peak_bytes" in logs:
@@ -31,7 +34,7 @@ class Told(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.progress(
             f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}{self._validation}{speed}"
             f"{self._memory}{bits}{drift}",
-            state.global_step / max(state.max_steps, 1),
+            done,
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

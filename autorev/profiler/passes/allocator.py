@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from autorev.profiler.passes.step import TrainingStep, storage_bytes, synchronize
+from autorev.profiler.passes.watch import hush_profiler
 from autorev.profiler.readings import PHASES, Memory
 
 
@@ -38,6 +39,7 @@ def measure_memory(step: TrainingStep, snapshot: Path | None = None) -> Memory:
 def _on_cpu(step: TrainingStep) -> tuple[dict[str, int], int]:
     """Highest bytes in each phase, and the bytes kept between forward and backward."""
     base = storage_bytes(step.standing())
+    hush_profiler()
     with torch.profiler.profile(profile_memory=True) as profile:
         step.run(torch.profiler.record_function)
     events = profile.profiler.kineto_results.events()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class PeakWatch:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         self._base = storage_bytes(standing)
+        hush_profiler()
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
@@ -43,3 +45,10 @@ class PeakWatch:
             now += change
             highest = max(highest, now)
         return highest
+
+
+def hush_profiler() -> None:
+    """PyTorch's profiler writes a line whenever it starts or stops, at the highest of its levels, unless its library is
+    asked not to before it is first used.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
