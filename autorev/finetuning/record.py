@@ -77,6 +77,24 @@ class Recipe:
     """Steps in which it rises."""
     clip: float = 1.0
     """The largest norm of the gradients; 0: any."""
+    quantize: str | None = None
+    """nf4 or int8, which the weights were quantised to when they were loaded; None: they are as they were saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked for beside the recipe: whoever goes on with the run need not say it again."""
+
+    data: str | None = None
+    """A file, as it was named; None: the language reference that CPython carries."""
+    validation: str | None = None
+    """Likewise; None: a part of the data."""
+    pack: bool = True
+    validation_rows: int = 16
+    evaluate_every: int | None = None
+    """Steps; None: as many as follow from the number of all."""
+    save_every: int | None = None
+    """Likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +208,8 @@ class FineTuning:
     command: str
     """What made it; one line for each run that went on with it."""
     environment: Environment
+    asked: Asked | None = None
+    """None: of a version that did not write it down."""
     vocabulary: int | None = None
     """Tokens that the model chooses from."""
     original: Evaluation | None = None

@@ -1,0 +1,217 @@
+"""What a fine-tuning can be asked for: the defaults, and what the record of a run that goes on says instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from autorev.errors import SettingError
+from autorev.finetuning.data import TOPICS
+from autorev.finetuning.record import Asked, FineTuning
+from autorev.finetuning.schedule import Schedule
+from autorev.models.quantization import KINDS
+from autorev.models.resolve import EMBEDDED, recorded_model
+from autorev.profiler.record import Variant
+from autorev.variants import coupling_options, parse_variant
+
+DECAYS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"),
+)
+"""Of the learning rate: those of `transformers` that need no numbers of their own."""
+_LEAST = {
+    "steps": 1, "sequence": 2, "batch": 1, "accumulate": 1, "lora": 1, "schedule_steps": 1, "warmup": 0, "seed": 0,
+    "evaluate_every": 1, "save_every": 1, "validation_rows": 1,
+}  # fmt: skip
+"""Whole numbers."""
+_PATHS = ("model", "data", "validation")
+_MAY_CHANGE = ("coupling", "learning_rate", "evaluate_every", "save_every")
+"""Between the beginning of a run and what goes on with it; of the coupling, the grid alone."""
+_TYPED = {"steps": "--max-steps"}
+"""Options that are called otherwise on the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """By the names of `autorev.finetune`'s arguments; None: what follows from the others."""
+
+    model: str | None = None
+    data: str | None = None
+    validation: str | None = None
+    coupling: str = "momentum:k=3"
+    lora: int | None = None
+    quantize: str | None = None
+    distill: bool = False
+    distill_weight: float | None = None
+    schedule: str | None = None
+    schedule_steps: int | None = None
+    max_loss_increase: float | None = None
+    steps: int = 100
+    sequence: int = 256
+    batch: int = 1
+    accumulate: int = 1
+    learning_rate: float | None = None
+    decay: str = "linear"
+    warmup: int | None = None
+    clip: float = 1.0
+    bf16: bool = False
+    pack: bool = True
+    seed: int = 0
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    validation_rows: int = 16
+
+    @property
+    def asked(self) -> Asked:
+        """What the record of the run has of them beside the model and the recipe."""
+        return Asked(**{field.name: getattr(self, field.name) for field in fields(Asked)})
+
+
+def settled(given: dict[str, Any], before: FineTuning | None, record: Path) -> Options:
+    """What was given (None: it was not), what the run `before` has, and the defaults, in this order.
+
+    Args:
+        given: by the names of `Options`.
+        before: the run that is gone on with, if any.
+        record: where its record lies.
+
+    Raises:
+        SettingError: the record does not say all that is needed.
+        UntrustedCodeError: it names code that would make the model.
+    """
+    said = {name: value for name, value in given.items() if value is not None}
+    said |= {name: str(said[name]) for name in _PATHS if name in said}
+    if before is None:
+        return replace(Options(), **said)
+    begun = _of(before, record, said)
+    _check_same(begun, said, record.parent)
+    return replace(begun, **said)
+
+
+def _check_same(begun: Options, said: dict[str, Any], folder: Path) -> None:
+    """The model and the texts may be elsewhere now: what they hold is compared once it is read."""
+    different = [
+        f"{_TYPED.get(name, '--' + name.replace('_', '-'))} {getattr(begun, name)}, not {value}"
+        for name, value in said.items()
+        if name not in (*_PATHS, *_MAY_CHANGE) and value != getattr(begun, name)
+    ]
+    if different:
+        raise SettingError(
+            f"the run in {folder} was begun with {', '.join(different)}; leave out what differs, --resume takes it "
+            "from the run"
+        )
+    now, then = parse_variant(said.get("coupling", begun.coupling)), parse_variant(begun.coupling)
+    if _without_grid(now) != _without_grid(then):
+        raise SettingError(
+            f"the run in {folder} trains as {then.title}, not as {now.title}; its checkpoints go on with the same "
+            "coupling only"
+        )
+
+
+def _without_grid(variant: Variant) -> Variant:
+    """The variant whatever its fraction bits."""
+    name, _, options = variant.spec.partition(":")
+    kept = [option for option in options.split(",") if option and not option.startswith("fraction_bits=")]
+    return parse_variant(":".join(filter(None, [name, ",".join(kept)])))
+
+
+def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
+    """As the run was begun."""
+    recipe, asked = before.recipe, before.asked
+    if asked is None:  # of an earlier version, which wrote down less
+        if "data" not in said and before.corpus.source != TOPICS:
+            raise SettingError(f"{record} does not say by which file it was trained; give --data FILE")
+        asked = Asked(pack=before.corpus.packed)
+    model = None
+    if "model" not in said and before.model.source != EMBEDDED:
+        model = recorded_model(before.model.source, record, "MODEL")
+    return Options(
+        model=model,
+        data=asked.data,
+        validation=asked.validation,
+        coupling=before.variant.spec,
+        lora=recipe.lora_rank,
+        quantize=recipe.quantize,
+        distill=recipe.distill_weight > 0,
+        distill_weight=recipe.distill_weight or None,
+        schedule=recipe.schedule,
+        schedule_steps=recipe.schedule_steps or None,
+        max_loss_increase=recipe.max_loss_increase,
+        steps=recipe.steps,
+        sequence=recipe.sequence,
+        batch=recipe.batch,
+        accumulate=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        decay=recipe.decay,
+        warmup=recipe.warmup,
+        clip=recipe.clip,
+        bf16=recipe.dtype == "bf16",
+        pack=asked.pack,
+        seed=recipe.seed,
+        evaluate_every=asked.evaluate_every,
+        save_every=asked.save_every,
+        validation_rows=asked.validation_rows,
+    )
+
+
+def check(asked: Options) -> Variant:
+    """How it is to be trained, where the options make sense together.
+
+    Raises:
+        SettingError: they do not.
+    """
+    variant = parse_variant(asked.coupling)
+    for name, least in _LEAST.items():
+        value = getattr(asked, name)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise SettingError(f"{name} is a whole number, {least} or more, not {value!r}")
+    if asked.seed >= 2**32:
+        raise SettingError(f"the seed is below 2^32, not {asked.seed}")
+    if asked.learning_rate is not None and not 0 < asked.learning_rate < inf:
+        raise SettingError(f"the learning rate is a number above 0, not {asked.learning_rate:g}")
+    if not 0 <= asked.clip < inf:
+        raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip:g}")
+    if asked.decay not in DECAYS:
+        raise SettingError(f"the decay of the learning rate is {', '.join(DECAYS)}, not {asked.decay!r}")
+    if asked.quantize is not None and asked.quantize not in KINDS:
+        raise SettingError(f"weights are quantised to {' or '.join(KINDS)}, not to {asked.quantize!r}")
+    if asked.quantize is not None and asked.lora is None:
+        raise SettingError(
+            f"--quantize {asked.quantize} leaves weights that do not train: give --lora RANK, too, and adapters beside "
+            "them do; or leave it out, and all weights train"
+        )
+    _check_distillation(asked, variant)
+    _check_coupling(asked, variant)
+    return variant
+
+
+def _check_distillation(asked: Options, variant: Variant) -> None:
+    weight = asked.distill_weight
+    if weight is not None and not asked.distill:
+        raise SettingError("--distill-weight is the share of --distill; give both, or leave it out")
+    if weight is not None and not 0 < weight <= 1:
+        raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight:g}")
+    if asked.distill and variant.loss == "chunked":
+        raise SettingError("distillation compares all logits, which a chunked loss never makes; leave loss=chunked out")
+
+
+def _check_coupling(asked: Options, variant: Variant) -> None:
+    schedule, budget = asked.schedule, asked.max_loss_increase
+    free = variant.strategy == "momentum" and "arithmetic=float" not in variant.spec
+    if (schedule or budget is not None) and not free:
+        raise SettingError(
+            f"{variant.title} has no gamma that can be moved; start from momentum in exact arithmetic, or leave "
+            "--schedule and --max-loss-increase out"
+        )
+    if schedule and budget is not None:
+        raise SettingError("--schedule moves every gamma, --max-loss-increase chooses them; give one of the two")
+    if budget is not None and not budget >= 0:  # NaN included
+        raise SettingError(f"the loss may rise by 0 or more, not by {budget:g}")
+    if asked.schedule_steps is not None and not schedule:
+        raise SettingError("--schedule-steps are those of a --schedule; name one, or leave it out")
+    if schedule:
+        start = Fraction(coupling_options(variant)["gamma"])
+        Schedule(schedule, asked.schedule_steps or 1, blocks=2, start=abs(start))  # says what it does not like
