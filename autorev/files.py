@@ -17,6 +17,8 @@ DEEPEST = 50
 """Levels of lists and objects within each other; a config has five."""
 LARGEST = 2**63
 """No size, count or number of a token reaches it, and PyTorch counts no further."""
+MOST_BYTES = 2**29
+"""Of a file that is read whole: a large record has one thousandth of it."""
 _SHOWN = 60
 
 
@@ -62,11 +64,25 @@ def read_json(path: Path) -> Any:
     Raises:
         UnreadableError: see `parse_json`, and that the file cannot be read; the file is not named.
     """
+    return parse_json(read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UnreadableError: it cannot be read, or has no end; the file is not named.
+    """
     try:
-        content = path.read_bytes()
+        if path.is_char_device() or path.is_block_device():
+            raise UnreadableError("cannot be read: it is a device")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror}") from None
-    return parse_json(content)
+    if len(content) > MOST_BYTES:
+        raise UnreadableError(f"cannot be read: it is larger than {MOST_BYTES >> 20} MiB")
+    return content
 
 
 def shortened(text: str) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autorev.analysis import DeviceInfo
-from autorev.errors import ProfileError
+from autorev.errors import ProfileError, UnreadableError
+from autorev.files import path_of, read_json, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,28 +131,24 @@ def _find(kind: Kind, name_or_path: str | Path) -> Path:
     files = _files(kind)
     if str(name_or_path) in files:
         return files[str(name_or_path)]
-    path = Path(name_or_path)
+    path = path_of(name_or_path)
     if path.is_file():
         return path
     # A mistyped path ends in a name that can be compared, and so does a Hub id.
     close = get_close_matches(path.name.removesuffix(".json").lower(), files)
     guess = f"; did you mean {' or '.join(close)}?" if close else "."
     raise ProfileError(
-        f"{name_or_path} is neither a {kind} profile nor a JSON file{guess} The {kind} profiles are: {', '.join(files)}"
+        f"{shortened(str(name_or_path))} is neither a {kind} profile nor a JSON file{guess} The {kind} profiles are: "
+        f"{', '.join(files)}"
     )
 
 
 def _parsed(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ProfileError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path}: not a JSON file: byte {error.start} is not UTF-8 text") from None
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read: {error.strerror}") from None
+        found: object = read_json(path)
+    except UnreadableError as error:
+        raise ProfileError(f"{path} {error}") from None
+    return found
 
 
 def _checked(kind: Kind, path: Path, data: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -33,8 +33,10 @@ _OF_ADAPTERS = (".base_layer", ".original_module")
 _SAME = 1e-3
 """Relative difference of two sums of log-probabilities of the same function."""
 _MOST_ROWS = 8
-_matched: WeakSet[Any] = WeakSet()
-"""Trainers that were looked at after their first call."""
+_beside: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""By reference: the policies beside which it was looked at."""
+_checked: WeakSet[Any] = WeakSet()
+"""Trainers whose data and servers were looked at."""
 
 
 def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
@@ -56,25 +58,25 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
     trainer = _is_trainer(owner)
     if policy is None or not (trainer or references) or not _holds(held, policy):
         return trainer
-    if owner in _matched:
-        return True
-    base = _base(policy)
-    blocks = {name: type(module) for name, module in base.named_modules() if HANDLE in module.__dict__}
-    if not blocks:
+    if not any(HANDLE in module.__dict__ for module in policy.modules()):
         return trainer
     for name, module in references.items():
-        _match(f"{type(owner).__name__}.{name}", module, base, blocks, convert_it=trainer)
-    if trainer:
+        if policy not in (seen := _beside.setdefault(module, WeakSet())):
+            _match(f"{type(owner).__name__}.{name}", module, _base(policy), convert_it=trainer)
+            seen.add(policy)
+    if trainer and owner not in _checked:
         _check_precomputed(owner)
         _tell_of_servers(owner)
-    _matched.add(owner)
+        _checked.add(owner)
     return True
 
 
-def _match(what: str, module: nn.Module, policy: nn.Module, blocks: Mapping[str, type], convert_it: bool) -> None:
+def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -> None:
     from autorev.rewrite.convert import convert
 
     reference = _base(module)
+    # Some trainers put the policy beside a value head, into one module.
+    policy = next((part for part in trained.modules() if _related(type(part), type(reference))), trained)
     if reference is policy:
         return
     settings, theirs = converted_as(policy), converted_as(reference)
@@ -90,7 +92,7 @@ def _match(what: str, module: nn.Module, policy: nn.Module, blocks: Mapping[str,
                 ", ".join(different),
             )
         return
-    if not _alike(reference, policy, blocks):
+    if not _alike(reference, policy):
         log.warning(
             "%s (%s) is another architecture than the converted policy, and stays as it is",
             what,
@@ -136,8 +138,9 @@ def _named_as_in(reference: nn.Module, settings: dict[str, Any]) -> dict[str, An
     return {name: plain(value) for name, value in settings.items()}
 
 
-def _alike(reference: nn.Module, policy: nn.Module, blocks: Mapping[str, type]) -> bool:
+def _alike(reference: nn.Module, policy: nn.Module) -> bool:
     """The same class, with its blocks where the policy's are, and no weight that the policy lacks."""
+    blocks = {name: type(module) for name, module in policy.named_modules() if HANDLE in module.__dict__}
     found = {name: type(module) for name, module in reference.named_modules()}
     known = {_without_adapters(name) for name, _ in policy.named_parameters()}
     return (
@@ -149,7 +152,7 @@ def _alike(reference: nn.Module, policy: nn.Module, blocks: Mapping[str, type]) 
 
 def _related(one: type, other: type) -> bool:
     """FSDP makes a class of its own of each class."""
-    return issubclass(one, other) or issubclass(other, one)
+    return (issubclass(one, other) or issubclass(other, one)) and nn.Module not in (one, other)
 
 
 def _without_adapters(name: str) -> str:
@@ -177,7 +180,7 @@ def _modules_of(owner: Any) -> dict[str, nn.Module]:
 
 def _holds(held: Mapping[str, nn.Module], policy: nn.Module) -> bool:
     inside = _base(policy)
-    return any(not _NAMES.match(name) and _base(module) is inside for name, module in held.items())
+    return any(inside is part for name, module in held.items() if not _NAMES.match(name) for part in module.modules())
 
 
 def _is_trainer(owner: Any) -> bool:

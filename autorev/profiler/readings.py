@@ -5,9 +5,26 @@ Sizes are bytes, times seconds, work floating-point operations (a multiply-add c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 PHASES = ("forward", "backward", "optimizer")
+
+
+def check(right: bool, rule: str) -> None:
+    """Raise unless a rule holds that figures follow, and that what reads them relies on.
+
+    Raises:
+        ValueError: it does not; a record that says so was not written by a measurement.
+    """
+    if not right:
+        raise ValueError(rule)
+
+
+def are_times(seconds: Iterable[float]) -> bool:
+    """Are all of them more than nothing, and no more than can be waited for?"""
+    return all(0 < each < inf for each in seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +36,10 @@ class Round:
     """Loss included."""
     backward: tuple[float, ...]
     optimizer: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check(len(self.forward) == len(self.backward) == len(self.optimizer), "every step has every phase")
+        check(are_times((*self.forward, *self.backward, *self.optimizer)), "a phase takes some time")
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -53,6 +74,13 @@ class Timeline:
     peak_at: int
     """Index of the highest point."""
 
+    def __post_init__(self) -> None:
+        points = len(self.seconds)
+        check(0 <= self.peak_at < points, "the peak is one of the points")
+        check(all(len(each) == points for each in (self.blocks, *self.categories.values())), "every point has all")
+        check(all(0 <= each < inf for each in self.seconds), "time goes on")
+        check(all(phase in PHASES and 0 <= a <= b < inf for phase, a, b in self.marks), "a phase begins, then ends")
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -83,6 +111,11 @@ class Memory:
     """What each block (in order) keeps between forward and backward, side bits included, streams not."""
     timeline: Timeline | None = None
 
+    def __post_init__(self) -> None:
+        check(self.peak_bytes > 0 and self.phase in PHASES, "a step has a peak, in one of its phases")
+        sizes = (self.kept_bytes, self.host_bytes, self.process_bytes, *self.categories.values(), *self.block_bytes)
+        check(all(size >= 0 for size in sizes), "no size is below 0")
+
 
 @dataclass(frozen=True, slots=True)
 class BlockTime:
@@ -107,6 +140,11 @@ class Work:
     """Seconds of that step by what they were spent on beside ordinary forward and backward: recomputation,
     coupling (the arithmetic of the streams), packing (of side bits); empty where there is none."""
     blocks: tuple[BlockTime, ...]
+
+    def __post_init__(self) -> None:
+        check(self.flops >= 0 and are_times([self.instrumented_seconds]), "a step computes something, in some time")
+        times = (*self.overhead.values(), *(t for block in self.blocks for t in (block.forward, block.backward)))
+        check(all(0 <= each < inf for each in times), "no time is below 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 NOTHING = "-"
 """What stands where an analysis has no figure."""
+_PLAIN = frozenset("\n\t\xa0\u202f\u3000")
+"""Spaces that Python does not call printable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,17 @@ def sentence(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` on one line, without control characters: a model's name may hold anything, escape codes too."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
+    """`text` on one line, made `visible`: a model's name may hold anything, escape codes too."""
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """`text` with everything that would steer a terminal, or reorder the letters of a line, as `\\x1b`, `\\u202e`."""
+    return "".join(letter if letter.isprintable() or letter in _PLAIN else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
 
 
 def _decimal(value: float) -> str:

@@ -29,15 +29,22 @@ def render_page(template: str, figures: Mapping[str, go.Figure], **values: Any) 
     )
     environment.globals.update(words=words, palette=palette, f=format, zip=zip)
     return environment.get_template(template).render(
-        figures={name: json.loads(figure.to_json()) for name, figure in figures.items()},
+        figures={name: _visible(json.loads(figure.to_json())) for name, figure in figures.items()},
         # Markup: the library is ours to trust, and it is not escaped inside a script.
         plotly=Markup(get_plotlyjs()),
         **values,
     )
 
 
+def _visible(value: Any) -> Any:
+    """A figure's texts as every other: names of modules stand in them."""
+    if isinstance(value, dict):
+        return {key: _visible(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_visible(each) for each in value]
+    return format.visible(value) if isinstance(value, str) else value
+
+
 def _finalize(value: Any) -> Any:
-    """Every text that is written loses its control characters first; escaping comes after this."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in value)
+    """Every text that is written shows its control characters first; escaping comes after this."""
+    return value if not isinstance(value, str) or isinstance(value, Markup) else format.visible(value)

@@ -258,6 +258,23 @@ def test_a_loop_of_somebody_s_own(folder: Path, caplog: Any) -> None:
     assert not chains_of(reference) and not chains_of(teacher)
 
 
+class Both(torch.nn.Module):
+    """A policy and its value head, as PPO trains them."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy, self.value = policy, torch.nn.Linear(4, 1)
+
+
+def test_a_policy_beside_a_value_head(folder: Path, tmp_path: Path) -> None:
+    """The trainer's model holds the policy; whether that notices its trainer, or the callback does."""
+    trainer = trainer_of("DPO", loaded(folder), folder, tmp_path)
+    policy = loaded(folder)
+    autorev.convert(policy, coupling="leapfrog")
+    trainer.model = Both(policy)
+    assert match_references(trainer) and chains_of(trainer.ref_model)
+
+
 def test_a_server_that_generates(folder: Path, tmp_path: Path, caplog: Any) -> None:
     """It has the weights, and not the coupling."""
     model = loaded(folder)

@@ -85,6 +85,7 @@ class TestFigures:
         long = replace(
             line,
             seconds=tuple(float(i) for i in range(times * len(line.seconds))),
+            blocks=line.blocks * times,
             categories={
                 name: tuple(size for size in sizes for _ in range(times)) for name, sizes in line.categories.items()
             },

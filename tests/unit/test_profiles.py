@@ -148,7 +148,7 @@ def test_broken_json_is_reported_with_line_and_column(tmp_path: Path) -> None:
     """A syntax error is found by its place in the file."""
     path = tmp_path / "mine.json"
     path.write_text('{\n  "name": "mine",\n  "title" "Mine"\n}\n')
-    with pytest.raises(ProfileError, match=r"mine\.json: not valid JSON at line 3, column 11"):
+    with pytest.raises(ProfileError, match=r"mine\.json is not valid JSON \(line 3, column 11"):
         load_device(path)
 
 
@@ -250,7 +250,7 @@ def test_the_command_checks_the_files_given(tmp_path: Path, capsys: pytest.Captu
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == f"{good}: a valid device profile"
     assert second.startswith(f"{bad}: not a model profile: $.config is missing")
-    assert third == f"{tmp_path / 'none.json'}: cannot be read: No such file or directory"
+    assert third == f"{tmp_path / 'none.json'} cannot be read: No such file or directory"
     assert main([str(good)]) == 0
 
 
@@ -259,7 +259,7 @@ def test_an_installed_package_reads_its_own_copy_without_torch(tmp_path: Path) -
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     copies = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     (tmp_path / "autorev" / "_profiles").mkdir(parents=True)
-    for module in ("__init__.py", "analysis.py", "errors.py", "profiles.py"):
+    for module in ("__init__.py", "analysis.py", "errors.py", "files.py", "profiles.py"):
         shutil.copy(ROOT / "autorev" / module, tmp_path / "autorev")
     for source, target in copies.items():
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
