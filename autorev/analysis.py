@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import RecordError
+from autorev.errors import RecordError, UnreadableError
+from autorev.files import parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
     from cattrs import Converter
 
 SCHEMA_VERSION = 1
-
 RESERVE_BYTES = 2**30
 """What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
+
 
 class Verdict(StrEnum):
     """May this block be made reversible?"""
@@ -157,9 +158,9 @@ class Prediction:
     preserves_function: bool
     """Does a pretrained model keep its function when it is converted this way?"""
     note: str = ""
-
     keep_last: tuple[int, ...] = ()
     """Blocks at the end of each chain that are stored, chain by chain; empty for what is no coupling."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -208,11 +209,11 @@ class DeviceInfo:
     host_bandwidth: float
     """Bytes per second between host and device, one direction."""
 
-
     @property
     def usable_bytes(self) -> int:
         """What a step may take."""
         return max(self.memory_bytes - RESERVE_BYTES, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
@@ -249,11 +250,9 @@ class Analysis:
             RecordError: the text is not JSON, is of another schema version, or lacks a field.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecordError(
-                f"this analysis is not valid JSON (line {error.lineno}: {error.msg}); write it again with --json"
-            ) from None
+            data = parse_json(text)
+        except UnreadableError as error:
+            raise RecordError(f"this analysis {error}; write it again with --json") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise RecordError(

@@ -57,12 +57,16 @@ def made_for_real(spec: str) -> tuple[nn.Module, Call | None]:
     factory = _imported(spec)
     try:
         with count_modules():
-            returned = factory()
+            model, rest = _split(factory(), spec)
+            _prepare(model)
     except (KeyboardInterrupt, AutorevError):
         raise
     except BaseException as error:  # SystemExit and the like, too: a model that is not there is no result
         raise ModelBuildError(f"{spec} raised {_described(error)}") from error
-    model, rest = _split(returned, spec)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelBuildError(
+            f"{spec} builds its model on the meta device, where weights have no values; build it on cpu"
+        )
     return model, _call(rest, spec)
 
 
@@ -143,10 +147,9 @@ def _made(factory: Callable[[], Any], spec: str, dtype: torch.dtype) -> tuple[nn
     """What the factory returns: the model in `dtype`, and the call if it gives one."""
     try:
         with building(dtype):
-            returned = factory()
-            model, rest = _split(returned, spec)
+            model, rest = _split(factory(), spec)
             settle(model, dtype)
-            model.train()
+            _prepare(model)
     except DATA_DEPENDENT as error:
         raise ModelBuildError(
             f"{spec} looks at the values of a tensor at {raised_line(error)}, "
@@ -170,6 +173,13 @@ def _split(returned: Any, spec: str) -> tuple[nn.Module, list[Any]]:
     if not isinstance(model, nn.Module):
         raise ModelBuildError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module; {_REMEDY}")
     return model, rest
+
+
+def _prepare(model: nn.Module) -> None:
+    """Ask of it what every model can do: some override it, and raise."""
+    model.train()
+    for _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()):
+        pass
 
 
 def _call(rest: list[Any], spec: str) -> Call | None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from autorev.errors import SettingError
 from autorev.profiler.passes.sweep import UNITS
+from autorev.profiler.record import GOALS
 from autorev.profiler.subject import Subject
 
-GOALS = ("memory", "throughput", "context")
 OPTIMIZERS = ("adamw", "sgd", "sgd-momentum")
 
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from autorev import records
 from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
-from autorev.profiler.readings import Fidelity, Memory, Round, Work
+from autorev.profiler.readings import Fidelity, Memory, Round, Work, are_times, check
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+GOALS = ("memory", "throughput", "context")
+AXES = ("batch", "sequence", "depth")
 WIDE_SPREAD = 0.10
 """Quartiles farther apart than this share of the median are said to be in doubt."""
 
@@ -120,6 +122,10 @@ class Point:
     """The largest value that fits the budget: the next was tried and does not."""
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        check(self.value > 0 and self.axis in AXES, "a point has a size on an axis")
+        check(are_times(self.seconds) and (self.peak_bytes is None or self.peak_bytes > 0), "a step has time and peak")
+
     @property
     def step_seconds(self) -> float | None:
         """The median."""
@@ -175,6 +181,13 @@ class Profile:
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        specs = [result.variant.spec for result in self.results]
+        check(bool(specs) and len(specs) == len(set(specs)), "there are variants, each once")
+        check({point.variant for point in self.points} <= set(specs), "every point is one of a variant's")
+        check(self.goal in GOALS, "a recommendation has a goal")
+        check(self.budget_bytes is None or self.budget_bytes > 0, "a budget is more than nothing")
+
     def result(self, spec: str) -> Result | None:
         """The result of the variant `spec`."""
         return next((r for r in self.results if r.variant.spec == spec), None)
@@ -186,6 +199,15 @@ class Profile:
             return replace(self, results=(*self.results, result))
         at = specs.index(result.variant.spec)
         return replace(self, results=(*self.results[:at], result, *self.results[at + 1 :]))
+
+    @property
+    def why_empty(self) -> str:
+        """Why there is no figure of any variant; empty where there is one. What does not fit was measured, too."""
+        found = (Status.MEASURED, Status.OUT_OF_MEMORY)
+        if any(r.status in found or (r.status is Status.PREDICTED and r.prediction) for r in self.results):
+            return ""
+        reasons = dict.fromkeys(f"{r.status}: {r.reason}" if r.reason else str(r.status) for r in self.results)
+        return "; ".join(reasons) or "none was asked for"
 
     @property
     def units(self) -> str:
@@ -217,7 +239,9 @@ class Profile:
         Raises:
             RecordError: it is truncated, of another schema version, or was changed by hand.
         """
-        return records.from_json(text, cls, SCHEMA_VERSION, "a profile", name)
+        found = records.from_json(text, cls, SCHEMA_VERSION, "a profile", name)
+        records.check_name(found.name, name)
+        return found
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
