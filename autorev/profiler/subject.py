@@ -22,6 +22,7 @@ from autorev.predict.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile
+from autorev.rewrite.checkpointing import SWITCH_OFF, checkpoints_itself
 from autorev.variants import Blocks
 from autorev.workload import Call, Workload, without_cache
 
@@ -106,6 +107,11 @@ def live_subject(model: nn.Module, batch: Any, profile: DeviceProfile, wanted: d
     call = _call(model, batch)
     if wanted["sequence"] is not None:
         raise SettingError("a model in user code is profiled on the batch that it is given; leave sequence out")
+    if checkpoints_itself(model):
+        raise SettingError(
+            f"{type(model).__name__} checkpoints its blocks by itself, and a profile compares ways to train with and "
+            f"without that; first {SWITCH_OFF}"
+        )
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     if floating not in names:

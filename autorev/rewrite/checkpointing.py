@@ -15,6 +15,10 @@ from torch import nn
 
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 
+SWITCH_OFF = (
+    "call model.gradient_checkpointing_disable() (it is PEFT's prepare_model_for_kbit_training that switches it on, "
+    "unless it is given use_gradient_checkpointing=False)"
+)
 METHODS = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
 """What `transformers` has called it; the first is to go in its version 6."""
 
@@ -47,6 +51,11 @@ class CheckpointingEnable:
                 left_off[-1],
             )
         return result
+
+
+def checkpoints_itself(model: nn.Module) -> bool:
+    """Is checkpointing switched on in a `transformers` model?"""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 
 def explain_checkpointing(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock, replacements_of
-from autorev.rewrite.checkpointing import explain_checkpointing, stop_explaining
+from autorev.rewrite.checkpointing import SWITCH_OFF, checkpoints_itself, explain_checkpointing, stop_explaining
 from autorev.rewrite.estimate import Estimate
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 from autorev.rewrite.loop_forward import install_loops
@@ -102,10 +102,14 @@ def convert(
         raise ConversionError(
             f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
         )
-    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+    if checkpoints_itself(model):
         raise ConversionError(
-            f"{type(model).__name__} checkpoints its blocks, which reversible blocks make superfluous; call "
-            "model.gradient_checkpointing_disable() first"
+            f"{type(model).__name__} checkpoints its blocks, which reversible ones make superfluous; first {SWITCH_OFF}"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConversionError(
+            f"the weights of {type(model).__name__} were made under torch.inference_mode, and such tensors cannot be "
+            "trained; build or load the model outside of it"
         )
     args, kwargs = _example(model, example_args, example_kwargs)
     chosen = choose(model, args, kwargs, request.blocks, request.exclude)

@@ -158,7 +158,8 @@ def trains_words(run: FineTuning) -> str:
     """`all weights`, `LoRA of rank 16`, `from scratch`."""
     recipe = run.recipe
     if recipe.trains == "lora":
-        return "LoRA" if recipe.lora_rank is None else f"LoRA of rank {recipe.lora_rank}"
+        rank = "LoRA" if recipe.lora_rank is None else f"LoRA of rank {recipe.lora_rank}"
+        return rank if recipe.quantize is None else f"{rank} on {clean(recipe.quantize)} weights"
     return {"full": "all weights", "scratch": "from scratch"}.get(recipe.trains, clean(recipe.trains))
 
 
