@@ -159,7 +159,9 @@ def _compared(run: FineTuning) -> str:
         return ""
     form = " as the plain architecture" if run.variant.reversible and may_export(run) else ""
     words = f"{abs(by.by):.3f}" if by.error is None else f"{abs(by.by):.3f} +- {by.error:.3f}"
-    how = f"paired over {plural(by.sequences, 'sequence')}" if by.sequences else "not paired"
+    how = "not paired: the record has no losses of single sequences, which tell more"
+    if by.sequences:
+        how = f"paired over {plural(by.sequences, 'sequence')}"
     known = "of which no standard error is known" if by.error is None else f"standard error, {how}"
     if found is Outcome.UNCLEAR:
         way = "lower" if by.by < 0 else "higher"
