@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,40 @@ def _die(folder: Path, at: int, in_checkpoint: bool, how: dict[str, Any]) -> Non
 
         torch.save = dying
     tune(folder, callbacks=() if in_checkpoint else (At(at, kill),), **how)
+
+
+def _die_in_a_write(folder: Path, name: str, last: bool, how: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    seen, most = [0], [1]
+    out = str(folder / how["out"])
+
+    def noticed(event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.mkdir"):
+            return
+        path = str(args[1] if event == "os.rename" else args[0])
+        if path.startswith(out) and Path(path).name.strip(".").startswith(name):
+            seen[0] += event != "open" or bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+            if seen[0] == most[0]:
+                kill(None)
+
+    if last:  # a run that is left alone counts them
+        most[0] = 10**9
+        sys.addaudithook(noticed)
+        tune(folder, **{**how, "out": f"{how['out']} counted"})
+        most[0], seen[0] = seen[0], 0
+    else:
+        sys.addaudithook(noticed)
+    tune(folder, **how)
+
+
+def run_and_die(folder: Path, name: str, last: bool, **how: Any) -> int | None:
+    """Run `tune` in a process that is killed where it first (last) writes a file of that name; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.tiny_run"])
+    process = context.Process(target=_die_in_a_write, args=(folder, name, last, how))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def run_and_kill(folder: Path, at: int, in_checkpoint: bool = False, **how: Any) -> int | None:

@@ -16,10 +16,12 @@ from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import AutorevError, ExportError, SettingError
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
-from autorev.finetuning.record import EXPORT_LIMIT
+from autorev.finetuning.record import EXPORT_LIMIT, HELD_OUT
 from autorev.finetuning.session import vanilla_logits
-from autorev.finetuning.trained import held_out, record_in, trained_model
+from autorev.finetuning.trained import held_out, record_in, trained_model, unquantised_model
+from autorev.lock import held
 from autorev.models.load import load_model
+from autorev.models.quantization import quantised_by
 from autorev.rewrite.convert import revert
 from autorev.rewrite.remember import forget
 
@@ -37,6 +39,8 @@ class Exported:
     vanilla_loss: float
     tokens: int
     forced: bool
+    with_text: bool = False
+    """Does the folder hold the text that the run held out?"""
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -44,10 +48,11 @@ class Exported:
 
     def __str__(self) -> str:
         gap = self.vanilla_loss - self.loss
+        text = f"\n  {HELD_OUT} holds those that the run held out, for autorev evaluate: delete it before you publish"
         return (
             f"{self.folder}: the plain architecture, which transformers loads without autorev\n"
             f"  loss {self.vanilla_loss:.4f} ({gap:+.4f}) on {self.tokens:,} held-out tokens, under the coupling "
-            f"{self.loss:.4f}"
+            f"{self.loss:.4f}{text if self.with_text else ''}"
         )
 
 
@@ -58,6 +63,8 @@ def export(
     text: Path | None = None,
     max_loss_increase: float = EXPORT_LIMIT,
     force: bool = False,
+    base: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
 ) -> Exported:
     """Write the model of a run, or one that was saved converted, to `out` as the plain architecture.
@@ -68,42 +75,57 @@ def export(
         text: what the two are compared on; default: what the run held out.
         max_loss_increase: nats by which the plain architecture may be worse.
         force: write it all the same.
+        base: the model that a run's adapters belong to; default: the one that its record names.
+        trust_remote_code: code that stands beside a config, or that it names, may run.
         progress: is told what is being done, and the fraction done.
 
     Raises:
         ExportError: it would be another model, or the folder cannot be written; `out` is as it was.
         AutorevError: there is no such model.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"{out} is there already; name another folder for --out")
-    if isnan(max_loss_increase):
-        raise SettingError("the loss may rise by a number of nats, not by nan")
-    with quiet_files():
-        record = record_in(folder)
-        model, tokenizer = trained_model(folder, record)
-        rows, collator = held_out(folder, record, text, model, tokenizer)
-    progress("evaluating under the coupling", 0.2)
-    loss = evaluate(logits_of(model), rows, collator, 0).loss
-    progress("evaluating the plain architecture", 0.5)
-    vanilla = evaluate(vanilla_logits(model), rows, collator, 0).loss
-    if not vanilla - loss <= max_loss_increase and not force:  # NaN included
-        raise ExportError(
-            f"in the plain architecture the loss is {vanilla:.3f} instead of {loss:.3f}: more than "
-            f"{max_loss_increase:g} higher, so it is another model there. Load it reversible, with "
-            f"autorev.load({str(folder)!r}), fine-tune it at a smaller gamma, or export it with --force"
-        )
-    revert(model)
-    forget(model)
-    if hasattr(model, "merge_and_unload"):
-        merge: Any = model.merge_and_unload
-        model = merge()
-    progress("writing", 0.7)
-    with quiet_files():
-        _write(model, tokenizer, out, rows, collator, vanilla)
-    return Exported(str(out), loss, vanilla, rows.learned, not vanilla - loss <= max_loss_increase)
+    with held(out.absolute().parent, f"{out.name}.export", str(out), "name another folder for --out"):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise SettingError(f"{out} is there already; name another folder for --out")
+        if isnan(max_loss_increase):
+            raise SettingError("the loss may rise by a number of nats, not by nan")
+        with quiet_files():
+            record = record_in(folder)
+            model, tokenizer = trained_model(folder, record, base, trust_remote_code)
+            rows, collator = held_out(folder, record, text, model, tokenizer)
+        progress("evaluating under the coupling", 0.2)
+        loss = evaluate(logits_of(model), rows, collator, 0).loss
+        progress("evaluating the plain architecture", 0.5)
+        if quantised_by(model) and record is not None and record.recipe.lora_rank is not None:
+            model = unquantised_model(folder, record, base, trust_remote_code)
+        vanilla = evaluate(vanilla_logits(model), rows, collator, 0).loss
+        if not vanilla - loss <= max_loss_increase and not force:  # NaN included
+            raise ExportError(
+                f"in the plain architecture the loss is {vanilla:.3f} instead of {loss:.3f}: more than "
+                f"{max_loss_increase:g} higher, so it is another model there. Load it reversible, with "
+                f"autorev.load({str(folder)!r}), fine-tune it at a smaller gamma, or export it with --force"
+            )
+        revert(model)
+        forget(model)
+        if hasattr(model, "merge_and_unload"):
+            merge: Any = model.merge_and_unload
+            model = merge()
+        progress("writing", 0.7)
+        with quiet_files():
+            _write(model, tokenizer, out, rows, collator, vanilla, folder / HELD_OUT, trust_remote_code)
+        forced = not vanilla - loss <= max_loss_increase
+        return Exported(str(out), loss, vanilla, rows.learned, forced, (out / HELD_OUT).is_file())
 
 
-def _write(model: Any, tokenizer: Any, out: Path, rows: Rows, collator: Collator, expected: float) -> None:
+def _write(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    rows: Rows,
+    collator: Collator,
+    expected: float,
+    held_out_by_run: Path,
+    trusted: bool,
+) -> None:
     """Into a folder beside `out` first; it takes its place once it was read back and computes the same."""
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -111,7 +133,9 @@ def _write(model: Any, tokenizer: Any, out: Path, rows: Rows, collator: Collator
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        again = load_model(str(part), torch.float32, 1, None).model
+        if held_out_by_run.is_file():
+            shutil.copy(held_out_by_run, part)
+        again = load_model(str(part), torch.float32, 1, None, trust_remote_code=trusted).model
         found = evaluate(logits_of(again), rows, collator, 0).loss
         if not abs(found - expected) <= _SAME:
             raise ExportError(

@@ -6,7 +6,6 @@ token, sizes bytes, times seconds.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -14,11 +13,14 @@ from statistics import median
 
 from autorev import records
 from autorev.analysis import ModelInfo
-from autorev.errors import RecordError
+from autorev.errors import RecordError, UnreadableError
+from autorev.files import parse_json
 from autorev.profiler.record import Environment, Variant
 
 FILE = "run.json"
 """The record in its run's folder."""
+HELD_OUT = "validation.json"
+"""The rows that every evaluation of the run is on: `export` compares on the same."""
 EXPORT_LIMIT = 0.05
 """Nats: a model whose loss rises by more in the plain architecture is not exported unless that is forced."""
 KIND = "fine-tuning"
@@ -225,6 +227,10 @@ class FineTuning:
     """Of the copy of the original model that distillation needs; 0 with LoRA, whose base is the original."""
     complete: bool = False
     notes: tuple[str, ...] = ()
+    run: str = ""
+    """A random name: the marks of its checkpoints and of its model have it. Earlier versions gave none."""
+    base: str = ""
+    """A digest of the weights that it began with; empty where they were random."""
     kind: str = KIND
     schema_version: int = SCHEMA_VERSION
 
@@ -302,7 +308,7 @@ class FineTuning:
 def is_fine_tuning(path: str | Path) -> bool:
     """Is this the record of a fine-tuning, and not of a profile? What cannot be read is none."""
     try:
-        data = json.loads(records.read_text(path))
-    except (RecordError, ValueError):
+        data = parse_json(records.read_text(path))
+    except (RecordError, UnreadableError):
         return False
     return isinstance(data, dict) and data.get("kind") == KIND

@@ -9,6 +9,7 @@ finish      the final evaluations, and the model as a folder
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,15 +24,25 @@ from transformers import PrinterCallback, TrainingArguments
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
-from autorev.errors import FixedPointRangeError, SettingError, TrainingError
+from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError
 from autorev.finetuning.calibrate import calibrate
+from autorev.finetuning.checkpoints import (
+    check_room,
+    checkpoints_of,
+    clear_parts,
+    discard,
+    last_checkpoint,
+    move_in,
+    part_of,
+    step_of,
+)
 from autorev.finetuning.evaluate import Logits, evaluate, logits_of
 from autorev.finetuning.progress import Told
-from autorev.finetuning.record import FILE, ChainState, Evaluation, FineTuning, Logged
+from autorev.finetuning.record import FILE, HELD_OUT, ChainState, Evaluation, FineTuning, Logged
 from autorev.finetuning.schedule import Schedule
 from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
-from autorev.finetuning.trainer import GENTLER, FineTuner, StopOnInterrupt, drop_cut_short, last_checkpoint, step_of
+from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.integrations.transformers import ReversibleCallback
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
@@ -40,8 +51,6 @@ from autorev.rewrite.recouple import recouple
 from autorev.variants import NotApplicable, coupling_options, in_place
 
 Progress = Callable[[str, float], None]
-HELD_OUT = "validation.json"
-"""The rows that every evaluation of the run is on: `export` compares on the same."""
 CALIBRATED_ON, CHECKED_ON = 4, 24
 """Rows of the training text on which one block after the other is given fewer side bits, and all of them together."""
 
@@ -82,6 +91,7 @@ class Run:
         if self.record.evaluations:  # a run that goes on
             if gammas and self.record.calibration is not None:
                 recouple(self.model, gamma=gammas)
+            self._keep_held_out()
             return
         whose = "original model" if self.record.pretrained else "random weights"
         self.progress(f"evaluating the {whose}", 0.0)
@@ -104,8 +114,8 @@ class Run:
         zero_shot = self._evaluate(logits_of(self.model), 0, original)
         chains = chain_states(self.model)
         self.record = replace(self.record, original=first, evaluations=(zero_shot,), chains=chains)
-        write_whole(self.folder / HELD_OUT, self.found.texts.validation.to_json())
-        self.record.write(self.folder / FILE)
+        self.record.write(self.folder / FILE)  # first: from here on, whatever happens, the folder is this run's
+        self._keep_held_out()
 
     def train(self, arguments: dict[str, Any], callbacks: tuple[Any, ...], resume: bool) -> None:
         """All steps, or those that are left.
@@ -114,7 +124,7 @@ class Run:
             TrainingError: it had to stop; what was saved stays.
         """
         recipe = self.record.recipe
-        interrupt = StopOnInterrupt()
+        interrupt = StopWhenAsked()
         config: Any = self.found.model.config
         caches = config.use_cache
         self.trainer = trainer = FineTuner(
@@ -133,7 +143,6 @@ class Run:
                 logging_nan_inf_filter=False,
                 eval_strategy="steps",
                 save_strategy="steps",
-                save_total_limit=2,
                 remove_unused_columns=False,
                 include_num_input_tokens_seen="all",
                 report_to=[],
@@ -150,14 +159,17 @@ class Run:
             weight=recipe.distill_weight,
             examine=lambda step: self._evaluate(logits_of(self.model), step),
             spec=self.record.variant.spec,
+            run=self.record.run,
         )
         beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
         trainer.remove_callback(PrinterCallback)  # `Told` says it in words
         schedule = self._schedule()
         watching = ReversibleCallback(schedule, beside)
         watching.attach(trainer)
-        drop_cut_short(self.folder)
-        checkpoint = last_checkpoint(self.folder) if resume else None
+        checkpoint = last_checkpoint(self.folder, self.record.run) if resume else None
+        saved = {*range(0, recipe.steps, arguments["save_steps"]), recipe.steps}
+        done = 0 if checkpoint is None else step_of(checkpoint)
+        check_room(self.folder, self.record.run, sorted(step for step in saved if step > done))
         if checkpoint is not None:
             if "fraction_bits" not in self.record.variant.spec:
                 trainer.take_up_grids(checkpoint)
@@ -183,11 +195,11 @@ class Run:
             config.use_cache = caches  # which the Trainer switched off, for whoever saves the model
             interrupt.release()
             watching.release()
+        how_far = f"after step {trainer.state.global_step} of {recipe.steps}. {trainer.last_good()} Go on with --resume"
+        if interrupt.asked == signal.SIGTERM:
+            raise Terminated(f"ended by SIGTERM {how_far}")
         if trainer.state.global_step < recipe.steps:
-            raise TrainingError(
-                f"interrupted after step {trainer.state.global_step} of {recipe.steps}. {trainer.last_good()} Go on "
-                "with --resume"
-            )
+            raise TrainingError(f"interrupted {how_far}")
 
     def finish(self) -> FineTuning:
         """The final evaluations, and the model as a folder."""
@@ -201,20 +213,27 @@ class Run:
         vanilla = self._evaluate(vanilla_logits(self.model), steps) if self.record.chains else final
         kept = tuple(e for e in self.record.evaluations if e.step < steps)
         self.record = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
+        part = part_of(self.folder) / "model"
         try:
-            self.trainer.save_model(str(self.folder))
-            self.found.tokenizer.save_pretrained(self.folder)
+            clear_parts(self.folder)
+            self.trainer.save_model(str(part))
+            self.found.tokenizer.save_pretrained(part)
+            for name in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
+                (part / name).unlink(missing_ok=True)
+            shutil.copy(self.folder / HELD_OUT, part)
+            move_in(self.folder, self.trainer.mark(part))
         except Exception as error:  # safetensors and the system each have their own for a full disk
             why = " ".join(str(error).split())
             raise TrainingError(
                 f"the trained model could not be written to {self.folder} ({why}). {self.trainer.last_good()} Free "
                 "some space, and go on with --resume"
             ) from error
-        for path in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
-            (self.folder / path).unlink(missing_ok=True)
+        finally:
+            clear_parts(self.folder)
         self.record.write(self.folder / FILE)
-        for checkpoint in self.folder.glob("checkpoint-*"):  # not before the record says that nobody needs them
-            shutil.rmtree(checkpoint)
+        # Not before the record says that nobody needs them.
+        for checkpoint in checkpoints_of(self.folder, self.record.run):
+            discard(checkpoint)
         return self.record
 
     # --
@@ -232,6 +251,9 @@ class Run:
         self.record = replace(self.record, logged=logged, evaluations=(*first, *later), chains=chain_states(self.model))
         self.record.write(self.folder / FILE)
 
+    def _keep_held_out(self) -> None:
+        write_whole(self.folder / HELD_OUT, self.found.texts.validation.to_json())
+
     def _evaluate(self, logits: Any, step: int, original: Any = None) -> Evaluation:
         texts = self.found.texts
         return evaluate(logits, texts.validation, texts.collator, step, original)
@@ -247,7 +269,8 @@ class Run:
         self.progress("loading the original model once more", 1.0)
         from autorev.models.load import load_model
 
-        loaded = load_model(self.found.info.source, torch.float32, 1, None)
+        source, trusted = self.found.info.source, self.found.trust_remote_code
+        loaded = load_model(source, torch.float32, 1, None, trust_remote_code=trusted)
         return Teacher.within(loaded.model.to(next(self.model.parameters()).device)).logits
 
     def _schedule(self) -> Schedule | None:

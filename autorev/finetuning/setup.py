@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from autorev.analysis import ModelInfo
+from autorev.capture.quantised import parameters_of
 from autorev.errors import SettingError
 from autorev.finetuning.data import read_documents, split, tokenize
 from autorev.finetuning.evaluate import logits_of
 from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
 from autorev.finetuning.record import Corpus
+from autorev.models.fingerprint import fingerprint
 from autorev.models.load import Loaded, load_model, tokenizer_of
+from autorev.models.quantization import quantised_by
 from autorev.models.resolve import EMBEDDED
 from autorev.profiler.passes.prepare import find_blocks, on_tokens
 from autorev.variants import Blocks
@@ -48,17 +51,43 @@ class Setup:
     call: Call
     """An example: a row of the training text."""
     blocks: Blocks
+    base: str
+    """A digest of the weights in their files; empty where they are random."""
+    trust_remote_code: bool
+    """May code run that stands beside the model's config?"""
+    quantised: str
+    """How the weights are quantised, in words; empty where they are not."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the record."""
+        said = f"the weights beside the adapters are quantised: {self.quantised}"
+        return (*self.texts.notes, *([said] if self.quantised else []))
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model chooses from."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' method
+        return int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 
 def set_up(
-    model: str | None, data: Path | None, validation: Path | None, sequence: int, validation_rows: int, packed: bool
+    model: str | None,
+    data: Path | None,
+    validation: Path | None,
+    sequence: int,
+    validation_rows: int,
+    packed: bool,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> Setup:
-    """Load MODEL in float32 and read the texts.
+    """Load MODEL in float32, or quantised as `load_model` does it, and read the texts.
 
     Raises:
         AutorevError: the model or the data cannot be had, or do not fit each other.
     """
-    loaded = load_model(model, torch.float32, 1, None)
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "quantization": quantization}
+    loaded = load_model(model, torch.float32, 1, None, **how)
     name = model or "smollm2"
     net: Any = loaded.model
     if not predicts_tokens(net):
@@ -66,7 +95,7 @@ def set_up(
             f"{loaded.name} is no causal language model ({type(net).__name__}); use autorev.convert in a training loop "
             "of your own"
         )
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, trust_remote_code)
     if tokenizer is None:
         raise SettingError(
             f"{name} has no tokenizer beside its config that transformers can read, so it reads no text; give a folder "
@@ -79,11 +108,14 @@ def set_up(
     return Setup(
         model=net,
         tokenizer=tokenizer,
-        info=ModelInfo(loaded.name, type(net).__name__, sum(p.numel() for p in net.parameters()), model or EMBEDDED),
+        info=ModelInfo(loaded.name, type(net).__name__, parameters_of(net), model or EMBEDDED),
         pretrained=loaded.pretrained,
         texts=texts,
         call=call,
         blocks=find_blocks(net, call),
+        base=fingerprint(model) if loaded.pretrained else "",
+        trust_remote_code=trust_remote_code,
+        quantised=quantised_by(net),
     )
 
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from autorev.errors import DataError, ModelBuildError, ModelNotFoundError, SettingError
+from autorev.capture.transformers_quirks import quiet_files
+from autorev.errors import (
+    DamagedError,
+    DataError,
+    ExportError,
+    ModelBuildError,
+    ModelNotFoundError,
+    SettingError,
+    UnreadableError,
+)
+from autorev.files import read_bytes
 from autorev.finetuning.packing import Collator, Rows
-from autorev.finetuning.record import FILE, FineTuning
-from autorev.finetuning.session import HELD_OUT
+from autorev.finetuning.record import FILE, HELD_OUT, FineTuning
 from autorev.finetuning.setup import longest_sequence, read_texts
+from autorev.intact import FILE as MARK
+from autorev.intact import check_intact, read_mark
+from autorev.models.fingerprint import fingerprint
 from autorev.models.from_config import one_line
 from autorev.models.load import load_model, tokenizer_of
+from autorev.models.quantization import bitsandbytes_config, quantised_by
+from autorev.models.resolve import recorded_model
+from autorev.models.trust import check_adapter_code
 from autorev.models.weights import check_adapters
 from autorev.rewrite.convert import chains_of, convert
 from autorev.rewrite.recouple import recouple
@@ -23,6 +39,9 @@ from autorev.variants import coupling_options
 
 _SEQUENCE, _ROWS = 256, 16
 """Of the text that a model without a run is compared on."""
+_SHOWN = 12
+"""Digits of a digest."""
+_log = logging.getLogger("autorev")
 
 
 def record_in(folder: Path) -> FineTuning | None:
@@ -30,36 +49,74 @@ def record_in(folder: Path) -> FineTuning | None:
 
     Raises:
         SettingError: it is no folder, or the run is not complete.
+        DamagedError: what the folder holds is not what was written there.
     """
     if not folder.is_dir():
         raise SettingError(f"{folder} is no folder; give the one that autorev finetune wrote")
     path = folder / FILE
     if not path.is_file():
+        check_intact(folder)
         return None
     record = FineTuning.read(path)
     if not record.complete:
         raise SettingError(f"the run in {folder} is not complete; finish it with --resume, then export it")
+    if not record.run:
+        _log.warning("%s is of an earlier autorev, which kept no digests: whether it was damaged is not known", folder)
+        return record
+    mark = read_mark(folder)
+    if mark is None:
+        raise DamagedError(
+            f"{folder / MARK}, which says what the trained model is, is missing; copy the whole folder once more"
+        )
+    if (mark.run, mark.step) != (record.run, record.recipe.steps):
+        raise DamagedError(
+            f"the model in {folder} is not the one that its run left there: {folder / MARK} is of another run or step; "
+            "copy the whole folder once more"
+        )
+    check_intact(folder)
     return record
 
 
-def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, Any]:
+def trained_model(
+    folder: Path, record: FineTuning | None, base: str | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """The model as it was trained, in float32, and its tokenizer.
+
+    Args:
+        folder: of the run, or of a converted model.
+        record: of the run.
+        base: the model that its adapters belong to; None: the one that the record names, which is no code.
+        trust_remote_code: code that stands beside a config, or that it names, may run.
 
     Raises:
         AutorevError: the folder holds none.
     """
-    tokenizer = tokenizer_of(str(folder))
+    if base is not None and (record is None or record.recipe.lora_rank is None):
+        raise SettingError(f"{folder} holds a whole model, and no adapters that belong to another; leave --base out")
+    tokenizer = tokenizer_of(str(folder), trust_remote_code)
     if record is None or (record.chains and record.recipe.lora_rank is None):
-        return load(folder), tokenizer
+        return load(folder, trust_remote_code=trust_remote_code), tokenizer
     if record.recipe.lora_rank is None:
-        return load_model(str(folder), torch.float32, 1, None).model, tokenizer
+        whole = load_model(str(folder), torch.float32, 1, None, trust_remote_code=trust_remote_code)
+        return whole.model, tokenizer
+    source = base or recorded_model(record.model.source, folder / FILE, "--base")
     try:
-        loaded = load_model(record.model.source, torch.float32, 1, None)
+        quantization = bitsandbytes_config(record.recipe.quantize, record.recipe.dtype == "bf16")
+        loaded = load_model(
+            source, torch.float32, 1, None, trust_remote_code=trust_remote_code, quantization=quantization
+        )
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"the adapters in {folder} belong to the model {record.model.source}, which cannot be found from here: "
-            f"{error}"
+            f"the adapters in {folder} belong to the model {source}, which cannot be found from here (--base MODEL "
+            f"says where it is): {error}"
         ) from None
+    found = fingerprint(source)
+    if record.base and found != record.base:
+        raise DamagedError(
+            f"the adapters in {folder} were trained on other weights than those of {source} "
+            f"(digest {record.base[:_SHOWN]}, here {found[:_SHOWN]}), and do not fit them; give the model that they "
+            "were trained on by --base MODEL"
+        )
     if record.chains:
         grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
         args, kwargs = loaded.call
@@ -67,17 +124,56 @@ def trained_model(folder: Path, record: FineTuning | None) -> tuple[nn.Module, A
         convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
         if record.recipe.schedule or record.calibration is not None:
             _recoupled(loaded.model, record)
+    return _with_adapters(loaded.model, folder), tokenizer
+
+
+def unquantised_model(
+    folder: Path, record: FineTuning, base: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The plain model of adapters that were trained beside quantised weights: merged into unquantised ones, as merged
+    into quantised ones they would be rounded away. Those are the weights that were quantised when they were loaded; of
+    weights that were saved quantised, what they are unpacked to.
+
+    Raises:
+        ExportError: the library that quantised them does not unpack them.
+    """
+    source = base or recorded_model(record.model.source, folder / FILE, "--base")
+    model: Any = load_model(source, torch.float32, 1, None, trust_remote_code=trust_remote_code).model
+    if title := quantised_by(model):
+        try:
+            with quiet_files():
+                model = _unpacked(model)
+        except Exception as error:  # each library has its own
+            raise ExportError(
+                f"the adapters in {folder} belong to weights quantised by {title}, which transformers cannot unpack "
+                f"({one_line(error)}), and merged into them they would be rounded away; load {source}, and the adapters "
+                "by peft.PeftModel.from_pretrained"
+            ) from error
+    merged: nn.Module = _with_adapters(model, folder).merge_and_unload()  # type: ignore[operator]  # PEFT's method
+    return merged
+
+
+def _unpacked(model: Any) -> Any:
+    """A model of the same weights, unpacked, which `transformers` saves: what it unpacks in place it does not."""
+    model = model.dequantize(dtype=torch.float32)
+    config, weights = model.config, model.state_dict()
+    config.__dict__.pop("quantization_config", None)
+    return type(model).from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+def _with_adapters(base: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():  # PEFT would look for it on the hub
             raise ModelNotFoundError(f"{folder} holds no adapters ({name} is missing); train them once more")
+    check_adapter_code(folder)
     try:
-        model: nn.Module = PeftModel.from_pretrained(loaded.model, str(folder))
+        model: nn.Module = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # safetensors and PEFT each have errors of their own
         raise ModelBuildError(f"PEFT cannot load the adapters in {folder}: {one_line(error)}") from error
     check_adapters(model, folder)
-    return model, tokenizer
+    return model
 
 
 def _recoupled(model: nn.Module, record: FineTuning) -> None:
@@ -89,20 +185,33 @@ def _recoupled(model: nn.Module, record: FineTuning) -> None:
 def held_out(
     folder: Path, record: FineTuning | None, text: Path | None, model: nn.Module, tokenizer: Any
 ) -> tuple[Rows, Collator]:
-    """What it is evaluated on: the rows of its run, unless a text is given.
+    """What it is evaluated on: the rows of its run, unless a text is given; then as many rows of it, and as long.
 
     Raises:
         AutorevError: there is no text, or no tokenizer to read it.
     """
-    held = folder / HELD_OUT
-    if text is None and held.is_file():
-        try:
-            rows = Rows.from_json(held.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{held}, the text that the run held out, is damaged; give another one by --text") from None
-        return rows, Collator(rows.packed, rows.length, 0)
+    path = folder / HELD_OUT
+    try:
+        held = Rows.from_json(read_bytes(path).decode()) if path.is_file() else None
+    except (UnreadableError, UnicodeDecodeError, DataError):
+        if text is None:
+            raise DataError(f"{path}, the text that the run held out, is damaged; give another one by --text") from None
+        held = None
+    if text is None and held is not None:
+        known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers' method
+        largest = max(token for row in held.rows for example in row for token in example.ids)
+        if largest >= known:
+            raise DataError(
+                f"{path} holds token {largest}, and {type(model).__name__} has embeddings of {known} tokens: they do "
+                "not belong together; give another text by --text"
+            )
+        return held, Collator(held.packed, held.length, 0)
     if tokenizer is None:
         raise SettingError(f"{folder} has no tokenizer, and without one nothing can be compared; save it there, too")
-    sequence = record.recipe.sequence if record else min(_SEQUENCE, longest_sequence(model) or _SEQUENCE)
-    texts = read_texts(model, tokenizer, text, None, sequence, _ROWS, packed=True)
+    if held is not None:
+        length, count, packed = held.length, len(held), held.packed
+    else:
+        own = record.recipe.sequence if record else min(_SEQUENCE, longest_sequence(model) or _SEQUENCE)
+        length, count, packed = own, _ROWS, True
+    texts = read_texts(model, tokenizer, text, None, length, count, packed)
     return texts.validation, texts.collator

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.errors import FixedPointRangeError, TrainingError
+from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of, put_in_place
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
+from autorev.intact import Mark, read_mark, stored
 from autorev.models.weights import check_adapters, take_up_weights
 from autorev.rewrite.convert import chains_of
-
-MARK = "autorev.json"
-"""Written last into a checkpoint, with the sizes of its files: one that does not have them all was cut short."""
 
 GENTLER = "Lower the learning rate, or clip gradients"
 """What to do about numbers that grow."""
 
 
 class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """`teacher`: to be distilled from, with `weight`; `examine(step)`: the evaluation; `spec`: of the coupling."""
+    """`teacher`: to be distilled from, with `weight`; `examine(step)`: the evaluation; `spec`: of the coupling; `run`:
+    whose checkpoints they are."""
 
     control: Any
 
@@ -43,6 +42,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         weight: float,
         examine: Callable[[int], Evaluation],
         spec: str,
+        run: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -50,6 +50,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.weight = weight
         self.examine = examine
         self.spec = spec
+        self.run = run
         self._parts: dict[str, float] = {}
         if teacher is not None:
             self.loss_is_scaled_for_ga = True
@@ -103,25 +104,31 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
     # -- checkpoints
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder, step = Path(self.args.output_dir), self.state.global_step
         row = self.eval_dataset.first(1)
-        self._sound(lambda: evaluate(logits_of(self.model), row, self.data_collator, self.state.global_step))
+        self._sound(lambda: evaluate(logits_of(self.model), row, self.data_collator, step))
         try:
+            clear_parts(folder)
             super()._save_checkpoint(*args, **kwargs)
-            mark = {
-                "step": self.state.global_step,
-                "coupling": self.spec,
-                "grids": self._grids(),
-                "files": _sizes(folder),
-            }
-            (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
+            put_in_place(folder, self.mark(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"))
+        except TrainingError:
+            raise
         except Exception as error:  # safetensors, torch and the system each have their own for a full disk
-            shutil.rmtree(folder, ignore_errors=True)
             why = " ".join(str(error).split())
             raise TrainingError(
-                f"the checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} "
-                f"({why}). {self.last_good()} Free some space, and go on with --resume"
+                f"the checkpoint of step {step} could not be written to {folder} ({why}). {self.last_good()} Free some "
+                "space, and go on with --resume"
             ) from error
+        finally:
+            clear_parts(folder)
+
+    def mark(self, written: Path) -> Mark:
+        """Of the weights that were written to a folder, which are those of the present step."""
+        return Mark(self.run, self.state.global_step, stored(written), self.spec, self._grids())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes: aside, until it is whole."""
+        return str(part_of(Path(self.args.output_dir)))
 
     def _sound(self, examine: Callable[[], Evaluation]) -> Evaluation:
         """A step may break the weights while its own loss is a number still: nobody can go on from those."""
@@ -151,10 +158,10 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def take_up_grids(self, checkpoint: Path) -> None:
         """A grid that was coarsened in training goes on as it was."""
-        grids = json.loads((checkpoint / MARK).read_text(encoding="utf-8")).get("grids", {})
+        mark = read_mark(checkpoint)
         for chain in chains_of(self.model):
-            if chain.name in grids:
-                chain.arithmetic = FixedPoint(grids[chain.name])
+            if mark is not None and chain.name in mark.grids:
+                chain.arithmetic = FixedPoint(mark.grids[chain.name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The schedule goes on where it was, with the learning rate that this run was given."""
@@ -176,32 +183,32 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def last_good(self) -> str:
         """A sentence on the checkpoint that a run can go on from."""
-        found = last_checkpoint(Path(self.args.output_dir))
-        return "No checkpoint was written yet." if found is None else f"The last good checkpoint is {found}."
+        found = checkpoints_of(Path(self.args.output_dir), self.run)
+        return f"The last good checkpoint is {found[-1]}." if found else "No checkpoint was written yet."
 
 
-class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """The first Ctrl-C ends the run after the step at hand, with a checkpoint; the second one at once."""
+class StopWhenAsked(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """The first Ctrl-C or SIGTERM ends the run after the step at hand, with a checkpoint; the second one at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
+        self.asked: int | None = None
+        """The signal."""
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen, where signals can be listened to: in the main thread."""
 
         def ask(number: int, frame: Any) -> None:
-            self.asked = True
-            signal.signal(signal.SIGINT, self._before)
+            self.asked = number
+            self.release()
 
-        try:
-            self._before = signal.signal(signal.SIGINT, ask)
-        except ValueError:
-            self._before = None
+        with suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if asked to."""
-        if self.asked:
+        if self.asked is not None:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -209,40 +216,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.release()
 
     def release(self) -> None:
-        """Ctrl-C means again what it meant before."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    return max(filter(_is_whole, _checkpoints(folder)), key=step_of, default=None)
-
-
-def drop_cut_short(folder: Path) -> None:
-    """Remove checkpoints that were being written when the run was killed."""
-    for path in _checkpoints(folder):
-        if not _is_whole(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-        return bool(mark["files"] == _sizes(checkpoint))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != MARK}
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that it was written after."""
-    return int(checkpoint.name.rpartition("-")[2])
+        """The signals mean again what they meant before."""
+        while self._before:
+            number, before = self._before.popitem()
+            signal.signal(number, before or signal.SIG_DFL)

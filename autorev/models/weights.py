@@ -8,7 +8,6 @@ that the model computes, what its class says may be absent or left over) and hea
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -22,7 +21,9 @@ import torch
 from torch import nn
 
 from autorev.capture.patching import patched_here
-from autorev.errors import ModelBuildError
+from autorev.errors import ModelBuildError, UnreadableError
+from autorev.files import read_json
+from autorev.intact import check_intact
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "module")
 """What torch.compile, FSDP, activation checkpointing and DDP put into the names of a model's weights."""
@@ -49,6 +50,7 @@ def load_weights(cls: Any, folder: str | Path, **from_pretrained: Any) -> Any:
     Raises:
         ModelBuildError: weights are missing, left over or of another shape, a file of them is missing, or
             `transformers` cannot load it.
+        DamagedError: autorev wrote the folder, and its files are not what was written.
     """
     from autorev.capture.transformers_quirks import quiet_files
     from autorev.models.from_config import one_line
@@ -58,6 +60,7 @@ def load_weights(cls: Any, folder: str | Path, **from_pretrained: Any) -> Any:
     gguf = how.get("gguf_file")
     if gguf is None:
         _check_files(path)
+        check_intact(path)
     reshaped = bool(how.pop("ignore_mismatched_sizes", False))  # asked for by whoever loads it
     how |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     broken: list[str] = []
@@ -131,6 +134,18 @@ def holds_weights(folder: Path) -> bool:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `transformers` reads the weights of a folder from.
+
+    Raises:
+        ModelBuildError: an index of them cannot be read.
+    """
+    first = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if first is None:
+        return []
+    return [folder / name for name in sorted(set(_index(first).values()))] if first.suffix == ".json" else [first]
+
+
 def say_what_is_not_read(folder: Path) -> None:
     """Log that a folder's weights are in files of another kind, for whoever takes the random ones for them."""
     found = sorted(path.name for path in folder.iterdir() if path.suffix in _FOREIGN) if folder.is_dir() else []
@@ -170,8 +185,10 @@ def _check_files(folder: Path) -> None:
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found: dict[str, str] = dict(read_json(path)["weight_map"])
+        if not all(isinstance(file, str) and Path(file).name == file for file in found.values()):
+            raise ValueError("a file that does not lie beside it")
+    except (UnreadableError, ValueError, KeyError, TypeError):
         raise ModelBuildError(f"{path} is no index of weights; download or copy it once more") from None
     return found
 
@@ -180,12 +197,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All weights in a folder by the names that they have there."""
     from transformers.modeling_utils import load_state_dict
 
-    first = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-    if first is None:
-        return {}
-    files = [folder / name for name in sorted(set(_index(first).values()))] if first.suffix == ".json" else [first]
     found: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         found |= load_state_dict(str(file))
     return found
 

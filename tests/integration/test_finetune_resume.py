@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from autorev import records
 from autorev.errors import AutorevError, RecordError, SettingError, TrainingError
-from autorev.finetuning import session
 from autorev.finetuning.record import FineTuning
+from autorev.finetuning.run import finetune
 from tests.tiny_llm import tiny_llm
 from tests.tiny_run import GPT2, USUAL, At, figures, interrupt, run_and_kill, tune, workplace
 
@@ -53,6 +54,11 @@ def stopped(_stopped: Path, place: Path) -> Path:
     return Path(shutil.copytree(_stopped, place / "run"))
 
 
+def left_in(run: Path) -> list[str]:
+    """What a person sees there."""
+    return sorted(path.name for path in run.iterdir() if not path.name.startswith("."))
+
+
 def check_same(found: FineTuning, expected: FineTuning) -> None:
     """To the last digit."""
     assert found.complete and figures(found) == figures(expected)
@@ -81,8 +87,7 @@ def test_a_killed_run_goes_on(
     """kill -9 after step 5, a checkpoint of step 4: every later loss is the same, with dropout and drawn couplings."""
     out = request.node.callspec.id
     assert run_and_kill(place, 5, out=f"killed-{out}", **how) == -signal.SIGKILL
-    left = sorted(path.name for path in (place / f"killed-{out}").iterdir())
-    assert left == ["checkpoint-2", "checkpoint-4", "run.json", "validation.json"]
+    assert left_in(place / f"killed-{out}") == ["checkpoint-2", "checkpoint-4", "run.json", "validation.json"]
     before = FineTuning.read(place / f"killed-{out}" / "run.json")
     assert not before.complete and len(before.logged) == 4 and before.final is None
     found = tune(place, out=f"killed-{out}", resume=True, **how)
@@ -93,8 +98,8 @@ def test_a_killed_run_goes_on(
 def test_killed_in_a_checkpoint(place: Path, undisturbed: FineTuning) -> None:
     """The checkpoint that was being written is dropped, and the run goes on from the one before."""
     assert run_and_kill(place, 4, in_checkpoint=True, out="half") == -signal.SIGKILL
-    half = place / "half" / "checkpoint-4"
-    assert half.is_dir() and not (half / "autorev.json").exists()
+    half = place / "half" / ".part" / "checkpoint-4"
+    assert half.is_dir() and not (place / "half" / "checkpoint-4").exists()
     began: list[Any] = []
     look = At(2, lambda model: began.append(half.exists()), "on_step_begin")
     check_same(tune(place, out="half", resume=True, callbacks=(look,)), undisturbed)
@@ -105,30 +110,6 @@ def test_killed_before_a_checkpoint(place: Path, undisturbed: FineTuning) -> Non
     """Without any checkpoint, the run begins anew, from what was evaluated already."""
     assert run_and_kill(place, 1, out="early") == -signal.SIGKILL
     check_same(tune(place, out="early", resume=True), undisturbed)
-
-
-@pytest.mark.parametrize("damage", ["cut", "missing", "unmarked", "mark of another kind"])
-def test_a_damaged_checkpoint_is_dropped(stopped: Path, place: Path, undisturbed: FineTuning, damage: str) -> None:
-    """Whatever a crash of the machine leaves of the newest checkpoint, the one before serves."""
-    newest = stopped / "checkpoint-3"
-    if damage == "cut":
-        (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:1000])
-    elif damage == "missing":
-        (newest / "optimizer.pt").unlink()
-    elif damage == "unmarked":
-        (newest / "autorev.json").unlink()
-    else:
-        (newest / "autorev.json").write_text("[]")
-    (stopped / "checkpoint-of-mine").mkdir()
-    with pytest.raises(TrainingError, match="checkpoint-2"):
-        tune(place, resume=True, callbacks=(At(2, _no_memory, "on_step_begin"),))
-    assert not newest.exists() and (stopped / "checkpoint-of-mine").exists()
-    (stopped / "checkpoint-of-mine").rmdir()
-    check_same(tune(place, resume=True), undisturbed)
-
-
-def _no_memory(model: Any) -> None:
-    raise MemoryError
 
 
 def test_ctrl_c_saves(stopped: Path, place: Path, undisturbed: FineTuning) -> None:
@@ -170,11 +151,53 @@ def test_stopped_after_the_last_step(place: Path, how: dict[str, Any], request: 
     check_same(tune(place, out=out, resume=True, **how), tune(place, out=f"whole {out}", **how))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"lora": 2, "distill": True, "distill_weight": 0.25, "accumulate": 2, "clip": 0.5},
+        {"schedule": "leapfrog", "schedule_steps": 5, "decay": "cosine", "seed": 3, "pack": False},
+    ],
+    ids=["usual", "lora", "schedule"],
+)
+def test_a_run_goes_on_by_its_own_options(place: Path, how: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """`finetune --resume --out FOLDER` alone, as if nothing had been."""
+    out = f"alone-{request.node.callspec.id}"
+    with pytest.raises(TrainingError, match="interrupted"):
+        tune(place, out=out, callbacks=(At(2, interrupt, "on_step_begin"),), **how)
+    check_same(finetune(out=place / out, resume=True), tune(place, out=f"{out}-whole", **how))
+
+
 def test_what_went_on_says_so(stopped: Path, place: Path) -> None:
     """The record has a command for each run that had a part in it."""
     tune(place, resume=True, command="autorev finetune ... --resume")
     record = FineTuning.read(stopped / "run.json")
     assert record.command.splitlines() == ["autorev.finetune(...)", "autorev finetune ... --resume"]
+
+
+def test_what_the_run_did_not_write_stays(stopped: Path, place: Path, undisturbed: FineTuning) -> None:
+    """Folders of the user's that are called as checkpoints are: empty, full, a copy of one, and a link."""
+    mine = {name: stopped / f"checkpoint-{name}" for name in ("77", "1", "of-mine", "99", "88")}
+    for name in ("77", "1", "of-mine"):
+        mine[name].mkdir()
+    (mine["77"] / "model.safetensors").write_text("mine")
+    shutil.copytree(stopped / "checkpoint-3", mine["99"])
+    mine["88"].symlink_to(stopped / "checkpoint-3")
+    check_same(tune(place, resume=True), undisturbed)
+    assert all(path.is_dir() for path in mine.values() if not path.is_symlink()) and mine["88"].is_symlink()
+    assert (mine["77"] / "model.safetensors").read_text() == "mine"
+    assert (mine["99"] / "model.safetensors").is_file() and not (stopped / "checkpoint-3").exists()
+
+
+def test_a_folder_in_the_way_of_a_checkpoint(stopped: Path, place: Path) -> None:
+    """It is named before anything is trained, and not written into."""
+    (stopped / "checkpoint-4").mkdir()
+    began: list[Any] = []
+    with pytest.raises(TrainingError, match=r"checkpoint-4 is there and was not written by this run.*move it away"):
+        tune(place, resume=True, callbacks=(At(3, began.append, "on_step_begin"),))
+    assert not began and not list((stopped / "checkpoint-4").iterdir())
+    (stopped / "checkpoint-4").rmdir()
+    assert tune(place, resume=True).complete
 
 
 def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> None:
@@ -188,20 +211,20 @@ def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> 
     [
         ({"coupling": "leapfrog"}, "trains as momentum k=3, not as leapfrog"),
         ({"coupling": "plain"}, "trains as momentum k=3, not as plain"),
-        ({"steps": 9}, r"another steps \(7, now 9\)"),
-        ({"sequence": 32}, r"sequence \(48, now 32\)"),
-        ({"batch": 2}, r"another batch \(1, now 2\)"),
-        ({"seed": 1}, r"another seed \(0, now 1\)"),
-        ({"bf16": True}, r"another dtype \(fp32, now bf16\)"),
-        ({"lora": 2}, r"another trains \(full, now lora\)"),
-        ({"distill": True}, r"another distill_weight \(0.0, now 0.5\)"),
-        ({"schedule": "leapfrog"}, r"another schedule \(None, now leapfrog\)"),
-        ({"decay": "constant"}, r"another decay \(linear, now constant\)"),
-        ({"warmup": 3}, r"another warmup \(1, now 3\)"),
-        ({"clip": 0.1}, r"another clip \(1.0, now 0.1\)"),
+        ({"steps": 9}, "was begun with --max-steps 7, not 9; leave out what differs, --resume takes it from the run"),
+        ({"sequence": 32, "batch": 2}, "--sequence 48, not 32, --batch 1, not 2"),
+        ({"seed": 1}, "--seed 0, not 1"),
+        ({"bf16": True}, "--bf16 False, not True"),
+        ({"lora": 2}, "--lora None, not 2"),
+        ({"distill": True}, "--distill False, not True"),
+        ({"schedule": "leapfrog"}, "--schedule None, not leapfrog"),
+        ({"decay": "constant"}, "--decay linear, not constant"),
+        ({"warmup": 3}, "--warmup 1, not 3"),
+        ({"clip": 0.1}, "--clip 1.0, not 0.1"),
+        ({"pack": False}, "--pack True, not False"),
+        ({"validation_rows": 3}, "--validation-rows 4, not 3"),
         ({"model": "gpt2"}, r"another model's name \(llm, now gpt2\)"),
         ({"data": "other.txt"}, r"another data's source \(.*text.txt, now .*other.txt\)"),
-        ({"pack": False}, r"another data's packed \(True, now False\)"),
     ],
     ids=lambda how: str(how) if isinstance(how, dict) else "",
 )
@@ -295,8 +318,7 @@ def test_a_full_disk(place: Path, undisturbed: FineTuning, monkeypatch: pytest.M
     said = r"checkpoint of step 4 could not be written to .*No space left on device.*checkpoint-2\. Free some space"
     with pytest.raises(TrainingError, match=said):
         tune(place, out=out, callbacks=(fill,))
-    left = sorted(path.name for path in (place / out).iterdir())
-    assert left == ["checkpoint-2", "run.json", "validation.json"]
+    assert sorted(path.name for path in (place / out).iterdir()) == ["checkpoint-2", "run.json", "validation.json"]
     monkeypatch.undo()
     check_same(tune(place, out=out, resume=True), undisturbed)
 
@@ -317,7 +339,12 @@ def test_a_disk_that_is_full_at_the_end(place: Path, undisturbed: FineTuning, mo
 
 def test_a_record_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Says so; the checkpoint that was just written stays."""
-    fill = At(3, lambda model: monkeypatch.setattr(Path, "replace", _full))
+    write = records.replace_whole
+
+    def full(path: Path, text: str) -> None:
+        write(path, text) if path.name != "run.json" else _full()
+
+    fill = At(3, lambda model: monkeypatch.setattr(records, "replace_whole", full))
     with pytest.raises(AutorevError, match=r"run\.json cannot be written: No space left on device"):
         tune(place, out="full record", callbacks=(fill,))
     monkeypatch.undo()
@@ -331,10 +358,10 @@ def test_the_record_is_complete_before_the_checkpoints_go(place: Path, monkeypat
     remove = shutil.rmtree
 
     def removing(path: Path, **how: Any) -> None:
-        if Path(path).name == "checkpoint-7":
-            seen.append(FineTuning.read(Path(path).parent / "run.json").complete)
+        if Path(path).name == ".checkpoint-7.old":
+            seen.append(FineTuning.read(place / "order" / "run.json").complete)
         remove(path, **how)
 
-    monkeypatch.setattr(session.shutil, "rmtree", removing)
+    monkeypatch.setattr(shutil, "rmtree", removing)
     tune(place, out="order")
     assert seen == [True]
