@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 
 from autorev.errors import SettingError
+from autorev.files import path_of
+from autorev.lock import held
 from autorev.models.load import load_model
 from autorev.predict.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
@@ -20,7 +21,9 @@ from autorev.profiler.options import SweepRequest, check_options, check_sweeps
 from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.record import Environment, Profile, Result, Status, Variant
 from autorev.profiler.schedule import Progress, Schedule
+from autorev.profiler.scratch import scratch
 from autorev.profiler.subject import Subject, live_subject, named_subject
+from autorev.records import drop_parts
 from autorev.variants import parse_variants
 
 RECORDS = Path("profiles/recorded")
@@ -49,6 +52,7 @@ def profile(
     name: str | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
     command: str = "autorev.profile(...)",
     progress: Progress = lambda what, fraction: None,
 ) -> Profile:
@@ -76,6 +80,7 @@ def profile(
         name: of the record; default: made of model and setting.
         folder: where the record is written after every process; None: nowhere.
         resume: go on with the record of the same name; what it holds is not measured again.
+        trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
         command: what the record says made it.
         progress: is told what is being done, and the fraction done.
 
@@ -109,25 +114,31 @@ def profile(
     else:
         if batch is not None and not isinstance(batch, int):
             raise SettingError("with MODEL by name, batch is a number of samples; a batch of tensors needs the model")
-        subject = named_subject(model, depth, None if text is None else Path(text), hardware, setting)
+        file = None if text is None else path_of(text)
+        subject = named_subject(model, depth, file, hardware, setting, trust_remote_code)
     check_sweeps(requests, subject)
     if subject.pretrained and subject.live is None and not predict:
-        _check_weights(model, subject)
+        _check_weights(model, subject, trust_remote_code)
     blank = _blank(subject, wanted, name, depth, goal, memory, limit, command, environment(on, torch.get_num_threads()))
-    record = _resumed(blank, folder, resume)
-    with tempfile.TemporaryDirectory(prefix="autorev-") as scratch:
+    with ExitStack() as stack:
+        if folder is not None:
+            what, instead = f"the record {Path(folder) / blank.name}.json", "give this one another --name"
+            stack.enter_context(held(Path(folder), blank.name, what, instead))
+            drop_parts(Path(folder) / f"{blank.name}.json")
+        record = _resumed(blank, folder, resume)
+        place = stack.enter_context(scratch(folder, blank.name))
         named = model if isinstance(model, str) else None
-        run = Schedule(subject, record, Path(scratch), folder, on, depth, named, progress)
+        run = Schedule(subject, record, place, folder, on, depth, named, progress, trust_remote_code)
         run.predict()
         run.write()
         if not predict:
             run.measure(rounds, steps)
             for request in requests:
                 run.sweep(request, limit, longest_step)
-    return run.finish(predict)
+        return run.finish(predict)
 
 
-def _check_weights(model: Any, subject: Subject) -> None:
+def _check_weights(model: Any, subject: Subject, trust_remote_code: bool) -> None:
     """Load them once here: otherwise each process that measures would find out, and say it to a log.
 
     Raises:
@@ -135,7 +146,8 @@ def _check_weights(model: Any, subject: Subject) -> None:
     """
     setting = subject.setting
     with suppress(SettingError):  # too large for this machine: what can be predicted is of use
-        load_model(model, DTYPES[setting.dtype], setting.batch, setting.sequence)
+        size = setting.batch, setting.sequence
+        load_model(model, DTYPES[setting.dtype], *size, trust_remote_code=trust_remote_code)
 
 
 def _blank(
@@ -204,7 +216,7 @@ def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile
             )
         return blank
     found = Profile.read(path)
-    same = ("model", "setting", "text", "budget_bytes", "goal", "pretrained")
+    same = ("name", "model", "setting", "text", "budget_bytes", "goal", "pretrained")
     different = [key for key in same if getattr(found, key) != getattr(blank, key)]
     where, here = found.environment, blank.environment
     if (where.machine, where.versions) != (here.machine, here.versions):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ class Schedule:
     depth: int | None
     model: str | None
     progress: Progress
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         tokens = pickled = None
         if self.subject.tokens is not None:
-            tokens = str(self.scratch / "tokens.pt")
-            torch.save(self.subject.tokens, tokens)
+            file = self.scratch / "tokens.pt"
+            torch.save(self.subject.tokens, written := BytesIO())
+            file.write_bytes(written.getbuffer())  # whose error, unlike torch's, says that the disk is full
+            tokens = str(file)
         self.launch: Callable[[Job], Outcome] = partial(run_in_fresh_process, scratch=self.scratch)
         if self.subject.live is not None:
             pickled = str(self.scratch / "model.pt")
@@ -55,7 +59,7 @@ class Schedule:
                 note = f"every variant ran in one process, as {why}; give package.module:factory for fresh ones"
                 self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
         threads = self.record.environment.threads
-        self.source = Source(self.model, pickled, self.depth, tokens, self.on, threads)
+        self.source = Source(self.model, pickled, self.depth, tokens, self.on, threads, self.trust_remote_code)
 
     def _here(self, job: Job) -> Outcome:
         assert self.subject.live is not None
