@@ -71,9 +71,11 @@ _PASSING = {
 
 def detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
     """Detection on a fake copy; where the model must see its data to run, on a real copy."""
+    import torch
+
     from autorev.capture.wrapped import own_forward
 
-    with own_forward(model):
+    with torch.inference_mode(False), own_forward(model):  # tensors made in inference mode count no writes
         return _detect_in(model, args, kwargs)
 
 
@@ -81,6 +83,7 @@ def _detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detectio
     import copy
 
     from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
+    from autorev.capture.plain import fetched
     from autorev.capture.record import record
     from autorev.capture.source import raised_line
     from autorev.detect.chains import detect
@@ -95,7 +98,8 @@ def _detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detectio
             return detect(record(twin, fake_args, fake_kwargs)), twin
     except DATA_DEPENDENT as error:
         where = raised_line(error)
-        if any(p.is_meta for p in model.parameters()):
+        brought = {id(tensor) for _, tensor in fetched(model)}
+        if any(p.is_meta and id(p) not in brought for p in model.parameters()):
             raise CaptureError(
                 f"the forward of {type(model).__name__} looks at the values of its tensors ({where}), and a model on "
                 "the meta device has none; analyse it with its weights loaded"
@@ -205,6 +209,7 @@ def prepare(
         resizable=workload.resizable,
         longest_sequence=workload.longest_sequence,
         walks=walks,
+        walks_batch=workload.walks_batch,
     )
     return replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster
 

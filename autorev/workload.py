@@ -14,6 +14,8 @@ from autorev.errors import SettingError
 if TYPE_CHECKING:
     import torch
 
+    from autorev.models.quantization import Scheme
+
 MOST_TOKENS = 2**31
 """In one step: a thousand times what the largest clusters take, and in reach of 64-bit sizes."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -41,8 +43,12 @@ class Workload:
     """The model's own limit (position embeddings); None where it has none or none is known."""
     resizable: bool = True
     """May `batch` be varied? Not where the user's example inputs share no first axis."""
+    walks_batch: bool = False
+    """Does the model walk through its samples one at a time, in Python, as through their pictures?"""
     notes: tuple[str, ...] = ()
     """What its source leaves open, and was assumed."""
+    scheme: Scheme | None = None
+    """How its weights are quantised; None: they are not, or the built model has them quantised."""
 
 
 def without_cache(model: torch.nn.Module, call: Call) -> Call:

@@ -12,7 +12,8 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from autorev.capture.patching import patched_here
@@ -36,7 +37,15 @@ class OwnMode(TorchDispatchMode):
 
 
 class OwnFakeMode(FakeTensorMode, OwnMode):
-    """A `FakeTensorMode` of one thread: where that one calls `TorchDispatchMode`, it calls `OwnMode`."""
+    """A `FakeTensorMode` of one thread: where that one calls `TorchDispatchMode`, it calls `OwnMode`.
+
+    A tensor that is real, though fake ones are all around it, tells its value.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
+            return func(*args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _uncompiled() -> ExitStack:

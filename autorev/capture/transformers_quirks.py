@@ -11,6 +11,13 @@ does not take:
   dtype and keeps the same tensors for backward: the tokens sorted by expert, and the weights, not copied.
   (Of the other implementations "batched_mm" copies the experts' weights for every token, and "eager" asks
   which experts were hit. Real training takes "grouped_mm".)
+
+Two more things are about pictures in a text:
+
+- `torch_compilable_check` asks whether there are as many places for a picture in the text as there are pieces of it.
+  Calls that autorev makes are so, and a fake tensor is believed.
+- How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over. Where it is a real
+  one, it stays real, with whatever is computed from it alone.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from autorev.capture.hush import logs_hushed, warnings_hushed
@@ -34,6 +41,7 @@ def quirks() -> Iterator[None]:
     places = (
         ("transformers.masking_utils", "find_packed_sequence_indices", _one_text_per_row),
         ("transformers.integrations.moe", "_can_use_grouped_mm", _grouped_only_where_it_can_be_faked),
+        ("torch", "_check_tensor_all_with", _fake_ones_are_believed),
     )
     with ExitStack() as stack:
         for module_name, name, replace in places:
@@ -41,6 +49,7 @@ def quirks() -> Iterator[None]:
             if hasattr(module, name):  # another version of transformers may lack the function, and then the quirk
                 stack.enter_context(patched_here(module, name, replace))
         stack.enter_context(quiet())
+        stack.enter_context(real_numbers_stay())
         yield
 
 
@@ -64,6 +73,35 @@ def quiet_files() -> Iterator[None]:
         ),
         quiet(),
     ):
+        yield
+
+
+def _fake_ones_are_believed(original: Any) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def check(error: Any, condition: Any, *message: Any) -> None:
+        if not isinstance(condition, FakeTensor):
+            original(error, condition, *message)
+
+    return check
+
+
+@contextmanager
+def real_numbers_stay() -> Iterator[None]:
+    """While it lasts, what is computed under fake tensors from real ones of whole numbers alone is real."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_leaves
+
+    class RealNumbers(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            real = bool(tensors) and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors)
+            with unset_fake_temporarily() if real else nullcontext():
+                return func(*args, **(kwargs or {}))
+
+    with RealNumbers():
         yield
 
 

@@ -8,10 +8,13 @@ real ones the values are valid, and the caller's random numbers are left alone.
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import ModelBuildError
+from autorev.models.pictures import Picture, kinds_of_tokens, picture, towers_left_out
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +68,10 @@ _POSITIONS_START_AFTER_PADDING = frozenset(
 _SOUND_SAMPLES = 16_000
 """One second at the rate every speech model of `transformers` listens at."""
 _SOUND_FRAMES = 200
+_said: set[str] = set()
+"""What was said already: a run asks for several calls of its model."""
+_NO_LABEL = -100
+"""What losses leave out."""
 _LABEL_TOKENS = 8
 """Length of a transcript, which must be shorter than the sound's frames."""
 
@@ -118,15 +125,25 @@ def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | 
     """
     import torch
 
-    maker = _Maker(config, model_cls, batch, sequence, torch.get_default_dtype(), torch.device("cpu"))
+    maker = _Maker(config, model_cls, batch, sequence, torch.get_default_dtype(), torch.device("cpu"), live=False)
     return (), maker.keywords()
 
 
 def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
-    """Arguments for one call of a live `transformers` model, on its device and in its dtype; adapters may wrap it."""
+    """Arguments for one call of a live `transformers` model, on its device and in its dtype; adapters and
+    `torch.compile` may wrap it."""
+    from autorev.capture.plain import execution_device
+
+    model = getattr(model, "_orig_mod", model)
     if hasattr(model, "get_base_model"):  # peft forwards the attributes of what it wraps, but its class has none
         model = model.get_base_model()
-    return (), _Maker(model.config, type(model), batch, sequence, model.dtype, model.device).keywords()
+    device = execution_device(model)
+    call = _Maker(model.config, type(model), batch, sequence, model.dtype, device, live=True).keywords()
+    left_out = towers_left_out(type(model), call)
+    if left_out and left_out not in _said:
+        _said.add(left_out)
+        logging.getLogger("autorev").warning("%s", left_out)
+    return (), call
 
 
 def is_transformers(model: Any) -> bool:
@@ -180,6 +197,7 @@ class _Maker:
     sequence: int | None
     dtype: torch.dtype
     device: torch.device
+    live: bool
 
     def keywords(self) -> dict[str, Any]:
         accepted = _accepted(self.model_cls)
@@ -204,11 +222,27 @@ class _Maker:
         if "decoder_input_ids" in accepted:
             call["decoder_input_ids"] = self.tokens()
         call |= self.targets(accepted)
+        if self.shown is not None:
+            call |= self.illustrated(call, self.shown, accepted)
         if "use_cache" in accepted:
             call["use_cache"] = False
         if contrastive:
             call["return_loss"] = True
         return call
+
+    def illustrated(self, call: dict[str, Any], shown: Picture, accepted: frozenset[str]) -> dict[str, Any]:
+        """What changes in a call of text alone when a picture stands in front of the text."""
+        import torch
+
+        ids = torch.tensor([shown.ids], device=self.device).repeat(self.batch, 1)
+        ids = torch.cat([ids, call["input_ids"]], dim=1)
+        kinds = kinds_of_tokens(accepted, shown, self.batch, call["input_ids"].shape[1])
+        changed = {**shown.inputs, **kinds, "input_ids": ids}
+        if "labels" in call:
+            blank = torch.full((self.batch, len(shown.ids)), _NO_LABEL, device=self.device)
+            changed["labels"] = torch.cat([blank, call["labels"]], dim=1)
+        # What is where it should be is not touched: under fake tensors, some of it is real.
+        return {name: v if v.device == self.device else v.to(self.device) for name, v in changed.items()}
 
     def targets(self, accepted: frozenset[str]) -> dict[str, Any]:
         """The labels with which this class computes its loss; nothing for a class without one."""
@@ -258,7 +292,14 @@ class _Maker:
 
     @property
     def length(self) -> int:
-        return self.sequence or min(sequence_limit(self.config) or 128, 128)
+        """Tokens of text, beside a picture's."""
+        beside = 0 if self.shown is None else len(self.shown.ids)
+        return self.sequence or max(min((sequence_limit(self.config) or 128 + beside) - beside, 128), 1)
+
+    @cached_property
+    def shown(self) -> Picture | None:
+        """The picture in front of the text."""
+        return picture(self.config, self.model_cls, self.batch, self.drawn, self.live)
 
     def images(self) -> torch.Tensor:
         return self.noise(self.image_shape)
@@ -287,10 +328,12 @@ class _Maker:
         return torch.randint(below, (self.batch, *shape), generator=_generator()).to(self.device)
 
     def noise(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.drawn((self.batch, *shape))
+
+    def drawn(self, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
 
-        drawn = torch.randn((self.batch, *shape), generator=_generator(), dtype=torch.float32)
-        return drawn.to(self.device, self.dtype)
+        return torch.randn(shape, generator=_generator(), dtype=torch.float32).to(self.device, self.dtype)
 
 
 def _generator() -> torch.Generator:

@@ -68,11 +68,20 @@ def transformers_workload(
     config: Any, model_cls: type[Any], build: Build, name: str, source: str, notes: tuple[str, ...] = ()
 ) -> Workload:
     """The workload of a `transformers` class: what it is called with follows from its config."""
+    import torch
+
     from autorev.models.building import in_one_dtype
     from autorev.models.example_call import example_call, has_images, has_sequence, sequence_limit
+    from autorev.models.pictures import picture, towers_left_out
 
     has_text = has_sequence(config, model_cls)
     limit = sequence_limit(config) if has_text else None
+    shown = picture(config, model_cls, 1, torch.empty, live=False)
+    if shown is not None:
+        notes = (*notes, shown.note)
+        limit = limit and max(limit - len(shown.ids), 1)
+    elif left_out := towers_left_out(model_cls, {}):
+        notes = (*notes, left_out)
 
     def example(batch: int, sequence: int | None) -> Call:
         try:
@@ -93,6 +102,7 @@ def transformers_workload(
         default_batch=_USUAL_IMAGES if has_images(model_cls) else 1,
         default_sequence=min(limit or _USUAL_SEQUENCE, _USUAL_SEQUENCE) if has_text else None,
         longest_sequence=limit,
+        walks_batch=shown is not None,
         notes=notes,
     )
 

@@ -47,8 +47,12 @@ class Forecaster:
     longest_sequence: int | None
     walks: bool
     """Does the model walk through the sequence token by token, in Python? Then long ones are extrapolated."""
+    walks_batch: bool = False
+    """Likewise through the batch?"""
     probed: dict[tuple[Strategy, int], ScaledTrace] = field(default_factory=dict)
     """Strategy and batch -> its steps at `PROBES`."""
+    simulated: dict[tuple[Strategy, int, int | None], StepTrace] = field(default_factory=dict)
+    """Strategy, batch and sequence -> its step: what was simulated to choose `keep_last` is not simulated again."""
 
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies that say something about this model, with `keep_last` chosen."""
@@ -65,15 +69,21 @@ class Forecaster:
         nothing, last = (
             self.trace(replace(strategy, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
         )
+        return _storing(strategy, blocks_to_store(nothing, last, self.layout))
 
     def trace(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
-        return _storing(strategy, blocks_to_store(nothing, last, self.layout))
         """One simulated step; of a model that walks through long sequences, the polynomial through short ones."""
         if self.walks and sequence is not None and sequence > PROBES[-1]:
             if (strategy, batch) not in self.probed:
                 probes = tuple(self.trace(strategy, batch, probe) for probe in PROBES)
                 self.probed[strategy, batch] = ScaledTrace(PROBES, probes)
             return self.probed[strategy, batch].at(sequence)
+        known = replace(strategy, note=""), batch, sequence
+        if known not in self.simulated:
+            self.simulated[known] = self._simulate(strategy, batch, sequence)
+        return self.simulated[known]
+
+    def _simulate(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
         with self.mode:
             call = self.example(batch, sequence)
             layout = self._layout_for(call).storing(strategy)
@@ -115,11 +125,11 @@ class Forecaster:
             side_bits=strategy.side_bits,
             preserves_function=strategy.preserves_function,
             note=strategy.note,
-        )
-
             keep_last=tuple(strategy.stored_of(chain) for chain in range(len(self.layout.lengths)))
             if strategy.kind == "reversible"
             else (),
+        )
+
     def peak(self, trace: StepTrace, strategy: Strategy) -> int:
         """Peak bytes of a step."""
         return max(self.cost(trace, strategy).phase_peaks.values())
@@ -160,8 +170,6 @@ class _OperationCount(OwnMode):
         return func(*args, **(kwargs or {}))
 
 
-def rename(prediction: Prediction, strategy: Strategy) -> Prediction:
-    """The prediction of a strategy with the same memory and work under its own name."""
 def _storing(strategy: Strategy, keep_last: int | tuple[int, ...]) -> Strategy:
     if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
         keep_last = keep_last[0]
@@ -169,6 +177,8 @@ def _storing(strategy: Strategy, keep_last: int | tuple[int, ...]) -> Strategy:
     return replace(strategy, keep_last=keep_last, note=f"{strategy.note}; keep_last={shown}")
 
 
+def rename(prediction: Prediction, strategy: Strategy) -> Prediction:
+    """The prediction of a strategy with the same memory and work under its own name."""
     return replace(
         prediction,
         strategy=strategy.name,

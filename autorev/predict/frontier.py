@@ -89,7 +89,7 @@ def _limit(forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis:
 
     size = largest(fits, most)
     for _ in range(MOST_CORRECTIONS):
-        if size == 0 or size in curve.points:
+        if size == 0 or size in curve.points or (axis == "batch" and forecaster.walks_batch):
             break
         trace = _trace(forecaster, strategy, axis, size)
         simulated, proposed = forecaster.peak(trace, strategy), forecaster.peak(curve.at(size), strategy)

@@ -56,7 +56,8 @@ def prepare_model(
         call = (args, kwargs)
     else:
         dtype = DTYPES[setting.dtype]
-        loaded = load_model(source.model, dtype, setting.batch, setting.sequence, source.depth)
+        size = setting.batch, setting.sequence
+        loaded = load_model(source.model, dtype, *size, source.depth, source.trust_remote_code)
         model, example = loaded.model, loaded.example
         call = example(setting.batch, setting.sequence)
     if blocks is None:
@@ -83,8 +84,12 @@ def with_text(call: Call, tokens: torch.Tensor, batch: int, sequence: int) -> Ca
 
 
 def on_tokens(call: Call, ids: torch.Tensor) -> Call:
-    """`call` on these tokens [batch, tokens], which are its labels, too."""
+    """`call` on these tokens [batch, tokens], which are its labels, too; a picture in front of its own stays there."""
     args, kwargs = call
+    picture = kwargs["input_ids"].shape[1] - ids.shape[1] if "pixel_values" in kwargs else 0
+    if picture > 0:
+        labels = torch.cat([kwargs["labels"][:, :picture], ids], dim=1)
+        return args, {**kwargs, "input_ids": torch.cat([kwargs["input_ids"][:, :picture], ids], dim=1), "labels": labels}
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in kwargs else {}
     return args, {**kwargs, "input_ids": ids, "labels": ids, **decoder}
 
