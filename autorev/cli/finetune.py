@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from autorev.cli.group import COMMAND, file_name, main, steps_told
 from autorev.cli.report import show_fine_tunings
@@ -65,7 +66,9 @@ _positive = click.IntRange(min=1)
 @click.option("--validation-rows", type=_positive, default=16, show_default=True, metavar="INT")
 @click.option("--name", metavar="NAME", help="Of the record.  [default: the folder's]")
 @click.option("--out", type=_folder, metavar="DIR", help="The run's folder.  [default: runs/MODEL-COUPLING]")
-@click.option("--resume", is_flag=True, help="Go on with the run in DIR from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in DIR, by its own options, from its last checkpoint."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
 @click.option("--html", type=_file, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
 @click.pass_context
@@ -85,10 +88,14 @@ def finetune(
       autorev finetune my_llm --data chats.jsonl --lora 16 --coupling momentum:k=3,loss=chunked
       autorev finetune --schedule leapfrog --distill --max-steps 300
       autorev finetune --max-loss-increase 0.02
+      autorev finetune --resume --out runs/my_llm-momentum-k-3
     """
     command = ctx.meta[COMMAND]
     folder = out or Path("runs") / file_name(f"{model or 'smollm2'}-{options['coupling']}")
-    os.environ.update({"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5"})  # PyTorch's profiler counts the memory
+    for name in options:  # the defaults are for --help: a run that goes on has its own
+        if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name not in ("resume", "trust_remote_code"):
+            options[name] = None
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("starting", 0.0)
         from autorev.finetuning.run import finetune as run

@@ -42,10 +42,11 @@ def report(
 ) -> None:
     """Show recorded profiles or fine-tunings, and compare them when there are several.
 
-    RECORD is a file that `autorev profile` or `autorev finetune` (DIR/run.json) wrote, or a folder of them.
+    RECORD is a file that `autorev profile` wrote, the folder of a run of `autorev finetune`, or a folder of either.
 
     \b
     Examples:
+      autorev report runs/smollm2-momentum-k-3
       autorev report profiles/recorded/*.json
       autorev report profiles/recorded/*.json --html reports/comparison.html
       autorev report profiles/recorded/one.json --trace trace.json
@@ -112,12 +113,40 @@ def show_fine_tunings(runs: list[FineTuning], command: str, as_json: bool, html:
 
 
 def _files(records: tuple[Path, ...]) -> list[Path]:
-    found: list[Path] = []
-    for path in records:
-        found += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    found = [file for path in records for file in (_in_folder(path) if path.is_dir() else [path])]
     if not found:
-        raise click.UsageError(f"{', '.join(map(str, records))} holds no record; `autorev profile` writes them")
+        raise click.UsageError(
+            f"{', '.join(map(str, records))} holds no record; `autorev profile` and `autorev finetune` write them"
+        )
     return list(dict.fromkeys(found))
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The record of a run's folder; of any other folder, the records in it, and those of the runs below it."""
+    from autorev.finetuning.record import FILE as RUN
+
+    if (folder / RUN).is_file():
+        return [folder / RUN]
+    files = sorted(folder.glob("*.json"))
+    found = [path for path in files if _is_record(path)]
+    if found and len(found) < len(files):
+        others = ", ".join(path.name for path in files if path not in found)
+        click.echo(f"Left out of {folder}, as they are no records: {others}", err=True)
+    return found + sorted(folder.glob(f"*/{RUN}"))
+
+
+def _is_record(path: Path) -> bool:
+    """Or was it one? What is cut short is refused later, and not left out in silence."""
+    from autorev.errors import RecordError, UnreadableError
+    from autorev.files import parse_json
+    from autorev.finetuning.record import KIND
+    from autorev.records import read_text
+
+    try:
+        data = parse_json(read_text(path))
+    except (RecordError, UnreadableError):
+        return True
+    return isinstance(data, dict) and (("results" in data and "schema_version" in data) or data.get("kind") == KIND)
 
 
 def show(profiles: list[Profile], command: str, as_json: bool, html: Path | None) -> None:

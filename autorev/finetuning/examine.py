@@ -28,6 +28,8 @@ class Examined:
     model: str
     tokens: int
     evaluation: Evaluation
+    text: str = ""
+    """A digest of the tokens: figures of the same text can be compared."""
     original: str | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """By task of lm_eval: its figures."""
@@ -43,8 +45,9 @@ class Examined:
     def __str__(self) -> str:
         found = self.evaluation
         error = "" if found.standard_error is None else f" +- {found.standard_error:.4f}"
+        name = self.model if self.pretrained else f"{self.model}, random weights"
         lines = [
-            f"{self.model}{'' if self.pretrained else ', random weights'}, on {self.tokens:,} held-out tokens",
+            f"{name}, on {self.tokens:,} held-out tokens (digest {self.text})",
             f"  loss {found.loss:.4f}{error} nats a token, perplexity {found.perplexity:.2f}",
         ]
         if self.original is not None:
@@ -73,8 +76,8 @@ def examine(
     Args:
         model: under the coupling that it was trained with, if any.
         original: a model to compare it with; the two read the same tokens.
-        text: a text file or JSONL, of which a tenth is held out; default: what the run held out, or the language
-            reference that CPython carries.
+        text: a text file or JSONL, of which a tenth is held out; default: what the run held out, which its export
+            carries, too; or the language reference that CPython carries.
         tasks: of lm_eval.
         task_folder: more of its task files.
         limit: examples in each task.
@@ -104,7 +107,7 @@ def examine(
         found = evaluate(logits_of(net), rows, collator, 0, theirs)
         progress("running the tasks", 0.5)
         figures = run_tasks(net, tokenizer, tasks, task_folder, limit) if tasks else {}
-    return Examined(model, rows.learned, found, original, figures, pretrained, original_pretrained)
+    return Examined(model, rows.learned, found, rows.digest, original, figures, pretrained, original_pretrained)
 
 
 def _was_converted(folder: Path) -> bool:

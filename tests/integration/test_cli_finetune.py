@@ -209,7 +209,7 @@ def test_ctrl_c_and_resume(place: Path, trained: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(module, "finetune", finetune)
     check_error(
-        run("finetune", "llm", *QUICK, "--out", "stopped", "--resume", "--seed", "3"), "another seed (0, now 3)"
+        run("finetune", "llm", *QUICK, "--out", "stopped", "--resume", "--seed", "3"), "--seed 0, not 3"
     )
     done = run("finetune", "llm", *QUICK, "--out", "stopped", "--resume")
     assert done.exit_code == 0, done.output
