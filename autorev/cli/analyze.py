@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autorev.cli.group import COMMAND, file_name, main, progress, what_trains, write
+from autorev.cli.ending import COMMAND
+from autorev.cli.group import COUNT, FILE, main, progress, trust_remote_code, what_trains
+from autorev.cli.output import console, file_name, printing, say, write
 
 if TYPE_CHECKING:
     from autorev.analysis import Analysis
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Samples per step.  [default: 1, images 32]",
 )
 @click.option(
     "--sequence",
     "--seq",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Tokens per sample.  [default: 2048, or the model's limit]",
 )
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--lora-rank",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Rank of the adapters; implies --trains lora.  [default: 16]",
 )
@@ -69,17 +71,18 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Device profile: a name of profiles/devices, or a JSON file.",
 )
+@trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option(
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="PATH",
     help="Where to write the report.  [default: reports/analyze-MODEL.html; with --json: nowhere]",
 )
 @click.option("--no-html", is_flag=True, help="Write no HTML report.")
 @click.option(
     "--markdown",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="PATH",
     help="Also write the report as Markdown.",
 )
@@ -88,6 +91,7 @@ def analyze(
     ctx: click.Context,
     /,
     model: str | None,
+    trust_remote_code: bool,
     as_json: bool,
     html: Path | None,
     no_html: bool,
@@ -117,20 +121,19 @@ def analyze(
         tell("reading the model", 0.0)
         from autorev.models.resolve import EMBEDDED, resolve
 
-        workload = resolve(model)
+        workload = resolve(model, trust_remote_code=trust_remote_code)
         from autorev.pipeline import analyze_workload
 
         analysis = analyze_workload(workload, named=model or EMBEDDED, **setting, progress=tell)
     if html is None and not no_html and not as_json:
         html = Path("reports") / f"analyze-{file_name(analysis.model.name)}.html"
     if as_json:
-        click.echo(analysis.to_json())
+        say(analysis.to_json())
     else:
-        from rich.console import Console
-
         from autorev.report.analysis.terminal import print_analysis
 
-        print_analysis(analysis, Console())
+        with printing():
+            print_analysis(analysis, console())
     _write_reports(analysis, ctx.meta[COMMAND], html, markdown, quiet=as_json)
 
 
@@ -145,4 +148,4 @@ def _write_reports(analysis: Analysis, command: str, html: Path | None, markdown
         write(markdown, render_markdown(analysis))
     for path in (html, markdown):
         if path and not quiet:
-            click.echo(f"Report: {path}")
+            say(f"Report: {path}")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import click
 
-from autorev.cli.group import main, steps_told
+from autorev.cli.group import COUNT, FILE, FOLDER, base, main, steps_told, trust_remote_code
+from autorev.cli.output import say
 
 
 @main.command(short_help="Loss of a model, and its distance from the original.")
 @click.argument("model", default="smollm2")
 @click.option("--original", metavar="MODEL", help="Compare with it: agreement on the next token, KL.")
-@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Text, or JSONL.")
+@click.option("--text", type=FILE, metavar="FILE", help="Text, or JSONL.")
 @click.option("--tasks", metavar="NAME,NAME,...", help="Tasks of lm_eval, where it is installed and has their data.")
-@click.option(
-    "--task-folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Task files of your own."
-)
-@click.option("--limit", type=click.IntRange(min=1), metavar="INT", help="Examples in each task.  [default: all]")
+@click.option("--task-folder", type=FOLDER, metavar="DIR", help="Task files of your own.")
+@click.option("--limit", type=COUNT, metavar="INT", help="Examples in each task.  [default: all]")
+@base
+@trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 def evaluate(model: str, tasks: str | None, as_json: bool, **options: Any) -> None:
     """Evaluate MODEL on held-out text: a run's folder, a folder of a converted model, or what `autorev analyze` takes.
@@ -36,4 +36,4 @@ def evaluate(model: str, tasks: str | None, as_json: bool, **options: Any) -> No
 
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         found = examine(model, tasks=names, progress=tell, **options)
-    click.echo(found.to_json() if as_json else str(found))
+    say(found.to_json() if as_json else str(found))

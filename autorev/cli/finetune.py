@@ -11,18 +11,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from autorev.cli.group import COMMAND, file_name, main, steps_told
+from autorev.cli.ending import COMMAND
+from autorev.cli.group import COUNT, COUNT_OR_NONE, FILE, FOLDER, Finite, base, main, steps_told, trust_remote_code
+from autorev.cli.output import file_name, say
 from autorev.cli.report import show_fine_tunings
-
-_file = click.Path(dir_okay=False, path_type=Path)
-_folder = click.Path(file_okay=False, path_type=Path)
-_positive = click.IntRange(min=1)
 
 
 @main.command(short_help="Fine-tune MODEL reversibly, and follow its quality.")
 @click.argument("model", required=False)
-@click.option("--data", type=_file, metavar="FILE", help="Text, or JSONL.  [default: CPython's language reference]")
-@click.option("--validation", type=_file, metavar="FILE", help="Held-out data.  [default: a tenth of the data]")
+@click.option("--data", type=FILE, metavar="FILE", help="Text, or JSONL.  [default: CPython's language reference]")
+@click.option("--validation", type=FILE, metavar="FILE", help="Held-out data.  [default: a tenth of the data]")
 @click.option(
     "--coupling",
     metavar="SPEC",
@@ -31,46 +29,50 @@ _positive = click.IntRange(min=1)
     help="What `profile --variant` takes: momentum:k=2, leapfrog, ..., and for comparison plain or checkpoint; each "
     "with :option=value (loss=chunked, keep_last=4).",
 )
-@click.option("--lora", type=_positive, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
+@click.option("--lora", type=COUNT, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
+@click.option(
+    "--quantize",
+    type=click.Choice(["nf4", "int8"]),
+    help="Quantise the weights beside the adapters (bitsandbytes); with --lora.",
+)
 @click.option("--distill", is_flag=True, help="Add KL(original, model) to the loss.")
-@click.option("--distill-weight", type=float, metavar="W", help="Its share of the loss.  [default: 0.5]")
+@click.option("--distill-weight", type=Finite(), metavar="W", help="Its share of the loss.  [default: 0.5]")
 @click.option(
     "--schedule",
     type=click.Choice(["leapfrog", "midpoint"]),
     help="Move gamma there during training, until no side bits are needed.",
 )
-@click.option("--schedule-steps", type=_positive, metavar="INT", help="Steps until there.  [default: 2/3 of all]")
+@click.option("--schedule-steps", type=COUNT, metavar="INT", help="Steps until there.  [default: 2/3 of all]")
 @click.option(
     "--max-loss-increase",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     metavar="NATS",
     help="Choose each block's side bits such that the loss before training rises by no more.",
 )
-@click.option("--max-steps", "steps", type=_positive, default=100, show_default=True, metavar="INT")
+@click.option("--max-steps", "steps", type=COUNT, default=100, show_default=True, metavar="INT")
+@click.option("--sequence", "--seq", type=COUNT, default=256, show_default=True, metavar="INT", help="Tokens in a row.")
+@click.option("--batch", type=COUNT, default=1, show_default=True, metavar="INT", help="Rows in a forward pass.")
+@click.option("--accumulate", type=COUNT, default=1, show_default=True, metavar="INT", help="Passes in a step.")
 @click.option(
-    "--sequence", "--seq", type=_positive, default=256, show_default=True, metavar="INT", help="Tokens in a row."
+    "--learning-rate", "--lr", type=Finite(), metavar="RATE", help="[default: 2e-5; LoRA 2e-4, no weights 1e-3]"
 )
-@click.option("--batch", type=_positive, default=1, show_default=True, metavar="INT", help="Rows in a forward pass.")
-@click.option("--accumulate", type=_positive, default=1, show_default=True, metavar="INT", help="Passes in a step.")
-@click.option("--learning-rate", "--lr", type=float, metavar="RATE", help="[default: 2e-5; LoRA 2e-4, no weights 1e-3]")
 @click.option("--decay", default="linear", show_default=True, help="Of the rate: linear, cosine, constant, ...")
-@click.option("--warmup", type=click.IntRange(min=0), metavar="INT", help="Steps in which it rises.  [default: 1/20]")
+@click.option("--warmup", type=COUNT_OR_NONE, metavar="INT", help="Steps in which it rises.  [default: 1/20]")
 @click.option(
-    "--clip", type=float, default=1.0, show_default=True, metavar="NORM", help="Largest norm of the gradients."
+    "--clip", type=Finite(), default=1.0, show_default=True, metavar="NORM", help="Largest norm of the gradients."
 )
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16 under autocast.")
 @click.option("--pack/--pad", default=True, show_default=True, help="Several documents in a row, or one and padding.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="INT")
-@click.option("--evaluate-every", type=_positive, metavar="INT", help="Steps.  [default: 1/6 of all]")
-@click.option("--save-every", type=_positive, metavar="INT", help="Steps between checkpoints.  [default: 1/4 of all]")
-@click.option("--validation-rows", type=_positive, default=16, show_default=True, metavar="INT")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="INT")
+@click.option("--evaluate-every", type=COUNT, metavar="INT", help="Steps.  [default: 1/6 of all]")
+@click.option("--save-every", type=COUNT, metavar="INT", help="Steps between checkpoints.  [default: 1/4 of all]")
+@click.option("--validation-rows", type=COUNT, default=16, show_default=True, metavar="INT")
 @click.option("--name", metavar="NAME", help="Of the record.  [default: the folder's]")
-@click.option("--out", type=_folder, metavar="DIR", help="The run's folder.  [default: runs/MODEL-COUPLING]")
-@click.option(
-    "--resume", is_flag=True, help="Go on with the run in DIR, by its own options, from its last checkpoint."
-)
+@click.option("--out", type=FOLDER, metavar="DIR", help="The run's folder.  [default: runs/MODEL-COUPLING]")
+@click.option("--resume", is_flag=True, help="Go on with the run in DIR, by its own options, from its last checkpoint.")
+@trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
-@click.option("--html", type=_file, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
+@click.option("--html", type=FILE, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
 @click.pass_context
 def finetune(
     ctx: click.Context, /, model: str | None, out: Path | None, as_json: bool, html: Path | None, **options: Any
@@ -86,6 +88,7 @@ def finetune(
     Examples:
       autorev finetune --max-steps 30
       autorev finetune my_llm --data chats.jsonl --lora 16 --coupling momentum:k=3,loss=chunked
+      autorev finetune my_llm --lora 16 --quantize nf4
       autorev finetune --schedule leapfrog --distill --max-steps 300
       autorev finetune --max-loss-increase 0.02
       autorev finetune --resume --out runs/my_llm-momentum-k-3
@@ -95,31 +98,43 @@ def finetune(
     for name in options:  # the defaults are for --help: a run that goes on has its own
         if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name not in ("resume", "trust_remote_code"):
             options[name] = None
+    page = html or folder / "report.html"
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     with steps_told() as tell, redirect_stdout(sys.stderr):
         tell("starting", 0.0)
+        from autorev.finetuning.folder import finished
         from autorev.finetuning.run import finetune as run
 
-        record = run(model, out=folder, command=command, progress=tell, **options)
-    show_fine_tunings([record], command, as_json, html or folder / "report.html")
+        record = finished(folder) if options["resume"] and not page.is_file() else None  # all but its report was done
+        record = record or run(model, out=folder, command=command, progress=tell, **options)
+    show_fine_tunings([record], command, as_json, page)
     if not as_json:
-        click.echo(f"Model and record: {folder}")
+        say(f"Model and record: {folder}")
 
 
 @main.command(short_help="A fine-tuned model as the plain architecture.")
-@click.argument("folder", type=_folder, metavar="DIR")
-@click.option("--out", type=_folder, required=True, metavar="DIR2", help="Where the plain model goes.")
-@click.option("--text", type=_file, metavar="FILE", help="To compare on.  [default: the run's own held-out text]")
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR2", help="Where the plain model goes.")
+@click.option("--text", type=FILE, metavar="FILE", help="To compare on.  [default: the run's own held-out text]")
 @click.option(
     "--max-loss-increase",
-    type=float,
+    type=Finite(),
     metavar="NATS",
     help="Refuse if the loss is higher by more than this without the coupling.  [default: 0.05]",
 )
 @click.option("--force", is_flag=True, help="Export all the same.")
+@base
+@trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print the two losses as JSON and nothing else.")
 def export(
-    folder: Path, out: Path, text: Path | None, max_loss_increase: float | None, force: bool, as_json: bool
+    folder: Path,
+    out: Path,
+    text: Path | None,
+    max_loss_increase: float | None,
+    force: bool,
+    base: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Write the model that `autorev finetune` left in DIR, or that was converted and saved by `save_pretrained`, as a
     folder of `transformers` without any trace of autorev; adapters are merged.
@@ -134,5 +149,14 @@ def export(
         from autorev.finetuning.record import EXPORT_LIMIT
 
         limit = EXPORT_LIMIT if max_loss_increase is None else max_loss_increase
-        done = run(folder, out, text=text, max_loss_increase=limit, force=force, progress=tell)
-    click.echo(done.to_json() if as_json else str(done))
+        done = run(
+            folder,
+            out,
+            text=text,
+            max_loss_increase=limit,
+            force=force,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            progress=tell,
+        )
+    say(done.to_json() if as_json else str(done))

@@ -1,71 +1,70 @@
-"""The click group: every way a command can fail, and what the commands share."""
+"""The click group, and what its commands share: options, and how they tell what they do."""
 
 from __future__ import annotations
 
-import errno
+import math
 import os
-import re
-import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 
 from autorev import __version__
-from autorev.errors import AutorevError
+from autorev.cli.ending import Group
+from autorev.cli.output import say
+from autorev.errors import UnreadableError
+from autorev.files import path_of
+from autorev.report.format import visible
 
-COMMAND = "autorev.command"
-"""Where the command as it was typed is kept in click's context: a report says how it was made."""
 _SECONDS_BETWEEN_LINES = 10.0
-_INTERRUPTED = 130
-"""What a shell reports for a program that Ctrl-C ended."""
+COUNT, COUNT_OR_NONE = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**31 - 1)
+"""Of samples, tokens, steps: PyTorch counts no further in places."""
 
 
-class _Group(click.Group):
-    """Every way a command can fail, in one place: what the user sees, and the exit code."""
+class Where(click.Path):
+    """A path, `~` being the home folder."""
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        program = ["python", info_name] if info_name and info_name.endswith(".py") else ["autorev"]
-        command = shlex.join([*program, *args])
-        context = super().make_context(info_name, args, parent, **extra)
-        context.meta[COMMAND] = command
-        return context
+    def __init__(self, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, dir_okay=dir_okay)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's, and one that the system can look up."""
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
-            raise
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(_INTERRUPTED)
-        except AutorevError as error:
-            _show_traceback()
-            raise click.ClickException(str(error)) from None
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # the reader of a pipe went away, which click ends quietly
-            _show_traceback()
-            text = " ".join(str(error).split())
-            raise click.ClickException(
-                f"autorev failed on {type(error).__name__}: {text}. This is a bug in autorev: please report "
-                "it with the command, and set AUTOREV_TRACEBACK=1 for the traceback."
-            ) from None
+            return path_of(os.fsdecode(super().convert(value, param, ctx)))
+        except UnreadableError as error:
+            self.fail(str(error), param, ctx)
 
 
-def _show_traceback() -> None:
-    if os.environ.get("AUTOREV_TRACEBACK"):
-        traceback.print_exc()
+FILE, FOLDER, ANYWHERE = Where(dir_okay=False), Where(file_okay=False), Where()
+trust_remote_code = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that stands beside MODEL's config, or that it names.  [default: refuse it]",
+)
+base = click.option(
+    "--base",
+    metavar="MODEL",
+    help="The model that a run's adapters belong to, where it is not the one that the run's record names.",
+)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+class Finite(click.FloatRange):
+    """A number that is neither nan nor infinite."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's, but for nan, which lies within every range."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return found
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="autorev")
 def main() -> None:
     """Memory of PyTorch training: what can be made reversible, what that saves, and what every way to train costs."""
@@ -80,19 +79,6 @@ def what_trains(trains: str | None, lora_rank: int | None) -> tuple[str, int | N
     return "lora", lora_rank
 
 
-def write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise click.FileError(str(path), f"{error.strerror}; name another file") from None
-
-
-def file_name(model: str) -> str:
-    """A model's name without what a file system, or a shell, reads as something else."""
-    return re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
-
-
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
     """A bar on a terminal's stderr; nothing where nobody watches."""
@@ -102,10 +88,10 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda message, fraction: bar.update(task, description=message, completed=fraction)
+        yield lambda message, fraction: bar.update(task, description=visible(message), completed=fraction)
 
 
 @contextmanager
@@ -121,6 +107,6 @@ def steps_told() -> Iterator[Callable[[str, float], None]]:
         now = time.monotonic()
         if now - last[0] >= _SECONDS_BETWEEN_LINES or fraction >= 1:
             last[0] = now
-            click.echo(message, err=True)
+            say(message, err=True)
 
     yield line

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from autorev.cli.group import COMMAND, main, progress, what_trains
+from autorev.cli.ending import COMMAND
+from autorev.cli.group import ANYWHERE, COUNT, FILE, FOLDER, Finite, main, progress, trust_remote_code, what_trains
+from autorev.cli.output import say
 from autorev.cli.report import show
 
 _RECORDS = Path("profiles/recorded")
@@ -29,11 +31,11 @@ _QUICK_TOKENS = 128
     "hamiltonian, ..., each with :option=value (keep_last=4, arithmetic=float, loss=chunked); `all` for all.  "
     "[default: plain, checkpoint, momentum, momentum with a chunked loss]",
 )
-@click.option("--batch", type=click.IntRange(min=1), metavar="INT", help="Samples per step.  [default: 1, images 32]")
+@click.option("--batch", type=COUNT, metavar="INT", help="Samples per step.  [default: 1, images 32]")
 @click.option(
     "--sequence",
     "--seq",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Tokens per sample.  [default: 256, or the model's limit; without MODEL 128]",
 )
@@ -42,28 +44,24 @@ _QUICK_TOKENS = 128
 @click.option("--trains", type=click.Choice(["full", "lora", "head"]), help="[default: full]")
 @click.option(
     "--lora-rank",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Rank of the adapters; implies --trains lora.  [default: 16]",
 )
-@click.option(
-    "--depth", type=click.IntRange(min=1), metavar="INT", help="So many blocks, with random weights, of a config."
-)
+@click.option("--depth", type=COUNT, metavar="INT", help="So many blocks, with random weights, of a config.")
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=ANYWHERE,
     metavar="FILE",
     help="Text to train on.  [default: CPython's language reference, where MODEL has a tokenizer]",
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Fresh processes per variant; they take turns.  [default: 2; without MODEL 1]",
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=3, show_default=True, metavar="INT", help="Timed steps in each."
-)
+@click.option("--steps", type=COUNT, default=3, show_default=True, metavar="INT", help="Timed steps in each.")
 @click.option(
     "--sweep",
     "sweeps",
@@ -78,7 +76,7 @@ _QUICK_TOKENS = 128
 )
 @click.option(
     "--longest-step",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
@@ -97,16 +95,17 @@ _QUICK_TOKENS = 128
 @click.option(
     "--records",
     "folder",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default=_RECORDS,
     show_default=True,
     help="Where the record goes.",
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
 @click.option(
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="PATH",
     help="Where to write the report.  [default: reports/profile-NAME.html; with --json: nowhere]",
 )
@@ -152,4 +151,6 @@ def profile(
         html = Path("reports") / f"profile-{record.name}.html"
     show([record], command, as_json, html)
     if not as_json:
-        click.echo(f"Record: {Path(options['folder']) / record.name}.json")
+        say(f"Record: {Path(options['folder']) / record.name}.json")
+    if record.why_empty:
+        raise click.ClickException(f"no variant of {record.model.name} has a result: {record.why_empty}")

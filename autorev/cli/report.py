@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autorev.cli.group import COMMAND, main, write
+from autorev.cli.ending import COMMAND
+from autorev.cli.group import ANYWHERE, FILE, main
+from autorev.cli.output import console, printing, say, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,16 +19,14 @@ if TYPE_CHECKING:
     from autorev.finetuning.record import FineTuning
     from autorev.profiler.record import Profile
 
-_file = click.Path(dir_okay=False, path_type=Path)
-
 
 @main.command(short_help="Render recorded profiles or fine-tunings, one or many.")
-@click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORD...")
-@click.option("--html", type=_file, metavar="PATH", help="One offline page.")
-@click.option("--markdown", type=_file, metavar="PATH", help="GitHub tables.")
-@click.option("--csv", type=_file, metavar="PATH", help="One row per variant.")
-@click.option("--parquet", type=_file, metavar="PATH", help="One row per variant; needs pyarrow.")
-@click.option("--trace", type=_file, metavar="PATH", help="For chrome://tracing or Perfetto; of one record.")
+@click.argument("records", nargs=-1, required=True, type=ANYWHERE, metavar="RECORD...")
+@click.option("--html", type=FILE, metavar="PATH", help="One offline page.")
+@click.option("--markdown", type=FILE, metavar="PATH", help="GitHub tables.")
+@click.option("--csv", type=FILE, metavar="PATH", help="One row per variant.")
+@click.option("--parquet", type=FILE, metavar="PATH", help="One row per variant; needs pyarrow.")
+@click.option("--trace", type=FILE, metavar="PATH", help="For chrome://tracing or Perfetto; of one record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON and nothing else.")
 @click.pass_context
 def report(
@@ -82,7 +82,7 @@ def report(
         exports.write_trace(profiles[0], trace)
     for path in (markdown, csv, parquet, trace):
         if path and not as_json:
-            click.echo(f"Written: {path}")
+            say(f"Written: {path}")
 
 
 def _show_fine_tunings(
@@ -97,7 +97,7 @@ def _show_fine_tunings(
 
         write(markdown, render_markdown(runs))
         if not as_json:
-            click.echo(f"Written: {markdown}")
+            say(f"Written: {markdown}")
 
 
 def show_fine_tunings(runs: list[FineTuning], command: str, as_json: bool, html: Path | None) -> None:
@@ -131,7 +131,7 @@ def _in_folder(folder: Path) -> list[Path]:
     found = [path for path in files if _is_record(path)]
     if found and len(found) < len(files):
         others = ", ".join(path.name for path in files if path not in found)
-        click.echo(f"Left out of {folder}, as they are no records: {others}", err=True)
+        say(f"Left out of {folder}, as they are no records: {others}", err=True)
     return found + sorted(folder.glob(f"*/{RUN}"))
 
 
@@ -170,12 +170,11 @@ def _show(
 ) -> None:
     if as_json:
         data = [json.loads(record.to_json()) for record in records]
-        click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
+        say(json.dumps(data[0] if len(data) == 1 else data, indent=1))
     else:
-        from rich.console import Console
-
-        on_screen(records, Console())
+        with printing():
+            on_screen(records, console())
     if html:
         write(html, page())
         if not as_json:
-            click.echo(f"Report: {html}")
+            say(f"Report: {html}")

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from autorev.cli.group import main, progress
+from autorev.cli.group import COUNT, COUNT_OR_NONE, Finite, main, progress, trust_remote_code
+from autorev.cli.output import say
 
 
 @main.command(short_help="Check a converted model's gradients against ordinary autograd.")
@@ -20,27 +21,26 @@ from autorev.cli.group import main, progress
     default="momentum",
     show_default=True,
 )
-@click.option("--gamma", type=float, metavar="FLOAT", help="Of momentum: n / 2^k.  [default: 0.125]")
-@click.option("--c", type=float, metavar="FLOAT", help="Factor of the branches.  [default: the coupling's own]")
+@click.option("--gamma", type=Finite(), metavar="FLOAT", help="Of momentum: n / 2^k.  [default: 0.125]")
+@click.option("--c", type=Finite(), metavar="FLOAT", help="Factor of the branches.  [default: the coupling's own]")
 @click.option("--arithmetic", type=click.Choice(["exact", "float"]), default="exact", show_default=True)
 @click.option("--granularity", type=click.Choice(["block", "sublayer"]), default="block", show_default=True)
 @click.option(
     "--keep-last",
-    type=click.IntRange(min=0),
-    default=1,
-    show_default=True,
+    type=COUNT_OR_NONE,
     metavar="INT",
-    help="Blocks at the end of each chain that are stored.",
+    help="Blocks at the end of each chain that are stored.  [default: 1 where that raises no peak, else 0]",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="INT")
+@click.option("--batch", type=COUNT, default=1, show_default=True, metavar="INT")
 @click.option(
     "--sequence",
     "--seq",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="INT",
     help="Tokens per sample.  [default: 128, or the model's limit]",
 )
 @click.option("--dtype", type=click.Choice(["fp32", "fp64", "bf16", "fp16"]), default="fp32", show_default=True)
+@trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def verify(
@@ -50,6 +50,8 @@ def verify(
     batch: int,
     sequence: int | None,
     dtype: str,
+    trust_remote_code: bool,
+    keep_last: int | None,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -73,18 +75,20 @@ def verify(
         from autorev.rewrite.convert import convert
         from autorev.verification import verify_call
 
-        loaded = load_model(model, {**DTYPES, "fp64": torch.float64}[dtype], batch, sequence)
+        precision = {**DTYPES, "fp64": torch.float64}[dtype]
+        loaded = load_model(model, precision, batch, sequence, trust_remote_code=trust_remote_code)
         args, kwargs = loaded.call
         tell("converting", 0.3)
+        how["keep_last"] = "auto" if keep_last is None else keep_last
         conversion = convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
         tell("running both ways", 0.6)
         found = verify_call(loaded.model, args, kwargs)
     if as_json:
         fields = {"model": loaded.name, "pretrained": loaded.pretrained}
         parts = {"conversion": json.loads(conversion.to_json()), "verification": json.loads(found.to_json())}
-        click.echo(json.dumps({**fields, **parts}, indent=1))
+        say(json.dumps({**fields, **parts}, indent=1))
     else:
         weights = "its weights" if loaded.pretrained else "random weights"
-        click.echo(f"{loaded.name}, {weights}, {dtype}\n{conversion}\n{found}")
+        say(f"{loaded.name}, {weights}, {dtype}\n{conversion}\n{found}")
     if not found.passed:
         ctx.exit(1)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autorev.errors import DataError
+from autorev.errors import DataError, UnreadableError
+from autorev.files import read_bytes
 
 IGNORED = -100
 """The label of a token that is not learned, as everywhere in PyTorch."""
@@ -69,11 +70,11 @@ def read_documents(path: Path | None, tokenizer: Any) -> tuple[list[Document], s
 
         return [_text(topics[key], f"topics[{key!r}]") for key in sorted(topics)], TOPICS
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; give a text file, or JSONL") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except UnreadableError as error:
+        raise DataError(f"{path} {error}") from None
     if "\0" in content:
         raise DataError(f"{path} is binary, not text; give a text file, or JSONL")
     if not content.strip():

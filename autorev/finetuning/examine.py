@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from autorev.capture.transformers_quirks import quiet_files
-from autorev.errors import SettingError
+from autorev.errors import SettingError, UnreadableError
+from autorev.files import path_of, read_json
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.setup import predicts_tokens
@@ -69,6 +70,8 @@ def examine(
     tasks: Sequence[str] = (),
     task_folder: Path | None = None,
     limit: int | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
 ) -> Examined:
     """Evaluate `model` (a run's folder, a converted model's, or what the command line calls MODEL).
@@ -81,27 +84,32 @@ def examine(
         tasks: of lm_eval.
         task_folder: more of its task files.
         limit: examples in each task.
+        base: the model that a run's adapters belong to; default: the one that its record names.
+        trust_remote_code: code that stands beside a config, or that it names, may run.
         progress: is told what is being done, and the fraction done.
 
     Raises:
         AutorevError: a model, the text or a task cannot be had.
     """
-    folder = Path(model).expanduser()
+    folder = path_of(model)
     record = record_in(folder) if folder.is_dir() else None
     pretrained = original_pretrained = True
     with quiet_files():
         if record is not None or _was_converted(folder):
-            net, tokenizer = trained_model(folder, record)
+            net, tokenizer = trained_model(folder, record, base, trust_remote_code)
+        elif base is not None:
+            raise SettingError(f"{model} is no run with adapters, which --base would be of; leave it out")
         else:
-            loaded = load_model(model, torch.float32, 1, None)
-            net, tokenizer, pretrained = loaded.model, tokenizer_of(model), loaded.pretrained
+            loaded = load_model(model, torch.float32, 1, None, trust_remote_code=trust_remote_code)
+            net, tokenizer = loaded.model, tokenizer_of(model, trust_remote_code)
+            pretrained = loaded.pretrained
         if not predicts_tokens(net):
             raise SettingError(f"{model} is no causal language model; there is no next token to evaluate")
         rows, collator = held_out(folder, record, text, net, tokenizer)
         progress("loading the original", 0.1)
         theirs = None
         if original is not None:
-            other = load_model(original, torch.float32, 1, None)
+            other = load_model(original, torch.float32, 1, None, trust_remote_code=trust_remote_code)
             theirs, original_pretrained = Teacher.within(other.model).logits, other.pretrained
         progress("evaluating", 0.2)
         found = evaluate(logits_of(net), rows, collator, 0, theirs)
@@ -112,7 +120,7 @@ def examine(
 
 def _was_converted(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except UnreadableError:
         return False
     return isinstance(config, dict) and KEY in config

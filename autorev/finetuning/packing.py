@@ -71,10 +71,29 @@ class Rows:
 
     @classmethod
     def from_json(cls, text: str) -> Rows:
-        """What `to_json` wrote."""
-        data = json.loads(text)
-        rows = tuple(tuple(Example(tuple(e["ids"]), tuple(e["labels"]), False) for e in row) for row in data["rows"])
-        return cls(rows, data["length"], data["packed"])
+        """What `to_json` wrote.
+
+        Raises:
+            DataError: it is something else.
+        """
+        try:
+            data = parse_json(text)
+            rows = tuple(tuple(_example(each) for each in row) for row in data["rows"])
+            length, packed = int(data["length"]), bool(data["packed"])
+        except (UnreadableError, ValueError, KeyError, TypeError):
+            raise DataError("is no text of token ids and labels") from None
+        longest = max((sum(len(example.ids) for example in row) for row in rows), default=0)
+        if not any(example.learned for row in rows for example in row) or longest > length:
+            raise DataError("holds nothing to learn, or more in a row than its length")
+        return cls(rows, length, packed)
+
+
+def _example(data: Any) -> Example:
+    ids, labels = tuple(data["ids"]), tuple(data["labels"])
+    whole = all(type(token) is int and token >= 0 for token in ids) and all(type(label) is int for label in labels)
+    if not whole or any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
+        raise ValueError("no token ids with the labels of theirs")
+    return Example(ids, labels, False)
 
 
 def make_rows(examples: Sequence[Example], length: int, packed: bool) -> Rows:

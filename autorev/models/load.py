@@ -79,9 +79,7 @@ def load_model(
     if holds_weights(path):
         return _pretrained(path, path.resolve().name, *how)
     if quantization is not None:
-        raise SettingError(
-            f"{model} has no weights to quantise; give a folder or a GGUF file that has some"
-        )
+        raise SettingError(f"{model} has no weights to quantise; give a folder or a GGUF file that has some")
     if names_factory(model):
         return _from_factory(model, dtype)
     say_what_is_not_read(path)
@@ -133,7 +131,7 @@ def class_in(folder: Path, trust_remote_code: bool, **how: Any) -> tuple[type[An
     from autorev.models.example_call import model_class
 
     if "gguf_file" not in how:
-        check_adapters(folder)
+        check_adapter_code(folder)
         named = config_of(str(folder))
         check_config(named.data, named.source, trust_remote_code)
         check_counts(named.data, named.source)

@@ -60,7 +60,7 @@ def check_tokenizer(folder: Path, trusted: bool) -> None:
         raise UntrustedCodeError(f"the tokenizer in {folder} is code of its own; {_REMEDY}. Read it first")
 
 
-def check_adapters(folder: Path) -> None:
+def check_adapter_code(folder: Path) -> None:
     """Raise where PEFT would import what the adapters' config in `folder` names; without such a file, nothing is wrong.
 
     Raises:

@@ -25,6 +25,8 @@ class Source:
     on: str
     """cpu or cuda."""
     threads: int
+    trust_remote_code: bool = False
+    """May code run that stands beside MODEL's config, or that it names?"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,12 @@ class Subject:
 
 
 def named_subject(
-    model: str | None, depth: int | None, text: Path | None, profile: DeviceProfile, wanted: dict[str, Any]
+    model: str | None,
+    depth: int | None,
+    text: Path | None,
+    profile: DeviceProfile,
+    wanted: dict[str, Any],
+    trust_remote_code: bool = False,
 ) -> Subject:
     """MODEL as on the command line. `wanted` is what `pipeline.prepare` takes as a setting.
 
@@ -80,7 +85,7 @@ def named_subject(
         raise SettingError(f"{analysis.model.name} reads no text, so there is no use for {text}; leave --text out")
     tokens, words = None, "random inputs"
     if analysis.setting.sequence is not None and (pretrained or text is not None):
-        tokens, words = text_tokens(model, text)
+        tokens, words = text_tokens(model, text, trust_remote_code)
     return Subject(
         info=analysis.model,
         pretrained=pretrained,
@@ -154,7 +159,7 @@ def live_subject(model: nn.Module, batch: Any, profile: DeviceProfile, wanted: d
     )
 
 
-def text_tokens(model: str | None, text: Path | None) -> tuple[torch.Tensor, str]:
+def text_tokens(model: str | None, text: Path | None, trust_remote_code: bool = False) -> tuple[torch.Tensor, str]:
     """Token ids of a text file (default: the language reference that CPython carries), and where they come from.
 
     Raises:
@@ -166,13 +171,14 @@ def text_tokens(model: str | None, text: Path | None) -> tuple[torch.Tensor, str
         content, words = "\n".join(topics[key] for key in sorted(topics)), "CPython's pydoc_data.topics"
     else:
         try:
-            content, words = text.read_text(encoding="utf-8"), str(text)
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise SettingError(f"the text {text} cannot be read: {why}") from None
+            content, words = read_bytes(text).decode(), str(text)
+        except UnreadableError as error:
+            raise SettingError(f"the text {text} {error}") from None
+        except UnicodeDecodeError:
+            raise SettingError(f"the text {text} cannot be read: it is not UTF-8 text") from None
         if not content.strip():
             raise SettingError(f"the text {text} is empty; give a file with some text in it")
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, trust_remote_code)
     if tokenizer is None:
         raise SettingError(
             f"{model} has no tokenizer that could read {words}; leave --text out: inputs are random then"

@@ -14,7 +14,8 @@ from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
-from autorev.errors import ConversionError, ModelBuildError, ModelNotFoundError
+from autorev.errors import ConversionError, ModelNotFoundError
+from autorev.files import path_of
 
 if TYPE_CHECKING:
     from autorev.engine.chain import ReversibleChain
@@ -67,35 +68,27 @@ def converted_as(model: nn.Module) -> dict[str, Any] | None:
     return {**entry, **pairs}
 
 
-def load(folder: str | Path, **from_pretrained: Any) -> nn.Module:
+def load(folder: str | Path, *, trust_remote_code: bool = False, **from_pretrained: Any) -> nn.Module:
     """A model saved by `save_pretrained`, converted as it was when it was saved.
 
-    `from_pretrained`: keyword arguments of the `transformers` function of that name.
+    `trust_remote_code`: code that stands beside its config, or that the config names, may run. `from_pretrained`:
+    further keyword arguments of the `transformers` function of that name.
 
     Raises:
         ModelNotFoundError: the folder holds no config.json.
         ModelBuildError: transformers cannot load it, or its weights are not those of its config.
+        UntrustedCodeError: it names code, which is not trusted.
         ConversionError: it was not converted when it was saved, or cannot be converted that way any more.
     """
-    from autorev.models.example_call import model_class
     from autorev.models.from_config import one_line
+    from autorev.models.load import class_in
     from autorev.models.weights import load_weights
     from autorev.rewrite.convert import convert
 
-    path = Path(folder).expanduser()
+    path = path_of(folder)
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
-    from transformers import AutoConfig
-
-    from autorev.capture.transformers_quirks import quiet_files
-
-    try:
-        with quiet_files():
-            cls = model_class(AutoConfig.from_pretrained(path))
-    except ModelBuildError:
-        raise
-    except Exception as error:
-        raise ModelBuildError(f"transformers cannot load {path}: {one_line(error)}") from error
+    cls, _ = class_in(path, trust_remote_code)
     model: nn.Module = load_weights(cls, path, **from_pretrained)
     settings = converted_as(model)
     if settings is None:

@@ -219,7 +219,7 @@ def test_every_output_is_written_and_named(records: Path, folder: Path) -> None:
         (["binary.json"], "binary.json cannot be read: it is not text", 1),
         (["other.json"], "other.json is no record of a profile", 1),
         (["tiny.json"], "tiny.json is no record of a profile", 1),
-        (["nothing"], "nothing holds no record; `autorev profile` writes them", 2),
+        (["nothing"], "nothing holds no record; `autorev profile` and `autorev finetune` write them", 2),
         (["records", "--trace", "t.json"], "--trace is of one record; name one", 2),
         ([], "Missing argument 'RECORD...'", 2),
     ],

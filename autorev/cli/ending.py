@@ -1,0 +1,173 @@
+"""Every way a command can end, in one place: what the user sees, and the exit code.
+
+0 the result was printed; 1 there is none, or `verify` found wrong gradients; 2 wrong usage; 130 Ctrl-C; 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from autorev.cli.output import say, show_what_cannot_be_written
+from autorev.errors import AutorevError, Terminated
+from autorev.report.format import visible
+
+COMMAND = "autorev.command"
+"""Where the command as it was typed is kept in click's context: a report says how it was made."""
+_INTERRUPTED, _TERMINATED = 130, 143
+"""What a shell reports for a program that Ctrl-C, or SIGTERM, ended."""
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Group(click.Group):
+    """A group whose commands end as the file's docstring says."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """As click's, on terminals of few letters, too."""
+        show_what_cannot_be_written()
+        try:
+            return super().main(*args, **extra)
+        except OSError:  # of stderr, which cannot even be told of an error
+            sys.exit(1)
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """As click's, with the command as it was typed."""
+        program = ["python", info_name] if info_name and info_name.endswith(".py") else ["autorev"]
+        command = shlex.join([*program, *args])
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[COMMAND] = command
+        return context
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an exception becomes a line and an exit code."""
+        try:
+            with _terminated(), _exit_noticed(), _visible_log():
+                return super().invoke(ctx)
+        except click.ClickException as error:
+            vars(error)["message"] = visible(error.message)  # names of files and models stand there
+            raise
+        except (click.Abort, click.exceptions.Exit):
+            raise
+        except Terminated as error:
+            say(f"Terminated: {error}.", err=True)
+            ctx.exit(_TERMINATED)
+        except KeyboardInterrupt:
+            say("Interrupted.", err=True)
+            ctx.exit(_INTERRUPTED)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of a pipe went away, which click ends quietly
+            if os.environ.get("AUTOREV_TRACEBACK"):
+                traceback.print_exc()
+            raise click.ClickException(visible(_in_words(error))) from None
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, AutorevError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if not isinstance(error, Exception):  # SystemExit and the like, which nothing of autorev's own raises
+        from autorev.capture.source import raised_line
+
+        return (
+            f"{type(error).__name__} was raised at {raised_line(error)} ({text or 'no message'}), so there is no result"
+        )
+    if isinstance(error, ImportError) and error.name:
+        from autorev.packages import how_to_install, is_installed
+
+        package = error.name.partition(".")[0]
+        if not is_installed(package):
+            return f"this needs {package}, which is not installed: {how_to_install(package)}"
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        where = error.filename or "a file"
+        return f"{where} cannot be written: {error.strerror}; free some space, or have it written somewhere else"
+    if _is_out_of_memory(error):
+        return f"this machine has not the memory for it ({text or type(error).__name__}); ask for less"
+    return (
+        f"autorev failed on {type(error).__name__}: {text}. This is a bug in autorev: please report "
+        "it with the command, and set AUTOREV_TRACEBACK=1 for the traceback."
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from autorev.profiler.passes.step import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends what goes on as Ctrl-C does: it is cleaned up."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated("ended by SIGTERM; what was saved stays, and a run goes on with --resume")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
+def _exit_noticed() -> Iterator[None]:
+    """`os._exit(0)` in a model's code would end the command in silence, and as if there were a result."""
+    leave, command = os._exit, os.getpid()
+
+    def noticed(status: int) -> NoReturn:
+        if os.getpid() != command:  # a forked process ends so
+            leave(status)
+        code = sys._getframe(1).f_code
+        where = f"{os.path.basename(code.co_filename)}, {code.co_name}"  # noqa: PTH119 - a name, maybe of no file
+        say(f"Error: the process was ended by os._exit({status}) in {where}, so there is no result", err=True)
+        leave(status or 1)
+
+    os._exit = noticed
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+@contextmanager
+def _visible_log() -> Iterator[None]:
+    """What autorev logs goes to stderr; it names what stands in files, where control codes may be.
+
+    torch logs a traceback of its own where sizes overflow, beside the exception, which becomes our line.
+    """
+    log, handler = logging.getLogger("autorev"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible())
+    handler.setLevel(logging.WARNING)
+    log.addHandler(handler)
+    theirs = logging.getLogger("torch._subclasses.fake_tensor")
+    theirs.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        theirs.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
