@@ -141,7 +141,7 @@ def _held(categories: Mapping[str, int]) -> dict[Category, int]:
 
 
 def _fixed(held: Held, size: Size) -> str:
-    """`weights of 15.0 GiB, gradients of 15.0 GiB and optimiser state of 30.0 GiB`."""
+    """`15.0 GiB of weights, 15.0 GiB of gradients and 30.0 GiB of optimiser state`."""
     named = {
         "weights": held[Category.PARAMETERS],
         "gradients": held[Category.GRADIENTS],
@@ -151,5 +151,5 @@ def _fixed(held: Held, size: Size) -> str:
 
 
 def _named(counts: Mapping[str, int], size: Size) -> str:
-    parts = [f"{name} of {size(count)}" for name, count in counts.items() if count]
+    parts = [f"{size(count)} of {name}" for name, count in counts.items() if count]
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from autorev.couplings.presets import PRESERVING_GAMMA
 from autorev.report.format import format_bytes, plural
@@ -74,6 +75,10 @@ class Conversion:
     def memory(self) -> Memory | None:
         """Of a training step of the example call, simulated when it is first read; None where it cannot be."""
         return None if isinstance(self._found, str) else self._found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the figures, not the fake model that they are simulated on."""
+        return {**{name: value for name, value in vars(self).items() if name != "simulated"}, "_found": self._found}
 
     @property
     def preserves_function(self) -> bool:

@@ -5,6 +5,8 @@ python -m pytest tests/engine/test_summary.py
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -185,7 +187,9 @@ def test_a_conversion_that_saves_nothing_is_said_to_save_nothing() -> None:
     x = torch.randn(ROWS, WIDTH)
     text = str(autorev.convert(nn.Sequential(Mlp(64), Mlp(64)), example_args=(x,)))
     assert "Do not convert to save memory: checkpointing peaks lower here, because two streams in 32 bits" in text
-    deep = str(autorev.convert(WideHead(), example_args=(x,)))
+    done = autorev.convert(WideHead(), example_args=(x,))
+    deep = str(done)
+    assert str(pickle.loads(pickle.dumps(done))) == str(copy.deepcopy(done)) == deep
     assert "Do not convert" not in deep
     assert "No block is stored (keep_last=0): its activations would lie beside the peak" in deep
 

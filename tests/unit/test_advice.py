@@ -140,8 +140,8 @@ class TestMemory:
         found = advised(*results, budget_bytes=4 * GIB)
         assert found.strategy is None
         assert found.why == (
-            "nothing fits: even checkpointing needs 6.00 GiB of 4.00 GiB; optimiser state of 5.00 GiB are there whatever "
-            "is done with the activations"
+            "nothing fits: even checkpointing needs 6.00 GiB of 4.00 GiB; 5.00 GiB of optimiser state are there "
+            "whatever is done with the activations"
         )
         assert HOW not in advised(measured("momentum:k=3", 6), budget_bytes=4 * GIB).advice
 

@@ -104,7 +104,7 @@ def test_offloading_that_is_faster_and_smaller_is_recommended() -> None:
 @pytest.mark.parametrize(
     ("category", "told"),
     [
-        ("parameters", "weights of 200 GiB are there whatever is done with the activations"),
+        ("parameters", "200 GiB of weights are there whatever is done with the activations"),
         ("logits_and_loss", "your logits dominate"),
         ("working_set", "what a single block holds"),
         ("side_bits", "are side bits"),

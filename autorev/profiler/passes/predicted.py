@@ -20,7 +20,7 @@ def predict_variant(forecaster: Forecaster, variant: Variant) -> Prediction | No
     if strategy is None or (variant.reversible and not forecaster.reversible):
         return None
     setting = forecaster.setting
-    forecaster = replace(forecaster, setting=replace(setting, loss=variant.loss), probed={})
+    forecaster = replace(forecaster, setting=replace(setting, loss=variant.loss), probed={}, simulated={})
     if variant.reversible and keep_last(variant) == "auto":
         strategy = forecaster.settled(strategy)
     trace = forecaster.trace(strategy, setting.batch, setting.sequence)

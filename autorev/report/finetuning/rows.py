@@ -124,7 +124,7 @@ def side_bits_ends(run: FineTuning) -> tuple[float, float] | None:
 def side_bits_words(run: FineTuning) -> str:
     """`3`, or `3 to 0` where a schedule moved them; the sign for nothing without chains."""
     first, last = side_bits_ends(run) or (None, None)
-    return bits_text(last) if first == last else f"{bits_text(first)} to {bits_text(last)}"
+    return " to ".join(dict.fromkeys((bits_text(first), bits_text(last))))  # once, where both are shown alike
 
 
 def moved(run: FineTuning) -> bool:

@@ -1,0 +1,75 @@
+"""The command that the advice of `analyze` names trains what was predicted.
+
+python -m pytest tests/integration/test_advised_command.py
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import autorev
+from autorev.analysis import Setting
+from autorev.cli import main
+from autorev.commands import SPEC, training_command
+from autorev.offers import Possible
+from autorev.plan import recommend
+from tests.tiny_llm import tiny_llm
+
+SETTING = Setting(4, 96, "fp32", "adamw", "lora", 4, "full", "cpu")
+
+
+def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, sizes, adapters and `keep_last` are those of the prediction, and so is the allocator's peak."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llm(tmp_path / "a model", blocks=6)
+    found = autorev.forecast("a model", batch=4, sequence=96, dtype="fp32", device="cpu", trains="lora", lora_rank=4)
+    assert found.setting == SETTING
+    momentum = found.prediction("momentum")
+    assert momentum is not None
+    slow = replace(found, predictions=tuple(p for p in found.predictions if p.strategy in ("momentum", "bdia")))
+    command = training_command("a model", SETTING, can_be_finetuned=True)
+    advised = recommend(slow, Possible(command=command)).advice[0]
+    typed = re.search(r"from the command line: python cli\.py finetune (.*)$", advised)
+    assert typed is not None
+    options = [*shlex.split(typed[1]), "--max-steps", "2", "--evaluate-every", "9", "--validation-rows", "1"]
+    assert "momentum:k=3,keep_last=0" in options
+    done = CliRunner().invoke(main, ["finetune", *options, "--json", "--out", "run"])
+    assert done.exit_code == 0, done.output
+    record = autorev.FineTuning.read(tmp_path / "run" / "run.json")
+    assert record.peak_bytes == pytest.approx(momentum.peak_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (SETTING, "finetune m --coupling {spec} --batch 4 --sequence 96 --lora 4"),
+        (
+            replace(SETTING, loss="chunked"),
+            "finetune m --coupling {spec},loss=chunked --batch 4 --sequence 96 --lora 4",
+        ),
+        (
+            replace(SETTING, dtype="bf16", trains="full", lora_rank=None),
+            "profile m --variant {spec} --batch 4 --sequence 96 --dtype bf16 --optimizer adamw --trains full",
+        ),
+        (
+            replace(SETTING, sequence=None, optimizer="sgd"),
+            "profile m --variant {spec} --batch 4 --dtype fp32 --optimizer sgd --lora-rank 4",
+        ),
+    ],
+)
+def test_where_finetune_trains_otherwise_profile_measures(setting: Setting, told: str) -> None:
+    """Other dtypes and optimisers, images."""
+    assert training_command("m", setting, can_be_finetuned=True) == f"python cli.py {told}"
+    assert "finetune" not in training_command("m", setting, can_be_finetuned=False)
+
+
+def test_what_no_command_takes_has_none() -> None:
+    """An 8-bit optimiser is predicted, and not measured."""
+    assert training_command("m", replace(SETTING, optimizer="adamw-8bit"), can_be_finetuned=True) == ""
+    assert SPEC == "{spec}"
