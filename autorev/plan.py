@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation
+from autorev.commands import SPEC
 from autorev.offers import CHUNKED, Offer, Possible, offers, what_dominates
 from autorev.report.format import format_bytes, format_integer, format_seconds, plural, unit_for
 from autorev.report.words import CATEGORY_TITLES
@@ -135,7 +136,7 @@ class _Plan:
         spec = ",".join(["momentum:k=3", *(f"{name}={value}" for name, value in options.items())])
         text = how(options, self.setting.loss)
         if self.possible.command:
-            text += f"; from the command line: {self.possible.command.replace('{spec}', spec)}"
+            text += f" (from the command line: {self.possible.command.replace(SPEC, spec)})"
         yield text
 
     def _further(self, chosen: Prediction) -> Iterator[str]:

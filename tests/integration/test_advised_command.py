@@ -35,7 +35,7 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
     slow = replace(found, predictions=tuple(p for p in found.predictions if p.strategy in ("momentum", "bdia")))
     command = training_command("a model", SETTING, can_be_finetuned=True)
     advised = recommend(slow, Possible(command=command)).advice[0]
-    typed = re.search(r"from the command line: python cli\.py finetune (.*)$", advised)
+    typed = re.search(r"\(from the command line: python cli\.py finetune (.*)\)$", advised)
     assert typed is not None
     options = [*shlex.split(typed[1]), "--max-steps", "2", "--evaluate-every", "9", "--validation-rows", "1"]
     assert "momentum:k=3,keep_last=0" in options
