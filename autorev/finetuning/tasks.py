@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from autorev.errors import SettingError
+from autorev.packages import require
 
 
 def run_tasks(
@@ -17,15 +18,15 @@ def run_tasks(
     """Every figure of every task; `folder` holds task files of the user's own, `limit` is of examples a task.
 
     Raises:
-        SettingError: lm_eval is not installed, knows no such task, or cannot reach its data.
+        SettingError: lm_eval knows no such task, or cannot reach its data.
+        MissingPackageError: it is not installed.
     """
+    require("a benchmark task", "lm_eval")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise SettingError("benchmark tasks need the harness: pip install lm_eval") from None
-    try:
+
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
             tasks=list(tasks),

@@ -142,6 +142,10 @@ def parse_config(data: Any, source: str, depth: int | None = None, code_from: st
             config = CONFIG_MAPPING[kind].from_dict(keys)
     except Exception as error:
         raise ModelBuildError(f"transformers refuses the config of {source}: {one_line(error)}; correct it") from None
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None and not hasattr(part, "get_text_config"):
+            raise ModelBuildError(f"{name} in {source} is a {type(part).__name__}, and no config; correct it")
     if depth is not None:
         _set_depth(config, depth, source)
     return config
@@ -174,7 +178,8 @@ def assumed_sizes(config: Any, data: dict[str, Any], source: str) -> tuple[str, 
     """A note on the sizes that the config `data` leaves to `transformers`, if there are any."""
     text = config.get_text_config()
     key = next((name for name, part in vars(config).items() if part is text), None)
-    given = data if key is None else data.get(key) or {}
+    part = data if key is None else data.get(key)
+    given = part if isinstance(part, dict) else {}
     declared = vars(text)
     own = {getattr(text, "attribute_map", {}).get(name, name): name for name in _SIZES}
     left = [name for name, usual in own.items() if name in declared and not {name, usual} & given.keys()]

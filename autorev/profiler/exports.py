@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autorev.analysis import Category
 from autorev.errors import RecordError
+from autorev.packages import require
 from autorev.profiler.points import point_per_second
 from autorev.profiler.readings import PHASES, BlockTime
 from autorev.profiler.record import Profile, Result
@@ -142,10 +142,10 @@ def write_parquet(profiles: Sequence[Profile], path: str | Path) -> tuple[Path, 
     """The same as Parquet.
 
     Raises:
-        RecordError: a file cannot be written, or pyarrow is missing.
+        RecordError: a file cannot be written.
+        MissingPackageError: pyarrow is not installed.
     """
-    if find_spec("pyarrow") is None:
-        raise RecordError("Parquet files need pyarrow, which is not installed: pip install pyarrow, or write CSV")
+    require("a Parquet file", "pyarrow")
     return _write_tables(profiles, path, lambda frame, file: frame.to_parquet(file, engine="pyarrow", index=False))
 
 

@@ -151,6 +151,8 @@ def test_bounds_of_json() -> None:
         ({"model_type": "mixtral", "num_local_experts": 10**9}, "num_local_experts = 1000000000"),
         ({"num_attention_heads": 0}, "correct"),
         ({"model_type": "swin", "depths": [10**9]}, "depths"),
+        ({"model_type": "llava", "text_config": []}, "correct"),
+        ({"model_type": "clip", "vision_config": [1]}, "correct"),
     ],
 )
 def test_a_config_of_odd_numbers(folder: Path, entry: dict[str, Any], words: str) -> None:

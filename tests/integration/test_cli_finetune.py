@@ -208,9 +208,7 @@ def test_ctrl_c_and_resume(place: Path, trained: Path, monkeypatch: pytest.Monke
         stopped, "Error: interrupted after step 3 of 4. The last good checkpoint is stopped/checkpoint-3. Go on"
     )
     monkeypatch.setattr(module, "finetune", finetune)
-    check_error(
-        run("finetune", "llm", *QUICK, "--out", "stopped", "--resume", "--seed", "3"), "--seed 0, not 3"
-    )
+    check_error(run("finetune", "llm", *QUICK, "--out", "stopped", "--resume", "--seed", "3"), "--seed 0, not 3")
     done = run("finetune", "llm", *QUICK, "--out", "stopped", "--resume")
     assert done.exit_code == 0, done.output
     record, expected = (FineTuning.read(place / path / "run.json") for path in ("stopped", trained))
@@ -252,7 +250,9 @@ def test_ctrl_c_of_a_terminal(place: Path) -> None:
 def test_without_what_it_needs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Says what to install."""
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    check_error(run("finetune", "llm", *QUICK, "--out", "refused"), "fine-tuning needs accelerate: pip install")
+    check_error(
+        run("finetune", "llm", *QUICK, "--out", "refused"), "fine-tuning needs accelerate, which is not installed: "
+    )
 
 
 def test_an_out_of_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from autorev.errors import RecordError
-from autorev.profiler import exports
+from autorev.errors import MissingPackageError, RecordError
 from autorev.profiler.exports import points_frame, results_frame, steps_frame, write_csv, write_parquet, write_trace
 from autorev.profiler.record import Profile
 from tests import profile_examples as examples
@@ -125,8 +125,10 @@ class TestFiles:
 
     def test_parquet_says_what_it_needs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """pyarrow is optional."""
-        monkeypatch.setattr(exports, "find_spec", lambda name: None)
-        with pytest.raises(RecordError, match="pip install pyarrow"):
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(
+            MissingPackageError, match=r"needs pyarrow, which is not installed: .*install .*\[parquet\]"
+        ):
             write_parquet([examples.unequal()], tmp_path / "out.parquet")
         assert not list(tmp_path.iterdir())
 

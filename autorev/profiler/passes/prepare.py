@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from autorev.analysis import Setting
 from autorev.errors import SettingError
 from autorev.models.load import load_model
+from autorev.packages import require
 from autorev.predict.training import DTYPES, choose_trained, linear_sizes
 from autorev.profiler.job import Source
 from autorev.variants import Blocks
@@ -89,7 +90,11 @@ def on_tokens(call: Call, ids: torch.Tensor) -> Call:
     picture = kwargs["input_ids"].shape[1] - ids.shape[1] if "pixel_values" in kwargs else 0
     if picture > 0:
         labels = torch.cat([kwargs["labels"][:, :picture], ids], dim=1)
-        return args, {**kwargs, "input_ids": torch.cat([kwargs["input_ids"][:, :picture], ids], dim=1), "labels": labels}
+        return args, {
+            **kwargs,
+            "input_ids": torch.cat([kwargs["input_ids"][:, :picture], ids], dim=1),
+            "labels": labels,
+        }
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in kwargs else {}
     return args, {**kwargs, "input_ids": ids, "labels": ids, **decoder}
 
@@ -129,10 +134,9 @@ def lora_config(model: nn.Module, blocks: Blocks, rank: int, **more: Any) -> Any
     Raises:
         SettingError: PEFT is not installed, or there is no such layer.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise SettingError("training LoRA needs PEFT: pip install peft") from None
+    require("training LoRA", "peft")
+    from peft import LoraConfig
+
     targets = [
         f"{path}.{name}"
         for path in blocks.paths
