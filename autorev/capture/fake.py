@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from autorev.capture.hush import logs_hushed
 from autorev.capture.own_mode import OwnFakeMode
-from autorev.capture.plain import plain_state
+from autorev.capture.plain import plain_state, refuse_flattened
 from autorev.capture.quantised import bytes_inside, on_packed_memory, quantised_linears, stand_in_for
 from autorev.capture.streams import own_streams
 from autorev.capture.transformers_quirks import quirks
@@ -57,6 +57,7 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             stand_ins = list(_stand_ins(value, mode))
             owned = [*value.parameters(), *value.buffers()]
             memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
+            refuse_flattened(value)
             for module in value.modules():
                 found = plain_state(module)
                 if found is not None:

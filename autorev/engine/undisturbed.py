@@ -47,7 +47,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for home, entries in before:
             put_back(home, entries)
         for held in states.held:
-            for key in held.containers & TORCH_DICTS:
+            # fully_shard goes by its own record of which parameters, whole ones or its part of them, are in place.
+            sharded = {"_parameters"} if "_is_fsdp_managed_module" in held.home else set()
+            for key in (held.containers & TORCH_DICTS) - sharded:
                 if not same_entries(held.home[key], held.attributes[key]):
                     held.home[key].clear()
                     held.home[key].update(held.attributes[key])

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autorev
 from autorev.engine.mode import running
+from autorev.errors import AutorevError, ConversionError
 from tests import handwritten as hand
 from tests.one_step import gap, gradients_of, loss_of, one_step
 
@@ -42,6 +43,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MODELS = ["llama", "hand-written"]
 WRAPPERS = ["ddp", "ddp finding unused", "fsdp", "fsdp keeping blocks whole"]
 ACCUMULATING = ["ddp", "fsdp"]
+FIRST: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("llama", "fsdp", "exact momentum", SETTINGS["exact momentum"]),
+    ("hand-written", "fsdp keeping blocks whole", "exact momentum", SETTINGS["exact momentum"]),
+    ("llama", "fsdp", "in steps", {"granularity": "sublayer"}),
+    ("llama", "ddp", "exact momentum", SETTINGS["exact momentum"]),
+]
+"""Wrapped before they are converted."""
 OUT_OF_ORDER = ["again", "two losses", "1"]
 """A second backward of one graph, two losses of one forward, a loss on the state behind block 1."""
 
@@ -246,6 +254,76 @@ def in_bfloat16(settings: dict[str, Any]) -> dict[str, Any]:
     return {"gap": gap(found[1], found[0])}
 
 
+def sharded_first(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """`convert` of a model that is wrapped already, as scripts load it."""
+    parallel, single = wrapped(build(model), wrapper), build(model)
+    autorev.convert(parallel, example_kwargs=batch(model), **settings)
+    for _ in range(2):
+        parallel.zero_grad()
+        step(parallel, batch(model))
+    autorev.convert(single, example_kwargs=batch(model), **settings)
+    _, expected = one_step(single, mode="oracle", **batch(model))
+    try:
+        verified = autorev.verify(parallel, batch(model)).passed
+    except ConversionError as error:
+        verified = str(error)
+    step(parallel, batch(model))  # what verify ran has left the shards in their places
+    return {
+        "gap": gap(
+            whole_gradients_in_order(parallel, expected), {n: g + g for n, g in expected.items() if g is not None}
+        ),
+        "drift": list(autorev.drift(parallel).values()),
+        "verified": verified,
+    }
+
+
+def whole_gradients_in_order(model: nn.Module, like: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """Those that `like` has."""
+    found = whole_gradients(model)
+    return {name: found[name] for name, g in like.items() if g is not None}
+
+
+def in_tensor_parallel(first: bool) -> dict[str, Any]:
+    """Linear maps that are spread over the ranks, in blocks that hand on whole streams; `first`: before convert."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model: Any = build("llama")
+    if not first:
+        autorev.convert(model)
+    plan = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for block in model.model.layers:
+        parallelize_module(block, init_device_mesh("cpu", (RANKS,)), plan)
+    if first:
+        autorev.convert(model)
+    loss_of(model(**batch("llama"))).backward()
+    single = build("llama")
+    autorev.convert(single)
+    _, expected = one_step(single, mode="oracle", **batch("llama"))
+    return {"gap": gap(whole_gradients(model), expected), "drift": list(autorev.drift(model).values())}
+
+
+def refused_when_spread() -> dict[str, Any]:
+    """A stream that is no whole tensor in any process, and parameters that FSDP1 has flattened."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    said = {}
+    model: Any = build("llama")
+    autorev.convert(model)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    try:
+        model.model.layers[0](distribute_tensor(torch.randn(1, 4, 32), mesh, [Replicate()]))
+    except ConversionError as error:
+        said["stream"] = str(error)
+    try:
+        autorev.convert(FullyShardedDataParallel(build("llama"), device_id=torch.device("cpu")), **example("llama"))
+    except AutorevError as error:
+        said["flattened"] = str(error)
+    return said
+
+
 def example(model: str) -> dict[str, Any]:
     """The example call for `convert`."""
     return {} if model == "llama" else {"example_kwargs": batch(model)}
@@ -274,6 +352,13 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
         for wrapper in ("fsdp", "fsdp keeping blocks whole")
         for name, settings in SETTINGS.items()
     },
+    **{
+        f"{model}, {wrapper}, first, {name}": partial(sharded_first, model, wrapper, settings)
+        for model, wrapper, name, settings in FIRST
+    },
+    "tensor parallel first": partial(in_tensor_parallel, True),
+    "tensor parallel": partial(in_tensor_parallel, False),
+    "spread": refused_when_spread,
     "bfloat16": partial(in_bfloat16, SETTINGS["exact momentum"]),
 }
 
@@ -378,3 +463,31 @@ def test_a_block_that_is_run_out_of_autograds_order_has_its_parameters(
 def test_mixed_precision_of_fsdp_has_the_oracles_gradients(results: dict[str, Any]) -> None:
     """With parameters gathered in bfloat16 the rebuilt chain gives the gradients of the stored one."""
     assert result_of(results, "bfloat16")["gap"] < 1e-5
+
+
+@pytest.mark.parametrize("which", FIRST, ids=lambda which: f"{which[0]}, {which[1]}, {which[2]}")
+def test_a_model_that_is_wrapped_already_is_converted(results: dict[str, Any], which: Any) -> None:
+    """`fully_shard` and DDP before `convert`: analysis sees a plain model, and the grid is probed on the real one."""
+    model, wrapper, name, _ = which
+    found = result_of(results, f"{model}, {wrapper}, first, {name}")
+    assert found["gap"] < 1e-5
+    assert found["drift"] == [0.0]
+    if wrapper == "ddp":
+        assert found["verified"] is True
+    else:
+        assert "verify the model before fully_shard" in found["verified"]
+
+
+@pytest.mark.parametrize("order", ["tensor parallel first", "tensor parallel"])
+def test_linear_maps_in_tensor_parallel(results: dict[str, Any], order: str) -> None:
+    """Before `convert` or after it: the gradients of one process."""
+    found = result_of(results, order)
+    assert found["gap"] < 1e-5
+    assert found["drift"] == [0.0]
+
+
+def test_what_is_spread_too_far_is_refused(results: dict[str, Any]) -> None:
+    """With what to do instead."""
+    said = result_of(results, "spread")
+    assert "use_local_output=True" in said["stream"]
+    assert "convert the model first and wrap it then" in said["flattened"]
