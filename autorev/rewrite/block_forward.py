@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,6 +25,8 @@ from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
 from autorev.errors import ConversionError
+from autorev.rewrite.compiled import CompiledBlock, compiler_of, inside_of, never_compiled
+from autorev.rewrite.told import say
 
 HANDLE = "_autorev_replacements"
 """Where a module keeps its replaced forwards, the first one first: other libraries may wrap `forward` afterwards."""
@@ -74,6 +75,8 @@ class Replacement(ABC):
         for number, replacement in enumerate(self.block.__dict__[HANDLE]):
             own = copy.copy(replacement)
             own.block = replica
+            if isinstance(own, ReversibleForward):
+                own.compiling = CompiledBlock(replica, compiler=own.compiling.compiler)
             replica.__dict__[HANDLE] = [*replica.__dict__[HANDLE][:number], own]
             replica.__dict__["forward"] = own
             replica.__dict__[_REPLICATE] = own.replicate
@@ -95,18 +98,39 @@ class Replacement(ABC):
     def __name__(self) -> str:
         return "forward"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
-        if self.reverted or mode() == ORIGINAL:
-            return self.original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return torch._dynamo.disable(self.run, recursive=self.wholly_eager)(args, kwargs)
-        return self.run(args, kwargs)
+    @property
+    def __self__(self) -> nn.Module:
+        return self.block
 
     @property
-    def wholly_eager(self) -> bool:
-        """Under `torch.compile`: does what it calls stay eager, too?"""
-        return True
+    def __func__(self) -> Callable[..., Any]:
+        return self.on
+
+    def on(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of `module`: who knows it for a method (accelerate) binds it to a shallow copy of the module."""
+        own = self
+        if module is not self.block:
+            own = copy.copy(self)
+            own.block = module
+        return own(*args, **kwargs)
+
+    @never_compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        callback = set_eval_frame(None)
+        try:
+            if self.reverted:
+                forward = self.original
+                set_eval_frame(callback)
+                return forward(*args, **kwargs)
+            with inside_of(callback):
+                return self.own()(*args, **kwargs) if mode() == ORIGINAL else self.run(args, kwargs)
+        finally:
+            set_eval_frame(callback)
+
+    def own(self) -> Callable[..., Any]:
+        """The module's own forward, compiled if the module is."""
+        return self.original
 
     @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,9 +143,8 @@ def replacements_of(model: nn.Module) -> Iterator[Replacement]:
         own = getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
         if HANDLE in module.__dict__ and (own or "forward" not in module.__dict__):
             # A library that had wrapped the forward before has put back what it had found: the conversion is gone.
-            for lost in module.__dict__.pop(HANDLE):
-                lost.reverted = True
-            module.__dict__.pop(_REPLICATE, None)
+            for lost in module.__dict__[HANDLE][::-1]:
+                lost.remove()
         yield from module.__dict__.get(HANDLE, ())
 
 
@@ -138,6 +161,7 @@ class ReversibleForward(Replacement):
     """Where the stream is in what the block returns."""
     written: tuple[str, ...]
     overwrites: bool
+    compiling: CompiledBlock = field(init=False)
     positional: tuple[str, ...] = field(init=False)
     """The names of the block's positional parameters."""
     rest: str = field(init=False)
@@ -145,10 +169,33 @@ class ReversibleForward(Replacement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.compiling = CompiledBlock(self.block)
         parameters = list(self.__signature__.parameters.values())
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.positional = tuple(p.name for p in parameters if p.kind in kinds)
         self.rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+
+    def install(self) -> None:
+        """Put it in the place of the block's forward; a block that is compiled has its branch compiled instead."""
+        super().install()
+        self.compiling.begin()
+
+    def remove(self) -> None:
+        """Take it out."""
+        super().remove()
+        self.compiling.end()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Is it by itself, and not as part of something larger?"""
+        return self.compiling.compiler is not None or compiler_of(self.replaced) is not None
+
+    def own(self) -> Callable[..., Any]:
+        """The block's own forward, compiled where the block is."""
+        if self.chain.reach is not None:
+            # A grid is being chosen: once, without gradients, as training will never run it.
+            return getattr(self.original, "_torchdynamo_orig_callable", self.original)
+        return self.compiling.compiled(self.original)
 
     def _refuse_transforms(self) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
@@ -168,6 +215,12 @@ class ReversibleForward(Replacement):
             raise ConversionError(
                 f"{self.path} was analysed with its stream in the argument {self.argument}, and is called without it; "
                 "convert again with example arguments like this call's"
+            )
+        if hasattr(stream, "placements"):
+            raise ConversionError(
+                f"{self.path} is given a stream that is spread over processes (a DTensor), and a reversible chain "
+                "keeps whole ones; let the blocks hand on local tensors (use_local_output=True), or call "
+                "autorev.revert(model)"
             )
         if getattr(self.block, "gradient_checkpointing", False) and self.block.training and torch.is_grad_enabled():
             raise ConversionError(
@@ -197,7 +250,7 @@ class ReversibleForward(Replacement):
             if self.block.training and given is not None and not _asked_for(value, given):
                 inputs = put(inputs, where, None)
                 _left_empty[value] = True
-                _say(self.chain, "fill no key-value cache that the model makes by itself in training")
+                say(self.chain, "fill no key-value cache that the model makes by itself in training")
             elif value in _left_empty:
                 raise ConversionError(
                     f"the key-value cache that {self.path} is given was left empty by the call that returned it, as "
@@ -206,7 +259,7 @@ class ReversibleForward(Replacement):
                 )
             else:
                 once = True
-                _say(self.chain, "store their activations, as they are given a key-value cache; use_cache=False")
+                say(self.chain, "store their activations, as they are given a key-value cache; use_cache=False")
         return inputs, once
 
     def _writes(self) -> Callable[[nn.Module, str], bool]:
@@ -229,6 +282,8 @@ class WholeBlock(ReversibleForward):
         """One step."""
         place, stream = self._stream(args, kwargs)
         inputs, once = self._inputs(args, kwargs, place)
+        forward = self.own()
+        self.compiling.say_how(self.chain, in_steps=False)
         arrival = arrive(self.chain, stream, self.numbers)
         del args, kwargs, stream
         site = Site(self.block, self.path, self.block.training, self._writes(), self.overwrites, once)
@@ -239,15 +294,17 @@ class WholeBlock(ReversibleForward):
             kept = tree_map(without_history, inputs)
             step.replay.add_arguments(kept)
             # Containers are made anew for each run: the block may write to a dict or a context that it is given.
-            step.runs_again_by(lambda x: self._branch(place, tree_map(without_history, kept), x))
+            step.runs_again_by(lambda x: self._branch(forward, place, tree_map(without_history, kept), x))
         with step.running():
-            (at, rest), out = self._branch(place, inputs, step.given())
+            (at, rest), out = self._branch(forward, place, inputs, step.given())
         return put(rest, at, step.close(out))
 
-    def _branch(self, place: tuple[Any, ...], inputs: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    def _branch(
+        self, forward: Callable[..., Any], place: tuple[Any, ...], inputs: Any, x: torch.Tensor
+    ) -> tuple[Any, torch.Tensor]:
         """The block's own forward: ((where the stream is in what it returns, the rest of that), x + f(x))."""
         args, kwargs = put(inputs, place, x)
-        returned = self.original(*args, **kwargs)
+        returned = forward(*args, **kwargs)
         at = self._output_place(returned)
         out = dict(leaves(returned))[at]
         return (at, put(returned, at, None)), out
@@ -278,12 +335,3 @@ def _asked_for(cache: Any, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool
 
 _left_empty: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Caches that blocks did not fill."""
-_told: WeakKeyDictionary[ReversibleChain, set[str]] = WeakKeyDictionary()
-
-
-def _say(chain: ReversibleChain, what: str) -> None:
-    """Once per chain."""
-    told = _told.setdefault(chain, set())
-    if what not in told:
-        told.add(what)
-        logging.getLogger("autorev").warning("the blocks of %s are reversible and %s", chain.name, what)

@@ -31,6 +31,7 @@ from autorev.rewrite.checkpointing import SWITCH_OFF, checkpoints_itself, explai
 from autorev.rewrite.estimate import Estimate
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 from autorev.rewrite.loop_forward import install_loops
+from autorev.rewrite.notes import notes_on
 from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
 from autorev.rewrite.remember import forget, remember
 from autorev.rewrite.select import Chosen, Numbers, choose, patterns
@@ -129,11 +130,7 @@ def convert(
     install_loops(model, [(item.findings, item.chain) for item in built])
     try:
         notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
-        notes += [
-            f"{item.chain.name} begins anew at {path}, with velocity 0: {why}; each piece keeps two streams"
-            for item in built
-            for path, why in item.chain.restarts.items()
-        ]
+        notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         explain_checkpointing(model)

@@ -38,6 +38,7 @@ class StepsOfBlock(ReversibleForward):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """All steps of the block."""
+        self.compiling.say_how(self.chain, in_steps=True)
         place, stream = self._stream(args, kwargs)
         inputs, once = self._inputs(args, kwargs, place)
         like = tree_map_only(torch.Tensor, _shape_of, put(inputs, place, stream))
@@ -85,6 +86,7 @@ class StepsOfLoop(ReversibleForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The holder's forward."""
         self._refuse_transforms()
+        self.compiling.say_how(self.chain, in_steps=True)
         with one_pass([self.chain], (args, kwargs)):
             inputs, once = self._inputs(args, kwargs, None)
             like = tree_map_only(torch.Tensor, _shape_of, inputs)
@@ -158,16 +160,17 @@ def fake_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         ConversionError: the block cannot be copied, or its forward asks for values.
     """
     try:
-        mode = new_fake_mode()
-        twin = fake_copy(block, mode)
-        for module in twin.modules():
-            for replacement in reversed(module.__dict__.get(HANDLE, [])[:]):
-                replacement.remove()
-        fake_args, fake_kwargs = fake_copy((args, kwargs), mode)
-        # A checkpoint around the model must not take what is saved here for its own.
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda packed: packed[0])
-        with hooks, mode, _without_hooks(twin):
-            yield record(twin, fake_args, fake_kwargs)
+        with torch.inference_mode(False):  # tensors made in inference mode count no writes
+            mode = new_fake_mode()
+            twin = fake_copy(block, mode)
+            for module in twin.modules():
+                for replacement in reversed(module.__dict__.get(HANDLE, [])[:]):
+                    replacement.remove()
+            fake_args, fake_kwargs = fake_copy((args, kwargs), mode)
+            # A checkpoint around the model must not take what is saved here for its own.
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda packed: packed[0])
+            with hooks, mode, _without_hooks(twin):
+                yield record(twin, fake_args, fake_kwargs)
     except AutorevError:
         raise
     except Exception as error:

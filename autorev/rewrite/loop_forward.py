@@ -19,11 +19,6 @@ class LoopForward(Replacement):
 
     chains: list[ReversibleChain]
 
-    @property
-    def wholly_eager(self) -> bool:
-        """What is between the blocks may be compiled."""
-        return False
-
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The loop, as it is."""
         with one_pass(self.chains, (args, kwargs)):

@@ -1,0 +1,30 @@
+"""What `convert` tells the user beside its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from autorev.capture.plain import fetched
+from autorev.engine.chain import ReversibleChain
+from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
+from autorev.rewrite.compiled import IN_STEPS
+
+
+def notes_on(
+    model: nn.Module, chains: Iterable[ReversibleChain], forwards: Iterable[ReversibleForward]
+) -> Iterator[str]:
+    """Of a model that was converted just now: its `chains`, and the `forwards` of their blocks."""
+    for chain in chains:
+        for path, why in chain.restarts.items():
+            yield f"{chain.name} begins anew at {path}, with velocity 0: {why}; each piece keeps two streams"
+    compiled = {f.chain.name: isinstance(f, WholeBlock) for f in forwards if f.is_compiled}
+    for name, whole in compiled.items():
+        yield f"the blocks of {name} were compiled, and {'their branches are' if whole else IN_STEPS}"
+    trained = {path for path, tensor in fetched(model) if tensor.requires_grad}
+    if trained:
+        yield (
+            f"accelerate fetches {len(trained)} trained parameters for each call ({min(trained)}, ...), and their "
+            "gradients go to tensors that it drops, converted or not: freeze them, or keep them in memory"
+        )
