@@ -44,7 +44,8 @@ def measured(
     )
     # Quartiles of five even steps: the second and the fourth.
     steps = () if seconds is None else tuple(seconds * (1 + spread * (i - 2) / 2) for i in range(5))
-    rounds = (Round(0, steps, (0.0,) * len(steps), (0.0,) * len(steps)),) if steps else ()
+    halves, quarters = tuple(s / 2 for s in steps), tuple(s / 4 for s in steps)
+    rounds = (Round(0, halves, quarters, quarters),) if steps else ()
     return Result(variant(spec), Status.MEASURED, memory=memory, rounds=rounds)
 
 
