@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+import autorev
 from autorev.engine.mode import running
-from autorev.errors import AutorevError
+from autorev.errors import AutorevError, ConversionError
 from tests.engine.models import (
     DOUBLE,
     EXACT,
@@ -153,3 +154,72 @@ def test_a_compiled_model_is_right(setting: Setting) -> None:
     loss.backward()
 
     assert_same({"loss": loss.detach(), **gradients_of(model)}, expected, setting.tolerance)
+
+
+def stack() -> nn.Sequential:
+    """Blocks behind something that has a gradient to pass on, in training."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), *(Cumulative() for _ in range(4)))
+
+
+class Cumulative(nn.Module):
+    """Its averages are those of all batches so far: the forward reads how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.tanh(self.linear(self.norm(x)))
+        return x + torch.sin(x)
+
+
+ROWS = torch.linspace(-1, 1, 48).reshape(6, 8)
+each_way = pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
+
+
+@each_way
+def test_averages_over_all_batches_are_counted_once(how: dict[str, Any]) -> None:
+    """By the probe and the second run not at all."""
+    model, oracle = stack(), stack()
+    for one in (model, oracle):
+        autorev.convert(one, example_args=(ROWS,), **how)
+    for factor in (1.0, 2.0, 3.0):
+        found = step(model, factor * ROWS)
+        with running("oracle"):
+            expected = step(oracle, factor * ROWS)
+        assert_same(found, expected, 1e-5)
+    assert int(model[1].norm.num_batches_tracked) == 3
+    assert_same(dict(model.named_buffers()), dict(oracle.named_buffers()), 1e-6)
+
+
+@each_way
+def test_inference_mode_around_a_conversion_or_before_training(how: dict[str, Any]) -> None:
+    """Tensors made in it count no writes, and autograd takes none: what is kept from one call to the next is made so
+    that training follows."""
+    model = stack()
+    with torch.inference_mode():
+        autorev.convert(model, example_args=(ROWS,), **how)
+        model(ROWS)
+    assert_same(step(model, ROWS), step_of_oracle(stack(), how), 1e-5)
+
+
+def step_of_oracle(model: nn.Module, how: dict[str, Any]) -> Results:
+    """One step of a fresh model by ordinary autograd, after an inference."""
+    autorev.convert(model, example_args=(ROWS,), **how)
+    with torch.no_grad():
+        model(ROWS)
+    with running("oracle"):
+        return step(model, ROWS)
+
+
+def test_inference_tensors_in_training_are_an_error() -> None:
+    """As an input torch's own, as weights one that says what to do."""
+    model = stack()
+    autorev.convert(model, example_args=(ROWS,))
+    with torch.inference_mode():
+        rows, other = ROWS.clone(), stack()
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        model(rows)
+    with pytest.raises(ConversionError, match=r"were made under torch\.inference_mode.*load the model outside"):
+        autorev.convert(other, example_args=(ROWS,))

@@ -316,26 +316,37 @@ def test_an_add_that_no_analysis_has_seen_is_an_error() -> None:
 class MoE(nn.Module):
     """Routes tokens to experts: sizes depend on the values."""
 
-    def __init__(self, d: int = 8) -> None:
+    def __init__(self, found_by: str, d: int = 8) -> None:
         super().__init__()
+        self.found_by = found_by
         self.router = nn.Linear(d, 2)
         self.experts = nn.ModuleList(nn.Linear(d, d) for _ in range(2))
         self.mlp = nn.Linear(d, d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, weights = torch.zeros_like(x), self.router(x).softmax(-1)
-        for number, expert in enumerate(self.experts):
-            rows = (weights.argmax(-1) == number).nonzero().flatten()
-            out = out.index_add(0, rows, expert(x[rows]) * weights[rows, number, None])
+        chosen = weights.argmax(-1)
+        if self.found_by == "counts":
+            order, counts = chosen.argsort(), torch.bincount(chosen, minlength=2).tolist()
+            parts = [expert(rows) for expert, rows in zip(self.experts, x[order].split(counts), strict=True)]
+            out = out.index_copy(0, order, torch.cat(parts)) * weights.amax(-1, keepdim=True)
+        for number, expert in enumerate(self.experts if self.found_by != "counts" else ()):
+            if self.found_by == "mask":
+                out[chosen == number] = expert(x[chosen == number]) * weights[chosen == number, number, None]
+                continue
+            rows = (chosen == number).nonzero().flatten()
+            if self.found_by == "rows" or rows.numel():
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, number, None])
         x = x + out
         return x + torch.tanh(self.mlp(x))
 
 
 @pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
-def test_sizes_that_depend_on_values_are_right_or_refused_at_once(how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("found_by", ["rows", "rows, if any", "mask", "counts"])
+def test_sizes_that_depend_on_values_are_right_or_refused_at_once(how: dict[str, Any], found_by: str) -> None:
     """Never accepted and then failing."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(MoE() for _ in range(4)))
+    model = nn.Sequential(*(MoE(found_by) for _ in range(4)))
     try:
         autorev.convert(model, example_args=(torch.randn(6, 8),), **how)
     except AutorevError:
