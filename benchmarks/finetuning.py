@@ -7,6 +7,7 @@ are dropped. What is recorded already is not run again.
     couplings   every other coupling by the same recipe, and side bits calibrated under a budget
     schedule    moving gamma to 1 while training, with and without distillation, against the direct jump
     scratch     a GPT-2-shaped model from random weights, every architecture, two seeds
+    quantised   LoRA on weights in nf4 (QLoRA), beside bf16 autocast and float32
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RECORDS = Path("profiles/recorded/finetuning")
 QUALITY = "--sequence 192 --max-steps 30 --lr 5e-5 --evaluate-every 10 --save-every 1000"
 SCHEDULE = "--sequence 192 --max-steps 80 --lr 1e-4 --evaluate-every 20 --save-every 1000"
 SCRATCH = "--sequence 128 --batch 8 --max-steps 300 --lr 1e-3 --decay cosine --evaluate-every 50 --save-every 1000"
+QUANTISED = "--lora 16 --sequence 128 --max-steps 12 --evaluate-every 12 --save-every 1000 --validation-rows 8"
 ARCHITECTURES = ("plain", "leapfrog", "midpoint", "midpoint_a", "hamiltonian")
 COUPLINGS = ("momentum:k=4", "momentum:k=1", "leapfrog", "midpoint", "bdia", "hamiltonian", "revnet")
 
@@ -52,6 +54,12 @@ GROUPS: dict[str, dict[str, str]] = {
         f"scratch_{coupling}_{seed}": f"SCRATCH --coupling {coupling} --seed {seed} {SCRATCH}"
         for seed in (0, 1)
         for coupling in ARCHITECTURES
+    },
+    "quantised": {
+        "qlora_nf4": f"--coupling momentum:k=3 --quantize nf4 {QUANTISED}",
+        "qlora_nf4_checkpoint": f"--coupling checkpoint --quantize nf4 {QUANTISED}",
+        "qlora_bf16": f"--coupling momentum:k=3 --bf16 {QUANTISED}",
+        "qlora_fp32": f"--coupling momentum:k=3 {QUANTISED}",
     },
 }
 

@@ -48,6 +48,8 @@ class Kept:
     input: bool
     unpacked: bool
     """The weight in the input's dtype; otherwise it is unpacked once more."""
+    hidden: bool = False
+    """Is the input not among the tensors that it tells autograd of? Then torch's checkpointing does not let go of it."""
 
 
 INPUT = Kept(input=True, unpacked=False)
@@ -202,7 +204,9 @@ class _Multiply(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kept: Kept
     ) -> torch.Tensor:
         unpacked = input.new_empty(weight.shape)
-        ctx.save_for_backward(weight, input if kept.input else None, unpacked if kept.unpacked else None)
+        told = kept.input and not kept.hidden
+        ctx.save_for_backward(weight, input if told else None, unpacked if kept.unpacked else None)
+        ctx.hidden = input if kept.hidden else None
         return F.linear(input, unpacked, bias).to(input.dtype)
 
     @staticmethod
@@ -271,4 +275,5 @@ def _asked(module: nn.Module, found: Packed, device: torch.device) -> Kept:
         alive = not storage.expired()
     del out
     whole = found.inputs * found.outputs
-    return Kept(input=alive, unpacked=any(n >= whole for s, n in kept.items() if s not in owned and s != key))
+    unpacked = any(n >= whole for s, n in kept.items() if s not in owned and s != key)
+    return Kept(input=alive, unpacked=unpacked, hidden=alive and key not in kept)

@@ -39,6 +39,8 @@ class Scheme:
     """Of the tables that a layer has besides."""
     keeps_input: bool = True
     """Does a layer keep its input for backward?"""
+    hides_input: bool = False
+    """And not tell autograd of it, so that checkpointing keeps it, too?"""
     keeps_unpacked: bool = False
     """Does it keep the unpacked weight?"""
     skipped: tuple[str, ...] | None = None
@@ -73,7 +75,7 @@ def quantise(twin: nn.Module, scheme: Scheme) -> int:
     from autorev.predict.training import linear_sizes
 
     left_out = _left_out(twin, scheme)
-    kept, total = Kept(scheme.keeps_input, scheme.keeps_unpacked), 0
+    kept, total = Kept(scheme.keeps_input, scheme.keeps_unpacked, scheme.hides_input), 0
     for path, module in list(twin.named_modules()):
         sizes = linear_sizes(module)
         if sizes is None or left_out(path):
@@ -167,7 +169,7 @@ def cannot_train(name: str, title: str, remedy: str) -> SettingError:
 
 def _bitsandbytes(said: Mapping[str, Any]) -> Scheme:
     if said.get("load_in_8bit") or said.get("_load_in_8bit"):
-        return Scheme("bitsandbytes int8", 8, shared_bytes=4)
+        return Scheme("bitsandbytes int8", 8, shared_bytes=4, hides_input=True)
     kind, twice = str(said.get("bnb_4bit_quant_type", "fp4")), bool(said.get("bnb_4bit_use_double_quant"))
     title = f"bitsandbytes {kind}" + (", scales quantised, too" if twice else "")
     # A scale for 64 weights in 4 bytes, or in one and a share of those that scale it; a table of 16 or 256 values.
