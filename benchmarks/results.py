@@ -30,7 +30,9 @@ TABLES = (("quality", "couplings"), ("schedule",), ("scratch",))
 
 def table() -> str:
     """The section between the markers."""
-    profiles = [Profile.read(path) for path in sorted(RECORDS.glob("*.json"), key=_size)]
+    # Names end with what grows; those that `profile` gives by itself do not, and are nobody's to commit.
+    paths = [path for path in RECORDS.glob("*.json") if path.stem.rpartition("_")[2].isdigit()]
+    profiles = [Profile.read(path) for path in sorted(paths, key=_size)]
     pretrained = [_headline(profile) for profile in profiles if profile.pretrained]
     return "\n\n".join([render_markdown(pretrained).strip(), *largest_batches([p for p in profiles if p.points])])
 

@@ -146,8 +146,8 @@ def unquantised_model(
         except Exception as error:  # each library has its own
             raise ExportError(
                 f"the adapters in {folder} belong to weights quantised by {title}, which transformers cannot unpack "
-                f"({one_line(error)}), and merged into them they would be rounded away; load {source}, and the adapters "
-                "by peft.PeftModel.from_pretrained"
+                f"({one_line(error)}), and merged into them they would be rounded away; load {source}, and the "
+                "adapters by peft.PeftModel.from_pretrained"
             ) from error
     merged: nn.Module = _with_adapters(model, folder).merge_and_unload()  # type: ignore[operator]  # PEFT's method
     return merged

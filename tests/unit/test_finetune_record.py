@@ -45,7 +45,7 @@ def test_order_and_white_space_are_no_edit() -> None:
 def test_truncated_is_said_with_its_line() -> None:
     """Half a file is no record."""
     text = examples.momentum().to_json()
-    with pytest.raises(RecordError, match=r"^half\.json is not valid JSON \(line \d+: .*truncated"):
+    with pytest.raises(RecordError, match=r"^half\.json is not valid JSON \(line \d+, .*truncated"):
         FineTuning.from_json(text[: len(text) // 2], "half.json")
 
 

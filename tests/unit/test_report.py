@@ -55,7 +55,8 @@ class TestTerminal:
         for expected in (
             "SmolLM2-135M-Instruct",
             "LlamaForCausalLM, 135 M parameters, profile smollm2-135m",
-            "batch 8, 2,048 tokens, bf16, AdamW, all weights, full logits, NVIDIA H100 SXM 80 GB (79.6 GiB, of which 78.6 GiB to use)",
+            "batch 8, 2,048 tokens, bf16, AdamW, all weights, full logits, NVIDIA H100 SXM 80 GB (79.6 GiB, of which "
+            "78.6 GiB to use)",
             "30 of 30 blocks can be made reversible, in 1 chain",
             "model.layers.0-29 LlamaDecoderLayer x30 eligible attention + mlp",
             "Use activation checkpointing",

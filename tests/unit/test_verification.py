@@ -6,7 +6,6 @@ python -m pytest tests/unit/test_verification.py
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from typing import Any
 
 import pytest
