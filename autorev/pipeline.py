@@ -49,10 +49,12 @@ def example_call_of(model: torch.nn.Module, function: str) -> Call:
     """A call of a `transformers` model, derived from its config; `function` is the one that the user called.
 
     Raises:
-        CaptureError: it is a model of another kind.
+        CaptureError: it is a model of another kind, or FSDP1 has flattened its parameters.
     """
+    from autorev.capture.plain import refuse_flattened
     from autorev.models.example_call import example_call_for, is_transformers
 
+    refuse_flattened(model)
     if is_transformers(model):
         return example_call_for(model, 1, None)
     raise CaptureError(
