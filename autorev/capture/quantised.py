@@ -49,7 +49,7 @@ class Kept:
     unpacked: bool
     """The weight in the input's dtype; otherwise it is unpacked once more."""
     hidden: bool = False
-    """Is the input not among the tensors that it tells autograd of? Then torch's checkpointing does not let go of it."""
+    """Is the input none of the tensors that it tells autograd of? Then torch's checkpointing does not let go of it."""
 
 
 INPUT = Kept(input=True, unpacked=False)
