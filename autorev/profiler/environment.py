@@ -78,7 +78,7 @@ def parse_memory(text: str) -> tuple[int, bool]:
     """
     match = _SIZE.fullmatch(text.strip())
     size = 0 if match is None else float(match[2])
-    if match is None or not 0 < size < 1e6:
+    if match is None or not 0 < size < 1e18:
         raise SettingError(f"{text!r} is no amount of memory; write 2GiB, 500MB or, beside the weights, +128MiB")
     power = " KMGT".index(match[3].upper() or " ")
     return round(size * (1024 if match[4] else 1000) ** power), bool(match[1])

@@ -180,10 +180,13 @@ def test_plain_blocks_keep_all_and_selective_ones_some() -> None:
     assert plain[0] > 10 * STREAM
 
 
-@pytest.mark.parametrize(("spec", "bits"), [("leapfrog", 0), *((f"momentum:k={k}", k) for k in (1, 2, 3)), ("bdia", 1)])
+@pytest.mark.parametrize(
+    ("spec", "bits"), [("leapfrog:", 0), *((f"momentum:k={k},", k) for k in (1, 2, 3)), ("bdia:", 1)]
+)
 def test_a_reversible_block_keeps_its_side_bits(spec: str, bits: int) -> None:
     """k / 8 bytes an element; the last block is stored, and the one before makes its input."""
     side = BATCH * SEQUENCE * WIDTH * bits // 8
+    spec += "keep_last=1"
     assert kept(spec) == (*(side,) * (DEPTH - 2), side + STREAM, kept("plain")[0])
     assert measured(spec).memory.categories["side_bits"] <= side * DEPTH
 
@@ -204,7 +207,7 @@ def test_streams_are_two_int32_tensors(spec: str) -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_side_bits_have_a_category_of_their_own(k: int) -> None:
     """At a peak in the loss, between forward and backward, all of them are alive: one set for each block recomputed."""
-    memory = measured(f"momentum:k={k}", sizes=WIDE).memory
+    memory = measured(f"momentum:k={k},keep_last=1", sizes=WIDE).memory
     assert memory.phase == "backward"
     assert memory.categories["side_bits"] == (DEPTH - 1) * BATCH * SEQUENCE * WIDTH * k // 8
     assert memory.categories["streams"] == 2 * STREAM
@@ -221,8 +224,11 @@ def test_offloading_moves_every_blocks_input_and_nothing_else() -> None:
 
 def test_what_lies_between_forward_and_backward_is_counted() -> None:
     """The allocator's kept bytes differ by side bits from one k to the next, and by one stream for each depth."""
-    bits = {k: measured(spec).memory.kept_bytes for k, spec in enumerate(["leapfrog", "momentum:k=1"])}
-    bits[3] = measured("momentum:k=3").memory.kept_bytes
+    bits = {
+        k: measured(spec).memory.kept_bytes
+        for k, spec in enumerate(["leapfrog:keep_last=1", "momentum:k=1,keep_last=1"])
+    }
+    bits[3] = measured("momentum:k=3,keep_last=1").memory.kept_bytes
     each = (DEPTH - 1) * BATCH * SEQUENCE * WIDTH // 8
     assert [bits[1] - bits[0], bits[3] - bits[0]] == [each, 3 * each]
     shallow = measured("checkpoint", sizes=(("num_hidden_layers", 4),)).memory.kept_bytes

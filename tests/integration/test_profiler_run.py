@@ -66,7 +66,7 @@ def test_why_a_prediction_failed_is_told() -> None:
         raise KeyError(f"gradient {number}")
 
     record = autorev.profile(Picky(), torch.randn(4, 8), predict=True, variants=["plain"])
-    assert "plain could not be predicted: KeyError: 'gradient 2'" in record.notes
+    assert "plain could not be predicted: KeyError: 'gradient 2'" in " ".join(record.notes)
 
 
 def test_a_profile_in_fresh_processes(folder: Path) -> None:

@@ -189,8 +189,8 @@ def test_turns_of_a_loop_have_no_module_to_wrap(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("plain:loss=chunked", "has no plain linear vocabulary head"),
-        ("momentum:loss=chunked", "has no plain linear vocabulary head"),
+        ("plain:loss=chunked", "no loss to compute in chunks"),
+        ("momentum:loss=chunked", "no loss to compute in chunks"),
         ("momentum:gamma=0.3", "gamma = 0.3 .* which exact arithmetic needs"),
     ],
 )
