@@ -183,7 +183,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         specs = [result.variant.spec for result in self.results]
-        check(bool(specs) and len(specs) == len(set(specs)), "there are variants, each once")
+        check((bool(specs) or not self.complete) and len(specs) == len(set(specs)), "there are variants, each once")
         check({point.variant for point in self.points} <= set(specs), "every point is one of a variant's")
         check(self.goal in GOALS, "a recommendation has a goal")
         check(self.budget_bytes is None or self.budget_bytes > 0, "a budget is more than nothing")

@@ -256,7 +256,7 @@ def test_a_loss_that_is_no_number(place: Path) -> None:
     assert figures(tune(place, out="nan-step", resume=True, **how)) == figures(tune(place, out="never-nan", **how))
 
 
-@pytest.mark.parametrize("coupling", ["plain", "momentum:k=3,arithmetic=float"])
+@pytest.mark.parametrize("coupling", ["plain", "momentum:k=3,arithmetic=float,keep_last=1"])
 def test_a_learning_rate_beyond_all(place: Path, coupling: str) -> None:
     """The weights break while the loss is a number still."""
     out = f"rate {coupling}"
