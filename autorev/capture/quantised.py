@@ -80,7 +80,8 @@ def packed(module: nn.Module) -> Packed | None:
     bias: Any = getattr(module, "bias", None)
     own = set() if bias is None else set(map(_storage, plain_tensors(bias)))
     held = {_storage(t): t.untyped_storage().nbytes() for t in plain_tensors(module)}
-    inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    layer: Any = module  # of a class of some library
+    inputs, outputs = int(layer.in_features), int(layer.out_features)
     return Packed(inputs, outputs, _unpacked_dtype(module), sum(n for s, n in held.items() if s not in own))
 
 
@@ -189,7 +190,8 @@ class StandIn(nn.Linear):
         """[..., inputs] -> [..., outputs], in the input's dtype"""
         if self.weight.requires_grad:
             return F.linear(input, self.weight.to(input.dtype), self._bias(input))
-        out: torch.Tensor = _Multiply.apply(input, self.weight, self._bias(input), self.kept)  # type: ignore[no-untyped-call]
+        multiply: Any = _Multiply.apply  # which torch leaves untyped
+        out: torch.Tensor = multiply(input, self.weight, self._bias(input), self.kept)
         return out
 
     def _bias(self, input: torch.Tensor) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,9 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if is_quantised(module):  # of a library whose layers are no nn.Linear
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    if is_quantised(module):
+        layer: Any = module  # of a library whose layers are no nn.Linear
+        return int(layer.in_features), int(layer.out_features)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
         rows, columns = module.weight.shape  # type: ignore[misc]  # two axes
         return int(rows), int(columns)

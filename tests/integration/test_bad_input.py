@@ -303,7 +303,7 @@ def test_records_whose_parts_do_not_fit_each_other(folder: Path, path: tuple[Any
     assert "does not follow its schema" in refused("report", "odd.json")
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a\\b", "", "..", "\x1b[31m", "a\u202eb", "a\nb", "x" * 151])
+@pytest.mark.parametrize("name", ["../../x", "/x", "a\\b", "", "..", "\x1b[31m", "a\u202eb", "a\nb", "x" * 151])
 def test_a_record_is_written_nowhere_else(folder: Path, name: str) -> None:
     """Its name is a file's, and looked at where it is read."""
     data = json.loads(profile_examples.smollm2().to_json())
