@@ -1,12 +1,11 @@
 """Stands here so that pytest puts the folder above on the path: tests import `tests.zoo` and `tests.handwritten`."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-# Inductor and the quantising libraries import setuptools in whatever order, and it insists on a distutils of its own.
-os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+# Inductor and the quantising libraries ask for distutils in whatever order: after setuptools, all get the same one.
+import setuptools  # noqa: F401
 
 
 @pytest.fixture
