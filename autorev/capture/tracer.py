@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from autorev.capture.custom_function import Applied
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.patching import patched_here
@@ -130,7 +130,7 @@ class ValueTracer(fx.Tracer):
 
         def applying(original: Any) -> Any:
             def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-                applied = MethodType(original, cls)  # not `cls.apply`, which is this very function meanwhile
+                applied = Applied(cls, original)
                 return self._leaf(lambda: applied(*args, **kwargs), "call_function", applied, args, kwargs)
 
             return apply

@@ -151,7 +151,7 @@ def _coarsened(
         state.stream, state.partner = before.stream, before.partner
         bits += 2
     raise FixedPointRangeError(
-        f"{path}: the stream grew to {largest:.3g} in one step, from a grid of 2^-{arithmetic.fraction_bits} for far "
+        f"{path}: the stream grew to {largest:.3g} in one step, from a grid of 2^{-arithmetic.fraction_bits} for far "
         "smaller ones; lower the learning rate, or convert again with arithmetic='float'"
     )
 

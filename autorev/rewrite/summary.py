@@ -107,7 +107,9 @@ class Conversion:
         lines += _compared(self._found, self.chains, len(self.not_converted))
         lines += dict.fromkeys(_stored(chain, len(self.chains)) for chain in self.chains)
         if self.preserves_function:
-            lines.append("The pretrained function is preserved (gamma is small: autorev.verify shows by how much not)")
+            lines.append(
+                "The pretrained function is nearly preserved (gamma is small): autorev.verify prints by how much"
+            )
         else:
             lines.append("The pretrained function is NOT preserved: fine-tune, or train from scratch")
         for path, reason in self.not_converted[:5]:
@@ -172,7 +174,7 @@ def _numbers(chain: ConvertedChain) -> str:
 def _grid(chain: ConvertedChain) -> str:
     if chain.fraction_bits is None:
         return ""
-    return f" (grid 2^-{chain.fraction_bits}, {_range(chain.side_bits)} side bits)"
+    return f" (grid 2^{-chain.fraction_bits}, {_range(chain.side_bits)} side bits)"
 
 
 def _range(numbers: Iterable[float]) -> str:

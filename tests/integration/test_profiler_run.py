@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,17 @@ def test_a_tokenizers_batch_is_profiled_without_a_cache() -> None:
     )
 
 
-@pytest.mark.xfail(reason="tensor hooks no longer run in the simulation: another failing call is needed here")
 def test_why_a_prediction_failed_is_told() -> None:
     """The type and the message of whatever it was."""
+
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            raise KeyError(f"gradient of {tuple(gradient.shape)}")
 
     class Picky(torch.nn.Module):
         def __init__(self) -> None:
@@ -58,16 +65,12 @@ def test_why_a_prediction_failed_is_told() -> None:
             self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for number, block in enumerate(self.blocks):
+            for block in self.blocks:
                 x = x + block(x)
-                x.register_hook(partial(refuse, number))
-            return x
-
-    def refuse(number: int, gradient: torch.Tensor) -> None:
-        raise KeyError(f"gradient {number}")
+            return Refuses.apply(x)
 
     record = autorev.profile(Picky(), torch.randn(4, 8), predict=True, variants=["plain"])
-    assert "plain could not be predicted: KeyError: 'gradient 2'" in " ".join(record.notes)
+    assert "plain could not be predicted: KeyError: 'gradient of (4, 8)'" in " ".join(record.notes)
 
 
 def test_a_profile_in_fresh_processes(folder: Path) -> None:

@@ -152,6 +152,26 @@ def test_the_graph_computes_what_the_forward_computes() -> None:
     assert torch.equal(captured.graph_module()(X, mask), module(X, mask))
 
 
+def test_a_custom_function_can_be_run_from_the_graph() -> None:
+    """fx's generated code finds it, and its own backward runs."""
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient / 2  # not the derivative
+
+    captured = traced(lambda m, x: x + Halved.apply(x), X)
+    x = X.clone().requires_grad_()
+    out = captured.graph_module()(x)
+    assert torch.equal(out, X * 3)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, torch.full_like(X, 1.5))
+
+
 def test_nothing_is_written_to_the_module() -> None:
     """Attributes, hooks and sub-modules are as before."""
     module = Holder(lambda m, x: m.inner(m.f(x)))

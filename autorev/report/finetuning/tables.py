@@ -90,7 +90,7 @@ def _chain(chain: ChainState) -> Row:
         along_chain(chain.gamma, gamma_text),
         along_chain(chain.c, "{:.4g}".format),
         along_chain(chain.side_bits, "{:g}".format),
-        NOTHING if chain.fraction_bits is None else f"2^-{chain.fraction_bits}",
+        NOTHING if chain.fraction_bits is None else f"2^{-chain.fraction_bits}",
     )
     return Row(clean(chain.name), cells)
 
