@@ -200,7 +200,7 @@ def simulate(
         stack.enter_context(steps.patched())
         loss = loss_of(twin, call)
         tracker.begin("backward", None, Category.LOGITS_AND_LOSS)
-        loss.backward()
+        _backward(loss)
         del loss
         steps.states.clear()
         tracker.begin("optimizer", None, Category.OTHER)
@@ -208,6 +208,17 @@ def simulate(
     for parameter in twin.parameters():
         parameter.grad = None
     return StepTrace(dict(start), segments, steps.stream_bytes)
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """`loss.backward()` in which blocks that run a second time are seen by the function modes, as in the first run.
+
+    Torch's own hands itself to the modes that are active, and so takes them off for as long as it runs.
+    """
+    gradient = torch.ones_like(loss)
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class _Steps:

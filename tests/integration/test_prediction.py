@@ -218,6 +218,20 @@ def test_flops_are_three_forwards_and_four_with_recomputation() -> None:
     assert flops["momentum"] == flops["leapfrog"] == flops["hamiltonian"]
 
 
+def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
+    """In the first run of a block and in the second: nothing else is kept, and nothing else computed, than without."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["gpt2"]
+
+    def forecast(dropout: float) -> Analysis:
+        config = config_cls(**sizes | {"attn_pdrop": dropout, "resid_pdrop": 0.0, "embd_pdrop": 0.0})
+        workload = workload_of(model_cls, config)
+        return autorev.forecast(workload, batch=batch, sequence=sequence, dtype="bf16", device="h100-80gb")
+
+    with_dropout, without = forecast(0.1), forecast(0.0)
+    assert with_dropout.predictions == without.predictions
+    assert {p.strategy for p in without.predictions} > {"plain", "checkpoint", "momentum"}
+
+
 def test_a_head_alone_leaves_nothing_to_reverse() -> None:
     """Where only the head trains, blocks keep nothing, and every strategy is plain training."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
