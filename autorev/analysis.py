@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import RecordError, UnreadableError
+from autorev.errors import RecordError, SettingError, UnreadableError
 from autorev.files import parse_json
 
 if TYPE_CHECKING:
@@ -119,7 +119,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The training step that is predicted."""
+    """The training step that is predicted.
+
+    Raises:
+        SettingError: an option is none of those named below.
+    """
 
     batch: int
     sequence: int | None
@@ -135,6 +139,36 @@ class Setting:
     """full (the logits are materialised) or chunked (torch.nn.functional.linear_cross_entropy)."""
     device: str
     """Name of a device profile."""
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise SettingError(f"{name} is {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+
+
+CHOICES = {
+    "dtype": ("fp32", "bf16", "fp16"),
+    "optimizer": ("adamw", "adamw-8bit", "sgd", "sgd-momentum"),
+    "trains": ("full", "lora", "head"),
+    "loss": ("full", "chunked"),
+}
+"""What the options of a `Setting` may be."""
+
+
+def resolve_lora(trains: str | None, lora_rank: int | None) -> tuple[str, int | None]:
+    """(trains, rank): a rank alone means LoRA, LoRA alone rank 16, and nothing all weights.
+
+    Raises:
+        SettingError: a rank for what trains without adapters, or none that is a rank.
+    """
+    if lora_rank is None:
+        return trains or "full", 16 if trains == "lora" else None
+    if trains not in (None, "lora"):
+        raise SettingError(f"lora_rank has no meaning with trains={trains!r}; leave one of them out")
+    if lora_rank < 1:
+        raise SettingError(f"the rank of adapters is 1 or more, not {lora_rank}")
+    return "lora", lora_rank
 
 
 @dataclass(frozen=True, slots=True)

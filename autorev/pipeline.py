@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting
+from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
 from autorev.offers import Possible
 from autorev.plan import recommend
@@ -154,7 +154,7 @@ def prepare(
     sequence: int | None = None,
     dtype: str = "bf16",
     optimizer: str = "adamw",
-    trains: str = "full",
+    trains: str | None = None,
     lora_rank: int | None = None,
     loss: str = "full",
     device: str = "h100-80gb",
@@ -171,15 +171,15 @@ def prepare(
     from autorev.profiles import load_device
 
     profile = load_device(device)
+    setting, notes = _setting(workload, batch, sequence, dtype, optimizer, trains, lora_rank, loss, profile.name)
     device_info = profile.info(dtype)
-    setting, notes = _setting(workload, batch, sequence, dtype, optimizer, trains, lora_rank, loss, device_info.name)
 
     progress("building the model without its weights", 0.0)
     mode = new_fake_mode()
     with mode:
         twin = workload.build(DTYPES[dtype]).train()
         if workload.scheme is not None:
-            notes.append(predicted_quantised(twin, workload.scheme, trains, dtype))
+            notes.append(predicted_quantised(twin, workload.scheme, setting.trains, dtype))
         progress("recording one call", 0.1)
         walks = setting.sequence is not None and walks_through_sequence(twin, workload.example, setting.batch)
         length = setting.sequence
@@ -255,7 +255,7 @@ def _setting(
     sequence: int | None,
     dtype: str,
     optimizer: str,
-    trains: str,
+    trains: str | None,
     lora_rank: int | None,
     loss: str,
     device: str,
@@ -274,13 +274,14 @@ def _setting(
         )
     if limit is not None and workload.default_sequence is not None:
         notes.append(f"sequence lengths end at the model's own limit of {limit:,} tokens")
+    trains, lora_rank = resolve_lora(trains, lora_rank)
     setting = Setting(
         batch=batch or workload.default_batch,
         sequence=sequence or workload.default_sequence,
         dtype=dtype,
         optimizer=optimizer,
         trains=trains,
-        lora_rank=lora_rank if trains == "lora" else None,
+        lora_rank=lora_rank,
         loss=loss,
         device=device,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from autorev import __version__
+from autorev.analysis import resolve_lora
 from autorev.cli.ending import Group
 from autorev.cli.output import say
 from autorev.errors import UnreadableError
@@ -71,12 +72,10 @@ def main() -> None:
 
 
 def what_trains(trains: str | None, lora_rank: int | None) -> tuple[str, int | None]:
-    """A rank alone means LoRA, and LoRA alone means rank 16."""
-    if lora_rank is None:
-        return trains or "full", 16 if trains == "lora" else None
-    if trains in ("full", "head"):
+    """`resolve_lora` in the command line's own words."""
+    if lora_rank is not None and trains in ("full", "head"):
         raise click.UsageError(f"--lora-rank has no meaning with --trains {trains}; leave one of them out")
-    return "lora", lora_rank
+    return resolve_lora(trains, lora_rank)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autorev.analysis import CHOICES
 from autorev.errors import SettingError
 from autorev.profiler.passes.sweep import UNITS
 from autorev.profiler.record import GOALS
@@ -40,7 +41,7 @@ class SweepRequest:
         return cls(axis, tuple(sorted(set(numbers))))
 
 
-def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: str, lora_rank: int | None) -> None:
+def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: str) -> None:
     """Raises:
     SettingError: an option of `profile` makes no sense, whatever the model.
     """
@@ -50,10 +51,8 @@ def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: st
         raise SettingError(f"a goal is one of {', '.join(GOALS)}, not {goal!r}")
     if rounds < 1 or steps < 1:
         raise SettingError("at least one round of one step has to be measured")
-    if trains not in ("full", "lora", "head"):
+    if trains not in CHOICES["trains"]:
         raise SettingError(f"trains is full, lora or head, not {trains!r}")
-    if lora_rank is not None and trains != "lora":
-        raise SettingError(f"lora_rank has no meaning with trains={trains!r}")
 
 
 def check_sweeps(requests: list[SweepRequest], subject: Subject) -> None:

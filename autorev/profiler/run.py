@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from autorev.analysis import resolve_lora
 from autorev.errors import SettingError
 from autorev.files import path_of
 from autorev.lock import held
@@ -37,7 +38,7 @@ def profile(
     sequence: int | None = None,
     dtype: str | None = None,
     optimizer: str = "adamw",
-    trains: str = "full",
+    trains: str | None = None,
     lora_rank: int | None = None,
     depth: int | None = None,
     text: str | Path | None = None,
@@ -65,8 +66,8 @@ def profile(
         sequence: tokens per sample.
         dtype: fp32, bf16 or fp16; default fp32 on a CPU, bf16 on a GPU.
         optimizer: adamw, sgd or sgd-momentum.
-        trains: full, lora or head.
-        lora_rank: of the adapters; 16 by default.
+        trains: full, lora or head; default: full.
+        lora_rank: of the adapters; implies LoRA; default: 16.
         depth: so many blocks, with random weights.
         text: a file whose tokens are trained on; default: CPython's language reference, where there is a tokenizer.
         rounds: fresh processes per variant, which take turns.
@@ -92,7 +93,8 @@ def profile(
     requests = [SweepRequest.parse(text_) for text_ in sweeps]
     if name is not None and not re.fullmatch(r"[\w.-]+", name):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
-    check_options(optimizer, goal, rounds, steps, trains, lora_rank)
+    trains, lora_rank = resolve_lora(trains, lora_rank)
+    check_options(optimizer, goal, rounds, steps, trains)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = device_profile(on, device)
@@ -102,7 +104,7 @@ def profile(
         "dtype": dtype or ("bf16" if on == "cuda" else "fp32"),
         "optimizer": optimizer,
         "trains": trains,
-        "lora_rank": (lora_rank or 16) if trains == "lora" else None,
+        "lora_rank": lora_rank,
         "loss": "full",
     }
     progress("analysing the model", 0.0)

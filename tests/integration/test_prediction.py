@@ -6,6 +6,7 @@ tests/integration/test_prediction.py` takes about a minute on two cores.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autorev
 from autorev.analysis import RESERVE_BYTES, Analysis, Category, Prediction
+from autorev.errors import SettingError
 from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare
 from autorev.predict.forecast import Forecaster
@@ -230,6 +232,34 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
     with_dropout, without = forecast(0.1), forecast(0.0)
     assert with_dropout.predictions == without.predictions
     assert {p.strategy for p in without.predictions} > {"plain", "checkpoint", "momentum"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"trains": "LoRA"}, "trains is full, lora or head, not 'LoRA'"),
+        ({"optimizer": "adam"}, "optimizer is adamw, adamw-8bit, sgd or sgd-momentum, not 'adam'"),
+        ({"loss": "fused"}, "loss is full or chunked, not 'fused'"),
+        ({"dtype": "fp8"}, "dtype is fp32, bf16 or fp16, not 'fp8'"),
+        ({"trains": "head", "lora_rank": 4}, "lora_rank has no meaning with trains='head'"),
+        ({"lora_rank": 0}, "rank of adapters is 1 or more, not 0"),
+    ],
+)
+def test_a_setting_that_is_none(setting: dict[str, Any], said: str) -> None:
+    """Refused before the model is built."""
+    with pytest.raises(SettingError, match=re.escape(said)):
+        autorev.forecast("gpt2", **setting)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [({"lora_rank": 4}, ("lora", 4)), ({"trains": "lora"}, ("lora", 16)), ({}, ("full", None))]
+)
+def test_a_rank_means_lora(given: dict[str, Any], meant: tuple[str, int | None]) -> None:
+    """In Python as on the command line."""
+    model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
+    analysis, _ = prepare(workload_of(model_cls, config_cls(**sizes)), batch=batch, sequence=sequence, **given)
+    assert analysis.setting is not None
+    assert (analysis.setting.trains, analysis.setting.lora_rank) == meant
 
 
 def test_a_head_alone_leaves_nothing_to_reverse() -> None:
