@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from autorev.errors import MissingPackageError
@@ -49,9 +49,16 @@ def how_to_install(package: str) -> str:
 
 def pip_install(*what: str) -> str:
     """`pip install ...` for this interpreter, whose environment may have no pip of its own."""
-    own = importlib.util.find_spec("pip") is not None
-    pip = ["pip"] if own else ["python3", "-m", "pip", "--python", sys.executable]
+    pip = ["pip"] if _has_pip() else ["python3", "-m", "pip", "--python", sys.executable]
     return " ".join([*pip, "install", *(f'"{part}"' if part != shlex.quote(part) else part for part in what)])
+
+
+def _has_pip() -> bool:
+    """Is pip installed here? Looked up without the import system, in which setuptools takes that for a signal."""
+    try:
+        return bool(version("pip"))
+    except PackageNotFoundError:
+        return False
 
 
 def _extras() -> dict[str, dict[str, str]]:
