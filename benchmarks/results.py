@@ -24,7 +24,7 @@ TRAINED = RECORDS / "finetuning"
 BEGIN_TRAINED = "<!-- made by `python -m benchmarks.results` from profiles/recorded/finetuning -->"
 END_TRAINED = "<!-- end of the fine-tunings -->"
 
-TABLES = (("quality", "couplings"), ("schedule",), ("scratch",))
+TABLES = (("quality", "couplings"), ("quantised",), ("schedule",), ("scratch",))
 """Groups of fine-tunings that stand in one table."""
 
 

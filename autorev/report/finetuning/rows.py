@@ -155,12 +155,13 @@ def finite(value: float | None) -> bool:
 
 
 def trains_words(run: FineTuning) -> str:
-    """`all weights`, `LoRA of rank 16`, `from scratch`."""
+    """`all weights`, `LoRA of rank 16 on nf4 weights`, `from scratch, bf16 autocast`."""
     recipe = run.recipe
+    words = {"full": "all weights", "scratch": "from scratch"}.get(recipe.trains, clean(recipe.trains))
     if recipe.trains == "lora":
-        rank = "LoRA" if recipe.lora_rank is None else f"LoRA of rank {recipe.lora_rank}"
-        return rank if recipe.quantize is None else f"{rank} on {clean(recipe.quantize)} weights"
-    return {"full": "all weights", "scratch": "from scratch"}.get(recipe.trains, clean(recipe.trains))
+        words = "LoRA" if recipe.lora_rank is None else f"LoRA of rank {recipe.lora_rank}"
+        words += "" if recipe.quantize is None else f" on {clean(recipe.quantize)} weights"
+    return words + (", bf16 autocast" if recipe.dtype == "bf16" else "")
 
 
 def how_words(run: FineTuning) -> str:
