@@ -11,7 +11,7 @@ from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, re
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
 from autorev.offers import Possible
 from autorev.plan import recommend
-from autorev.predict.forecast import PROBES, Forecaster, rename, walks_through_sequence
+from autorev.predict.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.predict.frontier import Exploration, explore, sweeps
 from autorev.workload import Call, Workload, check_step
 
@@ -295,10 +295,6 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, pro
     frontier: dict[str, Reach] = {}
     explored: list[Exploration] = []
     for number, strategy in enumerate(strategies):
-        if strategy.like:
-            predictions[strategy.name] = rename(predictions[strategy.like], strategy)
-            frontier[strategy.name] = replace(frontier[strategy.like], strategy=strategy.name)
-            continue
         progress(f"simulating {strategy.name}", 0.3 + 0.65 * number / len(strategies))
         here = forecaster.trace(strategy, setting.batch, setting.sequence)
         predictions[strategy.name] = forecaster.prediction(strategy, here)

@@ -332,9 +332,11 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def _address(tensor: torch.Tensor) -> int:
+    if is_fake(tensor):
+        return 0
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # fake, or a subclass without memory of its own
+    except RuntimeError:  # a subclass without memory of its own
         return 0
 
 

@@ -59,13 +59,14 @@ class Forecaster:
         chosen = STRATEGIES if self.layout.sites else STRATEGIES[:1]
         if not self.reversible:
             return tuple(s for s in chosen if s.kind != "reversible")
-        settled = {s.name: self.settled(s) for s in chosen if not s.like}
-        return tuple(_storing(s, settled[s.like].keep_last) if s.like else settled[s.name] for s in chosen)
+        return tuple(self.settled(s) for s in chosen)
 
     def settled(self, strategy: Strategy) -> Strategy:
         """A reversible strategy with the `keep_last` that `convert` chooses for a step of the setting's size."""
         if strategy.kind != "reversible":
             return strategy
+        if strategy.in_pieces:
+            return _storing(strategy, 0)
         nothing, last = (
             self.trace(replace(strategy, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
         )
@@ -86,7 +87,7 @@ class Forecaster:
     def _simulate(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
         with self.mode:
             call = self.example(batch, sequence)
-            layout = self._layout_for(call).storing(strategy)
+            layout = self._layout_for(call).under(strategy)
             loss = loss_function(self.twin, self.setting.loss)
             with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
                 return simulate(self.twin, call, layout, strategy, loss)
@@ -101,7 +102,7 @@ class Forecaster:
     def cost(self, trace: StepTrace, strategy: Strategy) -> StepCost:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
-        layout = self.layout.storing(strategy)
+        layout = self.layout.under(strategy)
         return compose(trace, layout, state, temporary, strategy.kind == "offload")
 
     def optimizer(self) -> tuple[int, int, int]:
@@ -122,7 +123,7 @@ class Forecaster:
             kept_bytes=cost.kept_bytes,
             step_flops=cost.flops,
             step_seconds=self.seconds(cost),
-            side_bits=strategy.side_bits,
+            side_bits=trace.side_bits,
             preserves_function=strategy.preserves_function,
             note=strategy.note,
             keep_last=tuple(strategy.stored_of(chain) for chain in range(len(self.layout.lengths)))
@@ -175,14 +176,3 @@ def _storing(strategy: Strategy, keep_last: int | tuple[int, ...]) -> Strategy:
         keep_last = keep_last[0]
     shown = str(keep_last) if isinstance(keep_last, int) else ", ".join(map(str, keep_last))
     return replace(strategy, keep_last=keep_last, note=f"{strategy.note}; keep_last={shown}")
-
-
-def rename(prediction: Prediction, strategy: Strategy) -> Prediction:
-    """The prediction of a strategy with the same memory and work under its own name."""
-    return replace(
-        prediction,
-        strategy=strategy.name,
-        note=strategy.note,
-        preserves_function=strategy.preserves_function,
-        side_bits=strategy.side_bits,
-    )

@@ -2,11 +2,12 @@
 
 Only the blocks that `Layout.active` names are run: the first, the last and one typical block of each kind. The others
 hand the stream on, and the typical block's segments stand in for theirs, so a model of 100 blocks costs as much as one
-of three. `measured=True` runs every block instead, on real tensors if the model's are real: the truth to check against.
+of three.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,23 +19,25 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
+from autorev.capture.hush import logs_hushed
 from autorev.capture.record import named_arguments, without_caches
 from autorev.detect.ends import find_stream, put
 from autorev.detect.judge import Finding, argument_of, leaves
 from autorev.detect.outline import Outlined, outline
+from autorev.predict.chains import Chains
 from autorev.predict.strategies import (
-    ChainState,
     Run,
     Strategy,
     run_checkpointed,
     run_offloaded,
-    run_reversible,
     run_selective,
 )
 from autorev.predict.tracker import MemoryTracker, Segment
+from autorev.rewrite.in_steps import by_steps
 from autorev.workload import Call
 
 
@@ -66,6 +69,11 @@ class Layout:
     sites: tuple[Site, ...]
     outlined: dict[nn.Module, Outlined]
     """Modules that hold inline blocks, with these taken out of their forward."""
+    chains: tuple[list[Finding], ...]
+    refused: list[Finding]
+    twin: nn.Module
+    stored: tuple[int, ...] = ()
+    """Of each chain, how many blocks at its end a reversible strategy stores instead of recomputing."""
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -91,14 +99,31 @@ class Layout:
         counts = Counter(site.chain for site in self.sites if site.chain is not None)
         return tuple(counts[number] for number in range(len(counts)))
 
-    def storing(self, strategy: Strategy) -> Layout:
-        """The layout in which the last blocks of a chain, stored instead of recomputed, are a kind of their own."""
-        most = max((strategy.stored_of(chain) for chain in range(len(self.lengths))), default=0)
-        if most < 2:  # the last block of a kind is run in any case
+    @cached_property
+    def in_steps(self) -> Layout:
+        """The layout in which every residual step of an inline block is a block."""
+        if not any(chain[0].inline for chain in self.chains):
             return self
-        stored = (s.chain is not None and s.from_end < strategy.stored_of(s.chain) for s in self.sites)
-        sites = (replace(s, kind=(s.kind, last)) for s, last in zip(self.sites, stored, strict=True))
-        return Layout(tuple(sites), self.outlined)
+        return layout_of([by_steps(c) if c[0].inline else c for c in self.chains], self.refused, self.twin)
+
+    def under(self, strategy: Strategy) -> Layout:
+        """The layout of what `strategy` runs. Blocks of a chain that are stored instead of recomputed are a kind of
+        their own, and so are those that keep other side bits."""
+        layout = self.in_steps if strategy.in_pieces else self
+        stored = tuple(
+            sum(len(f.steps) if f.inline and strategy.in_pieces else 1 for f in chain[len(chain) - kept :])
+            for chain, kept in ((c, min(strategy.stored_of(n), len(c))) for n, c in enumerate(self.chains))
+        )
+        sites = []
+        for site in layout.sites:
+            kind = site.kind
+            if site.chain is not None:
+                length = len(layout.chains[site.chain])
+                last = site.from_end < stored[site.chain]
+                bits = strategy.side_bits(length - 1 - site.from_end, length)
+                kind = kind, last and stored[site.chain] > 1, bits  # the last block of a kind is run in any case
+            sites.append(replace(site, kind=kind))
+        return replace(layout, sites=tuple(sites), stored=stored)
 
 
 def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Module) -> Layout:
@@ -133,7 +158,8 @@ def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Modu
         )
         for n, (f, chain, from_end) in enumerate(found)
     )
-    return Layout(sites, {twin.get_submodule(holder.captured.path): holder for holder in outlined})
+    outlines = {twin.get_submodule(holder.captured.path): holder for holder in outlined}
+    return Layout(sites, outlines, tuple(chains), refused, twin)
 
 
 def _root(found: list[tuple[Finding, int | None, int]]) -> Any:
@@ -171,6 +197,8 @@ class StepTrace:
     segments: list[Segment]
     stream_bytes: dict[int, int]
     """Bytes of the stream that enters each block that was run."""
+    side_bits: int = 0
+    """The most that a recomputed block keeps of an element."""
 
 
 def simulate(
@@ -179,7 +207,6 @@ def simulate(
     layout: Layout,
     strategy: Strategy,
     loss_of: Callable[[nn.Module, Call], torch.Tensor],
-    measured: bool = False,
 ) -> StepTrace:
     """One forward and backward pass of `twin` under `strategy`.
 
@@ -189,6 +216,8 @@ def simulate(
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
         stack.enter_context(without_caches(twin))
+        stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
+        chains = Chains(twin, layout.chains, layout.stored, strategy)
         stack.enter_context(tracker)
         tracker.adopt(twin)
         for _, leaf in leaves(call):
@@ -196,18 +225,17 @@ def simulate(
                 tracker.see(leaf, Category.OTHER)
         start = tracker.total()
         tracker.begin("forward", None, Category.OTHER)
-        steps = _Steps(layout, strategy, tracker, run_all=measured)
+        steps = _Steps(layout, strategy, chains, tracker)
         stack.enter_context(steps.patched())
         loss = loss_of(twin, call)
         tracker.begin("backward", None, Category.LOGITS_AND_LOSS)
         _backward(loss)
         del loss
-        steps.states.clear()
         tracker.begin("optimizer", None, Category.OTHER)
         segments = tracker.finish()[1:]
     for parameter in twin.parameters():
         parameter.grad = None
-    return StepTrace(dict(start), segments, steps.stream_bytes)
+    return StepTrace(dict(start), segments, steps.stream_bytes, chains.side_bits)
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -215,20 +243,18 @@ def _backward(loss: torch.Tensor) -> None:
 
     Torch's own hands itself to the modes that are active, and so takes them off for as long as it runs.
     """
-    gradient = torch.ones_like(loss)
-    torch.autograd.Variable._execution_engine.run_backward(
-        (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
 class _Steps:
     """Wraps every block's forward for the length of one simulated step."""
 
-    def __init__(self, layout: Layout, strategy: Strategy, tracker: MemoryTracker, run_all: bool) -> None:
-        self.layout, self.strategy, self.tracker = layout, strategy, tracker
-        self.active = frozenset(s.number for s in layout.sites) if run_all else layout.active
+    def __init__(self, layout: Layout, strategy: Strategy, chains: Chains, tracker: MemoryTracker) -> None:
+        self.layout, self.strategy, self.chains, self.tracker = layout, strategy, chains, tracker
+        self.active = layout.active
         self.calls: dict[int, int] = {}
-        self.states: dict[int, ChainState] = {}
         self.returned: dict[Any, Any] = {}
         self.stream_bytes: dict[int, int] = {}
         self.last_output: Callable[[], torch.Tensor | None] = lambda: None
@@ -260,8 +286,8 @@ class _Steps:
             del args, kwargs
 
             def run(value: torch.Tensor) -> Any:
-                filled = put(blank, place, value)
-                return forward(*filled[0], **filled[1])
+                args, kwargs = put(blank, place, value)
+                return (self.chains.forward_of(site) or forward)(*args, **kwargs)
 
             return self._block(site, run, stream)
 
@@ -297,6 +323,7 @@ class _Steps:
             out.register_hook(lambda grad: self._enter_backward(site.number))
         self.last_output = weakref.ref(out)
         self.returned[site.chain, site.kind] = put(returned, site.output_at, None)
+        self._name_state(site)
         self.tracker.settle(Category.STORED_ACTIVATIONS)
         last = site.number == max(self.active)
         del out, stream
@@ -315,20 +342,16 @@ class _Steps:
             return run_selective(run, stream)
         if kind == "offload":
             return run_offloaded(run, stream)
-        assert site.chain is not None
-        return run_reversible(
-            run,
-            stream,
-            place=lambda returned, value: put(returned, site.output_at, value),
-            take=lambda returned: dict(leaves(returned))[site.output_at],
-            state=self.states.setdefault(site.chain, ChainState()),
-            number=site.number,
-            side_bits=self.strategy.side_bits,
-            recompute=site.from_end >= self.strategy.stored_of(site.chain),
-            tracker=self.tracker,
-        )
+        return run(stream) if site.turn is None else self.chains.take_turn(site, run, stream)
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET
         if self.tracker.current.phase == "backward":
+            if number is not None:
+                self._name_state(self.layout.sites[number])
             self.tracker.begin("backward", number, label)
+
+    def _name_state(self, site: Site) -> None:
+        """What the engine keeps of the site's chain, by what it is."""
+        for category, tensor in self.chains.kept(site):
+            self.tracker.relabel(tensor, category)

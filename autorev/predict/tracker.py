@@ -207,7 +207,10 @@ class MemoryTracker(OwnMode):
     # -- operations ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # function modes have seen what the model called, and are slow
+            return self._counted(func, args, kwargs or {})
+
+    def _counted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if func is aten.add.Tensor and self._is_accumulation(args):
@@ -239,7 +242,7 @@ class MemoryTracker(OwnMode):
         if self.current.phase != "backward" or len(args) != 2 or not isinstance(args[0], torch.Tensor):
             return False
         live = self.live.get(args[0].untyped_storage()._cdata)
-        frame = sys._getframe(2)
+        frame = sys._getframe(3)
         while frame.f_back is not None and frame.f_code.co_name in ("_fn", "inner"):  # torch's own wrappers of modes
             frame = frame.f_back
         return (

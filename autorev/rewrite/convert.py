@@ -7,51 +7,27 @@ has to run the converted model, the probe that chooses the grid, undoes the conv
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
-from autorev.couplings.coupling import Coupling
-from autorev.couplings.presets import Preset, check_dyadic, coupling_for, preset_named
-from autorev.couplings.velocity import Velocity
-from autorev.detect.chains import chain_name
-from autorev.detect.judge import Finding, argument_of
 from autorev.engine.chain import ReversibleChain
-from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
-from autorev.rewrite.adds import KnownAdds
-from autorev.rewrite.block_forward import ReversibleForward, WholeBlock, replacements_of
+from autorev.rewrite.block_forward import ReversibleForward, replacements_of
+from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.checkpointing import SWITCH_OFF, checkpoints_itself, explain_checkpointing, stop_explaining
 from autorev.rewrite.estimate import Estimate
-from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.notes import notes_on
-from autorev.rewrite.probe import USUAL_FRACTION_BITS, choose_grids
+from autorev.rewrite.probe import choose_grids
 from autorev.rewrite.remember import forget, remember
+from autorev.rewrite.request import Request, check_request, in_pieces
 from autorev.rewrite.select import Chosen, Numbers, choose, patterns
-from autorev.rewrite.summary import Conversion, ConvertedChain
+from autorev.rewrite.summary import Conversion
 from autorev.rewrite.trained_by import notice_trainers, stop_noticing
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `convert`."""
-
-    coupling: str = "momentum"
-    gamma: Numbers = None
-    c: Numbers = None
-    arithmetic: str = "exact"
-    blocks: str | Iterable[str] | None = None
-    exclude: str | Iterable[str] | None = None
-    keep_last: int | Literal["auto"] = "auto"
-    granularity: str = "block"
-    fraction_bits: int | Mapping[str, int] | None = None
 
 
 def convert(
@@ -118,12 +94,10 @@ def convert(
     if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
-    couplings = [c for chain in chosen.chains for c in couplings_of(request, preset, [f.path for f in chain])]
-    bits = 0 if request.arithmetic == "float" else max(coupling.side_bits for coupling in couplings)
-    stored = estimate.stored(request.keep_last, bits, in_pieces(request, preset))
-    built: list[_Built] = []
+    stored = estimate.stored(request, in_pieces(request, preset))
+    built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
-        built.append(_Built(model, chain, kept, request, preset, taken={item.chain.name for item in built}))
+        built.append(BuiltChain(model, chain, kept, request, preset, taken={item.chain.name for item in built}))
     names = list(model.state_dict())
     for item in built:
         item.install()
@@ -146,7 +120,7 @@ def convert(
         chains=tuple(item.summary(why) for item, why in zip(built, stored.why, strict=True)),
         not_converted=tuple(chosen.left_out),
         notes=tuple(notes),
-        simulated=partial(estimate.memory, max(item.side_bits for item in built), stored.blocks),
+        simulated=partial(estimate.memory, request, stored.blocks),
     )
 
 
@@ -187,30 +161,6 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 # -- arguments
 
 
-def check_request(request: Request) -> Preset:
-    """The preset of a request whose options make sense.
-
-    Raises:
-        ConversionError: one does not.
-    """
-    preset = preset_named(request.coupling)
-    if request.arithmetic not in ("exact", "float"):
-        raise ConversionError(f"arithmetic is 'exact' or 'float', not {request.arithmetic!r}")
-    if request.granularity not in ("block", "sublayer"):
-        raise ConversionError(f"granularity is 'block' or 'sublayer', not {request.granularity!r}")
-    number = isinstance(request.keep_last, int) and request.keep_last >= 0
-    if request.keep_last != "auto" and not number:
-        raise ConversionError(f"keep_last is 'auto' or a number of blocks, 0 or more, not {request.keep_last!r}")
-    if request.fraction_bits is not None and request.arithmetic == "float":
-        raise ConversionError("fraction_bits belongs to arithmetic='exact'; leave it out")
-    return preset
-
-
-def in_pieces(request: Request, preset: Preset) -> bool:
-    """Is a step less than a block?"""
-    return request.granularity == "sublayer" or preset.two_streams
-
-
 def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
     if args or kwargs:
         return tuple(args or ()), dict(kwargs or {})
@@ -237,139 +187,3 @@ def _nothing(model: nn.Module, chosen: Chosen) -> str:
     path, reason = chosen.left_out[0]
     more = f" (and {len(chosen.left_out) - 1} more; autorev.analyze lists them)" if len(chosen.left_out) > 1 else ""
     return f"{text}: {path}: {reason}{more}"
-
-
-# -- one chain
-
-
-class _Built:
-    """A chain ready to be installed."""
-
-    def __init__(
-        self, model: nn.Module, findings: list[Finding], kept: int, request: Request, preset: Preset, taken: set[str]
-    ) -> None:
-        """`kept`: so many blocks are stored."""
-        pieces = in_pieces(request, preset)
-        inline = findings[0].inline
-        self.kept = kept
-        if pieces and inline:
-            kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
-            findings = by_steps(findings)
-        self.findings, self.preset = findings, preset
-        self.first: list[int] = []
-        """Number of each block's first step."""
-        paths: list[str] = []
-        for finding in findings:
-            self.first.append(len(paths))
-            paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
-        couplings = couplings_of(request, preset, paths)
-        stored_from = self.first[len(findings) - kept] if kept else len(couplings)
-        stream = findings[0].stream_in
-        double = stream is not None and stream.dtype is torch.float64
-        arithmetic = arithmetic_for(request, couplings[:stored_from], paths, chain_name(findings), double)
-        name = plain_name = chain_name(findings)
-        while name in taken:
-            name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
-        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, paths)
-        self.forwards = self._forwards(model, pieces)
-
-    def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
-        if self.findings[0].inline:
-            holder = model.get_submodule(self.findings[0].call.path)
-            return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
-        by_module: dict[str, list[int]] = {}
-        for position, finding in enumerate(self.findings):
-            by_module.setdefault(finding.call.path, []).append(position)
-        made: list[ReversibleForward] = []
-        for path, positions in by_module.items():
-            finding = self.findings[positions[0]]
-            block = model.get_submodule(path)
-            assert finding.start is not None
-            known: dict[str, Any] = {
-                "block": block,
-                "path": path,
-                "chain": self.chain,
-                "numbers": tuple(self.first[p] for p in positions),
-                "argument": argument_of(finding.start),
-                "output_at": finding.output_at,
-                "written": finding.call.buffers_written,
-                "overwrites": any(o.code == "in-place-add" for o in finding.caveats),
-            }
-            if pieces:
-                made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
-            else:
-                made.append(WholeBlock(**known))
-        return made
-
-    def install(self) -> None:
-        """Put the new forwards in place."""
-        for forward in self.forwards:
-            forward.install()
-
-    @property
-    def side_bits(self) -> int:
-        """The most that a block which is recomputed keeps of an element."""
-        chain = self.chain
-        if not isinstance(chain.arithmetic, FixedPoint):
-            return 0
-        per_block = max(len(chain.couplings) // max(len(set(chain.paths)), 1), 1)
-        return per_block * max((c.side_bits for c in chain.couplings[: chain.stored_from]), default=0)
-
-    def summary(self, why_stored: str) -> ConvertedChain:
-        """What the user is told about it."""
-        chain = self.chain
-        gammas = tuple(float(c.gamma) for c in chain.couplings if isinstance(c, Velocity))
-        return ConvertedChain(
-            name=chain.name,
-            blocks=tuple(finding.path for finding in self.findings),
-            steps=len(chain.couplings),
-            stored_steps=len(chain.couplings) - chain.stored_from,
-            stored_blocks=self.kept,
-            why_stored=why_stored,
-            gamma=gammas,
-            c=tuple(c.c for c in chain.couplings if isinstance(c, Velocity)),
-            side_bits=tuple(c.side_bits for c in chain.couplings),
-            fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
-        )
-
-
-def couplings_of(request: Request, preset: Preset, paths: list[str]) -> list[Coupling]:
-    """One for each step, of which `paths` are the blocks."""
-    return [
-        coupling_for(preset, path, n, len(paths), number_for(request.gamma, path), number_for(request.c, path))
-        for n, path in enumerate(paths)
-    ]
-
-
-def number_for(numbers: Numbers, path: str) -> float | None:
-    """gamma or c of a block; None: the coupling's own."""
-    if not isinstance(numbers, Mapping):
-        return numbers
-    return next((number for pattern, number in numbers.items() if fnmatchcase(path, pattern)), None)
-
-
-def arithmetic_for(
-    request: Request, recomputed: list[Coupling], paths: list[str], name: str, double: bool
-) -> Arithmetic:
-    """The arithmetic of the chain `name`, of which the steps `recomputed` (in the blocks `paths`) are undone.
-
-    Raises:
-        ConversionError: a gamma is no n / 2^k, or float streams would drift too far.
-    """
-    if request.arithmetic == "exact":
-        for coupling, path in zip(recomputed, paths, strict=False):
-            if isinstance(coupling, Velocity):
-                check_dyadic(coupling.gamma, path)
-        return FixedPoint(USUAL_FRACTION_BITS)
-    worst, product = 1.0, 1.0
-    for coupling in recomputed:
-        product *= coupling.growth if coupling.invertible else 1.0
-        worst = max(worst, product)
-    error = worst * (2.0**-53 if double else 2.0**-24)
-    if error > TOLERANCE:
-        raise ConversionError(
-            f"in float arithmetic, rounding errors of {name} would grow to {error:.1g} of the stream "
-            f"over its {len(recomputed)} steps (each divides by gamma); use arithmetic='exact', which has none, or "
-            "|gamma| = 1"
-        )
-    return Floating()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain as joined
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
 from autorev.predict.strategies import Strategy
 from autorev.predict.training import own_loss
+from autorev.rewrite.request import Request
 from autorev.rewrite.summary import Held, Memory
 from autorev.workload import Call
 
@@ -44,28 +45,29 @@ class Estimate:
     """To be converted."""
     others: Sequence[Finding]
     """Blocks that stay as they are."""
-    steps: dict[Strategy, tuple[Layout, StepTrace]] = field(default_factory=dict)
+    steps: dict[tuple[str, Any], tuple[Layout, StepTrace]] = field(default_factory=dict)
+    """By the strategy's name and `keep_last`."""
     unknown: str = ""
     """Why nothing could be simulated, if that is so."""
 
-    def stored(self, keep_last: int | Literal["auto"], side_bits: int, in_pieces: bool) -> Stored:
+    def stored(self, request: Request, in_pieces: bool) -> Stored:
         """How many blocks are stored. `in_pieces`: a step is less than a block."""
-        if isinstance(keep_last, int):
-            return self._alike([min(keep_last, len(chain)) for chain in self.chains], "as asked for")
+        if isinstance(request.keep_last, int):
+            return self._alike([min(request.keep_last, len(chain)) for chain in self.chains], "as asked for")
         none = [0] * len(self.chains)
         if in_pieces:
             return self._alike(none, "a step is less than a block, whose activations would raise the peak")
-        nothing, last = (self._step(_reversible(side_bits, n)) for n in (0, 1))
+        nothing, last = (self._step(_reversible(request, n)) for n in (0, 1))
         if nothing is None or last is None:
             return self._alike(none, "what storing one would cost is not known")
         blocks = blocks_to_store(nothing[1], last[1], nothing[0])
         lie_beside = "its activations would lie beside the peak of what comes behind the chain"
         return Stored(blocks, tuple("it is needed first, and raises no peak" if n else lie_beside for n in blocks))
 
-    def memory(self, side_bits: int, keep_last: tuple[int, ...]) -> Memory | str:
+    def memory(self, request: Request, keep_last: tuple[int, ...]) -> Memory | str:
         """The step under plain autograd, under checkpointing, and as converted; or why that is not known."""
         found = []
-        for strategy in (PLAIN, CHECKPOINT, _reversible(side_bits, keep_last)):
+        for strategy in (PLAIN, CHECKPOINT, _reversible(request, keep_last)):
             step = self._step(strategy)
             if step is None:
                 return self.unknown
@@ -77,15 +79,16 @@ class Estimate:
         return Stored(tuple(blocks), (why,) * len(blocks))
 
     def _step(self, strategy: Strategy) -> tuple[Layout, StepTrace] | None:
-        if strategy not in self.steps and not self.unknown:
+        key = strategy.name, strategy.keep_last
+        if key not in self.steps and not self.unknown:
             try:
-                self.steps[strategy] = self._simulated(strategy)
+                self.steps[key] = self._simulated(strategy)
             except Exception as error:  # whatever is wrong with a backward without data: it may train all the same
                 text = str(error).strip() or "no reason given"
                 self.unknown = ("" if isinstance(error, AutorevError) else f"{type(error).__name__}: ") + (
                     text.splitlines()[0]
                 )
-        return self.steps.get(strategy)
+        return self.steps.get(key)
 
     def _simulated(self, strategy: Strategy) -> tuple[Layout, StepTrace]:
         from autorev.capture.fake import fake_copy
@@ -96,11 +99,11 @@ class Estimate:
             raise AutorevError("the model has neither parameters nor buffers")
         with torch.inference_mode(False), torch.enable_grad(), mode:
             call = fake_copy(self.call, mode)
-            layout = layout_of(list(self.chains), list(self.others), self.twin).storing(strategy)
+            layout = layout_of(list(self.chains), list(self.others), self.twin).under(strategy)
             return layout, simulate(self.twin, call, layout, strategy, own_loss)
 
 
-def _reversible(side_bits: int, keep_last: int | tuple[int, ...]) -> Strategy:
+def _reversible(request: Request, keep_last: int | tuple[int, ...]) -> Strategy:
     if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
         keep_last = keep_last[0]
-    return Strategy("as converted", "reversible", side_bits, keep_last=keep_last)
+    return Strategy("as converted", "reversible", request, keep_last=keep_last)

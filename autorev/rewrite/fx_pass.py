@@ -27,8 +27,9 @@ from autorev.engine.chain import ReversibleChain, arrive
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
-from autorev.rewrite.convert import Request, arithmetic_for, check_request
+from autorev.rewrite.built import arithmetic_for
 from autorev.rewrite.probe import choose_grids
+from autorev.rewrite.request import Request, check_request
 
 
 class ReversibleStep(nn.Module):

@@ -13,8 +13,9 @@ from autorev.couplings.presets import check_dyadic
 from autorev.couplings.velocity import Bdia, Velocity, compensated
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError
-from autorev.rewrite.convert import chains_of, number_for
+from autorev.rewrite.convert import chains_of
 from autorev.rewrite.remember import remember_numbers
+from autorev.rewrite.request import number_for
 from autorev.rewrite.select import Numbers
 
 

@@ -19,7 +19,7 @@ from autorev.files import path_of
 
 if TYPE_CHECKING:
     from autorev.engine.chain import ReversibleChain
-    from autorev.rewrite.convert import Request
+    from autorev.rewrite.request import Request
 
 KEY = "autorev"
 

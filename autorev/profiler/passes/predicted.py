@@ -8,13 +8,14 @@ from autorev.analysis import Prediction
 from autorev.predict.forecast import Forecaster
 from autorev.predict.strategies import STRATEGIES, Strategy
 from autorev.profiler.record import Variant
-from autorev.variants import coupling_options, keep_last, side_bits
+from autorev.rewrite.request import Request
+from autorev.variants import coupling_options, keep_last
 
 
 def predict_variant(forecaster: Forecaster, variant: Variant) -> Prediction | None:
     """The prediction for `variant` at the setting's size; None where none is made.
 
-    Not predicted are torch.compile, which chooses what it keeps itself, and steps smaller than a block.
+    Not predicted is torch.compile, which chooses what it keeps itself.
     """
     strategy = _strategy(variant)
     if strategy is None or (variant.reversible and not forecaster.reversible):
@@ -33,12 +34,11 @@ def _strategy(variant: Variant) -> Strategy | None:
     known = next((s for s in STRATEGIES if s.name == variant.strategy), None)
     if known is None or not variant.reversible:
         return known
-    if coupling_options(variant).get("granularity") == "sublayer":
-        return None
-    stored = keep_last(variant)
+    how = coupling_options(variant)
+    stored = how.pop("keep_last")
     return replace(
         known,
-        side_bits=side_bits(variant),
+        request=Request(**how),
         keep_last=0 if stored == "auto" else stored,
         preserves_function=variant.preserves_function,
         note=variant.note,

@@ -1,0 +1,85 @@
+"""The chains of a fake twin as the engine runs them, without anything being installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autorev.analysis import Category
+from autorev.detect.judge import Finding
+from autorev.engine.chain import arrive, pass_of
+from autorev.engine.step import RecomputedStep, open_step
+from autorev.engine.step import Site as Branch
+from autorev.predict.strategies import Run, Strategy
+from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.built import BuiltChain
+from autorev.rewrite.request import check_request
+
+if TYPE_CHECKING:
+    from autorev.predict.simulate import Site
+
+
+class Chains:
+    """One reversible chain for each of `findings`; none where the strategy is not reversible.
+
+    Blocks that are modules run by the forwards that `convert` would install. The turns of a loop run one by one: the
+    loop's own code could leave none out.
+    """
+
+    def __init__(
+        self, twin: nn.Module, findings: tuple[list[Finding], ...], stored: tuple[int, ...], strategy: Strategy
+    ) -> None:
+        """`stored`: of each chain, how many blocks at its end are not recomputed.
+
+        Raises:
+            ConversionError: the strategy is none that these chains can be converted by.
+        """
+        self.built: list[BuiltChain] = []
+        self.forwards: dict[tuple[int, nn.Module], ReversibleForward] = {}
+        if strategy.request is None:
+            return
+        preset = check_request(strategy.request)
+        for number, (chain, kept) in enumerate(zip(findings, stored, strict=True)):
+            names = {item.chain.name for item in self.built}
+            item = BuiltChain(twin, chain, kept, strategy.request, preset, names)
+            self.built.append(item)
+            self.forwards |= {(number, forward.block): forward for forward in item.forwards}
+
+    @property
+    def side_bits(self) -> int:
+        """The most that a recomputed block keeps of an element."""
+        return max((item.side_bits for item in self.built), default=0)
+
+    def forward_of(self, site: Site) -> Callable[..., Any] | None:
+        """What runs the block at `site` in the place of its own forward; None: its own."""
+        if not self.built or site.chain is None or site.turn is not None:
+            return None
+        forward = self.forwards[site.chain, site.module]
+        return lambda *args, **kwargs: forward.run(args, kwargs)
+
+    def take_turn(self, site: Site, turn: Run, stream: torch.Tensor) -> torch.Tensor:
+        """One turn of a loop as a step."""
+        assert site.chain is not None
+        chain = self.built[site.chain].chain
+        number = len(chain.couplings) - 1 - site.from_end
+        branch = Branch(None, chain.paths[number], True, lambda module, name: False)
+        step = open_step(chain, arrive(chain, stream, (number,)), branch)
+        if isinstance(step, RecomputedStep):
+            step.runs_again_by(lambda x: (None, turn(x)))
+        with step.running():
+            out = turn(step.given())
+        return step.close(out)
+
+    def kept(self, site: Site) -> Iterator[tuple[Category, torch.Tensor]]:
+        """What the engine holds of the site's chain: its state, and side bits."""
+        latest = pass_of(self.built[site.chain].chain).latest if self.built and site.chain is not None else None
+        if latest is None:
+            return
+        state = latest.now()
+        yield Category.STREAMS, state.stream
+        yield Category.STREAMS, state.partner
+        if latest.tape is not None:
+            yield from ((Category.SIDE_BITS, step.side) for step in latest.tape.steps if step.side is not None)

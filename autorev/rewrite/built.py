@@ -1,0 +1,150 @@
+"""One chain of findings as a reversible chain, with the forwards that run it; installed, or only looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
+from autorev.couplings.coupling import Coupling
+from autorev.couplings.presets import Preset, check_dyadic, coupling_for
+from autorev.couplings.velocity import Velocity
+from autorev.detect.chains import chain_name
+from autorev.detect.judge import Finding, argument_of
+from autorev.engine.chain import ReversibleChain
+from autorev.engine.tape import TOLERANCE
+from autorev.errors import ConversionError
+from autorev.rewrite.adds import KnownAdds
+from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
+from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
+from autorev.rewrite.probe import USUAL_FRACTION_BITS
+from autorev.rewrite.request import Request, in_pieces, number_for
+from autorev.rewrite.summary import ConvertedChain
+
+
+class BuiltChain:
+    """A chain ready to be installed."""
+
+    def __init__(
+        self, model: nn.Module, findings: list[Finding], kept: int, request: Request, preset: Preset, taken: set[str]
+    ) -> None:
+        """`kept`: so many blocks are stored."""
+        pieces = in_pieces(request, preset)
+        inline = findings[0].inline
+        self.kept = kept
+        if pieces and inline:
+            kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
+            findings = by_steps(findings)
+        self.findings, self.preset = findings, preset
+        self.first: list[int] = []
+        """Number of each block's first step."""
+        paths: list[str] = []
+        for finding in findings:
+            self.first.append(len(paths))
+            paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
+        couplings = couplings_of(request, preset, paths)
+        stored_from = self.first[len(findings) - kept] if kept else len(couplings)
+        stream = findings[0].stream_in
+        double = stream is not None and stream.dtype is torch.float64
+        arithmetic = arithmetic_for(request, couplings[:stored_from], paths, chain_name(findings), double)
+        name = plain_name = chain_name(findings)
+        while name in taken:
+            name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
+        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, paths)
+        self.forwards = self._forwards(model, pieces)
+
+    def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
+        if self.findings[0].inline:
+            holder = model.get_submodule(self.findings[0].call.path)
+            return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
+        by_module: dict[str, list[int]] = {}
+        for position, finding in enumerate(self.findings):
+            by_module.setdefault(finding.call.path, []).append(position)
+        made: list[ReversibleForward] = []
+        for path, positions in by_module.items():
+            finding = self.findings[positions[0]]
+            block = model.get_submodule(path)
+            assert finding.start is not None
+            known: dict[str, Any] = {
+                "block": block,
+                "path": path,
+                "chain": self.chain,
+                "numbers": tuple(self.first[p] for p in positions),
+                "argument": argument_of(finding.start),
+                "output_at": finding.output_at,
+                "written": finding.call.buffers_written,
+                "overwrites": any(o.code == "in-place-add" for o in finding.caveats),
+            }
+            if pieces:
+                made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
+            else:
+                made.append(WholeBlock(**known))
+        return made
+
+    def install(self) -> None:
+        """Put the new forwards in place."""
+        for forward in self.forwards:
+            forward.install()
+
+    @property
+    def side_bits(self) -> int:
+        """The most that a block which is recomputed keeps of an element."""
+        chain = self.chain
+        if not isinstance(chain.arithmetic, FixedPoint):
+            return 0
+        per_block = max(len(chain.couplings) // max(len(set(chain.paths)), 1), 1)
+        return per_block * max((c.side_bits for c in chain.couplings[: chain.stored_from]), default=0)
+
+    def summary(self, why_stored: str) -> ConvertedChain:
+        """What the user is told about it."""
+        chain = self.chain
+        gammas = tuple(float(c.gamma) for c in chain.couplings if isinstance(c, Velocity))
+        return ConvertedChain(
+            name=chain.name,
+            blocks=tuple(finding.path for finding in self.findings),
+            steps=len(chain.couplings),
+            stored_steps=len(chain.couplings) - chain.stored_from,
+            stored_blocks=self.kept,
+            why_stored=why_stored,
+            gamma=gammas,
+            c=tuple(c.c for c in chain.couplings if isinstance(c, Velocity)),
+            side_bits=tuple(c.side_bits for c in chain.couplings),
+            fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
+        )
+
+
+def couplings_of(request: Request, preset: Preset, paths: list[str]) -> list[Coupling]:
+    """One for each step, of which `paths` are the blocks."""
+    return [
+        coupling_for(preset, path, n, len(paths), number_for(request.gamma, path), number_for(request.c, path))
+        for n, path in enumerate(paths)
+    ]
+
+
+def arithmetic_for(
+    request: Request, recomputed: list[Coupling], paths: list[str], name: str, double: bool
+) -> Arithmetic:
+    """The arithmetic of the chain `name`, of which the steps `recomputed` (in the blocks `paths`) are undone.
+
+    Raises:
+        ConversionError: a gamma is no n / 2^k, or float streams would drift too far.
+    """
+    if request.arithmetic == "exact":
+        for coupling, path in zip(recomputed, paths, strict=False):
+            if isinstance(coupling, Velocity):
+                check_dyadic(coupling.gamma, path)
+        return FixedPoint(USUAL_FRACTION_BITS)
+    worst, product = 1.0, 1.0
+    for coupling in recomputed:
+        product *= coupling.growth if coupling.invertible else 1.0
+        worst = max(worst, product)
+    error = worst * (2.0**-53 if double else 2.0**-24)
+    if error > TOLERANCE:
+        raise ConversionError(
+            f"in float arithmetic, rounding errors of {name} would grow to {error:.1g} of the stream "
+            f"over its {len(recomputed)} steps (each divides by gamma); use arithmetic='exact', which has none, or "
+            "|gamma| = 1"
+        )
+    return Floating()
