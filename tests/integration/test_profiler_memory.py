@@ -243,11 +243,13 @@ def test_what_lies_between_forward_and_backward_is_counted() -> None:
     ("spec", "trains"),
     [
         *((spec, "full") for spec in (*HOOKED, "checkpoint:loss=chunked", "momentum:k=3,loss=chunked")),
-        *((spec, "lora") for spec in ("plain", "checkpoint", "momentum:k=3")),
+        *((spec, "full") for spec in ("bdia", "midpoint", "midpoint_a", "hamiltonian", "revnet")),
+        *((spec, "full") for spec in ("momentum:granularity=sublayer", "leapfrog:arithmetic=float")),
+        *((spec, "lora") for spec in ("plain", "checkpoint", "momentum:k=3", "revnet")),
     ],
 )
 def test_measured_is_what_was_predicted(spec: str, trains: str) -> None:
-    """The peak within 2 %, for every strategy, stored blocks, the chunked loss and LoRA."""
+    """The peak within 0.3 %, for every strategy and coupling, stored blocks, the chunked loss and LoRA."""
     model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes | dict(WIDE)))
     rank = 4 if trains == "lora" else None
@@ -257,7 +259,7 @@ def test_measured_is_what_was_predicted(spec: str, trains: str) -> None:
     predicted = predict_variant(forecaster, parse_variant(spec))
     assert predicted is not None
     memory = measured(spec, sizes=WIDE, batch=8, trains=trains).memory
-    assert predicted.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.02)
+    assert predicted.peak_bytes == pytest.approx(memory.peak_bytes, rel=3e-3)
     assert predicted.phase == memory.phase
 
 
