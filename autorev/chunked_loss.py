@@ -76,7 +76,7 @@ def _kind_of_loss(model: nn.Module, head: nn.Linear) -> tuple[bool, bool]:
     Raises:
         ConversionError: its loss is not their cross entropy either way.
     """
-    from autorev.pipeline import example_call_of
+    from autorev.detection import example_call_of
 
     logits = torch.empty(0)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from autorev.analysis import Category, Setting
-from autorev.report.format import format_bytes
-from autorev.report.words import CATEGORY_TITLES
+from autorev.format import format_bytes
+from autorev.words import CATEGORY_TITLES
 
 DOMINANT = 0.40
 """A category with this share of a peak is what the peak is about."""

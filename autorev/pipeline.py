@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
+from autorev.detection import detect_in, example_call_of, first_line, forward_failed
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
 from autorev.offers import Possible
 from autorev.plan import recommend
@@ -45,81 +46,6 @@ def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
     return _analysis(detection, twin, type(model).__name__, "a model in user code")
 
 
-def example_call_of(model: torch.nn.Module, function: str) -> Call:
-    """A call of a `transformers` model, derived from its config; `function` is the one that the user called.
-
-    Raises:
-        CaptureError: it is a model of another kind, or FSDP1 has flattened its parameters.
-    """
-    from autorev.capture.plain import refuse_flattened
-    from autorev.models.example_call import example_call_for, is_transformers
-
-    refuse_flattened(model)
-    if is_transformers(model):
-        return example_call_for(model, 1, None)
-    raise CaptureError(
-        f"autorev.{function}({type(model).__name__}) needs example arguments: pass what you would pass to the model "
-        f"itself, {_PASSING[function]}"
-    )
-
-
-_PASSING = {
-    "analyze": "autorev.analyze(model, *args, **kwargs)",
-    "convert": "autorev.convert(model, example_args=(...), example_kwargs={...})",
-    "verify": "autorev.verify(model, batch)",
-    "profile": "autorev.profile(model, batch)",
-}
-
-
-def detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
-    """Detection on a fake copy; where the model must see its data to run, on a real copy."""
-    import torch
-
-    from autorev.capture.wrapped import own_forward
-
-    with torch.inference_mode(False), own_forward(model):  # tensors made in inference mode count no writes
-        return _detect_in(model, args, kwargs)
-
-
-def _detect_in(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Detection, torch.nn.Module]:
-    import copy
-
-    from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
-    from autorev.capture.plain import fetched
-    from autorev.capture.record import record
-    from autorev.capture.source import raised_line
-    from autorev.detect.chains import detect
-
-    mode = new_fake_mode()
-    twin = fake_copy(model, mode)
-    fake_args, fake_kwargs = fake_copy((args, kwargs), mode)
-    if not any(module.training for module in twin.modules()):
-        twin.train()
-    try:
-        with mode:
-            return detect(record(twin, fake_args, fake_kwargs)), twin
-    except DATA_DEPENDENT as error:
-        where = raised_line(error)
-        brought = {id(tensor) for _, tensor in fetched(model)}
-        if any(p.is_meta and id(p) not in brought for p in model.parameters()):
-            raise CaptureError(
-                f"the forward of {type(model).__name__} looks at the values of its tensors ({where}), and a model on "
-                "the meta device has none; analyse it with its weights loaded"
-            ) from None
-    except AutorevError:
-        raise
-    except Exception as error:
-        raise CaptureError(forward_failed(model, error)) from error
-    real = copy.deepcopy(model)
-    if not any(module.training for module in real.modules()):
-        real.train()
-    real_args, real_kwargs = copy.deepcopy((args, kwargs))
-    try:
-        return detect(record(real, real_args, real_kwargs)), twin
-    except Exception as error:
-        raise CaptureError(forward_failed(model, error)) from error
-
-
 def analyze_workload(
     workload: Workload, *, named: str | None = None, progress: Progress = lambda what, fraction: None, **setting: Any
 ) -> Analysis:
@@ -143,7 +69,7 @@ def analyze_workload(
         if type(error).__name__ == "CheckpointError":
             remedy = "it seems to checkpoint its blocks itself: switch that off, autorev compares with and without"
         raise CaptureError(
-            f"a training step of {analysis.model.class_name} could not be simulated: {_first_line(error)}; {remedy}"
+            f"a training step of {analysis.model.class_name} could not be simulated: {first_line(error)}; {remedy}"
         ) from error
 
 
@@ -328,21 +254,6 @@ def _possible(analysis: Analysis, forecaster: Forecaster, named: str | None) -> 
     )
 
 
-def forward_failed(model: torch.nn.Module, error: Exception) -> str:
-    """One line on a forward that raised: where, what, and what to check."""
-    from autorev.capture.source import raised_line
-
-    return (
-        f"the forward of {type(model).__name__} failed at {raised_line(error)}: {_first_line(error)}; "
-        "check that the example arguments are those the model takes"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
 def _analysis(detection: Detection, model: torch.nn.Module, name: str, source: str) -> Analysis:
     chains, refused = detection.public()
     info = ModelInfo(
@@ -355,9 +266,9 @@ def _analysis(detection: Detection, model: torch.nn.Module, name: str, source: s
 
 
 def _versions() -> dict[str, str]:
-    import autorev
+    from autorev import __version__
 
-    found = {"autorev": autorev.__version__}
+    found = {"autorev": __version__}
     for package in ("torch", "transformers"):
         try:
             found[package] = version(package)

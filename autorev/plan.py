@@ -11,9 +11,9 @@ from typing import Any
 
 from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation
 from autorev.commands import SPEC
+from autorev.format import format_bytes, format_integer, format_seconds, plural, unit_for
 from autorev.offers import CHUNKED, Offer, Possible, offers, what_dominates
-from autorev.report.format import format_bytes, format_integer, format_seconds, plural, unit_for
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 COMFORT = 0.9
 """Share of the device's memory up to which a step is said to fit without worry."""

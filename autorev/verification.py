@@ -182,7 +182,7 @@ def _compared(
 
 def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if batch is None:
-        from autorev.pipeline import example_call_of
+        from autorev.detection import example_call_of
 
         return example_call_of(model, "verify")
     if isinstance(batch, Mapping):

@@ -21,7 +21,7 @@ import click
 
 from autorev.cli.output import say, show_what_cannot_be_written
 from autorev.errors import AutorevError, Terminated
-from autorev.report.format import visible
+from autorev.format import visible
 
 COMMAND = "autorev.command"
 """Where the command as it was typed is kept in click's context: a report says how it was made."""

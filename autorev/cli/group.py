@@ -18,7 +18,7 @@ from autorev.cli.ending import Group
 from autorev.cli.output import say
 from autorev.errors import UnreadableError
 from autorev.files import path_of
-from autorev.report.format import visible
+from autorev.format import visible
 
 _SECONDS_BETWEEN_LINES = 10.0
 COUNT, COUNT_OR_NONE = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**31 - 1)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autorev.format import visible
 from autorev.records import replace_whole
-from autorev.report.format import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

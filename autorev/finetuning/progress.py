@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from autorev.report.format import format_bytes
+from autorev.format import format_bytes
 
 
 class Told(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

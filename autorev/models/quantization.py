@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import SettingError
+from autorev.format import format_bytes
 from autorev.packages import require
-from autorev.report.format import format_bytes
 
 if TYPE_CHECKING:
     from torch import nn

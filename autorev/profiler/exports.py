@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from autorev.analysis import Category
 from autorev.errors import RecordError
+from autorev.format import format_bytes
 from autorev.packages import require
 from autorev.profiler.points import point_per_second
 from autorev.profiler.readings import PHASES, BlockTime
 from autorev.profiler.record import Profile, Result
-from autorev.report.format import format_bytes
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 if TYPE_CHECKING:
     import pandas as pd

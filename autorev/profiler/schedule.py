@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from autorev.errors import AutorevError
+from autorev.format import format_bytes
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.job import Job, Outcome, Source, Sweep
 from autorev.profiler.launch import run_in_fresh_process
@@ -21,7 +22,6 @@ from autorev.profiler.passes.measure import measure, one_line
 from autorev.profiler.passes.predicted import predict_variant
 from autorev.profiler.record import Profile, Result, Status, Variant
 from autorev.profiler.subject import Subject
-from autorev.report.format import format_bytes
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""

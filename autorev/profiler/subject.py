@@ -12,12 +12,13 @@ from torch import nn
 
 from autorev.analysis import DeviceInfo, ModelInfo, Setting
 from autorev.capture.quantised import parameters_of
+from autorev.detection import detect_in, example_call_of
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
 from autorev.models.load import has_weights, tokenizer_of
 from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
-from autorev.pipeline import detect_in, example_call_of, prepare
+from autorev.pipeline import prepare
 from autorev.predict.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from autorev.analysis import Category
 from autorev.report.palette import CATEGORY_COLORS
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 CAPACITY_MARK = "|"
 CUT_MARK = ">"

@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from autorev.report import format, palette, words
+from autorev import format, words
+from autorev.report import palette
 
 _templates = Path(__file__).parent / "templates"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autorev.report.format import ByteUnit, clean
+from autorev.format import ByteUnit, clean
 from autorev.report.palette import THEME
 
 INK, MUTED, LINE, BAD, ACCENT, PAPER, PANEL = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autorev.report.format import NOTHING
+from autorev.format import NOTHING
 
 
 @dataclass(frozen=True, slots=True)

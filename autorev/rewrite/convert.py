@@ -164,7 +164,7 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
     if args or kwargs:
         return tuple(args or ()), dict(kwargs or {})
-    from autorev.pipeline import example_call_of
+    from autorev.detection import example_call_of
 
     return example_call_of(model, "convert")
 

@@ -41,7 +41,7 @@ def choose(
         ConversionError: a pattern matches no block.
         CaptureError: the call fails.
     """
-    from autorev.pipeline import detect_in
+    from autorev.detection import detect_in
 
     detection, twin = detect_in(model, args, kwargs)
     wanted, unwanted = patterns(blocks), patterns(exclude)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from autorev.couplings.presets import PRESERVING_GAMMA
-from autorev.report.format import format_bytes, plural
+from autorev.format import format_bytes, plural
 
 
 @dataclass(frozen=True, slots=True)

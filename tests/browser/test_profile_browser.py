@@ -13,10 +13,10 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from autorev.report.format import format_bytes
+from autorev.format import format_bytes
 from autorev.report.profile.html import render_profile_html
 from autorev.report.profile.rows import chosen
-from autorev.report.words import headline
+from autorev.words import headline
 from tests import profile_examples as examples
 from tests.browser.chromium import (
     INK,

@@ -12,10 +12,10 @@ from math import asinh
 import pytest
 
 from autorev.finetuning.record import ChainState
+from autorev.format import format_bytes
 from autorev.report.finetuning import comparison_tables, rows, tables
 from autorev.report.finetuning.figures import change_scale, chosen_bits
 from autorev.report.finetuning.numbers import along_chain, change_text, gamma_text, perplexity_text, running_mean
-from autorev.report.format import format_bytes
 from autorev.report.tables import Cell, Table
 from tests import finetune_examples as examples
 from tests.finetune_examples import many

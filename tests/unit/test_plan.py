@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation
+from autorev.format import format_bytes, format_seconds, unit_for
 from autorev.offers import Possible
 from autorev.plan import SIMPLEST, recommend
 from autorev.report.analysis.terminal import render_text
-from autorev.report.format import format_bytes, format_seconds, unit_for
 from tests import analysis_examples
 
 GIB = 2**30

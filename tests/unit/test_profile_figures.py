@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from autorev.analysis import Category
+from autorev.format import format_bytes
 from autorev.report import palette
-from autorev.report.format import format_bytes
 from autorev.report.profile import rows
 from autorev.report.profile.comparison import comparison_figures
 from autorev.report.profile.figures import front, front_points

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from autorev.format import format_bytes
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Status
-from autorev.report.format import format_bytes
 from autorev.report.profile import rows
 from autorev.report.profile.comparison import comparison_figures, families
 from autorev.report.profile.figures import memory_figures

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autorev.format import format_bytes, format_integer, format_seconds
 from autorev.profiler.readings import Round
 from autorev.profiler.record import Profile, Result
-from autorev.report.format import format_bytes, format_integer, format_seconds
 from autorev.report.profile import peak, rows
 from autorev.report.profile.tables import glance, prediction_table, state
 from autorev.report.profile.terminal import render_text

@@ -18,13 +18,13 @@ import pytest
 from rich.console import Console
 
 from autorev.analysis import Analysis, Category
+from autorev.format import clean, format_bytes, format_count, format_seconds, sentence, unit_for
 from autorev.report import palette
 from autorev.report.analysis.figures import figures
 from autorev.report.analysis.html import render_html
 from autorev.report.analysis.markdown import render_markdown
 from autorev.report.analysis.rows import identical_runs, strategy_rows
 from autorev.report.analysis.terminal import print_analysis, render_text
-from autorev.report.format import clean, format_bytes, format_count, format_seconds, sentence, unit_for
 from tests import analysis_examples as examples
 
 ALL = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autorev.analysis import Category, Recommendation
+from autorev.format import format_bytes as size
+from autorev.format import format_integer as number
 from autorev.offers import what_dominates
 from autorev.plan import COMFORT
 from autorev.profiler.advice.candidates import (
@@ -22,8 +24,6 @@ from autorev.profiler.advice.candidates import (
 from autorev.profiler.advice.further import further
 from autorev.profiler.points import largest_points
 from autorev.profiler.record import Profile, Status
-from autorev.report.format import format_bytes as size
-from autorev.report.format import format_integer as number
 
 _Choice = tuple[Candidate, str]
 

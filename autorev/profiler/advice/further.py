@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.analysis import Category
+from autorev.format import format_bytes as size
+from autorev.format import plural
 from autorev.offers import CHUNKED, Possible, offers, smaller_step
 from autorev.plan import COMFORT, how
 from autorev.profiler.advice.candidates import Candidate, same_loss, with_chunks
 from autorev.profiler.record import Profile, Result, Status
-from autorev.report.format import format_bytes as size
-from autorev.report.format import plural
-from autorev.report.words import CATEGORY_TITLES
 from autorev.variants import coupling_options
+from autorev.words import CATEGORY_TITLES
 
 
 def further(

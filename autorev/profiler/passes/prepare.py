@@ -101,7 +101,7 @@ def on_tokens(call: Call, ids: torch.Tensor) -> Call:
 
 def find_blocks(model: nn.Module, call: Call) -> Blocks:
     """The residual blocks of a live model, in calling order."""
-    from autorev.pipeline import detect_in
+    from autorev.detection import detect_in
 
     detection, _ = detect_in(model, *call)
     found = [*(f for chain in detection.chains for f in chain), *detection.refused]

@@ -11,8 +11,8 @@ from math import log10
 import plotly.graph_objects as go
 
 from autorev.analysis import Analysis, DeviceInfo, Sweep
+from autorev.format import ByteUnit, clean, format_bytes, format_integer, unit_for
 from autorev.report.analysis.rows import StrategyRow, bar_scale, fits, shown_categories, strategy_rows, sweep_rows
-from autorev.report.format import ByteUnit, clean, format_bytes, format_integer, unit_for
 from autorev.report.palette import CATEGORY_COLORS, PHASE_COLORS, strategy_color
 from autorev.report.plotting import (
     BAD,
@@ -29,7 +29,7 @@ from autorev.report.plotting import (
     row_label,
     scaled,
 )
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 _highest_peak = 8
 """In device capacities: curves leave the figure there."""

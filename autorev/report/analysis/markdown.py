@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from autorev.analysis import Analysis, Block
-from autorev.report.analysis.rows import StrategyRow, all_blocks, fits, identical_runs, reversible_count, strategy_rows
-from autorev.report.format import (
+from autorev.format import (
     NOTHING,
     clean,
     format_bytes,
@@ -18,7 +17,8 @@ from autorev.report.format import (
     plural,
     sentence,
 )
-from autorev.report.words import device_facts, headline, model_facts, setting_facts
+from autorev.report.analysis.rows import StrategyRow, all_blocks, fits, identical_runs, reversible_count, strategy_rows
+from autorev.words import device_facts, headline, model_facts, setting_facts
 
 
 def render_markdown(analysis: Analysis) -> str:

@@ -12,6 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from autorev.analysis import Analysis, Block, Verdict
+from autorev.format import (
+    NOTHING,
+    ByteUnit,
+    clean,
+    format_bytes,
+    format_integer,
+    format_seconds,
+    plural,
+    sentence,
+    unit_for,
+)
 from autorev.report.analysis.rows import (
     Run,
     StrategyRow,
@@ -25,18 +36,7 @@ from autorev.report.analysis.rows import (
     strategy_rows,
 )
 from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
-from autorev.report.format import (
-    NOTHING,
-    ByteUnit,
-    clean,
-    format_bytes,
-    format_integer,
-    format_seconds,
-    plural,
-    sentence,
-    unit_for,
-)
-from autorev.report.words import device_facts, headline, model_facts, setting_facts
+from autorev.words import device_facts, headline, model_facts, setting_facts
 
 _MOST_GROUPS = 10
 """Lines of blocks before the rest is only counted: this is one screen, not the whole list."""

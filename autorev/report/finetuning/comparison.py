@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from autorev.finetuning.record import FineTuning
+from autorev.format import format_bytes, format_rate, unit_for
 from autorev.report.finetuning.figures import (
     change_axis,
     change_scale,
@@ -30,7 +31,6 @@ from autorev.report.finetuning.rows import (
     side_bits_ends,
     smoothed_training,
 )
-from autorev.report.format import format_bytes, format_rate, unit_for
 from autorev.report.palette import strategy_color
 from autorev.report.plotting import DASHES, INK, MUTED, PAPER, ROW_HEIGHT, SYMBOLS, layout, row_label, scaled
 from autorev.report.profile.figures import name_rows

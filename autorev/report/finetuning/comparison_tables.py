@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
+from autorev.format import NOTHING, clean, format_integer, format_rate, format_seconds, plural
 from autorev.report.finetuning.numbers import (
     change_text,
     divergence_text,
@@ -30,7 +31,6 @@ from autorev.report.finetuning.rows import (
     trains_words,
 )
 from autorev.report.finetuning.verdict import export_gap
-from autorev.report.format import NOTHING, clean, format_integer, format_rate, format_seconds, plural
 from autorev.report.profile.comparison_tables import environment_facts
 from autorev.report.profile.tables import optional_bytes
 from autorev.report.tables import NO_FIGURE, Cell, Row, Table

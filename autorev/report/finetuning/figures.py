@@ -12,9 +12,9 @@ from math import asinh, ceil, floor, isfinite, log10
 import plotly.graph_objects as go
 
 from autorev.finetuning.record import Calibration, FineTuning, Logged
+from autorev.format import clean, format_bytes, unit_for
 from autorev.report.finetuning.numbers import bits_text, change_text, gamma_text, loss_text, running_mean
 from autorev.report.finetuning.rows import finite, looks, moved, short, training_loss, with_peak
-from autorev.report.format import clean, format_bytes, unit_for
 from autorev.report.palette import THEME
 from autorev.report.plotting import ACCENT, BAD, INK, LIMIT_LINE, MUTED, PAPER, layout, scaled
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
+from autorev.format import format_bytes, format_integer, format_rate, format_seconds
 from autorev.report.finetuning import comparison_tables, numbers, rows, tables
 from autorev.report.finetuning.comparison import comparison_figures
 from autorev.report.finetuning.figures import SMALLEST_CHANGE, run_figures
@@ -22,7 +23,6 @@ from autorev.report.finetuning.verdict import (
     memory_words,
     verdict,
 )
-from autorev.report.format import format_bytes, format_integer, format_rate, format_seconds
 from autorev.report.pages import render_page
 from autorev.report.profile.comparison_tables import environment_facts
 from autorev.report.tables import Tile

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.finetuning.record import FineTuning
+from autorev.format import NOTHING
 from autorev.report.analysis.markdown import code, literal, table
 from autorev.report.finetuning.comparison_tables import runs_table, scratch_table
 from autorev.report.finetuning.rows import RunGroup, groups, trains_words
-from autorev.report.format import NOTHING
 from autorev.report.tables import Cell, Row, Table
 
 _MEANINGS = (

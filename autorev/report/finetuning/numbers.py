@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import groupby
 from math import isfinite
 
-from autorev.report.format import NOTHING, format_rate
+from autorev.format import NOTHING, format_rate
 
 _MOST_RUNS = 6
 """Stretches of equal numbers along a chain that are still read at a glance."""

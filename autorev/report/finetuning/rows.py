@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 
 from autorev.finetuning.record import Evaluation, FineTuning, Logged
+from autorev.format import clean, format_integer, plural
 from autorev.report.finetuning.numbers import bits_text, running_mean
-from autorev.report.format import clean, format_integer, plural
 from autorev.report.palette import strategy_color
 from autorev.report.plotting import DASHES, SYMBOLS
 

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from autorev.finetuning.record import ChainState, Evaluation, FineTuning
+from autorev.format import (
+    NOTHING,
+    clean,
+    format_bytes,
+    format_count,
+    format_error,
+    format_integer,
+    format_rate,
+    format_seconds,
+    plural,
+)
 from autorev.report.finetuning.numbers import (
     along_chain,
     bits_text,
@@ -14,17 +25,6 @@ from autorev.report.finetuning.numbers import (
     share_text,
 )
 from autorev.report.finetuning.rows import difference, original_words, side_bits_words, trains_words
-from autorev.report.format import (
-    NOTHING,
-    clean,
-    format_bytes,
-    format_count,
-    format_error,
-    format_integer,
-    format_rate,
-    format_seconds,
-    plural,
-)
 from autorev.report.profile.tables import optional_bytes
 from autorev.report.profile.time_tables import optional_seconds
 from autorev.report.tables import Cell, Row, Table

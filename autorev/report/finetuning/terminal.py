@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from autorev.finetuning.record import FineTuning
+from autorev.format import NOTHING, clean, format_integer, format_rate, plural, sentence, unit_for
 from autorev.report.analysis.terminal import bullet
 from autorev.report.finetuning.comparison_tables import scratch_table
 from autorev.report.finetuning.html import tiles
@@ -30,9 +31,8 @@ from autorev.report.finetuning.rows import (
 )
 from autorev.report.finetuning.tables import evaluations_table
 from autorev.report.finetuning.verdict import drift_words, export_gap, may_export, verdict
-from autorev.report.format import NOTHING, clean, format_integer, format_rate, plural, sentence, unit_for
 from autorev.report.tables import Cell, Table
-from autorev.report.words import model_facts
+from autorev.words import model_facts
 
 _LONGEST_NOTE = 300
 _MOST_EVALUATIONS = 10

@@ -8,10 +8,10 @@ from math import isfinite, log
 
 from autorev.finetuning.change import Change, change
 from autorev.finetuning.record import EXPORT_LIMIT, Evaluation, FineTuning
+from autorev.format import format_error, format_integer, plural
 from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
 from autorev.report.finetuning.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
-from autorev.report.format import format_error, format_integer, plural
-from autorev.report.words import strategy_title
+from autorev.words import strategy_title
 
 _FROM_RANDOM = (
     "It began from random weights, which is no model to fall back on: do not ship it before its loss is that of a "

@@ -10,13 +10,13 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from autorev.format import clean, format_bytes, format_integer, format_rate, unit_for
 from autorev.profiler.record import Profile, Result
-from autorev.report.format import clean, format_bytes, format_integer, format_rate, unit_for
 from autorev.report.palette import strategy_color
 from autorev.report.plotting import LIMIT_LINE, MUTED, SYMBOLS, layout, row_label, scaled
 from autorev.report.profile.figures import name_rows
 from autorev.report.profile.rows import by_strategy, labels, largest, looks
-from autorev.report.words import strategy_title
+from autorev.words import strategy_title
 
 _MOST_TICKS = 12
 """Numbers of blocks that can be told apart under an axis, and as marks on a line."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from autorev.format import NOTHING, clean, format_bytes, format_change, format_integer, format_rate, sentence
 from autorev.profiler.record import Environment, Profile
-from autorev.report.format import NOTHING, clean, format_bytes, format_change, format_integer, format_rate, sentence
 from autorev.report.profile import paper
 from autorev.report.profile.comparison import Family, largest_batch, spec_title, throughput_there
 from autorev.report.profile.rows import by_strategy, chosen, labels, largest, peak_bytes, results, waiting
 from autorev.report.profile.tables import glance, optional_bytes
 from autorev.report.tables import NO_FIGURE, Cell, Row, Table
-from autorev.report.words import headline, setting_facts
+from autorev.words import headline, setting_facts
 
 
 def recommendations(profiles: Sequence[Profile]) -> Table:

@@ -11,9 +11,9 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from autorev.format import ByteUnit, format_bytes, format_rate, unit_for
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result, Status
-from autorev.report.format import ByteUnit, format_bytes, format_rate, unit_for
 from autorev.report.palette import CATEGORY_COLORS
 from autorev.report.plotting import (
     BAD,
@@ -39,7 +39,7 @@ from autorev.report.profile.rows import (
     shown_categories,
 )
 from autorev.report.profile.timelines import timelines
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 
 def memory_figures(profile: Profile) -> dict[str, go.Figure]:

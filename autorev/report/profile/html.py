@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from autorev.format import format_bytes, format_change, format_error, format_integer, format_rate, format_seconds
 from autorev.profiler.record import Profile, Result
-from autorev.report.format import format_bytes, format_change, format_error, format_integer, format_rate, format_seconds
 from autorev.report.pages import render_page
 from autorev.report.profile import comparison, comparison_tables, paper, peak, rows, tables, time_tables
 from autorev.report.profile import figures as drawings

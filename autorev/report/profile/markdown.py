@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from autorev.format import NOTHING, format_bytes, format_integer, format_seconds, format_share
 from autorev.profiler.points import largest_points, point_per_second
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result, Status
 from autorev.report.analysis.markdown import code, literal, table
-from autorev.report.format import NOTHING, format_bytes, format_integer, format_seconds, format_share
-from autorev.report.words import setting_facts
+from autorev.words import setting_facts
 
 _MEANINGS = (
     "Peak: the most that the allocator held during a step. Kept: between forward and backward, beyond parameters, "

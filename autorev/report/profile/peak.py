@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autorev.analysis import Category
+from autorev.format import clean, format_bytes
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result
-from autorev.report.format import clean, format_bytes
 from autorev.report.profile.rows import after, by_strategy, chosen, labels
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 _LEAST_SHARE = 0.15
 """Of the peak: a category below it is not worth a sentence."""

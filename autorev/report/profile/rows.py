@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autorev.analysis import Category
+from autorev.format import clean
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result, Status, Variant
-from autorev.report.format import clean
 from autorev.report.palette import strategy_color
 from autorev.report.plotting import DASHES, SYMBOLS
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autorev.profiler.readings import PHASES, Holder, Memory, Timeline
-from autorev.profiler.record import Profile, Result, Status
-from autorev.report.format import (
+from autorev.format import (
     NOTHING,
     clean,
     format_bytes,
@@ -18,6 +16,8 @@ from autorev.report.format import (
     format_seconds,
     format_share,
 )
+from autorev.profiler.readings import PHASES, Holder, Memory, Timeline
+from autorev.profiler.record import Profile, Result, Status
 from autorev.report.profile.rows import (
     by_strategy,
     chosen,
@@ -33,7 +33,7 @@ from autorev.report.profile.rows import (
 )
 from autorev.report.profile.time_figures import prediction_ratios
 from autorev.report.tables import NO_FIGURE, Cell, Row, Table
-from autorev.report.words import AGAINST, CATEGORY_TITLES
+from autorev.words import AGAINST, CATEGORY_TITLES
 
 
 def optional_bytes(count: int | None) -> str:

@@ -10,10 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from autorev.profiler.record import Profile, Result, Status
-from autorev.report.analysis.terminal import bullet
-from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
-from autorev.report.format import (
+from autorev.format import (
     NOTHING,
     ByteUnit,
     clean,
@@ -29,6 +26,9 @@ from autorev.report.format import (
     sentence,
     unit_for,
 )
+from autorev.profiler.record import Profile, Result, Status
+from autorev.report.analysis.terminal import bullet
+from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
 from autorev.report.profile.rows import (
     axes,
     by_strategy,
@@ -47,7 +47,7 @@ from autorev.report.profile.rows import (
     waiting,
 )
 from autorev.report.profile.tables import state
-from autorev.report.words import GOALS, headline, model_facts, setting_facts
+from autorev.words import GOALS, headline, model_facts, setting_facts
 
 _ROOM_FOR_BARS = 96
 """Columns of a terminal: below, the figures need the room."""

@@ -6,8 +6,8 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from autorev.format import format_bytes, format_integer, format_rate, format_ratio, format_seconds, unit_for
 from autorev.profiler.record import Point, Profile, Result
-from autorev.report.format import format_bytes, format_integer, format_rate, format_ratio, format_seconds, unit_for
 from autorev.report.palette import OVERHEAD_COLORS
 from autorev.report.plotting import (
     ACCENT,
@@ -25,7 +25,7 @@ from autorev.report.plotting import (
 )
 from autorev.report.profile.figures import along_blocks, name_rows
 from autorev.report.profile.rows import after, axes, by_strategy, labels, largest, looks
-from autorev.report.words import AXIS_TITLES
+from autorev.words import AXIS_TITLES
 
 
 def time_figures(profile: Profile) -> dict[str, go.Figure]:

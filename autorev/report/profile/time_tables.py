@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from autorev.profiler.readings import PHASES
-from autorev.profiler.record import Point, Profile, Status
-from autorev.report.format import (
+from autorev.format import (
     NOTHING,
     clean,
     format_bytes,
@@ -14,6 +12,8 @@ from autorev.report.format import (
     format_seconds,
     plural,
 )
+from autorev.profiler.readings import PHASES
+from autorev.profiler.record import Point, Profile, Status
 from autorev.report.profile.rows import (
     before_and_after,
     by_strategy,
@@ -25,7 +25,7 @@ from autorev.report.profile.rows import (
 from autorev.report.profile.tables import doubt, optional_bytes, row
 from autorev.report.profile.time_figures import block_results
 from autorev.report.tables import NO_FIGURE, Cell, Row, Table
-from autorev.report.words import AXIS_TITLES
+from autorev.words import AXIS_TITLES
 
 
 def optional_seconds(seconds: float | None) -> str:

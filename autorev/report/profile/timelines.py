@@ -6,13 +6,13 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from autorev.format import ByteUnit, clean, format_bytes, format_seconds, unit_for
 from autorev.profiler.readings import Timeline
 from autorev.profiler.record import Profile
-from autorev.report.format import ByteUnit, clean, format_bytes, format_seconds, unit_for
 from autorev.report.palette import CATEGORY_COLORS
 from autorev.report.plotting import INK, MUTED, PANEL, PAPER, layout, scaled
 from autorev.report.profile.rows import with_timeline
-from autorev.report.words import CATEGORY_TITLES
+from autorev.words import CATEGORY_TITLES
 
 MOST_POINTS = 600
 """Of a timeline on a page, which is as many as a drawing has pixels to show."""

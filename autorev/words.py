@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
-from autorev.report.format import clean, format_bytes, format_count, format_integer, plural
+from autorev.format import clean, format_bytes, format_count, format_integer, plural
 
 CATEGORY_TITLES = {
     Category.PARAMETERS: "parameters",

@@ -1,0 +1,94 @@
+"""The residual blocks of a live model: a call of it, and what is found in that call."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
+from autorev.capture.plain import fetched, refuse_flattened
+from autorev.capture.record import record
+from autorev.capture.source import raised_line
+from autorev.capture.wrapped import own_forward
+from autorev.detect.chains import Detection, detect
+from autorev.errors import AutorevError, CaptureError
+from autorev.models.example_call import example_call_for, is_transformers
+from autorev.workload import Call
+
+
+def example_call_of(model: nn.Module, function: str) -> Call:
+    """A call of a `transformers` model, derived from its config; `function` is the one that the user called.
+
+    Raises:
+        CaptureError: it is a model of another kind, or FSDP1 has flattened its parameters.
+    """
+
+    refuse_flattened(model)
+    if is_transformers(model):
+        return example_call_for(model, 1, None)
+    raise CaptureError(
+        f"autorev.{function}({type(model).__name__}) needs example arguments: pass what you would pass to the model "
+        f"itself, {_PASSING[function]}"
+    )
+
+
+_PASSING = {
+    "analyze": "autorev.analyze(model, *args, **kwargs)",
+    "convert": "autorev.convert(model, example_args=(...), example_kwargs={...})",
+    "verify": "autorev.verify(model, batch)",
+    "profile": "autorev.profile(model, batch)",
+}
+
+
+def detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.Module]:
+    """Detection on a fake copy; where the model must see its data to run, on a real copy."""
+    with torch.inference_mode(False), own_forward(model):  # tensors made in inference mode count no writes
+        return _detect_in(model, args, kwargs)
+
+
+def _detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.Module]:
+    mode = new_fake_mode()
+    twin = fake_copy(model, mode)
+    fake_args, fake_kwargs = fake_copy((args, kwargs), mode)
+    if not any(module.training for module in twin.modules()):
+        twin.train()
+    try:
+        with mode:
+            return detect(record(twin, fake_args, fake_kwargs)), twin
+    except DATA_DEPENDENT as error:
+        where = raised_line(error)
+        brought = {id(tensor) for _, tensor in fetched(model)}
+        if any(p.is_meta and id(p) not in brought for p in model.parameters()):
+            raise CaptureError(
+                f"the forward of {type(model).__name__} looks at the values of its tensors ({where}), and a model on "
+                "the meta device has none; analyse it with its weights loaded"
+            ) from None
+    except AutorevError:
+        raise
+    except Exception as error:
+        raise CaptureError(forward_failed(model, error)) from error
+    real = copy.deepcopy(model)
+    if not any(module.training for module in real.modules()):
+        real.train()
+    real_args, real_kwargs = copy.deepcopy((args, kwargs))
+    try:
+        return detect(record(real, real_args, real_kwargs)), twin
+    except Exception as error:
+        raise CaptureError(forward_failed(model, error)) from error
+
+
+def forward_failed(model: nn.Module, error: Exception) -> str:
+    """One line on a forward that raised: where, what, and what to check."""
+    return (
+        f"the forward of {type(model).__name__} failed at {raised_line(error)}: {first_line(error)}; "
+        "check that the example arguments are those the model takes"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error, and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
