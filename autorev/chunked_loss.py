@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autorev.capture.quantised import is_quantised
+from autorev.detection import example_call_of
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import ConversionError
 
@@ -76,7 +77,6 @@ def _kind_of_loss(model: nn.Module, head: nn.Linear) -> tuple[bool, bool]:
     Raises:
         ConversionError: its loss is not their cross entropy either way.
     """
-    from autorev.detection import example_call_of
 
     logits = torch.empty(0)
 

@@ -7,13 +7,26 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from autorev import __version__
 from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
+from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
+from autorev.capture.record import record
+from autorev.capture.source import raised_line
+from autorev.chunked_loss import head_of
+from autorev.commands import training_command
+from autorev.detect.chains import detect
 from autorev.detection import detect_in, example_call_of, first_line, forward_failed
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
+from autorev.models.load import has_weights
+from autorev.models.quantization import predicted_quantised
+from autorev.models.resolve import resolve
 from autorev.offers import Possible
 from autorev.plan import recommend
 from autorev.predict.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.predict.frontier import Exploration, explore, sweeps
+from autorev.predict.simulate import layout_of
+from autorev.predict.training import DTYPES, choose_trained, linear_sizes
+from autorev.profiles import load_device
 from autorev.workload import Call, Workload, check_step
 
 if TYPE_CHECKING:
@@ -90,11 +103,6 @@ def prepare(
 
     `batch` and `sequence` default to the workload's own. Raises what `analyze_workload` raises.
     """
-    from autorev.capture.fake import new_fake_mode
-    from autorev.models.quantization import predicted_quantised
-    from autorev.predict.simulate import layout_of
-    from autorev.predict.training import DTYPES, choose_trained
-    from autorev.profiles import load_device
 
     profile = load_device(device)
     setting, notes = _setting(workload, batch, sequence, dtype, optimizer, trains, lora_rank, loss, profile.name)
@@ -143,10 +151,6 @@ def prepare(
 
 
 def _detect_on_twin(twin: torch.nn.Module, call: Call, progress: Progress) -> Detection:
-    from autorev.capture.fake import DATA_DEPENDENT
-    from autorev.capture.record import record
-    from autorev.capture.source import raised_line
-    from autorev.detect.chains import detect
 
     try:
         recorded = record(twin, *call)
@@ -169,7 +173,6 @@ def forecast(model: str | Workload | None = None, *, trust_remote_code: bool = F
     `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
-    from autorev.models.resolve import resolve
 
     workload = model if isinstance(model, Workload) else resolve(model, trust_remote_code=trust_remote_code)
     return analyze_workload(workload, **setting)
@@ -239,10 +242,6 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, pro
 
 
 def _possible(analysis: Analysis, forecaster: Forecaster, named: str | None) -> Possible:
-    from autorev.chunked_loss import head_of
-    from autorev.commands import training_command
-    from autorev.models.load import has_weights
-    from autorev.predict.training import linear_sizes
 
     assert analysis.setting is not None
     causal = any(word in analysis.model.class_name for word in ("CausalLM", "LMHead"))
@@ -266,7 +265,6 @@ def _analysis(detection: Detection, model: torch.nn.Module, name: str, source: s
 
 
 def _versions() -> dict[str, str]:
-    from autorev import __version__
 
     found = {"autorev": __version__}
     for package in ("torch", "transformers"):

@@ -18,9 +18,12 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from autorev.chunked_loss import chunk_loss, unchunk_loss
 from autorev.couplings.arithmetic import side_bits_of
 from autorev.couplings.presets import PRESERVING_GAMMA, PRESETS
 from autorev.errors import ConversionError, SettingError
+from autorev.predict.strategies import selective_policy
+from autorev.predict.training import NO_LABELS
 from autorev.profiler.record import Variant
 
 if TYPE_CHECKING:
@@ -246,8 +249,6 @@ def in_place(
     Raises:
         NotApplicable: the variant cannot be had of this model; it is as it was.
     """
-    from autorev.chunked_loss import chunk_loss, unchunk_loss
-    from autorev.predict.training import NO_LABELS
     from autorev.rewrite.convert import convert, revert
 
     placed = InPlace()
@@ -280,7 +281,6 @@ def in_place(
 def _checkpointed(model: nn.Module, blocks: Blocks, strategy: str, placed: InPlace) -> Iterator[None]:
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-    from autorev.predict.strategies import selective_policy
     from autorev.profiler.passes.offload import HostStore
 
     if blocks.inline:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from autorev.detection import example_call_of
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
 from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
@@ -182,8 +183,6 @@ def _compared(
 
 def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if batch is None:
-        from autorev.detection import example_call_of
-
         return example_call_of(model, "verify")
     if isinstance(batch, Mapping):
         return (), dict(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from inspect import getsourcelines, unwrap
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 
-_here = str(Path(__file__).resolve().parents[1])
-_torch = str(Path(torch.__file__).resolve().parent)
+_torch = Path(torch.__file__).parent
+# A file's name is as Python found it: through links, where an environment has any.
+_libraries = tuple(
+    f"{folder}{os.sep}" for root in (Path(__file__).parents[1], _torch) for folder in (root, root.resolve())
+)
 # torch's own blocks (nn.TransformerEncoderLayer) are user code to us; its machinery is not.
-_torch_models = str(Path(_torch) / "nn" / "modules" / "transformer.py")
+_torch_models = tuple(str(root / "nn" / "modules" / "transformer.py") for root in (_torch, _torch.resolve()))
 _machinery = ("<frozen", "<string>", "<eval")
 
 
@@ -44,8 +48,8 @@ def raised_line(error: BaseException) -> str:
 
 def _is_model_code(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
-    if name.startswith((_here, _torch, *_machinery)):
-        return name == _torch_models
+    if name.startswith((*_libraries, *_machinery)):
+        return name in _torch_models
     return not name.endswith(("/contextlib.py", "/functools.py", "/unittest/mock.py"))
 
 

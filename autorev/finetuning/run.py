@@ -22,6 +22,7 @@ from autorev.files import path_of
 from autorev.finetuning.folder import claimed
 from autorev.finetuning.options import Options, check, settled
 from autorev.finetuning.record import FILE, FineTuning, Recipe
+from autorev.finetuning.setup import set_up
 from autorev.models.quantization import bitsandbytes_config, cannot_train
 from autorev.packages import require
 from autorev.profiler.environment import environment
@@ -126,7 +127,6 @@ def finetune(
         from transformers import set_seed
 
         from autorev.finetuning.session import Run
-        from autorev.finetuning.setup import set_up
 
         set_seed(asked.seed)
         progress("loading the model and the text", 0.0)

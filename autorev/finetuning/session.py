@@ -44,6 +44,8 @@ from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.integrations.transformers import ReversibleCallback
+from autorev.models.load import load_model
+from autorev.profiler.passes.prepare import lora_config
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
 from autorev.rewrite.convert import chains_of
@@ -267,7 +269,6 @@ class Run:
         if self.record.recipe.trains == "scratch":
             return None
         self.progress("loading the original model once more", 1.0)
-        from autorev.models.load import load_model
 
         source, trusted = self.found.info.source, self.found.trust_remote_code
         loaded = load_model(source, torch.float32, 1, None, trust_remote_code=trusted)
@@ -322,7 +323,6 @@ def _logged(row: dict[str, Any]) -> Logged:
 
 
 def _with_adapters(model: nn.Module, found: Setup, rank: int) -> nn.Module:
-    from autorev.profiler.passes.prepare import lora_config
 
     config = lora_config(model, found.blocks, rank, task_type="CAUSAL_LM")
     from peft import get_peft_model

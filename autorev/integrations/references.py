@@ -20,6 +20,7 @@ from torch import nn
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import AutorevError, ConversionError
 from autorev.rewrite.block_forward import HANDLE
+from autorev.rewrite.convert import convert
 from autorev.rewrite.remember import converted_as
 
 _NAMES = re.compile(r"_?ref(erence)?(_|$)")
@@ -72,7 +73,6 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
 
 
 def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -> None:
-    from autorev.rewrite.convert import convert
 
     reference = _base(module)
     # Some trainers put the policy beside a value head, into one module.

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError
+from autorev.models.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
+from autorev.models.pictures import picture, towers_left_out
 from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
 from autorev.packages import require
@@ -40,7 +42,6 @@ def config_workload(
         depth: so many blocks instead of its own.
         code_from: the folder or hub id whose own code may run; None: none may.
     """
-    from autorev.models.example_call import model_class
 
     config = parse_config(data, source, depth, code_from)
     model_cls = model_class(config, code_from)
@@ -71,8 +72,6 @@ def transformers_workload(
     import torch
 
     from autorev.models.building import in_one_dtype
-    from autorev.models.example_call import example_call, has_images, has_sequence, sequence_limit
-    from autorev.models.pictures import picture, towers_left_out
 
     has_text = has_sequence(config, model_cls)
     limit = sequence_limit(config) if has_text else None

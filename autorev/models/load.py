@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import AutorevError, ModelBuildError, SettingError
 from autorev.files import path_of
 from autorev.models.building import count_modules, default_dtype
+from autorev.models.example_call import example_call_for, is_transformers, model_class
+from autorev.models.factory import made_for_real, resized
 from autorev.models.from_config import assumed_sizes, check_counts, one_line, parse_config
 from autorev.models.gguf_file import check_sizes, check_whole
 from autorev.models.quantization import Scheme, quantise, scheme_of
@@ -100,8 +103,6 @@ def tokenizer_of(model: str | None, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from autorev.capture.transformers_quirks import quiet_files
-
     path = embedded_file() if is_embedded(model) else path_of(model or "")
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
@@ -127,9 +128,6 @@ def class_in(folder: Path, trust_remote_code: bool, **how: Any) -> tuple[type[An
     """
     from transformers import AutoConfig
 
-    from autorev.capture.transformers_quirks import quiet_files
-    from autorev.models.example_call import model_class
-
     if "gguf_file" not in how:
         check_adapter_code(folder)
         named = config_of(str(folder))
@@ -153,7 +151,6 @@ def _pretrained(
     quantization: Any,
     **how: Any,
 ) -> Loaded:
-    from autorev.models.example_call import example_call_for
 
     if "gguf_file" in how:
         file = folder / how["gguf_file"]
@@ -185,7 +182,6 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _quantised(model: Any, dtype: torch.dtype, quantization: Any) -> Any:
-    from autorev.capture.transformers_quirks import quiet_files
 
     weights = model.state_dict()
     with quiet_files():
@@ -201,7 +197,6 @@ def _scheme(said: Any) -> Scheme | None:
 def _random(
     named: NamedConfig, dtype: torch.dtype, batch: int, sequence: int | None, depth: int | None, trusted: bool
 ) -> Loaded:
-    from autorev.models.example_call import example_call_for, model_class
 
     code_from = named.home if trusted else None
     config = parse_config(named.data, named.source, depth, code_from)
@@ -227,8 +222,6 @@ def _called(example: Callable[[int, int | None], Call], batch: int, sequence: in
 
 
 def _from_factory(spec: str, dtype: torch.dtype) -> Loaded:
-    from autorev.models.example_call import example_call_for, is_transformers
-    from autorev.models.factory import made_for_real, resized
 
     with default_dtype(dtype):
         model, call = made_for_real(spec)

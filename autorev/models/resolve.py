@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from autorev import profiles
 from autorev.errors import ModelBuildError, ModelNotFoundError, UnreadableError, UntrustedCodeError
 from autorev.files import parse_json, path_of, read_json, shortened
 from autorev.models.from_config import config_workload, one_line
@@ -94,7 +95,6 @@ def config_of(model: str | None) -> NamedConfig:
         ModelNotFoundError: it names nothing.
         ModelBuildError: it names something that is broken.
     """
-    from autorev import profiles
 
     if is_embedded(model):
         file = embedded_file()
@@ -122,7 +122,6 @@ def config_of(model: str | None) -> NamedConfig:
 
 
 def _ways() -> str:
-    from autorev import profiles
 
     return (
         "MODEL is a GGUF file, a folder with a transformers config.json, package.module:factory, "
@@ -166,8 +165,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     except UnreadableError as error:
         raise ModelBuildError(f"{path} {error}; correct it, or download it again") from None
     if isinstance(config, dict) and "model_type" not in config and "config" in config:
-        from autorev import profiles
-
         config = profiles.load_model(path).config
     return config
 
@@ -203,7 +200,6 @@ def _hub_config(model: str) -> dict[str, Any]:
 
 
 def _unreachable(model: str, why: str) -> ModelNotFoundError:
-    from autorev import profiles
 
     return ModelNotFoundError(
         f"{model} is not a profile or a file, and {why}. Without the hub, give a local folder that holds its "

@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 from autorev.capture.patching import patched_here
+from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import ModelBuildError, UnreadableError
 from autorev.files import read_json
 from autorev.intact import check_intact
+from autorev.models.from_config import one_line
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "module")
 """What torch.compile, FSDP, activation checkpointing and DDP put into the names of a model's weights."""
@@ -52,8 +54,6 @@ def load_weights(cls: Any, folder: str | Path, **from_pretrained: Any) -> Any:
             `transformers` cannot load it.
         DamagedError: autorev wrote the folder, and its files are not what was written.
     """
-    from autorev.capture.transformers_quirks import quiet_files
-    from autorev.models.from_config import one_line
 
     path = Path(folder)
     how = dict(from_pretrained)
@@ -103,8 +103,6 @@ def check_adapters(model: nn.Module, folder: str | Path) -> None:
         ModelBuildError: some are missing, left over or of another shape, or the file cannot be read.
     """
     from peft import get_peft_model_state_dict
-
-    from autorev.models.from_config import one_line
 
     path = Path(folder) / "adapter_model.safetensors"
     try:

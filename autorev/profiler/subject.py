@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autorev.analysis import DeviceInfo, ModelInfo, Setting
+from autorev.capture.fake import fake_copy
 from autorev.capture.quantised import parameters_of
 from autorev.detection import detect_in, example_call_of
 from autorev.errors import AutorevError, SettingError, UnreadableError
@@ -206,7 +207,6 @@ def _call(model: nn.Module, batch: Any) -> Call:
 
 
 def _workload_of(model: nn.Module, call: Call, wanted: dict[str, Any]) -> Workload:
-    from autorev.capture.fake import fake_copy
 
     def mode() -> Any:
         return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)

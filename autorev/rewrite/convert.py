@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from autorev.detection import example_call_of
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError
 from autorev.rewrite.block_forward import ReversibleForward, replacements_of
@@ -164,7 +165,6 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
     if args or kwargs:
         return tuple(args or ()), dict(kwargs or {})
-    from autorev.detection import example_call_of
 
     return example_call_of(model, "convert")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.capture.fake import fake_copy
 from autorev.detect.judge import Finding
 from autorev.errors import AutorevError
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
@@ -91,7 +92,6 @@ class Estimate:
         return self.steps.get(key)
 
     def _simulated(self, strategy: Strategy) -> tuple[Layout, StepTrace]:
-        from autorev.capture.fake import fake_copy
 
         owned = joined(self.twin.parameters(), self.twin.buffers())
         mode: Any = next((tensor.fake_mode for tensor in owned if hasattr(tensor, "fake_mode")), None)

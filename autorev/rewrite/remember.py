@@ -16,6 +16,9 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.errors import ConversionError, ModelNotFoundError
 from autorev.files import path_of
+from autorev.models.from_config import one_line
+from autorev.models.load import class_in
+from autorev.models.weights import load_weights
 
 if TYPE_CHECKING:
     from autorev.engine.chain import ReversibleChain
@@ -80,9 +83,6 @@ def load(folder: str | Path, *, trust_remote_code: bool = False, **from_pretrain
         UntrustedCodeError: it names code, which is not trusted.
         ConversionError: it was not converted when it was saved, or cannot be converted that way any more.
     """
-    from autorev.models.from_config import one_line
-    from autorev.models.load import class_in
-    from autorev.models.weights import load_weights
     from autorev.rewrite.convert import convert
 
     path = path_of(folder)

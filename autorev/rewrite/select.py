@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from autorev.detect.judge import Finding
+from autorev.detection import detect_in
 from autorev.errors import ConversionError
 
 Numbers = float | Mapping[str, float] | None
@@ -41,7 +42,6 @@ def choose(
         ConversionError: a pattern matches no block.
         CaptureError: the call fails.
     """
-    from autorev.detection import detect_in
 
     detection, twin = detect_in(model, args, kwargs)
     wanted, unwanted = patterns(blocks), patterns(exclude)

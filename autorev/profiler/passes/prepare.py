@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from autorev.analysis import Setting
+from autorev.detection import detect_in
 from autorev.errors import SettingError
 from autorev.models.load import load_model
 from autorev.packages import require
@@ -101,7 +102,6 @@ def on_tokens(call: Call, ids: torch.Tensor) -> Call:
 
 def find_blocks(model: nn.Module, call: Call) -> Blocks:
     """The residual blocks of a live model, in calling order."""
-    from autorev.detection import detect_in
 
     detection, _ = detect_in(model, *call)
     found = [*(f for chain in detection.chains for f in chain), *detection.refused]
