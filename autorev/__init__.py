@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from autorev.analysis import Setting as Setting
     from autorev.chunked_loss import chunk_loss as chunk_loss
     from autorev.chunked_loss import unchunk_loss as unchunk_loss
+    from autorev.conversion.convert import convert as convert
+    from autorev.conversion.convert import drift as drift
+    from autorev.conversion.convert import revert as revert
+    from autorev.conversion.fx_pass import ReverseChains as ReverseChains
+    from autorev.conversion.recouple import recouple as recouple
+    from autorev.conversion.remember import load as load
+    from autorev.conversion.summary import Conversion as Conversion
     from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
     from autorev.finetuning.calibrate import calibrate as calibrate
@@ -24,13 +31,6 @@ if TYPE_CHECKING:
     from autorev.pipeline import forecast as forecast
     from autorev.profiler.record import Profile as Profile
     from autorev.profiler.run import profile as profile
-    from autorev.rewrite.convert import convert as convert
-    from autorev.rewrite.convert import drift as drift
-    from autorev.rewrite.convert import revert as revert
-    from autorev.rewrite.fx_pass import ReverseChains as ReverseChains
-    from autorev.rewrite.recouple import recouple as recouple
-    from autorev.rewrite.remember import load as load
-    from autorev.rewrite.summary import Conversion as Conversion
     from autorev.verification import Verification as Verification
     from autorev.verification import verify as verify
 
@@ -50,13 +50,13 @@ _home = {
     "Profile": "autorev.profiler.record",
     "profile": "autorev.profiler.run",
     "forecast": "autorev.pipeline",
-    "convert": "autorev.rewrite.convert",
-    "drift": "autorev.rewrite.convert",
-    "revert": "autorev.rewrite.convert",
-    "recouple": "autorev.rewrite.recouple",
-    "load": "autorev.rewrite.remember",
-    "ReverseChains": "autorev.rewrite.fx_pass",
-    "Conversion": "autorev.rewrite.summary",
+    "convert": "autorev.conversion.convert",
+    "drift": "autorev.conversion.convert",
+    "revert": "autorev.conversion.convert",
+    "recouple": "autorev.conversion.recouple",
+    "load": "autorev.conversion.remember",
+    "ReverseChains": "autorev.conversion.fx_pass",
+    "Conversion": "autorev.conversion.summary",
     "Verification": "autorev.verification",
     "verify": "autorev.verification",
 }

@@ -29,8 +29,8 @@ from autorev.profiler.record import Variant
 if TYPE_CHECKING:
     from torch import nn
 
+    from autorev.conversion.summary import Conversion
     from autorev.profiler.passes.offload import HostStore
-    from autorev.rewrite.summary import Conversion
     from autorev.workload import Call
 
 BASELINES = {
@@ -249,7 +249,7 @@ def in_place(
     Raises:
         NotApplicable: the variant cannot be had of this model; it is as it was.
     """
-    from autorev.rewrite.convert import convert, revert
+    from autorev.conversion.convert import convert, revert
 
     placed = InPlace()
     with ExitStack() as stack:

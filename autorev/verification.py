@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from autorev.conversion.convert import chains_of
 from autorev.detection import example_call_of
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
 from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import ConversionError
-from autorev.rewrite.convert import chains_of
 from autorev.workload import without_cache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -70,9 +70,9 @@ def verify(
         tell("loading the model", 0.0)
         import torch
 
+        from autorev.conversion.convert import convert
         from autorev.models.load import load_model
         from autorev.predict.training import DTYPES
-        from autorev.rewrite.convert import convert
         from autorev.verification import verify_call
 
         precision = {**DTYPES, "fp64": torch.float64}[dtype]

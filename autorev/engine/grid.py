@@ -20,6 +20,8 @@ from autorev.couplings.side_bits import pack, unpack
 from autorev.engine.digest import looked_at
 from autorev.errors import FixedPointRangeError
 
+USUAL_FRACTION_BITS = 16
+"""Of a grid that nothing is known for."""
 HEAD_ROOM = 4.0
 """After a step that left the grid, activations may become so many times larger before the next one does."""
 COARSEST_FOR_INPUT = 2.0**-7

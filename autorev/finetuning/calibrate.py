@@ -13,13 +13,13 @@ from math import inf
 
 from torch import nn
 
+from autorev.conversion.convert import chains_of
+from autorev.conversion.recouple import recouple
+from autorev.conversion.remember import KEY
 from autorev.couplings.velocity import Bdia, Velocity
 from autorev.errors import ConversionError, FixedPointRangeError
 from autorev.finetuning.record import Assignment, Calibration, Sensitivity
 from autorev.finetuning.teacher import as_original
-from autorev.rewrite.convert import chains_of
-from autorev.rewrite.recouple import recouple
-from autorev.rewrite.remember import KEY
 
 MOST_BITS = 4
 """All blocks begin with gamma = 1/16."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from autorev.capture.transformers_quirks import quiet_files
+from autorev.conversion.convert import revert
+from autorev.conversion.remember import forget
 from autorev.errors import AutorevError, ExportError, SettingError
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
@@ -22,8 +24,6 @@ from autorev.finetuning.trained import held_out, record_in, trained_model, unqua
 from autorev.lock import held
 from autorev.models.load import load_model
 from autorev.models.quantization import quantised_by
-from autorev.rewrite.convert import revert
-from autorev.rewrite.remember import forget
 
 _SAME = 1e-3
 """Nats that the loss of the written folder may differ from the one that was measured before writing."""

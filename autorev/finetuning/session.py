@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
+from autorev.conversion.convert import chains_of
+from autorev.conversion.recouple import recouple
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
@@ -48,8 +50,6 @@ from autorev.models.load import load_model
 from autorev.profiler.passes.prepare import lora_config
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
-from autorev.rewrite.convert import chains_of
-from autorev.rewrite.recouple import recouple
 from autorev.variants import NotApplicable, coupling_options, in_place
 
 Progress = Callable[[str, float], None]

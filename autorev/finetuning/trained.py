@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from autorev.capture.transformers_quirks import quiet_files
+from autorev.conversion.convert import chains_of, convert
+from autorev.conversion.recouple import recouple
+from autorev.conversion.remember import load
 from autorev.errors import (
     DamagedError,
     DataError,
@@ -32,9 +35,6 @@ from autorev.models.quantization import bitsandbytes_config, quantised_by
 from autorev.models.resolve import recorded_model
 from autorev.models.trust import check_adapter_code
 from autorev.models.weights import check_adapters
-from autorev.rewrite.convert import chains_of, convert
-from autorev.rewrite.recouple import recouple
-from autorev.rewrite.remember import load
 from autorev.variants import coupling_options
 
 _SEQUENCE, _ROWS = 256, 16

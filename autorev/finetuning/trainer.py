@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from autorev.conversion.convert import chains_of
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.errors import FixedPointRangeError, TrainingError
 from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of, put_in_place
@@ -23,7 +24,6 @@ from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
 from autorev.intact import Mark, read_mark, stored
 from autorev.models.weights import check_adapters, take_up_weights
-from autorev.rewrite.convert import chains_of
 
 GENTLER = "Lower the learning rate, or clip gradients"
 """What to do about numbers that grow."""

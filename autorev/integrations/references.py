@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+from autorev.conversion.convert import convert
+from autorev.conversion.remember import converted_as
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import AutorevError, ConversionError
 from autorev.rewrite.block_forward import HANDLE
-from autorev.rewrite.convert import convert
-from autorev.rewrite.remember import converted_as
 
 _NAMES = re.compile(r"_?ref(erence)?(_|$)")
 """What trainers call the attribute: ref_model, reference_model, ref_policy, ..."""

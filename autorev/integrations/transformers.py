@@ -16,13 +16,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from autorev.capture.quantised import held_by
+from autorev.conversion.convert import chains_of, drift
+from autorev.conversion.recouple import recouple
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ReversibleChain
 from autorev.finetuning.schedule import Schedule
 from autorev.integrations.references import match_references
 from autorev.profiler.passes.watch import PeakWatch
-from autorev.rewrite.convert import chains_of, drift
-from autorev.rewrite.recouple import recouple
 
 _WARM = 1
 """Steps before memory is looked at: the first one makes the optimiser's state."""

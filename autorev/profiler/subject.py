@@ -13,6 +13,7 @@ from torch import nn
 from autorev.analysis import DeviceInfo, ModelInfo, Setting
 from autorev.capture.fake import fake_copy
 from autorev.capture.quantised import parameters_of
+from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself
 from autorev.detection import detect_in, example_call_of
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
@@ -24,7 +25,6 @@ from autorev.predict.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile
-from autorev.rewrite.checkpointing import SWITCH_OFF, checkpoints_itself
 from autorev.variants import Blocks
 from autorev.workload import Call, Workload, without_cache
 

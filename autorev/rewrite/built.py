@@ -14,14 +14,13 @@ from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
 from autorev.detect.judge import Finding, argument_of
 from autorev.engine.chain import ReversibleChain
+from autorev.engine.grid import USUAL_FRACTION_BITS
 from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
-from autorev.rewrite.probe import USUAL_FRACTION_BITS
 from autorev.rewrite.request import Request, in_pieces, number_for
-from autorev.rewrite.summary import ConvertedChain
 
 
 class BuiltChain:
@@ -96,23 +95,6 @@ class BuiltChain:
             return 0
         per_block = max(len(chain.couplings) // max(len(set(chain.paths)), 1), 1)
         return per_block * max((c.side_bits for c in chain.couplings[: chain.stored_from]), default=0)
-
-    def summary(self, why_stored: str) -> ConvertedChain:
-        """What the user is told about it."""
-        chain = self.chain
-        gammas = tuple(float(c.gamma) for c in chain.couplings if isinstance(c, Velocity))
-        return ConvertedChain(
-            name=chain.name,
-            blocks=tuple(finding.path for finding in self.findings),
-            steps=len(chain.couplings),
-            stored_steps=len(chain.couplings) - chain.stored_from,
-            stored_blocks=self.kept,
-            why_stored=why_stored,
-            gamma=gammas,
-            c=tuple(c.c for c in chain.couplings if isinstance(c, Velocity)),
-            side_bits=tuple(c.side_bits for c in chain.couplings),
-            fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
-        )
 
 
 def couplings_of(request: Request, preset: Preset, paths: list[str]) -> list[Coupling]:

@@ -9,7 +9,9 @@ from typing import Literal
 
 from autorev.couplings.presets import Preset, preset_named
 from autorev.errors import ConversionError
-from autorev.rewrite.select import Numbers
+
+Numbers = float | Mapping[str, float] | None
+"""One number for all blocks, or a number per pattern of block paths."""
 
 
 @dataclass(frozen=True)

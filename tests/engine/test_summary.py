@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autorev
-from autorev.rewrite.summary import Held
+from autorev.conversion.summary import Held
 from tests.engine.models import Storages, no_collection
 from tests.engine.test_memory import PeakBytes
 

@@ -419,7 +419,7 @@ def test_a_saved_conversion_is_loaded_as_it_was(name: str, settings: dict[str, A
 
 def settings_of(model: Any) -> list[Any]:
     """What decides on a converted model's numbers, read from its blocks."""
-    from autorev.rewrite.convert import forwards_of
+    from autorev.conversion.convert import forwards_of
 
     return [(f.path, f.numbers, f.chain.couplings, f.chain.arithmetic, f.chain.stored_from) for f in forwards_of(model)]
 

@@ -107,7 +107,7 @@ def test_a_family_without_chains_is_refused_and_stays_as_it_was(name: str, reaso
 
 def converted_blocks(model: torch.nn.Module) -> list[Any]:
     """The forwards that conversion put into the blocks."""
-    from autorev.rewrite.convert import forwards_of
+    from autorev.conversion.convert import forwards_of
 
     found = list(forwards_of(model))
     assert found

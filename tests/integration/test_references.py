@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autorev
+from autorev.conversion.convert import chains_of
 from autorev.errors import ConversionError
 from autorev.integrations.references import match_references
 from autorev.integrations.transformers import ReversibleCallback
-from autorev.rewrite.convert import chains_of
 from tests.tiny_llm import tiny_llm
 
 trl = pytest.importorskip("trl", reason="the trainers are trl's")

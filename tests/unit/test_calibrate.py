@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import autorev
+from autorev.conversion.convert import chains_of
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.errors import ConversionError
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, make_rows
 from autorev.finetuning.record import Calibration
-from autorev.rewrite.convert import chains_of
 from tests.tiny_llm import tiny_model
 from tests.unit.test_packing import examples
 from tests.zoo import build

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import autorev
+from autorev.conversion.convert import chains_of
 from autorev.couplings.additive import Additive
 from autorev.couplings.arithmetic import LIMIT, MOST_FRACTION_BITS, Arithmetic, FixedPoint, Floating, grid_for
 from autorev.couplings.coupling import Coupling, State
@@ -26,7 +27,6 @@ from autorev.couplings.velocity import Bdia, Velocity
 from autorev.engine.grid import advance, check_largest, grid_at_start, largest_of
 from autorev.engine.mode import running
 from autorev.errors import ConversionError, FixedPointRangeError
-from autorev.rewrite.convert import chains_of
 from tests import handwritten as hand
 
 GAMMAS = [Fraction(n) for n in ("1", "-1", "1/8", "-3/8", "7/16", "11/8", "77/256")]

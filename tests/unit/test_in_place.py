@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from autorev.conversion.convert import forwards_of
 from autorev.engine.mode import running
 from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
-from autorev.rewrite.convert import forwards_of
 from autorev.variants import ALL, Blocks, NotApplicable, in_place, parse_variant, side_bits
 from autorev.workload import Call
 from tests import handwritten as hand

@@ -13,9 +13,9 @@ import transformers as hf
 from torch import nn
 
 import autorev
+from autorev.conversion.convert import chains_of
 from autorev.couplings.velocity import compensated
 from autorev.errors import ConversionError
-from autorev.rewrite.convert import chains_of
 from tests.one_step import gap, gradients_of, one_step
 from tests.tiny_llm import tiny_model
 from tests.zoo import build

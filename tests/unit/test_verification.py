@@ -15,9 +15,9 @@ from torch import nn
 
 import autorev
 from autorev.cli import main
+from autorev.conversion.convert import forwards_of
 from autorev.couplings.velocity import Velocity
 from autorev.errors import ConversionError
-from autorev.rewrite.convert import forwards_of
 from tests import handwritten as hand
 
 TOKENS = torch.arange(16).reshape(2, 8)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import autorev
+from autorev.conversion.convert import chains_of
 from autorev.engine.mode import running
 from autorev.errors import FixedPointRangeError, ReconstructionError
-from autorev.rewrite.convert import chains_of
 from tests.engine.hostile.by_hand import LEAPFROG, assert_close, results_of, run_blocks
 
 

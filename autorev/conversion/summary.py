@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.presets import PRESERVING_GAMMA
+from autorev.couplings.velocity import Velocity
 from autorev.format import format_bytes, plural
+from autorev.rewrite.built import BuiltChain
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,24 @@ class ConvertedChain:
     side_bits: tuple[int, ...]
     fraction_bits: int | None
     """The grid is 2^-fraction_bits; None in float arithmetic."""
+
+    @classmethod
+    def of(cls, built: BuiltChain, why_stored: str) -> ConvertedChain:
+        """What there is to say of a chain that was built."""
+        chain = built.chain
+        velocities = [c for c in chain.couplings if isinstance(c, Velocity)]
+        return cls(
+            name=chain.name,
+            blocks=tuple(finding.path for finding in built.findings),
+            steps=len(chain.couplings),
+            stored_steps=len(chain.couplings) - chain.stored_from,
+            stored_blocks=built.kept,
+            why_stored=why_stored,
+            gamma=tuple(float(c.gamma) for c in velocities),
+            c=tuple(c.c for c in velocities),
+            side_bits=tuple(c.side_bits for c in chain.couplings),
+            fraction_bits=chain.arithmetic.fraction_bits if isinstance(chain.arithmetic, FixedPoint) else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 from torch import nn
 
+from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself, explain_checkpointing, stop_explaining
+from autorev.conversion.estimate import Estimate
+from autorev.conversion.notes import notes_on
+from autorev.conversion.probe import choose_grids
+from autorev.conversion.remember import forget, remember
+from autorev.conversion.select import Chosen, choose, patterns
+from autorev.conversion.summary import Conversion, ConvertedChain
+from autorev.conversion.trained_by import notice_trainers, stop_noticing
 from autorev.detection import example_call_of
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError
 from autorev.rewrite.block_forward import ReversibleForward, replacements_of
 from autorev.rewrite.built import BuiltChain
-from autorev.rewrite.checkpointing import SWITCH_OFF, checkpoints_itself, explain_checkpointing, stop_explaining
-from autorev.rewrite.estimate import Estimate
 from autorev.rewrite.loop_forward import install_loops
-from autorev.rewrite.notes import notes_on
-from autorev.rewrite.probe import choose_grids
-from autorev.rewrite.remember import forget, remember
-from autorev.rewrite.request import Request, check_request, in_pieces
-from autorev.rewrite.select import Chosen, Numbers, choose, patterns
-from autorev.rewrite.summary import Conversion
-from autorev.rewrite.trained_by import notice_trainers, stop_noticing
+from autorev.rewrite.request import Numbers, Request, check_request, in_pieces
 
 
 def convert(
@@ -118,7 +118,7 @@ def convert(
         coupling=preset.name,
         arithmetic=request.arithmetic,
         granularity=request.granularity,
-        chains=tuple(item.summary(why) for item, why in zip(built, stored.why, strict=True)),
+        chains=tuple(ConvertedChain.of(item, why) for item, why in zip(built, stored.why, strict=True)),
         not_converted=tuple(chosen.left_out),
         notes=tuple(notes),
         simulated=partial(estimate.memory, request, stored.blocks),

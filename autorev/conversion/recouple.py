@@ -8,15 +8,14 @@ from fractions import Fraction
 
 from torch import nn
 
+from autorev.conversion.convert import chains_of
+from autorev.conversion.remember import remember_numbers
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.presets import check_dyadic
 from autorev.couplings.velocity import Bdia, Velocity, compensated
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError
-from autorev.rewrite.convert import chains_of
-from autorev.rewrite.remember import remember_numbers
-from autorev.rewrite.request import number_for
-from autorev.rewrite.select import Numbers
+from autorev.rewrite.request import Numbers, number_for
 
 
 def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from autorev.capture.fake import fake_copy
+from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
 from autorev.errors import AutorevError
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
@@ -22,7 +23,6 @@ from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
 from autorev.predict.strategies import Strategy
 from autorev.predict.training import own_loss
 from autorev.rewrite.request import Request
-from autorev.rewrite.summary import Held, Memory
 from autorev.workload import Call
 
 PLAIN, CHECKPOINT = Strategy("plain", "plain"), Strategy("checkpoint", "checkpoint")

@@ -83,7 +83,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False, **from_pretrain
         UntrustedCodeError: it names code, which is not trusted.
         ConversionError: it was not converted when it was saved, or cannot be converted that way any more.
     """
-    from autorev.rewrite.convert import convert
+    from autorev.conversion.convert import convert
 
     path = path_of(folder)
     if not (path / "config.json").is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,9 +12,6 @@ from torch import nn
 from autorev.detect.judge import Finding
 from autorev.detection import detect_in
 from autorev.errors import ConversionError
-
-Numbers = float | Mapping[str, float] | None
-"""One number for all blocks, or a number per pattern of block paths."""
 
 
 @dataclass(eq=False)

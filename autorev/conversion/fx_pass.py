@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
+from autorev.conversion.probe import choose_grids
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.presets import coupling_for
 from autorev.detect.fx_pass import ResidualPass
@@ -28,7 +29,6 @@ from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
 from autorev.rewrite.built import arithmetic_for
-from autorev.rewrite.probe import choose_grids
 from autorev.rewrite.request import Request, check_request
 
 
