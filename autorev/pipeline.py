@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autorev import __version__
 from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
+from autorev.capture.quantised import linear_sizes
 from autorev.capture.record import record
 from autorev.capture.source import raised_line
 from autorev.chunked_loss import head_of
@@ -25,7 +26,7 @@ from autorev.plan import recommend
 from autorev.predict.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.predict.frontier import Exploration, explore, sweeps
 from autorev.predict.simulate import layout_of
-from autorev.predict.training import DTYPES, choose_trained, linear_sizes
+from autorev.predict.training import DTYPES, choose_trained
 from autorev.profiles import load_device
 from autorev.workload import Call, Workload, check_step
 

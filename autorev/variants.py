@@ -1,4 +1,4 @@
-"""The ways to train a model that a profile compares, by name, and putting one in place.
+"""The ways to train a model that a profile compares, by name.
 
 A variant is written `NAME` or `NAME:option=value,...`:
 
@@ -11,27 +11,12 @@ A variant is written `NAME` or `NAME:option=value,...`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from autorev.chunked_loss import chunk_loss, unchunk_loss
-from autorev.couplings.arithmetic import side_bits_of
 from autorev.couplings.presets import PRESERVING_GAMMA, PRESETS
-from autorev.errors import ConversionError, SettingError
-from autorev.predict.strategies import selective_policy
-from autorev.predict.training import NO_LABELS
-from autorev.profiler.record import Variant
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from autorev.conversion.summary import Conversion
-    from autorev.profiler.passes.offload import HostStore
-    from autorev.workload import Call
+from autorev.errors import SettingError
 
 BASELINES = {
     "plain": "torch autograd keeps every activation",
@@ -51,8 +36,22 @@ _USUAL = {"arithmetic": "exact", "granularity": "block", "keep_last": "auto"}
 _COUPLING_OPTIONS = ("k", "gamma", *_USUAL, "fraction_bits")
 
 
-class NotApplicable(Exception):  # noqa: N818 - no error: a variant that this model has no use for
-    """The variant cannot be had of this model, for the reason it holds."""
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to train the model."""
+
+    spec: str
+    """What was asked for, in its canonical form: `momentum:k=3,keep_last=20`; unique in a profile."""
+    strategy: str
+    """plain, checkpoint, sac, offload, compile, or the name of a coupling."""
+    title: str
+    """`momentum k=3, keep_last=20`."""
+    loss: str
+    """full or chunked."""
+    reversible: bool
+    preserves_function: bool
+    """Does a pretrained model compute what it did?"""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +135,14 @@ def coupling_options(variant: Variant) -> dict[str, Any]:
     return how
 
 
+def compile_budget(variant: Variant) -> float:
+    """The share of the activations that torch.compile may keep."""
+    return _budget(_parse(variant.spec))
+
+
 def keep_last(variant: Variant) -> int | Literal["auto"]:
     """How many blocks at the end of each chain a reversible variant stores."""
     return _keep_last(_parse(variant.spec))
-
-
-def side_bits(variant: Variant) -> int:
-    """Side bits an element and step that a momentum or bdia variant keeps; 0 for the rest."""
-    request = _parse(variant.spec)
-    if request.options.get("arithmetic") == "float":
-        return 0
-    if request.name == "momentum":
-        return side_bits_of(Fraction(_gamma(request)))
-    return {"bdia": 1, "midpoint_a": 3}.get(request.name, 0)
 
 
 def _parse(spec: str) -> _Request:
@@ -212,121 +206,3 @@ def _budget(request: _Request) -> float:
     if not 0 <= budget <= 1:
         raise SettingError(f"budget of the variant compile is a share of 0 to 1, not {budget:g}")
     return budget
-
-
-# -- in place
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """The residual blocks of a model, as analysis found them."""
-
-    paths: tuple[str, ...]
-    """Module paths in calling order, each once."""
-    inline: bool
-    """Is there one that is a turn of a loop and no module of its own?"""
-    draws_random: bool
-
-
-@dataclass(eq=False)
-class InPlace:
-    """What putting a variant in place brought with it."""
-
-    side_bits: int = 0
-    host: HostStore | None = None
-    conversion: Conversion | None = None
-    """What `convert` did, for a coupling."""
-
-
-@contextmanager
-def in_place(
-    model: nn.Module, variant: Variant, blocks: Blocks, call: Call, fraction_bits: dict[str, int] | None = None
-) -> Iterator[InPlace]:
-    """While it lasts, `model` trains as `variant`. Its modules, weights and `state_dict` keys stay what they are.
-
-    `fraction_bits`: the grids of a coupling's chains by name, where they are known already.
-
-    Raises:
-        NotApplicable: the variant cannot be had of this model; it is as it was.
-    """
-    from autorev.conversion.convert import convert, revert
-
-    placed = InPlace()
-    with ExitStack() as stack:
-        try:
-            if variant.loss == "chunked":
-                if call[1].get("labels") is None:
-                    raise NotApplicable(NO_LABELS)
-                chunk_loss(model)
-                stack.callback(unchunk_loss, model)
-            if variant.reversible:
-                how = coupling_options(variant)
-                if fraction_bits:
-                    how["fraction_bits"] = fraction_bits
-                done = convert(model, example_args=call[0], example_kwargs=call[1], **how)
-                stack.callback(revert, model)
-                placed.conversion = done
-                if done.arithmetic == "exact":
-                    placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
-        except ConversionError as error:
-            raise NotApplicable(str(error)) from error
-        if variant.strategy == "compile":
-            stack.enter_context(_compiled(model, blocks, _budget(_parse(variant.spec))))
-        elif variant.strategy in ("checkpoint", "sac", "offload"):
-            stack.enter_context(_checkpointed(model, blocks, variant.strategy, placed))
-        yield placed
-
-
-@contextmanager
-def _checkpointed(model: nn.Module, blocks: Blocks, strategy: str, placed: InPlace) -> Iterator[None]:
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-    from autorev.profiler.passes.offload import HostStore
-
-    if blocks.inline:
-        raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
-    run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
-    if strategy == "sac":
-        run = partial(run, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
-    elif strategy == "offload":
-        placed.host = HostStore()
-        run = partial(placed.host.around, run)
-    modules = [model.get_submodule(path) for path in blocks.paths]
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.__dict__["forward"] = partial(run, module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
-
-
-@contextmanager
-def _compiled(model: nn.Module, blocks: Blocks, budget: float) -> Iterator[None]:
-    import torch
-    import torch._functorch.config as functorch
-
-    if blocks.inline:
-        raise NotApplicable("its blocks are turns of a loop: there is no module to compile")
-    if blocks.draws_random and budget < 1:
-        raise NotApplicable(
-            "its blocks draw random numbers (dropout), which torch.compile replays wrongly under a budget below 1"
-        )
-    modules = [model.get_submodule(path) for path in blocks.paths]
-    torch._dynamo.reset()
-    before = functorch.activation_memory_budget
-    functorch.activation_memory_budget = budget
-    calls = [module.__dict__.get("_compiled_call_impl") for module in modules]
-    try:
-        for module in modules:
-            module.compile()
-        yield
-    finally:
-        functorch.activation_memory_budget = before
-        for module, call in zip(modules, calls, strict=True):
-            module.__dict__.pop("_compiled_call_impl", None)
-            if call is not None:
-                module._compiled_call_impl = call

@@ -29,7 +29,7 @@ from autorev.finetuning.record import (
     Recipe,
     Sensitivity,
 )
-from autorev.profiler.record import Variant
+from autorev.variants import Variant
 from tests.finetune_simulation import BLOCKS, MIB, chain, evaluations, looked_at, losses, moving, needs, steps_of
 from tests.profile_examples import ENVIRONMENT, HOSTILE, LONG
 

@@ -10,7 +10,7 @@ from math import sin
 
 from autorev.analysis import Category, Prediction
 from autorev.profiler.readings import BlockTime, Fidelity, Holder, Memory, Round, Timeline, Work
-from autorev.profiler.record import Variant
+from autorev.variants import Variant
 
 POINTS = {"forward": 100, "backward": 150, "optimizer": 50}
 HEAD = 0.1

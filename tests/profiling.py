@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from autorev.analysis import Setting
+from autorev.in_place import Blocks
 from autorev.profiler.job import Job, Source
 from autorev.profiler.record import Profile
 from autorev.profiler.run import profile
-from autorev.variants import Blocks, parse_variant
+from autorev.variants import parse_variant
 
 
 def run(model: Any = "profiled_net:make", *specs: str, **options: Any) -> Profile:

@@ -73,6 +73,19 @@ def is_quantised(module: nn.Module) -> bool:
     return is_packed(weight) or (foreign and weight.numel() != inputs * outputs)  # packed into floats, as FSDP wants it
 
 
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if is_quantised(module):
+        layer: Any = module  # of a library whose layers are no nn.Linear
+        return int(layer.in_features), int(layer.out_features)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
+        rows, columns = module.weight.shape  # type: ignore[misc]  # two axes
+        return int(rows), int(columns)
+    return None
+
+
 def packed(module: nn.Module) -> Packed | None:
     """What `module` is as a quantised linear layer; None if it is none."""
     if not is_quantised(module):

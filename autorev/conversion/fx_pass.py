@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from autorev.conversion.probe import choose_grids
 from autorev.couplings.arithmetic import FixedPoint
-from autorev.couplings.presets import coupling_for
+from autorev.couplings.choose import coupling_for
 from autorev.detect.fx_pass import ResidualPass
 from autorev.detect.pieces import LiveGraph
 from autorev.detect.runs import Run, graph_chain, longest_runs

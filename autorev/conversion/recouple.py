@@ -11,7 +11,7 @@ from torch import nn
 from autorev.conversion.convert import chains_of
 from autorev.conversion.remember import remember_numbers
 from autorev.couplings.arithmetic import FixedPoint
-from autorev.couplings.presets import check_dyadic
+from autorev.couplings.choose import check_dyadic
 from autorev.couplings.velocity import Bdia, Velocity, compensated
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError

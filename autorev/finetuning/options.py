@@ -14,8 +14,7 @@ from autorev.finetuning.record import Asked, FineTuning
 from autorev.finetuning.schedule import Schedule
 from autorev.models.quantization import KINDS
 from autorev.models.resolve import EMBEDDED, recorded_model
-from autorev.profiler.record import Variant
-from autorev.variants import coupling_options, parse_variant
+from autorev.variants import Variant, coupling_options, parse_variant
 
 DECAYS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),

@@ -15,7 +15,8 @@ from autorev import records
 from autorev.analysis import ModelInfo
 from autorev.errors import RecordError, UnreadableError
 from autorev.files import parse_json
-from autorev.profiler.record import Environment, Variant
+from autorev.profiler.record import Environment
+from autorev.variants import Variant
 
 FILE = "run.json"
 """The record in its run's folder."""

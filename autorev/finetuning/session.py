@@ -45,12 +45,13 @@ from autorev.finetuning.schedule import Schedule
 from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
+from autorev.in_place import NotApplicable, in_place
 from autorev.integrations.transformers import ReversibleCallback
 from autorev.models.load import load_model
 from autorev.profiler.passes.prepare import lora_config
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
-from autorev.variants import NotApplicable, coupling_options, in_place
+from autorev.variants import coupling_options
 
 Progress = Callable[[str, float], None]
 CALIBRATED_ON, CHECKED_ON = 4, 24

@@ -16,12 +16,12 @@ from autorev.finetuning.data import read_documents, split, tokenize
 from autorev.finetuning.evaluate import logits_of
 from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
 from autorev.finetuning.record import Corpus
+from autorev.in_place import Blocks
 from autorev.models.fingerprint import fingerprint
 from autorev.models.load import Loaded, load_model, tokenizer_of
 from autorev.models.quantization import quantised_by
 from autorev.models.resolve import EMBEDDED
 from autorev.profiler.passes.prepare import find_blocks, on_tokens
-from autorev.variants import Blocks
 from autorev.workload import Call
 
 _LOOKED_AT = 4

@@ -71,8 +71,7 @@ def scheme_of(config: Any) -> Scheme | None:
 def quantise(twin: nn.Module, scheme: Scheme) -> int:
     """Put a stand-in for every quantised layer into a `transformers` model without weights (of fake tensors, under
     their mode, or of the meta device); returns how many bytes the packed weights take."""
-    from autorev.capture.quantised import Kept, StandIn, on_packed_memory
-    from autorev.predict.training import linear_sizes
+    from autorev.capture.quantised import Kept, StandIn, linear_sizes, on_packed_memory
 
     left_out = _left_out(twin, scheme)
     kept, total = Kept(scheme.keeps_input, scheme.keeps_unpacked, scheme.hides_input), 0

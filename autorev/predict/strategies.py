@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from autorev.couplings.presets import coupling_for
+from autorev.couplings.choose import coupling_for
 from autorev.rewrite.request import Request, check_request, in_pieces
 
 Run = Callable[[torch.Tensor], Any]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from autorev.analysis import Setting
-from autorev.capture.quantised import is_quantised
+from autorev.capture.quantised import linear_sizes
 from autorev.chunked_loss import head_of, linear_loss, run_without_logits
 from autorev.detect.judge import leaves
 from autorev.errors import SettingError
@@ -63,19 +62,6 @@ def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -
             "LoRA needs linear layers inside the blocks, and this model has none there; use --trains full or head"
         )
     return []
-
-
-def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer, None for any other module."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if is_quantised(module):
-        layer: Any = module  # of a library whose layers are no nn.Linear
-        return int(layer.in_features), int(layer.out_features)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
-        rows, columns = module.weight.shape  # type: ignore[misc]  # two axes
-        return int(rows), int(columns)
-    return None
 
 
 def find_head(model: nn.Module) -> nn.Module | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autorev.analysis import Setting
+from autorev.in_place import Blocks
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
-from autorev.profiler.record import Point, Status, Variant
-from autorev.variants import Blocks
+from autorev.profiler.record import Point, Status
+from autorev.variants import Variant
 
 
 @dataclass(frozen=True, slots=True)

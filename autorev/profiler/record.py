@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from autorev import records
 from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
 from autorev.profiler.readings import Fidelity, Memory, Round, Work, are_times, check
+from autorev.variants import Variant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,24 +40,6 @@ class Status(StrEnum):
     """Not measured yet: the run was interrupted, and `--resume` goes on with it."""
     PREDICTED = "predicted"
     """Only predicted (`--predict`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to train the model."""
-
-    spec: str
-    """What was asked for, in its canonical form: `momentum:k=3,keep_last=20`; unique in a profile."""
-    strategy: str
-    """plain, checkpoint, sac, offload, compile, or the name of a coupling."""
-    title: str
-    """`momentum k=3, keep_last=20`."""
-    loss: str
-    """full or chunked."""
-    reversible: bool
-    preserves_function: bool
-    """Does a pretrained model compute what it did?"""
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

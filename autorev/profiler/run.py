@@ -20,12 +20,12 @@ from autorev.predict.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
 from autorev.profiler.options import SweepRequest, check_options, check_sweeps
 from autorev.profiler.passes.sweep import standing_bytes
-from autorev.profiler.record import Environment, Profile, Result, Status, Variant
+from autorev.profiler.record import Environment, Profile, Result, Status
 from autorev.profiler.schedule import Progress, Schedule
 from autorev.profiler.scratch import scratch
 from autorev.profiler.subject import Subject, live_subject, named_subject
 from autorev.records import drop_parts
-from autorev.variants import parse_variants
+from autorev.variants import Variant, parse_variants
 
 RECORDS = Path("profiles/recorded")
 

@@ -20,8 +20,9 @@ from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.options import SweepRequest
 from autorev.profiler.passes.measure import measure, one_line
 from autorev.profiler.passes.predicted import predict_variant
-from autorev.profiler.record import Profile, Result, Status, Variant
+from autorev.profiler.record import Profile, Result, Status
 from autorev.profiler.subject import Subject
+from autorev.variants import Variant
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""

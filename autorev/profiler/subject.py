@@ -17,6 +17,7 @@ from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself
 from autorev.detection import detect_in, example_call_of
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
+from autorev.in_place import Blocks
 from autorev.models.load import has_weights, tokenizer_of
 from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
@@ -25,7 +26,6 @@ from autorev.predict.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile
-from autorev.variants import Blocks
 from autorev.workload import Call, Workload, without_cache
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
+from autorev.couplings.choose import check_dyadic, coupling_for
 from autorev.couplings.coupling import Coupling
-from autorev.couplings.presets import Preset, check_dyadic, coupling_for
+from autorev.couplings.presets import Preset
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
 from autorev.detect.judge import Finding, argument_of

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autorev.analysis import Category, Setting
+from autorev.in_place import Blocks, in_place
 from autorev.pipeline import prepare
 from autorev.profiler.job import Source
 from autorev.profiler.passes.allocator import measure_memory
@@ -21,7 +22,7 @@ from autorev.profiler.passes.prepare import find_blocks, prepare_model
 from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes, tensors_of
 from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.readings import PHASES, Memory
-from autorev.variants import Blocks, in_place, parse_variant
+from autorev.variants import parse_variant
 from autorev.workload import Call
 from tests.integration.test_prediction import FAMILIES, workload_of
 

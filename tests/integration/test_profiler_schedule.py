@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from autorev.errors import AutorevError
+from autorev.in_place import Blocks
 from autorev.profiler import schedule
 from autorev.profiler.job import Job, Outcome, Sweep
 from autorev.profiler.passes.measure import measure
 from autorev.profiler.passes.prepare import with_text
 from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.record import Status
-from autorev.variants import Blocks
 from tests import handwritten as hand
 from tests.engine.models import TOKENS, small
 from tests.profiling import job_of, run

@@ -11,7 +11,8 @@ from autorev.analysis import Category, Recommendation
 from autorev.plan import how
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.readings import Memory, Round
-from autorev.profiler.record import Point, Profile, Result, Status, Variant
+from autorev.profiler.record import Point, Profile, Result, Status
+from autorev.variants import Variant
 from tests import profile_examples as examples
 from tests.profile_simulation import method
 

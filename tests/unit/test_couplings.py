@@ -20,8 +20,9 @@ import autorev
 from autorev.conversion.convert import chains_of
 from autorev.couplings.additive import Additive
 from autorev.couplings.arithmetic import LIMIT, MOST_FRACTION_BITS, Arithmetic, FixedPoint, Floating, grid_for
+from autorev.couplings.choose import check_dyadic, coupling_for
 from autorev.couplings.coupling import Coupling, State
-from autorev.couplings.presets import PRESETS, check_dyadic, coupling_for, preset_named
+from autorev.couplings.presets import PRESETS, preset_named
 from autorev.couplings.side_bits import pack, unpack
 from autorev.couplings.velocity import Bdia, Velocity
 from autorev.engine.grid import advance, check_largest, grid_at_start, largest_of

@@ -12,10 +12,11 @@ from torch import nn
 
 from autorev.conversion.convert import forwards_of
 from autorev.engine.mode import running
+from autorev.in_place import Blocks, NotApplicable, in_place
 from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
-from autorev.variants import ALL, Blocks, NotApplicable, in_place, parse_variant, side_bits
+from autorev.variants import ALL, parse_variant
 from autorev.workload import Call
 from tests import handwritten as hand
 from tests.engine.models import TOKENS, Results, assert_same, gradients_of, small
@@ -228,10 +229,11 @@ def test_offloading_frees_the_host_with_the_graph() -> None:
         assert placed.host.peak == len(blocks.paths) * stream
 
 
-def test_the_side_bits_in_place_are_those_of_the_name() -> None:
-    """The converted chains keep as many bits as predictions count with."""
+def test_side_bits_are_the_exponent_of_gamma() -> None:
+    """gamma = n / 2^k costs k bits an element and step, and none in float arithmetic."""
     model, call, blocks = stack()
-    for spec in ("momentum:k=2", "momentum:gamma=0.375", "bdia", "midpoint_a", "leapfrog", "momentum:arithmetic=float"):
-        variant = parse_variant(spec)
-        with in_place(model, variant, blocks, call) as placed:
-            assert placed.side_bits == side_bits(variant), spec
+    bits = {**{f"momentum:k={k}": k for k in range(1, 8)}, "momentum:gamma=0.375": 3, "momentum:gamma=-0.5": 1}
+    bits |= {"momentum:gamma=1": 0, "leapfrog": 0, "hamiltonian": 0, "bdia": 1, "momentum:k=1,arithmetic=float": 0}
+    for spec, most in bits.items():
+        with in_place(model, parse_variant(spec), blocks, call) as placed:
+            assert placed.side_bits == most, spec

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autorev.couplings.arithmetic import side_bits_of
-from autorev.couplings.presets import check_dyadic
+from autorev.couplings.choose import check_dyadic
 from autorev.errors import SettingError
 from autorev.finetuning.schedule import Schedule
 

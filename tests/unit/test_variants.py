@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autorev.errors import SettingError
-from autorev.variants import (
-    ALL,
-    DEFAULT,
-    coupling_options,
-    keep_last,
-    parse_variant,
-    parse_variants,
-    side_bits,
-)
+from autorev.variants import ALL, DEFAULT, coupling_options, keep_last, parse_variant, parse_variants
 
 COUPLINGS = ("momentum", "leapfrog", "midpoint", "midpoint_a", "bdia", "hamiltonian", "revnet")
 
@@ -59,22 +51,6 @@ def test_titles_are_what_a_person_reads() -> None:
     }
     assert parse_variant("compile:budget=0.25,loss=chunked").title == "compile budget=0.25, chunked loss"
     assert len({variant.title for variant in parse_variants(["all"])}) == len(ALL)
-
-
-@pytest.mark.parametrize(
-    ("spec", "bits"),
-    [
-        *((f"momentum:k={k}", k) for k in range(1, 8)),
-        ("momentum:gamma=0.375", 3),
-        ("momentum:gamma=-0.5", 1),
-        ("momentum:gamma=1", 0),
-        ("momentum:k=3,arithmetic=float", 0),
-        *(("bdia", 1), ("midpoint_a", 3), ("leapfrog", 0), ("hamiltonian", 0), ("plain", 0), ("checkpoint", 0)),
-    ],
-)
-def test_side_bits_are_the_exponent_of_gamma(spec: str, bits: int) -> None:
-    """gamma = n / 2^k costs k bits an element and step, and none in float arithmetic."""
-    assert side_bits(parse_variant(spec)) == bits
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from autorev.offers import FIXED
 from autorev.profiler.points import largest_points, point_per_second, point_spread
-from autorev.profiler.record import WIDE_SPREAD, Profile, Result, Status, Variant
+from autorev.profiler.record import WIDE_SPREAD, Profile, Result, Status
+from autorev.variants import Variant
 
 WORTH = 0.05
 """A peak has to be lower by this share to be worth a conversion."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from autorev.errors import AutorevError
+from autorev.in_place import NotApplicable, in_place
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.attribution import attribute
@@ -18,7 +19,6 @@ from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.passes.sweep import sweep
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
 from autorev.profiler.record import Status
-from autorev.variants import NotApplicable, in_place
 from autorev.workload import Call
 
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 from autorev.analysis import Prediction
 from autorev.predict.forecast import Forecaster
 from autorev.predict.strategies import STRATEGIES, Strategy
-from autorev.profiler.record import Variant
 from autorev.rewrite.request import Request
-from autorev.variants import coupling_options, keep_last
+from autorev.variants import Variant, coupling_options, keep_last
 
 
 def predict_variant(forecaster: Forecaster, variant: Variant) -> Prediction | None:

@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from autorev.analysis import Setting
+from autorev.capture.quantised import linear_sizes
 from autorev.detection import detect_in
 from autorev.errors import SettingError
+from autorev.in_place import Blocks
 from autorev.models.load import load_model
 from autorev.packages import require
-from autorev.predict.training import DTYPES, choose_trained, linear_sizes
+from autorev.predict.training import DTYPES, choose_trained
 from autorev.profiler.job import Source
-from autorev.variants import Blocks
 from autorev.workload import Call
 
 TEXTS = 4

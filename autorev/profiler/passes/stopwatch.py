@@ -21,9 +21,9 @@ from autorev.capture.patching import patched_here
 from autorev.couplings.additive import Additive
 from autorev.couplings.velocity import Velocity
 from autorev.engine.replay import Replay
+from autorev.in_place import Blocks
 from autorev.profiler.passes.step import TrainingStep, synchronize, tensors_of
 from autorev.profiler.readings import BlockTime, Work
-from autorev.variants import Blocks
 
 _COUPLING = ("advance", "reopen", "close", "retreat")
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from autorev.analysis import Category
 from autorev.format import clean
 from autorev.profiler.readings import Memory
-from autorev.profiler.record import Profile, Result, Status, Variant
+from autorev.profiler.record import Profile, Result, Status
 from autorev.report.palette import strategy_color
 from autorev.report.plotting import DASHES, SYMBOLS
+from autorev.variants import Variant
 
 _NOT_ASKED_FOR = Variant("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True)
 _dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

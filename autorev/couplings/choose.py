@@ -1,0 +1,61 @@
+"""The coupling of one step, from a preset and the numbers that the user gave."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+from autorev.couplings.additive import Additive
+from autorev.couplings.arithmetic import MOST_SIDE_BITS, side_bits_of
+from autorev.couplings.coupling import Coupling
+from autorev.couplings.presets import Preset
+from autorev.couplings.velocity import Bdia, Velocity
+from autorev.errors import ConversionError
+
+
+def coupling_for(preset: Preset, path: str, number: int, steps: int, gamma: float | None, c: float | None) -> Coupling:
+    """The coupling of step `number` of a chain of `steps`, in the block `path`.
+
+    Raises:
+        ConversionError: the preset leaves no choice of gamma or c, or they make no step.
+    """
+    if preset.two_streams:
+        if gamma is not None or c is not None:
+            raise ConversionError(f"{preset.name} has neither gamma nor c; leave them out")
+        return Additive()
+    if gamma is None:
+        chosen = _drawn_gamma(number) if preset.gamma is None else preset.gamma
+    elif preset.gamma_is_free:
+        chosen = Fraction(gamma)
+    else:
+        raise ConversionError(f"{preset.name} has its own gamma; coupling='momentum' takes gamma={gamma:g}")
+    if c is not None and not abs(c) > 0:
+        raise ConversionError(f"c = {c} for {path}: the branches would be switched off; give a number other than 0")
+    usual = preset.c(chosen)
+    if preset.c_at_ends is not None and number in (0, steps - 1):
+        usual = preset.c_at_ends
+    factor = usual if c is None else float(c)
+    return Bdia(chosen, factor) if preset.name == "bdia" else Velocity(chosen, factor)
+
+
+def check_dyadic(gamma: Fraction, path: str) -> None:
+    """Exact arithmetic needs gamma = n / 2^k with a small k.
+
+    Raises:
+        ConversionError: it is another number; the nearest that would do are named.
+    """
+    denominator = gamma.denominator
+    power_of_two = denominator & (denominator - 1) == 0
+    if power_of_two and side_bits_of(gamma) <= MOST_SIDE_BITS and abs(gamma) < 2:
+        return
+    nearest = ", ".join(dict.fromkeys(str(Fraction(round(gamma * 2**k), 2**k)) for k in (3, 5, 7)))
+    raise ConversionError(
+        f"gamma = {float(gamma):g} for {path} is not n / 2^k with k <= {MOST_SIDE_BITS} and |gamma| < 2, which exact "
+        f"arithmetic needs; near it are {nearest}"
+    )
+
+
+def _drawn_gamma(number: int) -> Fraction:
+    """-a with a = +-1 + U(-1/2, 1/2), to the nearest eighth; the same for the same step of every chain."""
+    draw = random.Random(number)
+    return -Fraction(round(8 * (draw.choice((-1, 1)) + draw.uniform(-0.5, 0.5))), 8)

@@ -1,0 +1,136 @@
+"""Putting a variant in place: while it lasts, a model trains that way, and afterwards it is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from autorev.chunked_loss import chunk_loss, unchunk_loss
+from autorev.conversion.convert import convert, revert
+from autorev.conversion.summary import Conversion
+from autorev.errors import ConversionError
+from autorev.host_store import HostStore
+from autorev.predict.strategies import selective_policy
+from autorev.predict.training import NO_LABELS
+from autorev.variants import Variant, compile_budget, coupling_options
+from autorev.workload import Call
+
+
+class NotApplicable(Exception):  # noqa: N818 - no error: a variant that this model has no use for
+    """The variant cannot be had of this model, for the reason it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The residual blocks of a model, as analysis found them."""
+
+    paths: tuple[str, ...]
+    """Module paths in calling order, each once."""
+    inline: bool
+    """Is there one that is a turn of a loop and no module of its own?"""
+    draws_random: bool
+
+
+@dataclass(eq=False)
+class InPlace:
+    """What putting a variant in place brought with it."""
+
+    side_bits: int = 0
+    host: HostStore | None = None
+    conversion: Conversion | None = None
+    """What `convert` did, for a coupling."""
+
+
+@contextmanager
+def in_place(
+    model: nn.Module, variant: Variant, blocks: Blocks, call: Call, fraction_bits: dict[str, int] | None = None
+) -> Iterator[InPlace]:
+    """While it lasts, `model` trains as `variant`. Its modules, weights and `state_dict` keys stay what they are.
+
+    `fraction_bits`: the grids of a coupling's chains by name, where they are known already.
+
+    Raises:
+        NotApplicable: the variant cannot be had of this model; it is as it was.
+    """
+    placed = InPlace()
+    with ExitStack() as stack:
+        try:
+            if variant.loss == "chunked":
+                if call[1].get("labels") is None:
+                    raise NotApplicable(NO_LABELS)
+                chunk_loss(model)
+                stack.callback(unchunk_loss, model)
+            if variant.reversible:
+                how = coupling_options(variant)
+                if fraction_bits:
+                    how["fraction_bits"] = fraction_bits
+                done = convert(model, example_args=call[0], example_kwargs=call[1], **how)
+                stack.callback(revert, model)
+                placed.conversion = done
+                if done.arithmetic == "exact":
+                    placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
+        except ConversionError as error:
+            raise NotApplicable(str(error)) from error
+        if variant.strategy == "compile":
+            stack.enter_context(_compiled(model, blocks, compile_budget(variant)))
+        elif variant.strategy in ("checkpoint", "sac", "offload"):
+            stack.enter_context(_checkpointed(model, blocks, variant.strategy, placed))
+        yield placed
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, blocks: Blocks, strategy: str, placed: InPlace) -> Iterator[None]:
+
+    if blocks.inline:
+        raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
+    run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+    if strategy == "sac":
+        run = partial(run, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
+    elif strategy == "offload":
+        placed.host = HostStore()
+        run = partial(placed.host.around, run)
+    modules = [model.get_submodule(path) for path in blocks.paths]
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.__dict__["forward"] = partial(run, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _compiled(model: nn.Module, blocks: Blocks, budget: float) -> Iterator[None]:
+
+    if blocks.inline:
+        raise NotApplicable("its blocks are turns of a loop: there is no module to compile")
+    if blocks.draws_random and budget < 1:
+        raise NotApplicable(
+            "its blocks draw random numbers (dropout), which torch.compile replays wrongly under a budget below 1"
+        )
+    modules = [model.get_submodule(path) for path in blocks.paths]
+    torch._dynamo.reset()
+    before = functorch.activation_memory_budget
+    functorch.activation_memory_budget = budget
+    calls = [module.__dict__.get("_compiled_call_impl") for module in modules]
+    try:
+        for module in modules:
+            module.compile()
+        yield
+    finally:
+        functorch.activation_memory_budget = before
+        for module, call in zip(modules, calls, strict=True):
+            module.__dict__.pop("_compiled_call_impl", None)
+            if call is not None:
+                module._compiled_call_impl = call
