@@ -1,7 +1,7 @@
 """A converted model notices who trains it: a trainer may hold a reference model beside it, which is not converted.
 
 Every trainer calls `model.train()` or `model.eval()` before it calls the model. That is when its attributes are looked
-at, and what is found there is left to `autorev.integrations.references`.
+at, and what is found there is left to `autorev.conversion.references`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Train:
     def __call__(self, mode: bool = True) -> Any:
         """As the method, and then a look at the trainer that called it."""
         result = type(self.model).train(self.model, mode)
-        from autorev.integrations.references import match_references
+        from autorev.conversion.references import match_references
 
         for owner in _callers():
             if match_references(owner, self.model):

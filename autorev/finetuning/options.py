@@ -8,10 +8,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from autorev.conversion.schedule import Schedule
 from autorev.errors import SettingError
 from autorev.finetuning.data import TOPICS
 from autorev.finetuning.record import Asked, FineTuning
-from autorev.finetuning.schedule import Schedule
 from autorev.models.quantization import KINDS
 from autorev.models.resolve import EMBEDDED, recorded_model
 from autorev.variants import Variant, coupling_options, parse_variant

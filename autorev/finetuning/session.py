@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from autorev.conversion.convert import chains_of
 from autorev.conversion.recouple import recouple
+from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
@@ -41,7 +42,6 @@ from autorev.finetuning.checkpoints import (
 from autorev.finetuning.evaluate import Logits, evaluate, logits_of
 from autorev.finetuning.progress import Told
 from autorev.finetuning.record import FILE, HELD_OUT, ChainState, Evaluation, FineTuning, Logged
-from autorev.finetuning.schedule import Schedule
 from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked

@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback
 from autorev.capture.quantised import held_by
 from autorev.conversion.convert import chains_of, drift
 from autorev.conversion.recouple import recouple
+from autorev.conversion.references import match_references
+from autorev.conversion.schedule import Schedule
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ReversibleChain
-from autorev.finetuning.schedule import Schedule
-from autorev.integrations.references import match_references
 from autorev.profiler.passes.watch import PeakWatch
 
 _WARM = 1

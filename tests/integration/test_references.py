@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autorev
 from autorev.conversion.convert import chains_of
+from autorev.conversion.references import match_references
 from autorev.errors import ConversionError
-from autorev.integrations.references import match_references
 from autorev.integrations.transformers import ReversibleCallback
 from tests.tiny_llm import tiny_llm
 

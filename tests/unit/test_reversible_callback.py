@@ -13,8 +13,8 @@ from torch import nn
 
 import autorev
 from autorev.conversion.convert import chains_of
+from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import side_bits_of
-from autorev.finetuning.schedule import Schedule
 from autorev.integrations.transformers import ReversibleCallback, chain_figures
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep

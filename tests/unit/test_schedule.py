@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import side_bits_of
 from autorev.couplings.choose import check_dyadic
 from autorev.errors import SettingError
-from autorev.finetuning.schedule import Schedule
 
 schedules = st.builds(
     Schedule,
