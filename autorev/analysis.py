@@ -6,19 +6,16 @@ Sizes are bytes, times seconds, work floating-point operations (a multiply-add c
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import RecordError, SettingError, UnreadableError
-from autorev.files import parse_json
+from autorev.errors import SettingError
+from autorev.records import Record
 
 if TYPE_CHECKING:
     import pandas as pd
-    from cattrs import Converter
 
-SCHEMA_VERSION = 1
 RESERVE_BYTES = 2**30
 """What a framework's context and fragmentation take from a device before the first tensor; an estimate."""
 
@@ -250,7 +247,7 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Analysis:
+class Analysis(Record):
     """Everything `autorev analyze` found out. The last six fields are empty until a setting is predicted."""
 
     model: ModelInfo
@@ -264,43 +261,14 @@ class Analysis:
     recommendation: Recommendation | None = None
     notes: tuple[str, ...] = ()
     """What the reader should know of this run: options without effect, bounds used, fallbacks taken."""
-    schema_version: int = SCHEMA_VERSION
     versions: dict[str, str] = field(default_factory=dict)
     """autorev, torch and transformers."""
+    kind: str = "analysis"
+    schema_version: int = 2
 
     def prediction(self, strategy: str) -> Prediction | None:
         """The prediction for `strategy`, if it was made."""
         return next((p for p in self.predictions if p.strategy == strategy), None)
-
-    def to_json(self) -> str:
-        """One JSON object, indented; its schema is docs/analysis.schema.json."""
-        return json.dumps(converter().unstructure(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Analysis:
-        """Read back what `to_json` wrote.
-
-        Raises:
-            RecordError: the text is not JSON, is of another schema version, or lacks a field.
-        """
-        try:
-            data = parse_json(text)
-        except UnreadableError as error:
-            raise RecordError(f"this analysis {error}; write it again with --json") from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise RecordError(
-                f"this analysis has schema version {version}, and this autorev reads {SCHEMA_VERSION}; "
-                "write it again with --json"
-            )
-        from cattrs.errors import BaseValidationError
-        from cattrs.v import transform_error
-
-        try:
-            return converter().structure(data, cls)
-        except BaseValidationError as error:
-            problems = "; ".join(transform_error(error)[:3])
-            raise RecordError(f"this analysis does not follow its schema: {problems}") from None
 
     def to_frame(self) -> pd.DataFrame:
         """One row per block, refused ones included, in the order of the chains."""
@@ -328,18 +296,3 @@ def _row(block: Block, chain: str | None) -> dict[str, Any]:
     row = {name: getattr(block, name) for name in _row_fields if name not in ("chain", "class", "steps")}
     kinds = " + ".join(step.kind for step in block.steps)
     return {**row, "chain": chain, "class": block.class_name, "steps": kinds, "verdict": block.verdict.value}
-
-
-def converter() -> Converter:
-    """Dataclasses to JSON and back; Python's `class_name` is JSON's `class`."""
-    from cattrs import Converter
-    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
-
-    made = Converter(forbid_extra_keys=True)
-    for cls in (Block, ModelInfo):
-        rename = override(rename="class")
-        made.register_unstructure_hook(cls, make_dict_unstructure_fn(cls, made, class_name=rename))
-        made.register_structure_hook(
-            cls, make_dict_structure_fn(cls, made, class_name=rename, _cattrs_forbid_extra_keys=True)
-        )
-    return made

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from autorev import records
 from autorev.errors import DamagedError, RecordError
+from autorev.records import Record
 
 FILE = "autorev.json"
 """The mark in its folder, written last."""
 _RECORD = "run.json"
 """Of a run, whose figures are those of the files that are marked."""
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Record):
     """What a folder of weights holds, and whose they are."""
 
     run: str
@@ -42,7 +41,8 @@ class Mark:
     """The variant's spec."""
     grids: dict[str, int] = field(default_factory=dict)
     """Fraction bits by chain."""
-    schema_version: int = SCHEMA_VERSION
+    kind: str = "mark"
+    schema_version: int = 2
 
 
 def stored(folder: Path) -> tuple[Stored, ...]:
@@ -61,7 +61,7 @@ def read_mark(folder: Path) -> Mark | None:
     if not path.is_file():
         return None
     try:
-        return records.from_json(records.read_text(path), Mark, SCHEMA_VERSION, "the files beside it", str(path))
+        return Mark.read(path)
     except RecordError:
         raise DamagedError(f"{path} is not what was written; {_remedy(folder)}") from None
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autorev.profiler.record import Profile
 
 
-@main.command(short_help="Render recorded profiles or fine-tunings, one or many.")
+@main.command(short_help="Render recorded analyses, profiles or fine-tunings.")
 @click.argument("records", nargs=-1, required=True, type=ANYWHERE, metavar="RECORD...")
 @click.option("--html", type=FILE, metavar="PATH", help="One offline page.")
 @click.option("--markdown", type=FILE, metavar="PATH", help="GitHub tables.")
@@ -40,9 +40,10 @@ def report(
     trace: Path | None,
     as_json: bool,
 ) -> None:
-    """Show recorded profiles or fine-tunings, and compare them when there are several.
+    """Show recorded analyses, profiles or fine-tunings, and compare the latter two when there are several.
 
-    RECORD is a file that `autorev profile` wrote, the folder of a run of `autorev finetune`, or a folder of either.
+    RECORD is a file that `autorev profile` or `autorev analyze --json` wrote, the folder of a run of `autorev
+    finetune`, or a folder of these.
 
     \b
     Examples:
@@ -51,18 +52,20 @@ def report(
       autorev report profiles/recorded/*.json --html reports/comparison.html
       autorev report profiles/recorded/one.json --trace trace.json
     """
-    from autorev.finetuning.record import is_fine_tuning
     from autorev.profiler.record import Profile
+    from autorev.records import kind_of
 
     files = _files(records)
-    trained = [path for path in files if is_fine_tuning(path)]
-    if trained:
-        if len(trained) < len(files):
-            raise click.UsageError("profiles and fine-tunings have reports of their own; name one kind at a time")
+    kinds = {kind_of(path) for path in files}
+    others = kinds & {"analysis", "fine-tuning"}
+    if others:
+        if len(kinds) > 1:
+            raise click.UsageError("records of different kinds have reports of their own; name one kind at a time")
         for option, path in {"--csv": csv, "--parquet": parquet, "--trace": trace}.items():
             if path:
-                raise click.UsageError(f"{option} is of profiles; a fine-tuning's record is JSON, with --json")
-        _show_fine_tunings(trained, ctx.meta[COMMAND], as_json, html, markdown)
+                raise click.UsageError(f"{option} is of profiles; other records are JSON, with --json")
+        show_others = _show_fine_tunings if "fine-tuning" in others else _show_analyses
+        show_others(files, ctx.meta[COMMAND], as_json, html, markdown)
         return
     profiles = [Profile.read(path) for path in files]
     if trace and len(profiles) != 1:
@@ -96,6 +99,32 @@ def _show_fine_tunings(
         from autorev.report.finetuning.markdown import render_markdown
 
         write(markdown, render_markdown(runs))
+        if not as_json:
+            say(f"Written: {markdown}")
+
+
+def _show_analyses(files: list[Path], command: str, as_json: bool, html: Path | None, markdown: Path | None) -> None:
+    from autorev.analysis import Analysis
+    from autorev.report.analysis.terminal import print_analysis
+
+    analyses = [Analysis.read(path) for path in files]
+    if len(analyses) > 1 and (html or markdown):
+        raise click.UsageError("a page is of one analysis; name one")
+
+    def on_screen(shown: list[Analysis], where: Console) -> None:
+        for analysis in shown:
+            print_analysis(analysis, where)
+
+    def page() -> str:
+        from autorev.report.analysis.html import render_html
+
+        return render_html(analyses[0], command)
+
+    _show(analyses, on_screen, page, as_json, html)
+    if markdown:
+        from autorev.report.analysis.markdown import render_markdown
+
+        write(markdown, render_markdown(analyses[0]))
         if not as_json:
             say(f"Written: {markdown}")
 
@@ -139,14 +168,13 @@ def _is_record(path: Path) -> bool:
     """Or was it one? What is cut short is refused later, and not left out in silence."""
     from autorev.errors import RecordError, UnreadableError
     from autorev.files import parse_json
-    from autorev.finetuning.record import KIND
     from autorev.records import read_text
 
     try:
         data = parse_json(read_text(path))
     except (RecordError, UnreadableError):
         return True
-    return isinstance(data, dict) and (("results" in data and "schema_version" in data) or data.get("kind") == KIND)
+    return isinstance(data, dict) and data.get("kind") in ("analysis", "fine-tuning", "profile")
 
 
 def show(profiles: list[Profile], command: str, as_json: bool, html: Path | None) -> None:

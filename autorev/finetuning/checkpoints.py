@@ -43,7 +43,7 @@ def put_in_place(folder: Path, mark: Mark) -> Path:
     name = f"{_NAME}-{mark.step}"
     new, place = part_of(folder) / name, folder / name
     _make_room(place, mark.run)
-    records.replace_whole(new / intact.FILE, records.to_json(mark))
+    records.replace_whole(new / intact.FILE, mark.to_json())
     new.rename(place)
     for old in checkpoints_of(folder, mark.run)[:-KEPT]:
         discard(old)
@@ -60,7 +60,7 @@ def move_in(folder: Path, mark: Mark) -> None:
         place = folder / file.name
         place.parent.mkdir(parents=True, exist_ok=True)
         (part_of(folder) / "model" / file.name).replace(place)
-    records.replace_whole(folder / intact.FILE, records.to_json(mark))
+    records.replace_whole(folder / intact.FILE, mark.to_json())
 
 
 def check_room(folder: Path, run: str, steps: list[int]) -> None:

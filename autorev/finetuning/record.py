@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from pathlib import Path
 from statistics import median
 
-from autorev import records
 from autorev.analysis import ModelInfo
-from autorev.errors import RecordError, UnreadableError
-from autorev.files import parse_json
 from autorev.profiler.record import Environment
+from autorev.records import Record
 from autorev.variants import Variant
 
 FILE = "run.json"
@@ -24,8 +21,6 @@ HELD_OUT = "validation.json"
 """The rows that every evaluation of the run is on: `export` compares on the same."""
 EXPORT_LIMIT = 0.05
 """Nats: a model whose loss rises by more in the plain architecture is not exported unless that is forced."""
-KIND = "fine-tuning"
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +193,7 @@ class ChainState:
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuning:
+class FineTuning(Record):
     """Everything that `autorev finetune` did and found."""
 
     name: str
@@ -232,8 +227,8 @@ class FineTuning:
     """A random name: the marks of its checkpoints and of its model have it. Earlier versions gave none."""
     base: str = ""
     """A digest of the weights that it began with; empty where they were random."""
-    kind: str = KIND
-    schema_version: int = SCHEMA_VERSION
+    kind: str = "fine-tuning"
+    schema_version: int = 2
 
     @property
     def zero_shot(self) -> Evaluation | None:
@@ -268,48 +263,7 @@ class FineTuning:
         rows = [row.side_bits for row in self.logged if row.side_bits is not None]
         return rows[-1 if last else 0] if rows else None
 
-    # -- as JSON
-
-    def to_json(self) -> str:
-        """One JSON object, with a digest of its content at its end."""
-        return records.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str, name: str = "this record") -> FineTuning:
-        """Read back what `to_json` wrote; `name` is what errors call it.
-
-        Raises:
-            RecordError: it is truncated, of another schema version, or was changed by hand.
-        """
-        return records.from_json(text, cls, SCHEMA_VERSION, "a fine-tuning", name)
-
-    @classmethod
-    def read(cls, path: str | Path) -> FineTuning:
-        """The record in a file.
-
-        Raises:
-            RecordError: it cannot be read, or see `from_json`.
-        """
-        return cls.from_json(records.read_text(path), str(path))
-
-    def write(self, path: str | Path) -> Path:
-        """Write it to `path`, whole or not at all.
-
-        Raises:
-            RecordError: the file cannot be written.
-        """
-        return records.write_whole(Path(path), self.to_json())
-
     def __str__(self) -> str:
         from autorev.report.finetuning.terminal import render_text
 
         return render_text(self)
-
-
-def is_fine_tuning(path: str | Path) -> bool:
-    """Is this the record of a fine-tuning, and not of a profile? What cannot be read is none."""
-    try:
-        data = parse_json(records.read_text(path))
-    except (RecordError, UnreadableError):
-        return False
-    return isinstance(data, dict) and data.get("kind") == KIND

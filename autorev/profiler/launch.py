@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import autorev
-from autorev.analysis import converter
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.record import Status
+from autorev.records import converter
 
 _TAIL = 4096
 """Bytes of a dead worker's last words that are looked at."""

@@ -12,15 +12,14 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
-from autorev import records
 from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
 from autorev.profiler.readings import Fidelity, Memory, Round, Work, are_times, check
+from autorev.records import Record, check_name
 from autorev.variants import Variant
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
 GOALS = ("memory", "throughput", "context")
 AXES = ("batch", "sequence", "depth")
 WIDE_SPREAD = 0.10
@@ -134,7 +133,7 @@ class Environment:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(Record):
     """Everything that `autorev profile` found out."""
 
     name: str
@@ -162,7 +161,8 @@ class Profile:
     recommendation: Recommendation | None = None
     complete: bool = False
     notes: tuple[str, ...] = ()
-    schema_version: int = SCHEMA_VERSION
+    kind: str = "profile"
+    schema_version: int = 2
 
     def __post_init__(self) -> None:
         specs = [result.variant.spec for result in self.results]
@@ -209,39 +209,20 @@ class Profile:
             return None
         return result.work.flops / result.step_seconds / self.device.peak_flops
 
-    # -- as JSON
-
-    def to_json(self) -> str:
-        """One JSON object, with a digest of its content at its end."""
-        return records.to_json(self)
-
     @classmethod
     def from_json(cls, text: str, name: str = "this record") -> Profile:
-        """Read back what `to_json` wrote; `name` is what errors call it.
-
-        Raises:
-            RecordError: it is truncated, of another schema version, or was changed by hand.
-        """
-        found = records.from_json(text, cls, SCHEMA_VERSION, "a profile", name)
-        records.check_name(found.name, name)
+        """As of every record; its name is a file's, too."""
+        found = super(Profile, cls).from_json(text, name)
+        check_name(found.name, name)
         return found
 
-    @classmethod
-    def read(cls, path: str | Path) -> Profile:
-        """The record in a file.
-
-        Raises:
-            RecordError: it cannot be read, or see `from_json`.
-        """
-        return cls.from_json(records.read_text(path), str(path))
-
-    def write(self, folder: str | Path) -> Path:
-        """Write `NAME.json` into `folder`; whoever reads it meanwhile sees the old record or the new one, whole.
+    def write_into(self, folder: str | Path) -> Path:
+        """Write `NAME.json` into `folder`.
 
         Raises:
             RecordError: the file cannot be written.
         """
-        return records.write_whole(Path(folder) / f"{self.name}.json", self.to_json())
+        return self.write(Path(folder) / f"{self.name}.json")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per variant; `autorev.profiler.exports` has the steps and the sweeps."""

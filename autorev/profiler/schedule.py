@@ -201,7 +201,7 @@ class Schedule:
     def write(self) -> None:
         """Write the record as it is now, where it has a place."""
         if self.folder is not None:
-            self.record.write(self.folder)
+            self.record.write_into(self.folder)
 
 
 def _unpicklable(live: Any, path: str) -> str:

@@ -9,8 +9,8 @@ import threading
 import warnings
 from pathlib import Path
 
-from autorev.analysis import converter
 from autorev.profiler.job import Job
+from autorev.records import converter
 
 
 def main() -> None:

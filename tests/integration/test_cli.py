@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -308,3 +309,23 @@ def test_the_installed_command_runs_as_a_program(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"]["name"] == "make"
     assert done.stderr == "the user's own output\n" * done.stderr.count("\n")
+
+
+def test_an_analysis_is_rendered_again(folder: Path) -> None:
+    """What `--json` wrote is a record: the same tables on the screen, and the same page, without the model."""
+
+    def report(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["report", *arguments])
+
+    arguments = ("user_net:make", "--batch", "4")
+    (folder / "a.json").write_text(autorev(*arguments, "--json", "--html", "first.html").stdout)
+    shown = report("a.json", "--html", "again.html", "--markdown", "again.md")
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout.startswith(autorev(*arguments, "--no-html").stdout.rstrip())
+    assert "| strategy |" in (folder / "again.md").read_text()
+    table = re.compile(r"<tbody>.*?</tbody>", re.DOTALL)
+    first, again = (table.findall((folder / name).read_text()) for name in ("first.html", "again.html"))
+    assert first == again != []
+    assert report("a.json", "--csv", "a.csv").exit_code == 2
+    (folder / "b.json").write_text((folder / "a.json").read_text())
+    assert report("a.json", "b.json", "--html", "both.html").exit_code == 2

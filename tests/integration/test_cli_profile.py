@@ -172,7 +172,7 @@ def test_a_page_that_cannot_be_written_is_said(folder: Path, jobs: list[Job]) ->
 def records(folder: Path) -> Path:
     """Two records in a folder, and several files that are none."""
     for profile in (examples.unequal(), examples.smollm2()):
-        profile.write(folder / "records")
+        profile.write_into(folder / "records")
     text = examples.unequal().to_json()
     (folder / "half.json").write_text(text[: len(text) // 2])
     (folder / "edited.json").write_text(text.replace('"blocks": 12', '"blocks": 13'))
@@ -246,7 +246,7 @@ def test_an_output_that_cannot_be_written_is_one_line(records: Path, option: str
 def test_an_interrupted_record_is_shown(folder: Path) -> None:
     """What is there is rendered, and that it is not all is said."""
     record = replace(examples.interrupted(), name="r")
-    result = autorev("report", record.write(folder), "--html", "r.html")
+    result = autorev("report", record.write_into(folder), "--html", "r.html")
     assert result.exit_code == 0, result.stderr
     for text in (result.stdout, (folder / "r.html").read_text()):
         assert "--resume" in text

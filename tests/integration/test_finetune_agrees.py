@@ -112,7 +112,7 @@ def test_report_takes_a_run_s_folder(place: Path) -> None:
 def test_report_takes_profiles(tmp_path: Path) -> None:
     """One, and a folder of them beside what is no record, which is said."""
     for name in ("one", "two"):
-        replace(profiled(), name=name).write(tmp_path)
+        replace(profiled(), name=name).write_into(tmp_path)
     (tmp_path / "package.json").write_text('{"name": "else"}')
     assert "results" in json.loads(run("report", str(tmp_path / "one.json"), "--json").stdout)
     done = run("report", str(tmp_path), "--json")

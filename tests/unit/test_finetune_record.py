@@ -13,9 +13,10 @@ from statistics import median
 import pytest
 
 from autorev.errors import RecordError
-from autorev.finetuning.record import KIND, SCHEMA_VERSION, Evaluation, FineTuning, is_fine_tuning
+from autorev.finetuning.record import Evaluation, FineTuning
+from autorev.records import kind_of
+from tests import analysis_examples, profile_examples
 from tests import finetune_examples as examples
-from tests import profile_examples
 
 
 def edited(run: FineTuning, find: str, put: str) -> str:
@@ -64,8 +65,8 @@ def test_a_missing_or_unknown_field_is_named() -> None:
 
 def test_another_version_or_kind_is_refused() -> None:
     """An older schema is not guessed at, and a profile is no fine-tuning."""
-    now, old = f'"schema_version": {SCHEMA_VERSION}', f'"schema_version": {SCHEMA_VERSION - 1}'
-    with pytest.raises(RecordError, match=f"has schema version {SCHEMA_VERSION - 1}, .* reads {SCHEMA_VERSION}"):
+    now, old = '"schema_version": 2', '"schema_version": 1'
+    with pytest.raises(RecordError, match=r"has schema version 1, .* reads 2"):
         FineTuning.from_json(edited(examples.momentum(), now, old))
     with pytest.raises(RecordError, match="is no record of a fine-tuning"):
         FineTuning.from_json("{}")
@@ -73,15 +74,16 @@ def test_another_version_or_kind_is_refused() -> None:
         FineTuning.from_json(profile_examples.lora().to_json())
 
 
-def test_a_file_is_told_from_a_profile(tmp_path: Path) -> None:
+def test_a_file_says_its_kind(tmp_path: Path) -> None:
     """Also a broken one, and none at all."""
     run = examples.momentum().write(tmp_path / "run.json")
-    profile = profile_examples.lora().write(tmp_path)
-    (tmp_path / "list.json").write_text(f'["{KIND}"]')
-    assert is_fine_tuning(run)
+    assert kind_of(run) == "fine-tuning"
+    assert kind_of(profile_examples.lora().write_into(tmp_path)) == "profile"
+    assert kind_of(analysis_examples.smollm2().write(tmp_path / "a.json")) == "analysis"
+    (tmp_path / "list.json").write_text('["fine-tuning"]')
     (tmp_path / "half.json").write_text(run.read_text()[:200])
-    for path in (profile, tmp_path / "list.json", tmp_path / "half.json", tmp_path / "none.json"):
-        assert not is_fine_tuning(path)
+    for path in (tmp_path / "list.json", tmp_path / "half.json", tmp_path / "none.json"):
+        assert kind_of(path) is None
     with pytest.raises(RecordError, match="cannot be read"):
         FineTuning.read(tmp_path / "none.json")
 

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     errors format host_store
     capture couplings files lock packages workload
-    analysis engine variants
-    commands detect profiles records words
-    intact
+    engine records variants
+    analysis intact
+    commands detect profiles words
     models offers rewrite
     detection plan
     chunked_loss
