@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import SettingError
+from autorev.given import is_count
 from autorev.records import Record
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def resolve_lora(trains: str | None, lora_rank: int | None) -> tuple[str, int | 
         return trains or "full", 16 if trains == "lora" else None
     if trains not in (None, "lora"):
         raise SettingError(f"lora_rank has no meaning with trains={trains!r}; leave one of them out")
-    if lora_rank < 1:
-        raise SettingError(f"the rank of adapters is 1 or more, not {lora_rank}")
+    if not is_count(lora_rank):
+        raise SettingError(f"the rank of adapters is a whole number, 1 or more, not {lora_rank!r}")
     return "lora", lora_rank
 
 

@@ -215,5 +215,7 @@ def linear_loss(head: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, red
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"the loss of a model is chunked, and a {type(model).__name__} is none")
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT's method
     return base

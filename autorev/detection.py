@@ -15,6 +15,7 @@ from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
 from autorev.errors import AutorevError, CaptureError
+from autorev.format import lines_of
 from autorev.models.example_call import example_call_for, is_transformers
 from autorev.workload import Call
 
@@ -90,5 +91,5 @@ def forward_failed(model: nn.Module, error: Exception) -> str:
 
 def first_line(error: Exception) -> str:
     """The type of an error, and the first line of what it says."""
-    text = str(error).strip()
+    text = lines_of(error)
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -26,9 +26,13 @@ def path_of(given: str | Path) -> Path:
     """The path, `~` being the home folder where there is one.
 
     Raises:
-        UnreadableError: the system cannot look there (a name that is too long, a folder that may not be read).
+        UnreadableError: it is no path, or the system cannot look there (a name that is too long, a folder that may not
+            be read).
     """
-    path = Path(given)
+    try:
+        path = Path(given)
+    except TypeError:
+        raise UnreadableError(f"a path is text, not {given!r}") from None
     with suppress(RuntimeError):  # `~name` of nobody: a file may be called so
         path = path.expanduser()
     try:

@@ -28,7 +28,10 @@ def require(what: str, *packages: str) -> None:
 
 def is_installed(package: str) -> bool:
     """Is there a package to import by that name?"""
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a finder that refuses; or a module put in place by hand, without a spec
+        return package in sys.modules
 
 
 def how_to_install(package: str) -> str:

@@ -5,6 +5,7 @@ Numbers in a record are measurements. One that was cut short, changed by hand or
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -169,7 +170,10 @@ def write_whole(path: Path, text: str) -> Path:
 
 def replace_whole(path: Path, text: str) -> None:
     """As `write_whole`, with the system's error."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except RuntimeError:  # links that lead to each other
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a pipe or a device, which nothing can take the place of
         path.write_text(text, encoding="utf-8")

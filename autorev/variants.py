@@ -146,6 +146,8 @@ def keep_last(variant: Variant) -> int | Literal["auto"]:
 
 
 def _parse(spec: str) -> _Request:
+    if not isinstance(spec, str):
+        raise SettingError(f"a variant is named by text, such as momentum:k=3, not {spec!r}")
     name, _, rest = spec.strip().partition(":")
     known = [*BASELINES, *PRESETS]
     if name not in known:

@@ -92,6 +92,7 @@ def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.T
         ConversionError: the model is not converted, or there is nothing to compare.
         ReconstructionError: the reconstruction itself noticed that it went wrong.
     """
+    _check_converted(model)
     found = verify_call(model, *_call(model, batch), loss=loss)
     print(found)
     return found
@@ -101,8 +102,7 @@ def verify_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[[Any], torch.Tensor] | None = None
 ) -> Verification:
     """`verify` on the call `model(*args, **kwargs)`, without a word."""
-    if not chains_of(model):
-        raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+    _check_converted(model)
     scalar = loss or _default_loss
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
@@ -111,7 +111,7 @@ def verify_call(
 
     def run(how: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
         with running(how), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-            value = scalar(model(*args, **kwargs))
+            value = _checked(scalar(model(*args, **kwargs)))
             if how == ORIGINAL:
                 return float(value.detach()), ()
             return float(value.detach()), torch.autograd.grad(value, parameters, allow_unused=True)
@@ -187,6 +187,19 @@ def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def _check_converted(model: nn.Module) -> None:
+    if not chains_of(model):
+        raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+
+
+def _checked(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor):
+        raise ConversionError(f"the loss is a {type(loss).__name__}, not a tensor; let loss= return one")
+    if loss.numel() != 1:
+        raise ConversionError(f"the loss is {list(loss.shape)} numbers; let loss= return one, such as their mean")
+    return loss
 
 
 def _default_loss(returned: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import SettingError
+from autorev.given import is_count
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,8 @@ def check_step(batch: int | None, sequence: int | None) -> None:
         SettingError: it would.
     """
     for what, count in (("samples", batch), ("tokens per sample", sequence)):
-        if count is not None and count < 1:
-            raise SettingError(f"a step has 1 or more {what}, not {count}")
+        if count is not None and not is_count(count):
+            raise SettingError(f"a step has 1 or more {what}, a whole number, not {count!r}")
     if (batch or 1) * (sequence or 1) > MOST_TOKENS:
         tokens = "" if sequence is None else f" of {sequence:,} tokens"
         raise SettingError(

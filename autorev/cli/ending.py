@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -21,12 +22,14 @@ import click
 
 from autorev.cli.output import say, show_what_cannot_be_written
 from autorev.errors import AutorevError, Terminated
-from autorev.format import visible
+from autorev.format import text_of, visible
 
 COMMAND = "autorev.command"
 """Where the command as it was typed is kept in click's context: a report says how it was made."""
 _INTERRUPTED, _TERMINATED = 130, 143
 """What a shell reports for a program that Ctrl-C, or SIGTERM, ended."""
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
+"""Of a module."""
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -36,6 +39,9 @@ class Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """As click's, on terminals of few letters, too."""
         show_what_cannot_be_written()
+        if sys.stdout is None:  # closed by whoever started it: better said now than after the work
+            say("Error: there is no stdout to print the result to; leave it open, or send it to /dev/null", err=True)
+            sys.exit(1)
         try:
             return super().main(*args, **extra)
         except OSError:  # of stderr, which cannot even be told of an error
@@ -78,17 +84,17 @@ class Group(click.Group):
 def _in_words(error: BaseException) -> str:
     if isinstance(error, AutorevError):
         return str(error)
-    text = " ".join(str(error).split())
+    text = text_of(error)
     if not isinstance(error, Exception):  # SystemExit and the like, which nothing of autorev's own raises
         from autorev.capture.source import raised_line
 
         return (
             f"{type(error).__name__} was raised at {raised_line(error)} ({text or 'no message'}), so there is no result"
         )
-    if isinstance(error, ImportError) and error.name:
+    if isinstance(error, ImportError) and _NAME.fullmatch(error.name or ""):  # a library may write a sentence there
         from autorev.packages import how_to_install, is_installed
 
-        package = error.name.partition(".")[0]
+        package = str(error.name).partition(".")[0]
         if not is_installed(package):
             return f"this needs {package}, which is not installed: {how_to_install(package)}"
     if isinstance(error, OSError) and error.errno in _NO_PLACE:

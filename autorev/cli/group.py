@@ -57,6 +57,10 @@ class Finite(click.FloatRange):
 
     name = "number"
 
+    def _describe_range(self) -> str:
+        """click writes `x<=None` where there is no bound."""
+        return super()._describe_range() if (self.min, self.max) != (None, None) else "finite"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click's, but for nan, which lies within every range."""
         found = super().convert(value, param, ctx)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
@@ -163,6 +162,10 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 
 
 def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
+    if args is not None and not isinstance(args, tuple | list):
+        raise ConversionError(f"example_args is a tuple of positional arguments, not a {type(args).__name__}")
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)):
+        raise ConversionError(f"example_kwargs is a dict of arguments by their names, not {kwargs!r}")
     if args or kwargs:
         return tuple(args or ()), dict(kwargs or {})
 
@@ -173,11 +176,9 @@ def _check_patterns(request: Request, chosen: Chosen) -> None:
     paths = [finding.path for chain in chosen.chains for finding in chain]
     for name in ("gamma", "c"):
         numbers = getattr(request, name)
-        for pattern, number in numbers.items() if isinstance(numbers, Mapping) else ():
+        for pattern in numbers if isinstance(numbers, Mapping) else ():
             if not any(fnmatchcase(path, pattern) for path in paths):
                 raise ConversionError(f"the pattern {pattern!r} of {name} matches none of the blocks to convert")
-            if not isinstance(number, int | float | Fraction):
-                raise ConversionError(f"{name} of {pattern!r} is a number, not {number!r}")
 
 
 def _nothing(model: nn.Module, chosen: Chosen) -> str:

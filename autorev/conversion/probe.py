@@ -41,11 +41,12 @@ def choose_grids(
     exact = [chain for chain in chains if isinstance(chain.arithmetic, FixedPoint)]
     given = fraction_bits if isinstance(fraction_bits, Mapping) else {c.name: fraction_bits for c in exact}
     unknown = [chain for chain in exact if given.get(chain.name) is None]
+    names = [chain.name for chain in exact]
+    if strangers := sorted(set(given) - set(names)):
+        raise ConversionError(f"fraction_bits names no chain {strangers[0]!r}; they are {', '.join(names)}")
     for chain in exact:
         bits = given.get(chain.name)
         if bits is not None:
-            if not 0 <= bits <= 30:
-                raise ConversionError(f"fraction_bits is between 0 and 30, not {bits}")
             chain.arithmetic = FixedPoint(bits)
     if not unknown:
         return []

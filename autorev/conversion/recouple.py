@@ -15,7 +15,7 @@ from autorev.couplings.choose import check_dyadic
 from autorev.couplings.velocity import Bdia, Velocity, compensated
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError
-from autorev.rewrite.request import Numbers, number_for
+from autorev.rewrite.request import Numbers, check_numbers, number_for
 
 
 def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
@@ -36,6 +36,10 @@ def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
     chains = chains_of(model)
     if not chains:
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+    if gamma is None:
+        raise ConversionError("gamma is a number, or a dict from block patterns to numbers, not None")
+    check_numbers("gamma", gamma)
+    check_numbers("c", c)
     paths = [path for chain in chains for path in chain.paths]
     for name, numbers in (("gamma", gamma), ("c", c)):
         for pattern in numbers if isinstance(numbers, Mapping) else ():

@@ -79,7 +79,12 @@ def patterns(given: str | Iterable[str] | None) -> list[str] | None:
     """One pattern or several as a list."""
     if given is None:
         return None
-    return [given] if isinstance(given, str) else list(given)
+    if isinstance(given, str):
+        return [given]
+    found = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ConversionError(f"patterns of blocks are text, or a list of it, not {given!r}")
+    return found
 
 
 def _runs(

@@ -48,11 +48,18 @@ def check_dyadic(gamma: Fraction, path: str) -> None:
     power_of_two = denominator & (denominator - 1) == 0
     if power_of_two and side_bits_of(gamma) <= MOST_SIDE_BITS and abs(gamma) < 2:
         return
-    nearest = ", ".join(dict.fromkeys(str(Fraction(round(gamma * 2**k), 2**k)) for k in (3, 5, 7)))
+    nearest = ", ".join(dict.fromkeys(str(_near(gamma, 2**k)) for k in (3, 5, 7)))
+    shown = repr(float(gamma)).removesuffix(".0")  # every digit: 0.125000001 is not 0.125
     raise ConversionError(
-        f"gamma = {float(gamma):g} for {path} is not n / 2^k with k <= {MOST_SIDE_BITS} and |gamma| < 2, which exact "
+        f"gamma = {shown} for {path} is not n / 2^k with k <= {MOST_SIDE_BITS} and |gamma| < 2, which exact "
         f"arithmetic needs; near it are {nearest}"
     )
+
+
+def _near(gamma: Fraction, denominator: int) -> Fraction:
+    """The multiple of 1 / denominator that is nearest to gamma, of those within the range and off zero."""
+    multiple = min(max(round(abs(gamma) * denominator), 1), 2 * denominator - 1)
+    return Fraction(multiple if gamma > 0 else -multiple, denominator)
 
 
 def _drawn_gamma(number: int) -> Fraction:

@@ -67,6 +67,6 @@ def preset_named(name: str) -> Preset:
     Raises:
         ConversionError: there is none of that name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConversionError(f"there is no coupling {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -21,6 +21,7 @@ from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import EXPORT_LIMIT, HELD_OUT
 from autorev.finetuning.session import vanilla_logits
 from autorev.finetuning.trained import held_out, record_in, trained_model, unquantised_model
+from autorev.format import text_of
 from autorev.lock import held
 from autorev.models.load import load_model
 from autorev.models.quantization import quantised_by
@@ -147,7 +148,7 @@ def _write(
     except AutorevError:
         raise
     except Exception as error:  # safetensors and the system each have their own for a full disk
-        why = " ".join(str(error).split())
+        why = text_of(error)
         raise ExportError(f"{out} could not be written ({why}); free some space, or name another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

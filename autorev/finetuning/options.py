@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from autorev.conversion.schedule import Schedule
 from autorev.errors import SettingError
 from autorev.finetuning.data import TOPICS
 from autorev.finetuning.record import Asked, FineTuning
+from autorev.given import is_count, is_number
 from autorev.models.quantization import KINDS
 from autorev.models.resolve import EMBEDDED, recorded_model
 from autorev.variants import Variant, coupling_options, parse_variant
@@ -165,14 +165,15 @@ def check(asked: Options) -> Variant:
     variant = parse_variant(asked.coupling)
     for name, least in _LEAST.items():
         value = getattr(asked, name)
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and not is_count(value, least):
             raise SettingError(f"{name} is a whole number, {least} or more, not {value!r}")
     if asked.seed >= 2**32:
         raise SettingError(f"the seed is below 2^32, not {asked.seed}")
-    if asked.learning_rate is not None and not 0 < asked.learning_rate < inf:
-        raise SettingError(f"the learning rate is a number above 0, not {asked.learning_rate:g}")
-    if not 0 <= asked.clip < inf:
-        raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip:g}")
+    rate = asked.learning_rate
+    if rate is not None and not (is_number(rate) and rate > 0):
+        raise SettingError(f"the learning rate is a number above 0, not {rate!r}")
+    if not (is_number(asked.clip) and asked.clip >= 0):
+        raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip!r}")
     if asked.decay not in DECAYS:
         raise SettingError(f"the decay of the learning rate is {', '.join(DECAYS)}, not {asked.decay!r}")
     if asked.quantize is not None and asked.quantize not in KINDS:
@@ -191,8 +192,8 @@ def _check_distillation(asked: Options, variant: Variant) -> None:
     weight = asked.distill_weight
     if weight is not None and not asked.distill:
         raise SettingError("--distill-weight is the share of --distill; give both, or leave it out")
-    if weight is not None and not 0 < weight <= 1:
-        raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight:g}")
+    if weight is not None and not (is_number(weight) and 0 < weight <= 1):
+        raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight!r}")
     if asked.distill and variant.loss == "chunked":
         raise SettingError("distillation compares all logits, which a chunked loss never makes; leave loss=chunked out")
 
@@ -207,8 +208,8 @@ def _check_coupling(asked: Options, variant: Variant) -> None:
         )
     if schedule and budget is not None:
         raise SettingError("--schedule moves every gamma, --max-loss-increase chooses them; give one of the two")
-    if budget is not None and not budget >= 0:  # NaN included
-        raise SettingError(f"the loss may rise by 0 or more, not by {budget:g}")
+    if budget is not None and not (is_number(budget) and budget >= 0):
+        raise SettingError(f"the loss may rise by 0 or more, not by {budget!r}")
     if asked.schedule_steps is not None and not schedule:
         raise SettingError("--schedule-steps are those of a --schedule; name one, or leave it out")
     if schedule:

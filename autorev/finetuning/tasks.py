@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from autorev.errors import SettingError
+from autorev.format import text_of
 from autorev.packages import require
 
 
@@ -34,7 +35,7 @@ def run_tasks(
             limit=limit,
         )
     except Exception as error:  # the harness, its data sets and their hosts each have errors of their own
-        why = " ".join(str(error).split())
+        why = text_of(error)
         raise SettingError(f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {why}") from error
     results: dict[str, dict[str, Any]] = found["results"]
     return {

@@ -22,6 +22,7 @@ from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of,
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
+from autorev.format import text_of
 from autorev.intact import Mark, read_mark, stored
 from autorev.models.weights import check_adapters, take_up_weights
 
@@ -114,7 +115,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         except TrainingError:
             raise
         except Exception as error:  # safetensors, torch and the system each have their own for a full disk
-            why = " ".join(str(error).split())
+            why = text_of(error)
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {folder} ({why}). {self.last_good()} Free some "
                 "space, and go on with --resume"

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import ModelBuildError
+from autorev.format import text_of
 from autorev.models.pictures import Picture, kinds_of_tokens, picture, towers_left_out
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _own_class(auto_map: dict[str, str], code_from: str) -> type[Any]:
     try:
         found: type[Any] = get_class_from_dynamic_module(auto_map[name], code_from)
     except Exception as error:  # code of others
-        why = " ".join(str(error).split())
+        why = text_of(error)
         raise ModelBuildError(f"the code of {code_from} cannot be imported: {type(error).__name__}: {why}") from error
     return found
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from autorev.files import path_of
 from autorev.models.resolve import embedded_file, is_embedded
 from autorev.models.weights import holds_weights, weight_files
 
@@ -22,7 +23,7 @@ def fingerprint(model: str | None) -> str:
     Raises:
         AutorevError: its files cannot be read.
     """
-    path = embedded_file() if is_embedded(model) else Path(model or "").expanduser()
+    path = embedded_file() if is_embedded(model) else path_of(model or "")
     if path.suffix == ".gguf" and path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, hashlib.sha256).hexdigest()

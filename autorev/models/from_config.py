@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError
+from autorev.format import text_of
 from autorev.models.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
 from autorev.models.pictures import picture, towers_left_out
 from autorev.models.quantization import scheme_of
@@ -216,5 +217,5 @@ def _set_depth(config: Any, depth: int, source: str) -> None:
 
 def one_line(error: BaseException) -> str:
     """The text of an exception in one line, led by its type."""
-    text = " ".join(str(error).split())
+    text = text_of(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -54,6 +54,8 @@ def resolve(model: str | None, depth: int | None = None, trust_remote_code: bool
         ModelBuildError: it names something that is broken.
         UntrustedCodeError: it names code, which is not trusted.
     """
+    if model is not None and not isinstance(model, str):
+        raise ModelNotFoundError(f"MODEL is text, not a {type(model).__name__}; {_ways()}")
     if model is not None and names_factory(model):
         from autorev.models.factory import factory_workload
 

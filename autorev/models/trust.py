@@ -14,10 +14,14 @@ from typing import Any
 
 from autorev.errors import ModelBuildError, UnreadableError, UntrustedCodeError
 from autorev.files import read_json
+from autorev.packages import is_installed
 
 _REMEDY = "code that comes with a model runs only with --trust-remote-code (in Python: trust_remote_code=True)"
 _KERNEL = re.compile(r"(?:[^|]*\|)?[^/:]+/.+")
 """`org/repo`, `org/repo@revision:function`, `paged|org/repo`: what `transformers` takes for a kernel of the hub."""
+_FLASH = re.compile(r"(?:[^|]*\|)?flash_attention_\d+")
+"""Attention of a package of its own. Where it is missing, `transformers` takes a kernel of the hub instead, if the
+package `kernels` is."""
 _ADAPTERS = "adapter_config.json"
 _MEGATRON = "megatron.core"
 
@@ -34,7 +38,9 @@ def check_config(data: Any, source: str, trusted: bool) -> None:
         return
     for where, owner, key, value in _entries(data, ""):
         for name in value.values() if isinstance(value, dict) else [value]:
-            if key.endswith("_implementation") and isinstance(name, str) and _KERNEL.fullmatch(name):
+            if not key.endswith("_implementation") or not isinstance(name, str):
+                continue
+            if _KERNEL.fullmatch(name) or _from_the_hub(name):
                 raise UntrustedCodeError(
                     f"{source} asks for the kernel {name} of the hub ({where}), which would be downloaded and run; "
                     f"{_REMEDY}. Read it first, or take the entry out"
@@ -81,6 +87,16 @@ def check_adapter_code(folder: Path) -> None:
             f"{path} asks PEFT to import the module {data.get('megatron_core')!r} (megatron_core, megatron_config), "
             "and no code runs because a file names it; set both to null, as in adapters of `autorev finetune`"
         )
+
+
+def _from_the_hub(attention: str) -> bool:
+    """Would `transformers` fetch this attention as a kernel, as its package is missing?"""
+    if not _FLASH.fullmatch(attention) or not is_installed("kernels"):
+        return False
+    from transformers.utils import import_utils
+
+    here = getattr(import_utils, f"is_flash_attn_{attention[-1]}_available", None)
+    return here is None or not here()
 
 
 def _is_known(part: dict[str, Any], top: bool) -> bool:

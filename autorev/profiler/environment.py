@@ -76,7 +76,7 @@ def parse_memory(text: str) -> tuple[int, bool]:
     Raises:
         SettingError: it is no size.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     size = 0 if match is None else float(match[2])
     if match is None or not 0 < size < 1e18:
         raise SettingError(f"{text!r} is no amount of memory; write 2GiB, 500MB or, beside the weights, +128MiB")

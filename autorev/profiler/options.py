@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from autorev.analysis import CHOICES
 from autorev.errors import SettingError
+from autorev.given import is_count, is_number
 from autorev.profiler.passes.sweep import UNITS
 from autorev.profiler.record import GOALS
 from autorev.profiler.subject import Subject
@@ -27,11 +28,11 @@ class SweepRequest:
         Raises:
             SettingError: it is none.
         """
-        axis, _, values = text.partition("=")
+        axis, equals, values = text.partition("=") if isinstance(text, str) else (text, "", "")
         if axis not in UNITS:
             raise SettingError(f"a sweep goes along {', '.join(UNITS)}, not {axis!r}")
         try:
-            numbers = tuple(int(value) for value in values.split(",")) if values else ()
+            numbers = tuple(int(value) for value in values.split(",")) if equals else ()
         except ValueError:
             raise SettingError(f"the sizes of the sweep {text!r} are whole numbers, as in {axis}=1,2,4") from None
         if any(number < 1 for number in numbers):
@@ -41,7 +42,7 @@ class SweepRequest:
         return cls(axis, tuple(sorted(set(numbers))))
 
 
-def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: str) -> None:
+def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: str, longest_step: float) -> None:
     """Raises:
     SettingError: an option of `profile` makes no sense, whatever the model.
     """
@@ -49,8 +50,10 @@ def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: st
         raise SettingError(f"the optimizers that are measured are {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     if goal not in GOALS:
         raise SettingError(f"a goal is one of {', '.join(GOALS)}, not {goal!r}")
-    if rounds < 1 or steps < 1:
-        raise SettingError("at least one round of one step has to be measured")
+    if not is_count(rounds) or not is_count(steps):
+        raise SettingError(f"rounds and steps are whole numbers, 1 or more, not {rounds!r} and {steps!r}")
+    if not (is_number(longest_step) and longest_step > 0):
+        raise SettingError(f"longest_step is a number of seconds above 0, not {longest_step!r}")
     if trains not in CHOICES["trains"]:
         raise SettingError(f"trains is full, lora or head, not {trains!r}")
 

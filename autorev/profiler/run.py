@@ -90,11 +90,11 @@ def profile(
             a variant is part of the record.
     """
     wanted = parse_variants(variants)
-    requests = [SweepRequest.parse(text_) for text_ in sweeps]
-    if name is not None and not re.fullmatch(r"[\w.-]+", name):
+    requests = [SweepRequest.parse(text_) for text_ in ([sweeps] if isinstance(sweeps, str) else sweeps)]
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
     trains, lora_rank = resolve_lora(trains, lora_rank)
-    check_options(optimizer, goal, rounds, steps, trains)
+    check_options(optimizer, goal, rounds, steps, trains, longest_step)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = device_profile(on, device)

@@ -138,7 +138,13 @@ class Replacement(ABC):
 
 
 def replacements_of(model: nn.Module) -> Iterator[Replacement]:
-    """Every replaced forward in `model`, whoever has wrapped it since."""
+    """Every replaced forward in `model`, whoever has wrapped it since.
+
+    Raises:
+        ConversionError: it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"this is of models, torch.nn.Modules, and a {type(model).__name__} is none")
     for module in model.modules():
         own = getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
         if HANDLE in module.__dict__ and (own or "forward" not in module.__dict__):

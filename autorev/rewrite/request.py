@@ -9,9 +9,12 @@ from typing import Literal
 
 from autorev.couplings.presets import Preset, preset_named
 from autorev.errors import ConversionError
+from autorev.given import is_count, wrong_number
 
 Numbers = float | Mapping[str, float] | None
 """One number for all blocks, or a number per pattern of block paths."""
+MOST_GIVEN = 30
+"""Fraction bits that may be asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,27 @@ def check_request(request: Request) -> Preset:
         raise ConversionError(f"arithmetic is 'exact' or 'float', not {request.arithmetic!r}")
     if request.granularity not in ("block", "sublayer"):
         raise ConversionError(f"granularity is 'block' or 'sublayer', not {request.granularity!r}")
-    number = isinstance(request.keep_last, int) and request.keep_last >= 0
-    if request.keep_last != "auto" and not number:
+    check_numbers("gamma", request.gamma)
+    check_numbers("c", request.c)
+    if request.keep_last != "auto" and not is_count(request.keep_last, 0):
         raise ConversionError(f"keep_last is 'auto' or a number of blocks, 0 or more, not {request.keep_last!r}")
     if request.fraction_bits is not None and request.arithmetic == "float":
         raise ConversionError("fraction_bits belongs to arithmetic='exact'; leave it out")
+    bits = request.fraction_bits
+    for number in bits.values() if isinstance(bits, Mapping) else (bits,):
+        if number is not None and not (is_count(number, 0) and number <= MOST_GIVEN):
+            raise ConversionError(f"fraction_bits is a whole number between 0 and {MOST_GIVEN}, not {number!r}")
     return preset
+
+
+def check_numbers(name: str, given: Numbers) -> None:
+    """Raise unless `given` may be the gamma, or the c, of a coupling.
+
+    Raises:
+        ConversionError: it is no number, nor a dict of them.
+    """
+    if wrong := wrong_number(given):
+        raise ConversionError(f"{name} is {wrong}")
 
 
 def in_pieces(request: Request, preset: Preset) -> bool:

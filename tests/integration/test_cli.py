@@ -121,6 +121,14 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert "autorev" in done.stdout or "Usage" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["analyze", "verify", "profile", "finetune", "evaluate", "export", "report"])
+def test_help_names_no_bound_that_is_none(command: str) -> None:
+    """click would write `x<=None`."""
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert "None" not in result.output
+
+
 def test_every_option_is_explained() -> None:
     """The help names all options of the setting, their defaults, and an example."""
     text = autorev("--help").output

@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
-from autorev import pipeline
+from autorev import pipeline, records
 from autorev.cli import main
+from autorev.errors import RecordError
+from autorev.packages import is_installed
 from autorev.profiler import launch, schedule
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.record import Status
@@ -68,6 +71,16 @@ def factory_leaves():
 
 def forward_leaves():
     return make(lambda: os._exit(0))
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+def factory_mute():
+    raise Mute()
+
+def forward_mute():
+    return make(lambda: _raise(Mute()))
 
 def forks():
     if os.fork() == 0:
@@ -175,6 +188,7 @@ def failing_with(error: BaseException) -> Callable[..., object]:
             1,
             "this needs nothing_9, which is",
         ),
+        (ImportError("tell: 'x>=1' is required", name="The 'x>=1' package"), 1, "failed on ImportError: tell: 'x>=1'"),
         (ZeroDivisionError("x"), 1, "This is a bug in autorev"),
     ],
 )
@@ -186,6 +200,49 @@ def test_what_an_exception_becomes(
     result = CliRunner().invoke(main, ["analyze", "ends:make"])
     assert result.exit_code == code
     assert words in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["factory_mute", "forward_mute"])
+def test_an_exception_that_cannot_be_printed(name: str) -> None:
+    """Its type and its line are told all the same."""
+    result = CliRunner().invoke(main, ["analyze", f"ends:{name}", "--no-html"])
+    assert result.exit_code == 1
+    assert "Mute" in result.stderr
+    assert "ends.py:" in result.stderr
+    assert "bug in autorev" not in result.stderr
+
+
+def test_without_a_stdout_there_is_no_result() -> None:
+    """`autorev analyze >&-`: said before the work is done."""
+    shell = f"exec {sys.executable} {ROOT / 'cli.py'} analyze ends:waits >&-"
+    done = subprocess.run(["sh", "-c", shell], text=True, check=False, stderr=subprocess.PIPE, timeout=50)
+    assert done.returncode == 1
+    assert done.stderr == "Error: there is no stdout to print the result to; leave it open, or send it to /dev/null\n"
+
+
+def test_links_that_lead_to_each_other_are_no_place_for_a_report(folder: Path) -> None:
+    """The system says so."""
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        records.replace_whole(folder / "loop", "text")
+    with pytest.raises(RecordError, match="loop cannot be written: Too many levels of symbolic links"):
+        records.write_whole(folder / "loop", "text")
+
+
+def test_a_module_without_a_spec_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was put in place by hand; a finder that refuses to look is none of ours."""
+    stub = ModuleType("nothing_9")
+    assert stub.__spec__ is None
+    monkeypatch.setitem(sys.modules, "nothing_9", stub)
+    assert is_installed("nothing_9")
+
+    class Refuses:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "nothing_8":
+                raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Refuses(), *sys.meta_path])
+    assert not is_installed("nothing_8")
 
 
 @pytest.mark.parametrize("arguments", [("--json",), ("--no-html",)])

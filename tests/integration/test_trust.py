@@ -160,6 +160,19 @@ def test_ordinary_attention_is_no_kernel(kind: str | None) -> None:
     check_config({**CONFIG, "auto_map": {"AutoModel": "own.Model"}}, "config.json", trusted=False)
 
 
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flash_attention_3", "paged|flash_attention_2"])
+def test_attention_whose_package_is_missing_is_not_fetched(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` takes a kernel of the hub in its place, where it can."""
+    monkeypatch.setattr("autorev.models.trust.is_installed", lambda package: True)
+    monkeypatch.setattr(f"transformers.utils.import_utils.is_flash_attn_{kind[-1]}_available", lambda: False)
+    entry = {**CONFIG, "attn_implementation": kind}
+    with pytest.raises(UntrustedCodeError, match="flash_attention"):
+        check_config(entry, "config.json", trusted=False)
+    check_config(entry, "config.json", trusted=True)
+    monkeypatch.setattr(f"transformers.utils.import_utils.is_flash_attn_{kind[-1]}_available", lambda: True)
+    check_config(entry, "config.json", trusted=False)
+
+
 def test_nested_code_is_refused_where_it_would_be_asked_for() -> None:
     """A part of a composite config whose type has no model here."""
     part = {"model_type": "autorev-tests-own", "auto_map": {"AutoModel": "org/repo--own.Model"}}

@@ -465,6 +465,22 @@ def test_a_gamma_that_is_not_dyadic_is_told_which_would_do(ask: Callable[[float]
         ask(float(number))
 
 
+@pytest.mark.parametrize("gamma", [2.0, -2.0, 1.9999999, 1e-30, -1e-30, 1e6])
+def test_what_is_named_beside_a_gamma_would_do(gamma: float) -> None:
+    """At the ends of the range and beside zero, too; never the number that is refused."""
+    with pytest.raises(ConversionError, match="near it are") as error:
+        check_dyadic(Fraction(gamma), "blocks.0")
+    for number in str(error.value).rsplit("are ", 1)[1].split(", "):
+        check_dyadic(Fraction(number), "blocks.0")
+        assert Fraction(number) * Fraction(gamma) > 0
+
+
+def test_a_gamma_is_shown_with_all_its_digits() -> None:
+    """Rounded, it would read as one that is taken."""
+    with pytest.raises(ConversionError, match=r"gamma = 0\.125000001 for"):
+        check_dyadic(Fraction(0.125000001), "blocks.0")
+
+
 @pytest.mark.parametrize("gamma", [4.0, -4.5, 1 / 512])
 def test_a_gamma_beyond_the_exact_range_is_refused(gamma: float) -> None:
     """|gamma| < 4 and at most eight side bits."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
-    errors format host_store
+    errors format given host_store
     capture couplings files lock packages workload
     engine records variants
     analysis intact

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from autorev.errors import AutorevError
+from autorev.format import lines_of
 from autorev.in_place import NotApplicable, in_place
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.passes.allocator import measure_memory
@@ -38,7 +39,7 @@ def measure(job: Job, live: tuple[torch.nn.Module, Call] | None = None) -> Outco
 
 def one_line(error: BaseException) -> str:
     """Its type and the first line of its text."""
-    text = str(error).strip()
+    text = lines_of(error)
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 

@@ -1,0 +1,152 @@
+"""What Python code may pass to the public functions by mistake: an error of autorev's own says so, and nothing changed.
+
+python -m pytest tests/integration/test_bad_values.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import autorev
+from autorev.errors import AutorevError, ConversionError, SettingError
+from tests.tiny_llm import tiny_llm, tiny_model
+
+NAN, INFINITE = float("nan"), float("inf")
+CALL = {"input_ids": torch.arange(8)[None]}
+NO_NUMBERS: tuple[Any, ...] = (
+    *(NAN, INFINITE, -INFINITE, "x", "0.5", True, 1j, [0.5], torch.tensor(0.5), 10**400),
+    *({"*": NAN}, {"*": "x"}, {1: 0.5}),
+)
+
+
+@pytest.fixture(scope="module")
+def converted() -> Any:
+    model = tiny_model()
+    autorev.convert(model, example_kwargs=CALL)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_llm(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({name: value} for name in ("gamma", "c") for value in NO_NUMBERS),
+        *({"coupling": value} for value in (None, [], 3)),
+        *({"keep_last": value} for value in (True, 1.5, None, [1])),
+        *({"fraction_bits": value} for value in (1.5, "x", True, [10], NAN, -1, 31)),
+        *({"fraction_bits": value} for value in ({"model.layers": "x"}, {"stranger": 3})),
+        *({name: value} for name in ("blocks", "exclude") for value in (3, [3], [None], b"x")),
+        *({"example_args": value} for value in (3, CALL["input_ids"])),
+        *({"example_kwargs": value} for value in ([1], 3, {1: 2})),
+    ],
+    ids=str,
+)
+def test_convert(given: dict[str, Any]) -> None:
+    """The model is as it was."""
+    model = tiny_model()
+    with pytest.raises(ConversionError) as error:
+        autorev.convert(model, **{"example_kwargs": CALL, **given})
+    assert next(iter(given)) in str(error.value) or "patterns" in str(error.value) or "no coupling" in str(error.value)
+    assert autorev.revert(model) == 0
+
+
+@pytest.mark.parametrize("given", [{"gamma": None}, *({"gamma": v} for v in NO_NUMBERS), {"gamma": 0.5, "c": "x"}])
+def test_recouple(converted: Any, given: dict[str, Any]) -> None:
+    """Likewise."""
+    with pytest.raises(ConversionError):
+        autorev.recouple(converted, **given)
+
+
+@pytest.mark.parametrize("model", [None, "tiny", 3])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(autorev.convert, autorev.revert, autorev.verify, autorev.drift, autorev.chunk_loss, autorev.unchunk_loss),
+        lambda model: autorev.recouple(model, gamma=0.5),
+        lambda model: autorev.calibrate(model, lambda: 1.0),
+        autorev.analyze,
+    ],
+)
+def test_what_is_no_model(function: Any, model: Any) -> None:
+    """Every function that takes one says so."""
+    with pytest.raises(AutorevError, match=type(model).__name__):
+        function(model)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda out: None, "a NoneType, not a tensor"),
+        (lambda out: 1.0, "a float, not a tensor"),
+        (lambda out: out.logits, r"\[1, 8, 259\] numbers"),
+    ],
+)
+def test_a_loss_that_is_none(converted: Any, loss: Any, words: str) -> None:
+    """Of `verify`."""
+    with pytest.raises(ConversionError, match=words):
+        autorev.verify(converted, CALL, loss=loss)
+
+
+@pytest.mark.parametrize("path", [None, 3, []])
+def test_what_is_no_path(path: Any) -> None:
+    """`load` says so."""
+    with pytest.raises(AutorevError, match="a path is text"):
+        autorev.load(path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({name: value} for name in ("batch", "sequence") for value in ("x", 1.5, True, NAN)),
+        *({"lora_rank": value} for value in ("x", 1.5, True)),
+        *({"device": value} for value in (3, [])),
+    ],
+    ids=str,
+)
+def test_forecast(folder: str, given: dict[str, Any]) -> None:
+    """Before anything is predicted."""
+    with pytest.raises(AutorevError):
+        autorev.forecast(folder, **{"sequence": 8, **given})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"variants": value} for value in ([1], "", [None])),
+        *({name: value} for name in ("rounds", "steps") for value in ("x", 1.5, NAN, True)),
+        *({"sweeps": value} for value in ([3], ["batch="], "x")),
+        *({"longest_step": value} for value in (NAN, "x", 0, INFINITE)),
+        *({"memory": 3}, {"device": 3}, {"name": 3}, {"lora_rank": "x"}, {"text": 3}),
+    ],
+    ids=str,
+)
+def test_profile(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
+    """Before anything runs."""
+    with pytest.raises(AutorevError):
+        autorev.profile(folder, **{"variants": ["plain"], "sequence": 8, "folder": tmp_path, "predict": True, **given})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({name: v} for name in ("learning_rate", "clip", "max_loss_increase") for v in ("x", NAN, INFINITE, True)),
+        *({"distill": True, "distill_weight": value} for value in ("x", NAN)),
+        *({name: True} for name in ("steps", "lora", "batch")),
+        {"coupling": 3},
+    ],
+    ids=str,
+)
+def test_finetune(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
+    """Before the model is loaded, and without a folder left behind."""
+    with pytest.raises(SettingError, match=r"not (by )?(True|'x'|nan|inf|3)"):
+        autorev.finetune(folder, out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
