@@ -169,7 +169,7 @@ def write_whole(path: Path, text: str) -> Path:
 
 def replace_whole(path: Path, text: str) -> None:
     """As `write_whole`, with the system's error."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # of links in a circle, too, which are an error of the system's
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a pipe or a device, which nothing can take the place of
         path.write_text(text, encoding="utf-8")

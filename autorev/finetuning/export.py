@@ -15,7 +15,7 @@ import torch
 from autorev.capture.transformers_quirks import quiet_files
 from autorev.conversion.convert import revert
 from autorev.conversion.remember import forget
-from autorev.errors import AutorevError, ExportError, SettingError
+from autorev.errors import AutorevError, ExportError, SettingError, message_of
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import EXPORT_LIMIT, HELD_OUT
@@ -147,7 +147,7 @@ def _write(
     except AutorevError:
         raise
     except Exception as error:  # safetensors and the system each have their own for a full disk
-        why = " ".join(str(error).split())
+        why = message_of(error)
         raise ExportError(f"{out} could not be written ({why}); free some space, or name another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from autorev.conversion.convert import chains_of
 from autorev.couplings.arithmetic import FixedPoint
-from autorev.errors import FixedPointRangeError, TrainingError
+from autorev.errors import FixedPointRangeError, TrainingError, message_of
 from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of, put_in_place
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
@@ -114,7 +114,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         except TrainingError:
             raise
         except Exception as error:  # safetensors, torch and the system each have their own for a full disk
-            why = " ".join(str(error).split())
+            why = message_of(error)
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {folder} ({why}). {self.last_good()} Free some "
                 "space, and go on with --resume"

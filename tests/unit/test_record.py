@@ -118,6 +118,13 @@ def test_a_write_that_breaks_off_keeps_the_old_record(tmp_path: Path, monkeypatc
     assert path.read_bytes() == before
 
 
+def test_a_link_to_itself_gives_way_to_the_record(tmp_path: Path) -> None:
+    """It leads nowhere."""
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    assert Profile.read(examples.unequal().write(loop)) == examples.unequal()
+
+
 def test_median_and_spread_are_of_all_rounds() -> None:
     """The quartiles of 1, 2, 3, 4, 5 are 2 and 4, so that the spread is 2/3 of the median."""
     result = timed(1, 2, 3, 4, 5)
