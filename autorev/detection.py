@@ -14,8 +14,7 @@ from autorev.capture.record import record
 from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
-from autorev.errors import AutorevError, CaptureError
-from autorev.format import lines_of
+from autorev.errors import AutorevError, CaptureError, first_line
 from autorev.models.example_call import example_call_for, is_transformers
 from autorev.workload import Call
 
@@ -87,9 +86,3 @@ def forward_failed(model: nn.Module, error: Exception) -> str:
         f"the forward of {type(model).__name__} failed at {raised_line(error)}: {first_line(error)}; "
         "check that the example arguments are those the model takes"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The type of an error, and the first line of what it says."""
-    text = lines_of(error)
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -75,3 +75,26 @@ class ExportError(AutorevError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as a scheduler sends it. What catches errors lets it pass, as it does Ctrl-C; the CLI exits with 143."""
+
+
+def message_of(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; empty where it says nothing, or fails at that, too."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:
+        return ""
+
+
+def one_line(error: BaseException) -> str:
+    """Its type, and what it says."""
+    text = message_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Its type, and the first line of what it says: torch explains itself at length."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        lines = []
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

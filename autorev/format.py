@@ -150,16 +150,3 @@ def _three_digits(value: float) -> str:
         if value < limit:
             return f"{value:.{decimals}f}"
     return f"{value:,.0f}"
-
-
-def lines_of(error: BaseException) -> str:
-    """What an exception says; there are some that raise another one when they are asked."""
-    try:
-        return str(error).strip()
-    except Exception:
-        return ""
-
-
-def text_of(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return " ".join(lines_of(error).split())

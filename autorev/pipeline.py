@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from autorev import __version__
 from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
@@ -15,9 +18,9 @@ from autorev.capture.record import record
 from autorev.capture.source import raised_line
 from autorev.chunked_loss import head_of
 from autorev.commands import training_command
-from autorev.detect.chains import detect
-from autorev.detection import detect_in, example_call_of, first_line, forward_failed
-from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError
+from autorev.detect.chains import Detection, detect
+from autorev.detection import detect_in, example_call_of, forward_failed
+from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError, first_line
 from autorev.models.load import has_weights
 from autorev.models.quantization import predicted_quantised
 from autorev.models.resolve import resolve
@@ -30,16 +33,11 @@ from autorev.predict.training import DTYPES, choose_trained
 from autorev.profiles import load_device
 from autorev.workload import Call, Workload, check_step
 
-if TYPE_CHECKING:
-    import torch
-
-    from autorev.detect.chains import Detection
-
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""
 
 
-def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
+def analyze(model: nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
     """Find the residual blocks of `model` and say which of them can be made reversible.
 
     `model(*args, **kwargs)` is run once on fake tensors: nothing is computed, and `model`, its buffers, its weights and
@@ -49,9 +47,7 @@ def analyze(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
     Raises:
         CaptureError: the model cannot be copied, or its forward raises on these arguments.
     """
-    import torch
-
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise CaptureError(f"autorev.analyze needs a torch.nn.Module instance, and got {what}")
     if not args and not kwargs:
@@ -151,7 +147,7 @@ def prepare(
     return replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster
 
 
-def _detect_on_twin(twin: torch.nn.Module, call: Call, progress: Progress) -> Detection:
+def _detect_on_twin(twin: nn.Module, call: Call, progress: Progress) -> Detection:
 
     try:
         recorded = record(twin, *call)
@@ -168,15 +164,26 @@ def _detect_on_twin(twin: torch.nn.Module, call: Call, progress: Progress) -> De
     return detect(recorded)
 
 
-def forecast(model: str | Workload | None = None, *, trust_remote_code: bool = False, **setting: Any) -> Analysis:
+def forecast(
+    model: str | os.PathLike[str] | Workload | None = None, *, trust_remote_code: bool = False, **setting: Any
+) -> Analysis:
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
     `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
 
-    workload = model if isinstance(model, Workload) else resolve(model, trust_remote_code=trust_remote_code)
-    return analyze_workload(workload, **setting)
+    if isinstance(model, nn.Module):
+        raise SettingError(
+            "autorev.forecast builds its model without weights, from a name, a folder or a Workload. Of a model "
+            "that is there already, autorev.analyze(model) finds the blocks, and autorev.profile(model, batch, "
+            "predict=True) predicts a step"
+        )
+    if not isinstance(model, Workload):
+        model = resolve(
+            os.fspath(model) if isinstance(model, os.PathLike) else model, trust_remote_code=trust_remote_code
+        )
+    return analyze_workload(model, **setting)
 
 
 def _setting(
@@ -254,7 +261,7 @@ def _possible(analysis: Analysis, forecaster: Forecaster, named: str | None) -> 
     )
 
 
-def _analysis(detection: Detection, model: torch.nn.Module, name: str, source: str) -> Analysis:
+def _analysis(detection: Detection, model: nn.Module, name: str, source: str) -> Analysis:
     chains, refused = detection.public()
     info = ModelInfo(
         name=name,

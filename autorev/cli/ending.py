@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import click
 
 from autorev.cli.output import say, show_what_cannot_be_written
-from autorev.errors import AutorevError, Terminated
-from autorev.format import text_of, visible
+from autorev.errors import AutorevError, Terminated, message_of, one_line
+from autorev.format import visible
 
 COMMAND = "autorev.command"
 """Where the command as it was typed is kept in click's context: a report says how it was made."""
@@ -84,7 +84,7 @@ class Group(click.Group):
 def _in_words(error: BaseException) -> str:
     if isinstance(error, AutorevError):
         return str(error)
-    text = text_of(error)
+    text = message_of(error)
     if not isinstance(error, Exception):  # SystemExit and the like, which nothing of autorev's own raises
         from autorev.capture.source import raised_line
 
@@ -103,7 +103,7 @@ def _in_words(error: BaseException) -> str:
     if _is_out_of_memory(error):
         return f"this machine has not the memory for it ({text or type(error).__name__}); ask for less"
     return (
-        f"autorev failed on {type(error).__name__}: {text}. This is a bug in autorev: please report "
+        f"autorev failed on {one_line(error)}. This is a bug in autorev: please report "
         "it with the command, and set AUTOREV_TRACEBACK=1 for the traceback."
     )
 

@@ -17,7 +17,7 @@ from torch import nn
 from autorev.capture.fake import fake_copy
 from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
-from autorev.errors import AutorevError
+from autorev.errors import AutorevError, first_line, message_of
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
 from autorev.predict.strategies import Strategy
@@ -85,10 +85,7 @@ class Estimate:
             try:
                 self.steps[key] = self._simulated(strategy)
             except Exception as error:  # whatever is wrong with a backward without data: it may train all the same
-                text = str(error).strip() or "no reason given"
-                self.unknown = ("" if isinstance(error, AutorevError) else f"{type(error).__name__}: ") + (
-                    text.splitlines()[0]
-                )
+                self.unknown = message_of(error) if isinstance(error, AutorevError) else first_line(error)
         return self.steps.get(key)
 
     def _simulated(self, strategy: Strategy) -> tuple[Layout, StepTrace]:

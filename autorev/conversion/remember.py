@@ -14,9 +14,8 @@ from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
-from autorev.errors import ConversionError, ModelNotFoundError
+from autorev.errors import ConversionError, ModelNotFoundError, one_line
 from autorev.files import path_of
-from autorev.models.from_config import one_line
 from autorev.models.load import class_in
 from autorev.models.weights import load_weights
 

@@ -22,7 +22,7 @@ from autorev.detect.ends import leaves as leaves
 from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_on_stream, obstacles_to_stream
 from autorev.detect.stream import Add, ResidualStep, Stream, follow, keeps_order
-from autorev.format import lines_of
+from autorev.errors import first_line
 
 MOST_OPENED = 8
 """Rounds of opening a sub-module that may hide an add; real models need two or three."""
@@ -129,8 +129,7 @@ def judge(call: ModuleCall) -> Finding:
                 call,
                 Obstacle(
                     "not-repeatable",
-                    f"its forward, run a second time with the same arguments, raised {type(error).__name__}: "
-                    f"{(lines_of(error) or 'no message').splitlines()[0]}",
+                    f"its forward, run a second time with the same arguments, raised {first_line(error)}",
                     raised_line(error),
                 ),
             )

@@ -27,7 +27,7 @@ from autorev.capture.source import short_path
 from autorev.capture.tracer import CapturedBlock
 from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
-from autorev.errors import CaptureError
+from autorev.errors import CaptureError, first_line
 
 REMEDY = "pass example inputs, example_inputs=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
 
@@ -188,9 +188,8 @@ class _ValueRun(fx.Interpreter):
         except CaptureError:
             raise
         except Exception as error:
-            text = (str(error).strip() or "no message").splitlines()[0]
             raise CaptureError(
-                f"{_title(node)} raised {type(error).__name__} on fake tensors: {text}; "
+                f"{_title(node)} failed on fake tensors with {first_line(error)}; "
                 "check that the example inputs are those the graph takes"
             ) from error
         node.meta["val"] = value

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autorev.errors import DataError, UnreadableError
+from autorev.errors import DataError, UnreadableError, message_of
 from autorev.files import read_bytes
-from autorev.format import text_of
 
 IGNORED = -100
 """The label of a token that is not learned, as everywhere in PyTorch."""
@@ -191,7 +190,7 @@ def _stretches(messages: list[Any], learned_from: int, where: str, tokenizer: An
         try:
             text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, **how)
         except Exception as error:  # a template is a program of its own, and says what it does not like
-            why = text_of(error)
+            why = message_of(error)
             raise DataError(f"{where}: the tokenizer's chat template refuses it: {why}") from None
         return text
 

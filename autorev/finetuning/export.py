@@ -15,13 +15,12 @@ import torch
 from autorev.capture.transformers_quirks import quiet_files
 from autorev.conversion.convert import revert
 from autorev.conversion.remember import forget
-from autorev.errors import AutorevError, ExportError, SettingError
+from autorev.errors import AutorevError, ExportError, SettingError, message_of
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import EXPORT_LIMIT, HELD_OUT
 from autorev.finetuning.session import vanilla_logits
 from autorev.finetuning.trained import held_out, record_in, trained_model, unquantised_model
-from autorev.format import text_of
 from autorev.lock import held
 from autorev.models.load import load_model
 from autorev.models.quantization import quantised_by
@@ -148,7 +147,7 @@ def _write(
     except AutorevError:
         raise
     except Exception as error:  # safetensors and the system each have their own for a full disk
-        why = text_of(error)
+        why = message_of(error)
         raise ExportError(f"{out} could not be written ({why}); free some space, or name another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

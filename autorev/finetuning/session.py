@@ -27,7 +27,7 @@ from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
-from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError
+from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, message_of
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.checkpoints import (
     check_room,
@@ -45,7 +45,6 @@ from autorev.finetuning.record import FILE, HELD_OUT, ChainState, Evaluation, Fi
 from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
-from autorev.format import text_of
 from autorev.in_place import NotApplicable, in_place
 from autorev.integrations.transformers import ReversibleCallback
 from autorev.models.load import load_model
@@ -227,7 +226,7 @@ class Run:
             shutil.copy(self.folder / HELD_OUT, part)
             move_in(self.folder, self.trainer.mark(part))
         except Exception as error:  # safetensors and the system each have their own for a full disk
-            why = text_of(error)
+            why = message_of(error)
             raise TrainingError(
                 f"the trained model could not be written to {self.folder} ({why}). {self.trainer.last_good()} Free "
                 "some space, and go on with --resume"

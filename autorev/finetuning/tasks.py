@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from autorev.errors import SettingError
-from autorev.format import text_of
+from autorev.errors import SettingError, one_line
 from autorev.packages import require
 
 
@@ -35,8 +34,7 @@ def run_tasks(
             limit=limit,
         )
     except Exception as error:  # the harness, its data sets and their hosts each have errors of their own
-        why = text_of(error)
-        raise SettingError(f"the harness cannot run {', '.join(tasks)}: {type(error).__name__}: {why}") from error
+        raise SettingError(f"the harness cannot run {', '.join(tasks)}: {one_line(error)}") from error
     results: dict[str, dict[str, Any]] = found["results"]
     return {
         task: {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}

@@ -21,6 +21,7 @@ from autorev.errors import (
     ModelNotFoundError,
     SettingError,
     UnreadableError,
+    one_line,
 )
 from autorev.files import read_bytes
 from autorev.finetuning.packing import Collator, Rows
@@ -29,7 +30,6 @@ from autorev.finetuning.setup import longest_sequence, read_texts
 from autorev.intact import FILE as MARK
 from autorev.intact import check_intact, read_mark
 from autorev.models.fingerprint import fingerprint
-from autorev.models.from_config import one_line
 from autorev.models.load import load_model, tokenizer_of
 from autorev.models.quantization import bitsandbytes_config, quantised_by
 from autorev.models.resolve import recorded_model

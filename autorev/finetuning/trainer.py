@@ -17,12 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from autorev.conversion.convert import chains_of
 from autorev.couplings.arithmetic import FixedPoint
-from autorev.errors import FixedPointRangeError, TrainingError
+from autorev.errors import FixedPointRangeError, TrainingError, message_of
 from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of, put_in_place
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
-from autorev.format import text_of
 from autorev.intact import Mark, read_mark, stored
 from autorev.models.weights import check_adapters, take_up_weights
 
@@ -115,7 +114,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         except TrainingError:
             raise
         except Exception as error:  # safetensors, torch and the system each have their own for a full disk
-            why = text_of(error)
+            why = message_of(error)
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {folder} ({why}). {self.last_good()} Free some "
                 "space, and go on with --resume"

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import ModelBuildError
-from autorev.format import text_of
+from autorev.errors import ModelBuildError, one_line
 from autorev.models.pictures import Picture, kinds_of_tokens, picture, towers_left_out
 
 if TYPE_CHECKING:
@@ -114,8 +113,7 @@ def _own_class(auto_map: dict[str, str], code_from: str) -> type[Any]:
     try:
         found: type[Any] = get_class_from_dynamic_module(auto_map[name], code_from)
     except Exception as error:  # code of others
-        why = text_of(error)
-        raise ModelBuildError(f"the code of {code_from} cannot be imported: {type(error).__name__}: {why}") from error
+        raise ModelBuildError(f"the code of {code_from} cannot be imported: {one_line(error)}") from error
     return found
 
 

@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.source import raised_line
-from autorev.errors import AutorevError, ModelBuildError, ModelNotFoundError
-from autorev.format import text_of
+from autorev.errors import AutorevError, ModelBuildError, ModelNotFoundError, message_of
 from autorev.models.building import Build, building, count_modules, in_one_dtype, settle
 from autorev.models.example_call import is_transformers
 from autorev.models.from_config import transformers_workload
@@ -285,5 +284,4 @@ def _resizable_workload(call: Call, build: Build, name: str, source: str) -> Wor
 
 
 def _described(error: BaseException) -> str:
-    text = text_of(error)
-    return f"{type(error).__name__} at {raised_line(error)}: {text or 'no message'}"
+    return f"{type(error).__name__} at {raised_line(error)}: {message_of(error) or 'no message'}"

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from autorev.capture.transformers_quirks import quiet_files
-from autorev.errors import AutorevError, ModelBuildError, SettingError
+from autorev.errors import AutorevError, ModelBuildError, SettingError, one_line
 from autorev.files import path_of
 from autorev.models.building import count_modules, default_dtype
 from autorev.models.example_call import example_call_for, is_transformers, model_class
 from autorev.models.factory import made_for_real, resized
-from autorev.models.from_config import assumed_sizes, check_counts, one_line, parse_config
+from autorev.models.from_config import assumed_sizes, check_counts, parse_config
 from autorev.models.gguf_file import check_sizes, check_whole
 from autorev.models.quantization import Scheme, quantise, scheme_of
 from autorev.models.resolve import NamedConfig, config_of, embedded_file, is_embedded, names_factory

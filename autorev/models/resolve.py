@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from autorev import profiles
-from autorev.errors import ModelBuildError, ModelNotFoundError, UnreadableError, UntrustedCodeError
+from autorev.errors import ModelBuildError, ModelNotFoundError, UnreadableError, UntrustedCodeError, one_line
 from autorev.files import parse_json, path_of, read_json, shortened
-from autorev.models.from_config import config_workload, one_line
+from autorev.models.from_config import config_workload
 from autorev.models.gguf_file import check_sizes, check_whole
 from autorev.packages import pip_install, require
 from autorev.workload import Workload

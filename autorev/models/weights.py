@@ -22,10 +22,9 @@ from torch import nn
 
 from autorev.capture.patching import patched_here
 from autorev.capture.transformers_quirks import quiet_files
-from autorev.errors import ModelBuildError, UnreadableError
+from autorev.errors import ModelBuildError, UnreadableError, one_line
 from autorev.files import read_json
 from autorev.intact import check_intact
-from autorev.models.from_config import one_line
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "module")
 """What torch.compile, FSDP, activation checkpointing and DDP put into the names of a model's weights."""

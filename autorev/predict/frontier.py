@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autorev.analysis import Reach, Sweep
-from autorev.format import lines_of
+from autorev.errors import first_line
 from autorev.predict.forecast import Forecaster
 from autorev.predict.scaling import ScaledTrace
 from autorev.predict.simulate import StepTrace
@@ -45,8 +45,7 @@ def explore(forecaster: Forecaster, strategy: Strategy, here: StepTrace) -> Expl
             curve = _curve(forecaster, strategy, here, axis)
             limit, curve = _limit(forecaster, strategy, curve, axis)
         except Exception as error:  # the model ran at the setting's sizes; that it does not at others is an answer
-            reason = (lines_of(error) or type(error).__name__).splitlines()[0]
-            exploration.problems.append(f"the {axis} axis could not be varied: {reason}")
+            exploration.problems.append(f"the {axis} axis could not be varied: {first_line(error)}")
             continue
         exploration.curves[axis], exploration.limits[axis] = curve, limit
     return exploration

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from autorev.errors import AutorevError
+from autorev.errors import AutorevError, first_line
 from autorev.format import format_bytes
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.job import Job, Outcome, Source, Sweep
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.options import SweepRequest
-from autorev.profiler.passes.measure import measure, one_line
+from autorev.profiler.passes.measure import measure
 from autorev.profiler.passes.predicted import predict_variant
 from autorev.profiler.record import Profile, Result, Status
 from autorev.profiler.subject import Subject
@@ -80,7 +80,7 @@ class Schedule:
             try:
                 prediction = predict_variant(self.subject.forecaster, result.variant)
             except Exception as error:  # a model that cannot be simulated can be measured all the same
-                why = str(error) if isinstance(error, AutorevError) else one_line(error)
+                why = str(error) if isinstance(error, AutorevError) else first_line(error)
                 note = f"{result.variant.title} could not be predicted: {why}"
                 self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
                 continue
@@ -213,5 +213,5 @@ def _unpicklable(live: Any, path: str) -> str:
     try:
         torch.save((model, args, kwargs), path)
     except Exception as error:
-        return f"it cannot be saved ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return f"it cannot be saved ({first_line(error)})"
     return ""

@@ -170,6 +170,13 @@ def _any_job(monkeypatch: pytest.MonkeyPatch) -> Job:
     return asked[0]
 
 
+class Speechless(Exception):  # noqa: N818 - its name is told
+    """An error that cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError("nothing to say")
+
+
 def failing_with(error: BaseException) -> Callable[..., object]:
     def analyze_workload(*args: object, **kwargs: object) -> object:
         raise error
@@ -190,6 +197,7 @@ def failing_with(error: BaseException) -> Callable[..., object]:
         ),
         (ImportError("tell: 'x>=1' is required", name="The 'x>=1' package"), 1, "failed on ImportError: tell: 'x>=1'"),
         (ZeroDivisionError("x"), 1, "This is a bug in autorev"),
+        (Speechless(), 1, "autorev failed on Speechless. This is a bug in autorev"),
     ],
 )
 def test_what_an_exception_becomes(

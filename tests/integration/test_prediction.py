@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -251,6 +252,15 @@ def test_a_setting_that_is_none(setting: dict[str, Any], said: str) -> None:
     """Refused before the model is built."""
     with pytest.raises(SettingError, match=re.escape(said)):
         autorev.forecast("gpt2", **setting)
+
+
+def test_a_forecast_takes_what_can_be_built(tmp_path: Path) -> None:
+    """A folder as a path, too; a model that is there already is told where to go."""
+    model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
+    config_cls(**sizes, architectures=[model_cls.__name__]).save_pretrained(tmp_path)
+    assert autorev.forecast(tmp_path, sequence=32, device="cpu", dtype="fp32").predictions
+    with pytest.raises(SettingError, match=r"from a name, a folder.*autorev\.analyze\(model\)"):
+        autorev.forecast(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

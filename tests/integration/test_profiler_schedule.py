@@ -161,7 +161,7 @@ def test_options_that_a_model_at_hand_cannot_have(jobs: list[Job]) -> None:
         (picklable(), {"batch": (TOKENS,), "depth": 3}, "depth"),
         (picklable(), {"batch": (TOKENS,), "text": "a.txt"}, "text"),
         ("profiled_net:make", {"batch": (TOKENS,)}, "batch is a number"),
-        ("profiled_net:make", {"sweeps": ["depth=1"], "lora_rank": 4}, "lora_rank has no meaning"),
+        ("profiled_net:make", {"sweeps": ["depth=1"], "trains": "head", "lora_rank": 4}, "lora_rank has no meaning"),
         ("profiled_net:make", {"sweeps": ["sequence"]}, "no sequence axis"),
     ):
         with pytest.raises(AutorevError, match=words):

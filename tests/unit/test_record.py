@@ -118,6 +118,14 @@ def test_a_write_that_breaks_off_keeps_the_old_record(tmp_path: Path, monkeypatc
     assert path.read_bytes() == before
 
 
+def test_links_in_a_circle_cannot_be_written_to(tmp_path: Path) -> None:
+    """Told in one line, like any file that cannot be."""
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    with pytest.raises(RecordError, match=r"loop\.json cannot be written: .*symbolic links"):
+        examples.unequal().write(loop)
+
+
 def test_median_and_spread_are_of_all_rounds() -> None:
     """The quartiles of 1, 2, 3, 4, 5 are 2 and 4, so that the spread is 2/3 of the median."""
     result = timed(1, 2, 3, 4, 5)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from autorev.errors import AutorevError
-from autorev.format import lines_of
+from autorev.errors import AutorevError, first_line
 from autorev.in_place import NotApplicable, in_place
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.passes.allocator import measure_memory
@@ -34,13 +33,7 @@ def measure(job: Job, live: tuple[torch.nn.Module, Call] | None = None) -> Outco
     except AutorevError as error:
         return Outcome(Status.FAILED, str(error))
     except Exception as error:
-        return Outcome(Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED, one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    """Its type and the first line of its text."""
-    text = lines_of(error)
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        return Outcome(Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED, first_line(error))
 
 
 def _measured(job: Job, prepared: Prepared) -> Outcome:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autorev.capture.quantised import held_by
-from autorev.format import text_of
+from autorev.errors import message_of
 from autorev.predict.training import own_loss
 from autorev.profiler.readings import PHASES
 
@@ -95,7 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Did an allocation fail? The CPU's allocator has no exception of its own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = text_of(error)
+    text = message_of(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
