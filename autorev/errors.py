@@ -81,7 +81,7 @@ def message_of(error: BaseException) -> str:
     """What an error of somebody else's says, in one line; empty where it says nothing, or fails at that, too."""
     try:
         return " ".join(str(error).split())
-    except Exception:
+    except Exception:  # its own text fails, in whatever way
         return ""
 
 
@@ -95,6 +95,6 @@ def first_line(error: BaseException) -> str:
     """Its type, and the first line of what it says: torch explains itself at length."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:
+    except Exception:  # likewise
         lines = []
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -85,6 +85,51 @@ def test_a_block_that_was_wrapped_afterwards(name: str, how: dict[str, Any]) -> 
     assert_close(results_of(model, lambda: model(x)), expected, 1e-6)
 
 
+class Around(nn.Module):
+    """The loop over blocks stands in a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = make()[0], nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x))
+
+
+def _by_a_function_that_holds_itself(module: nn.Module) -> None:
+    forward, count = module.forward, 0
+
+    def wrapped(x: torch.Tensor, again: bool = True) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return wrapped(x, again=False) if again else forward(x)
+
+    module.forward = wrapped  # type: ignore[method-assign]  # as libraries do
+
+
+def _scaled(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: forward(x) + 0.1  # type: ignore[method-assign]  # likewise
+
+
+_AROUND = {**WRAPPERS, "a function that holds itself": _by_a_function_that_holds_itself, "scaled": _scaled}
+
+
+@pytest.mark.parametrize("name", _AROUND)
+@pytest.mark.parametrize("where", ["inner", "inner.2", "inner.2.a"])
+@pytest.mark.parametrize("how", [LEAPFROG, {"granularity": "sublayer"}], ids=str)
+def test_a_module_that_was_wrapped_before(name: str, where: str, how: dict[str, Any]) -> None:
+    """The wrapper leads to the module itself, and in the copy that is analysed to the copy's."""
+    model, x = Around(), make()[1]
+    _AROUND[name](model.get_submodule(where))
+    forward = model.get_submodule(where).forward
+    found = autorev.convert(model, example_args=(x,), **how)
+    assert [len(chain.blocks) for chain in found.chains] == [6]
+    assert autorev.verify(model, x).passed
+    autorev.revert(model)
+    assert model.get_submodule(where).forward is forward or where == "inner.2.a"
+
+
 def test_a_wrapper_that_is_taken_off_again() -> None:
     """accelerate restores what it found: after a revert in between, that is a forward that passes through."""
     model, x = make()
