@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from autorev.conversion.convert import convert
+from autorev.conversion.convert import chains_of, convert
 from autorev.conversion.remember import converted_as
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import AutorevError, ConversionError
-from autorev.rewrite.block_forward import HANDLE
+from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 
 _NAMES = re.compile(r"_?ref(erence)?(_|$)")
 """What trainers call the attribute: ref_model, reference_model, ref_policy, ..."""
@@ -36,6 +36,8 @@ _SAME = 1e-3
 _MOST_ROWS = 8
 _beside: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 """By reference: the policies beside which it was looked at."""
+_following: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""By reference: the policies whose function it was then."""
 _checked: WeakSet[Any] = WeakSet()
 """Trainers whose data and servers were looked at."""
 
@@ -63,49 +65,54 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
         return trainer
     for name, module in references.items():
         if policy not in (seen := _beside.setdefault(module, WeakSet())):
-            _match(f"{type(owner).__name__}.{name}", module, _base(policy), convert_it=trainer)
+            if _match(f"{type(owner).__name__}.{name}", module, _base(policy), convert_it=trainer):
+                _following.setdefault(module, WeakSet()).add(policy)
             seen.add(policy)
+        elif policy in _following.get(module, ()):
+            _follow(module, policy)
     if trainer and owner not in _checked:
+        _tell_of_chance(owner, policy)
         _check_precomputed(owner)
         _tell_of_servers(owner)
         _checked.add(owner)
     return True
 
 
-def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -> None:
-
+def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -> bool:
+    """Give the reference the policy's coupling, or say why not. Returns: whether it has that coupling now."""
     reference = _base(module)
     # Some trainers put the policy beside a value head, into one module.
     policy = next((part for part in trained.modules() if _related(type(part), type(reference))), trained)
     if reference is policy:
-        return
+        return False
     settings, theirs = converted_as(policy), converted_as(reference)
     log = logging.getLogger("autorev")
     if any(HANDLE in each.__dict__ for each in reference.modules()):
+        if _function_of(reference) == _function_of(policy):
+            return True
         ours, other = settings or {}, theirs or {}
         different = [name for name in ours if name not in _NO_FUNCTION and other.get(name) != ours[name]]
-        if different:
-            log.warning(
-                "%s is converted with another %s than the policy: from the first step on they differ by more than "
-                "what was trained",
-                what,
-                ", ".join(different),
-            )
-        return
+        log.warning(
+            "%s is converted with another %s than the policy: from the first step on they differ by more than "
+            "what was trained",
+            what,
+            ", ".join(different or ["set of blocks"]),
+        )
+        return False
     if not _alike(reference, policy):
         log.warning(
             "%s (%s) is another architecture than the converted policy, and stays as it is",
             what,
             type(reference).__name__,
         )
-        return
+        return False
     if not convert_it:
         log.warning(
             "%s computes the plain function, and the policy beside it the coupled one; if it is the reference of a "
             "loss, convert it with the same settings",
             what,
         )
-        return
+        return False
     if settings is None:
         raise ConversionError(f"{what} {_UNKNOWN}: the policy's config does not say how it was converted. {_BY_HAND}")
     try:
@@ -113,9 +120,27 @@ def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -
     except AutorevError as error:
         raise ConversionError(f"{what} {_UNKNOWN}: {error}. {_BY_HAND}") from error
     log.warning("%s is converted like the policy, which it is compared with", what)
+    return True
 
 
-_NO_FUNCTION = ("keep_last", "blocks", "exclude", "fraction_bits")
+def _function_of(model: nn.Module) -> dict[str, Any]:
+    """By converted block, the couplings of its chain and which of them is its own: what the model computes of it."""
+    return {
+        _without_adapters(name): (found.numbers, found.chain.couplings, found.chain.averages)
+        for name, module in model.named_modules()
+        for found in module.__dict__.get(HANDLE, ())
+        if isinstance(found, ReversibleForward)
+    }
+
+
+def _follow(reference: nn.Module, policy: nn.Module) -> None:
+    """A schedule moves the policy's gamma: its reference goes along, as the policy without adapters would."""
+    for own, moved in zip(chains_of(reference), chains_of(policy), strict=False):
+        if own.couplings != moved.couplings:
+            own.couplings[:] = moved.couplings
+
+
+_NO_FUNCTION = ("keep_last", "blocks", "exclude", "fraction_bits", "arithmetic")
 """Settings that may differ: they say what is stored and how finely it is rounded, or are patterns of names."""
 _UNKNOWN = "computes the plain function beside a policy that is coupled, and cannot be converted like it"
 _BY_HAND = (
@@ -231,6 +256,18 @@ def _computed_anew(trainer: Any) -> list[list[float]]:
     model = getattr(trainer, "ref_model", None) or trainer.model
     with torch.no_grad(), eval_mode(model):
         return [[] if v is None else v.tolist() for v in trainer.compute_ref_log_probs(model, batch)]
+
+
+def _tell_of_chance(trainer: Any, policy: nn.Module) -> None:
+    """Couplings that are drawn for each call, where two calls are compared: the policy's and the reference's."""
+    drawn = any(coupling.random for chain in chains_of(policy) for coupling in chain.couplings)
+    compared = any(_NAMES.match(name) for name in vars(trainer)) and getattr(trainer, "beta", None) != 0
+    if drawn and compared:
+        logging.getLogger("autorev").warning(
+            "%s compares the policy with a reference, and a coupling whose signs are drawn for each call (bdia) makes "
+            "the two differ before anything was trained; convert with one that draws nothing, such as momentum",
+            type(trainer).__name__,
+        )
 
 
 def _tell_of_servers(trainer: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import autorev
 from autorev.conversion.convert import chains_of
@@ -35,6 +35,7 @@ PAIRS = [
     for n in range(8)
 ]
 LABELLED = [{"prompt": p["prompt"], "completion": p["chosen"], "label": n % 2 == 0} for n, p in enumerate(PAIRS)]
+TEXTS = [{"text": p["prompt"] + p["chosen"]} for p in PAIRS]
 COUPLINGS = [{}, {"coupling": "leapfrog"}, {"coupling": "momentum", "gamma": {"*.0": 0.5, "*": 0.25}}]
 
 
@@ -85,7 +86,8 @@ def trainer_of(kind: str, model: Any, folder: Path, out: Path, *, lora: bool = F
         }
         usual |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
     else:
-        made["train_dataset"] = datasets.Dataset.from_list(LABELLED if kind == "KTO" else PAIRS)
+        rows = {"KTO": LABELLED, "SFT": TEXTS}.get(kind, PAIRS)
+        made["train_dataset"] = datasets.Dataset.from_list(rows)
     args = getattr(trl, f"{kind}Config")(**{**usual, **how})
     return getattr(trl, f"{kind}Trainer")(args=args, **made)
 
@@ -166,6 +168,43 @@ def test_a_model_that_is_converted_in_its_trainer(folder: Path, tmp_path: Path) 
     check_alike("DPO", first_log(trainer))
 
 
+@pytest.mark.parametrize("kind", ["DPO", "SFT"])
+def test_adapters_that_the_trainer_makes_are_converted_in_it(folder: Path, tmp_path: Path, kind: str) -> None:
+    """trl has wrapped the forward of the model within PEFT's."""
+    trainer = trainer_of(kind, loaded(folder), folder, tmp_path, lora=True)
+    assert "forward" in vars(trainer.model.get_base_model())
+    assert len(autorev.convert(trainer.model, coupling="leapfrog").chains[0].blocks) == 4
+    row = first_log(trainer)
+    assert autorev.drift(trainer.model) == {"base_model.model.model.layers": 0.0}
+    if kind == "DPO":
+        check_alike(kind, row)
+
+
+class Move(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Another gamma after the first step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """As a schedule does."""
+        if state.global_step == 1:
+            autorev.recouple(model, gamma={"*.0": 1 / 8, "*": 1.0})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_reference_goes_along_when_gamma_moves(folder: Path, tmp_path: Path, given: bool) -> None:
+    """One that trl loads, and one that was converted by hand."""
+    model, reference = loaded(folder), loaded(folder)
+    autorev.convert(model, gamma=0.5)
+    autorev.convert(reference, gamma=0.5)
+    how = {"ref_model": reference} if given else {}
+    trainer = trainer_of("DPO", model, folder, tmp_path, max_steps=3, **how)
+    trainer.add_callback(Move())
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 3
+    for row in rows:
+        check_alike("DPO", row)
+
+
 def test_adapters_of_a_policy_beside_a_reference_of_its_own(folder: Path, tmp_path: Path) -> None:
     """Converted within PEFT's model, whose names are longer than the reference's."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -216,6 +255,29 @@ def test_a_reference_under_another_coupling(folder: Path, tmp_path: Path, caplog
     autorev.convert(reference, coupling="midpoint")
     ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=reference))
     assert "DPOTrainer.ref_model is converted with another coupling than the policy" in caplog.text
+
+
+def test_a_reference_with_other_blocks_converted(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    """Is another function, whatever its coupling is called; one that is asked for in other words is the same."""
+    model, other, same = (loaded(folder) for _ in range(3))
+    autorev.convert(model, coupling="leapfrog", exclude="model.layers.0")
+    autorev.convert(other, coupling="leapfrog")
+    autorev.convert(same, coupling="momentum", gamma=1, c=1, blocks="model.layers.[123]")
+    ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=same))
+    assert caplog.text == ""
+    ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=other))
+    assert "DPOTrainer.ref_model is converted with another set of blocks than the policy" in caplog.text
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_coupling_that_is_drawn_for_each_call(folder: Path, tmp_path: Path, lora: bool, caplog: Any) -> None:
+    """Makes policy and reference differ from the first step on, which is said; where nothing is compared, it is not."""
+    model = loaded(folder)
+    autorev.convert(model, coupling="bdia")
+    ReversibleCallback().attach(trainer_of("GRPO", model, folder, tmp_path, beta=0.0))
+    assert caplog.text == ""
+    ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, lora=lora))
+    assert "DPOTrainer compares the policy with a reference, and a coupling whose signs are drawn" in caplog.text
 
 
 def test_a_reference_of_another_architecture(folder: Path, tmp_path: Path, caplog: Any) -> None:
