@@ -79,11 +79,12 @@ class _Plan:
         return Recommendation(chosen.strategy, "; ".join([why, *others]), tuple(self._advice(chosen)))
 
     def _is_rival(self, other: Prediction, chosen: Prediction) -> bool:
-        """Why not the others: those that are simpler, and the reversible one."""
+        """Why not the others: those that are simpler, the reversible one, and one that is lower and as fast."""
         if other is chosen:
             return False
         simpler = _simplicity(other) < _simplicity(chosen)
-        return simpler or (other.strategy == "momentum" and chosen.strategy != "plain")
+        lower = other in self.fitting and other.peak_bytes < chosen.peak_bytes and _time(other) <= _time(chosen)
+        return simpler or lower or (other.strategy == "momentum" and chosen.strategy != "plain")
 
     def _against(self, other: Prediction, chosen: Prediction) -> str:
         title, peak = _TITLES[other.strategy], self.size(other.peak_bytes)
@@ -99,7 +100,8 @@ class _Plan:
         else:
             text = f"{title} is no faster"
         lower = "at" if other.peak_bytes >= chosen.peak_bytes else "though at"
-        return f"{text}, {lower} {peak}{self._because_of(other, chosen)}"
+        host = ", and needs the host's memory" if other.strategy == "offload" else ""
+        return f"{text}, {lower} {peak}{self._because_of(other, chosen)}{host}"
 
     def _because_of(self, other: Prediction, chosen: Prediction) -> str:
         """Why a reversible chain saves little."""

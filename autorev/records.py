@@ -134,10 +134,16 @@ def check_name(name: str, where: str) -> None:
     Raises:
         RecordError: it may not.
     """
-    if not name.isprintable() or set(name) & set("/\\") or name in ("", ".", "..") or len(name) > LONGEST_NAME:
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or set(name) & set("/\\")
+        or name in ("", ".", "..")
+        or len(name) > LONGEST_NAME
+    ):
         raise RecordError(
-            f"{where} has the name {shortened(name)!r}, which a record cannot have: it is 1 to {LONGEST_NAME} letters, "
-            "without slashes and control characters"
+            f"{where} has the name {shortened(str(name))!r}, which a record cannot have: it is 1 to {LONGEST_NAME} "
+            "letters, without slashes and control characters"
         )
 
 

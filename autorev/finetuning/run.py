@@ -26,6 +26,7 @@ from autorev.finetuning.setup import set_up
 from autorev.models.quantization import bitsandbytes_config, cannot_train
 from autorev.packages import require
 from autorev.profiler.environment import environment
+from autorev.records import check_name
 
 if TYPE_CHECKING:
     from autorev.finetuning.setup import Setup
@@ -119,6 +120,8 @@ def finetune(
     """
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     folder = Path(out)
+    if name is not None:
+        check_name(name, "the run")
     with ExitStack() as stack:
         before = stack.enter_context(claimed(folder, resume))
         asked = settled(given, before, folder / FILE)

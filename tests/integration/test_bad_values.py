@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import autorev
-from autorev.errors import AutorevError, ConversionError, SettingError
+from autorev.errors import AutorevError, ConversionError, RecordError, SettingError
 from tests.tiny_llm import tiny_llm, tiny_model
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -149,4 +149,12 @@ def test_finetune(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
     """Before the model is loaded, and without a folder left behind."""
     with pytest.raises(SettingError, match=r"not (by )?(True|'x'|nan|inf|3)"):
         autorev.finetune(folder, out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b", "\x1b[2J", 3])
+def test_a_name_that_a_record_cannot_have(folder: str, tmp_path: Path, name: Any) -> None:
+    """Refused where it is given, and not where it is read."""
+    with pytest.raises(RecordError, match="which a record cannot have"):
+        autorev.finetune(folder, out=tmp_path / "run", name=name)
     assert not (tmp_path / "run").exists()

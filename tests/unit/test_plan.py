@@ -71,6 +71,19 @@ def test_checkpointing_is_enough_where_it_fits() -> None:
     assert "the momentum coupling takes longer, 1.40 s instead of 1.30 s a step, though at 17.0 GiB" in found.why
 
 
+def test_one_that_is_as_fast_and_lower_is_told() -> None:
+    """Simplicity decided, and what it costs is said."""
+    found = planned(
+        plain={"stored_activations": 900},
+        checkpoint={"logits_and_loss": 70},
+        offload={"logits_and_loss": 60},
+        momentum={"logits_and_loss": 65},
+    )
+    assert found.strategy == "checkpoint"
+    assert "offloaded checkpointing is no faster, though at 60.0 GiB" in found.why
+    assert "needs the host's memory" in found.why
+
+
 def test_conversion_where_only_it_fits() -> None:
     """The stored inputs of checkpointing do not fit, and the reversible chain does; with the very call."""
     found = planned(
