@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from autorev.conversion.convert import chains_of, convert
-from autorev.conversion.remember import converted_as
+from autorev.conversion.remember import converted_as, for_base_model
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import AutorevError, ConversionError
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward
@@ -116,7 +116,7 @@ def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -
     if settings is None:
         raise ConversionError(f"{what} {_UNKNOWN}: the policy's config does not say how it was converted. {_BY_HAND}")
     try:
-        convert(reference, **_named_as_in(reference, settings))
+        convert(reference, **for_base_model(settings))
     except AutorevError as error:
         raise ConversionError(f"{what} {_UNKNOWN}: {error}. {_BY_HAND}") from error
     log.warning("%s is converted like the policy, which it is compared with", what)
@@ -147,20 +147,6 @@ _BY_HAND = (
     "Load the reference yourself, autorev.convert it as the policy, and hand it to the trainer (ref_model=...); or "
     "train adapters (LoRA), whose reference is the policy itself with its adapters off"
 )
-
-
-def _named_as_in(reference: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a policy that was converted within PEFT's model, whose names are longer."""
-    inside = "base_model.model."
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.removeprefix(inside)
-        if isinstance(value, Mapping):
-            return {plain(name): number for name, number in value.items()}
-        return [plain(each) for each in value] if isinstance(value, list) else value
-
-    return {name: plain(value) for name, value in settings.items()}
 
 
 def _alike(reference: nn.Module, policy: nn.Module) -> bool:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from autorev.rewrite.request import Request
 
 KEY = "autorev"
+_PEFT = "base_model.model."
+"""Where a PEFT model holds the model."""
 
 
 def remember(model: nn.Module, request: Request, chains: Mapping[str, ReversibleChain]) -> None:
@@ -70,6 +72,19 @@ def converted_as(model: nn.Module) -> dict[str, Any] | None:
     return {**entry, **pairs}
 
 
+def for_base_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model that was converted within PEFT's, as the model itself reads them: shorter names."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.removeprefix(_PEFT)
+        if isinstance(value, Mapping):
+            return {plain(name): number for name, number in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in settings.items()}
+
+
 def load(folder: str | Path, *, trust_remote_code: bool = False, **from_pretrained: Any) -> nn.Module:
     """A model saved by `save_pretrained`, converted as it was when it was saved.
 
@@ -96,7 +111,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False, **from_pretrain
         )
     forget(model)
     try:
-        convert(model, **settings)
+        convert(model, **for_base_model(settings))
     except TypeError as error:
         raise ConversionError(
             f"{path}/config.json has an autorev entry of another version: {one_line(error)}"

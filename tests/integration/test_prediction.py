@@ -245,7 +245,7 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
         ({"loss": "fused"}, "loss is full or chunked, not 'fused'"),
         ({"dtype": "fp8"}, "dtype is fp32, bf16 or fp16, not 'fp8'"),
         ({"trains": "head", "lora_rank": 4}, "lora_rank has no meaning with trains='head'"),
-        ({"lora_rank": 0}, "rank of adapters is 1 or more, not 0"),
+        ({"lora_rank": 0}, "the rank of adapters is a whole number, 1 or more, not 0"),
     ],
 )
 def test_a_setting_that_is_none(setting: dict[str, Any], said: str) -> None:
