@@ -1,4 +1,4 @@
-"""Stands here so that pytest puts the folder above on the path: tests import `tests.zoo` and `tests.handwritten`."""
+"""Stands here so that pytest puts the folder above on the path: tests import `tests.helpers`."""
 
 from collections.abc import Iterator
 

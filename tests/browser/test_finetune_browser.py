@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from autorev.report.finetuning.html import render_finetune_html
-from tests import finetune_examples as examples
-from tests.browser.chromium import (
+from tests.helpers import finetune_examples as examples
+from tests.helpers.chromium import (
     INK,
     MEASURE_PLOTS,
     PAPER,

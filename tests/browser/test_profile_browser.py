@@ -17,8 +17,8 @@ from autorev.format import format_bytes
 from autorev.report.profile.html import render_profile_html
 from autorev.report.profile.rows import chosen
 from autorev.words import headline
-from tests import profile_examples as examples
-from tests.browser.chromium import (
+from tests.helpers import profile_examples as examples
+from tests.helpers.chromium import (
     INK,
     MEASURE_PLOTS,
     PAPER,

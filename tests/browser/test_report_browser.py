@@ -12,8 +12,8 @@ import pytest
 
 from autorev.report.analysis.figures import figures
 from autorev.report.analysis.html import render_html
-from tests import analysis_examples as examples
-from tests.browser.chromium import (
+from tests.helpers import analysis_examples as examples
+from tests.helpers.chromium import (
     MEASURE_PLOTS,
     PAPER,
     background,

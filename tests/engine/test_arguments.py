@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from autorev.engine.mode import running
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     Decoder,
     Results,
     Setting,

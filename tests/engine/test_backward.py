@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     DOUBLE,
     EXACT,
     EXACT_LEAPFROG,

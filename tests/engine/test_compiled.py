@@ -21,7 +21,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import autorev
 from autorev.errors import ReconstructionError
-from tests.one_step import gap, one_step
+from tests.helpers.one_step import gap, one_step
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute",  # of torch's own compiler, as the next ones

@@ -15,8 +15,8 @@ from torch import nn
 
 import autorev
 from autorev.errors import AutorevError, ConversionError
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     EXACT,
     TOKENS,
     Chain,

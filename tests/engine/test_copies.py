@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import autorev
-from tests.engine.models import (
+from tests.helpers.blocks import (
     EXACT,
     TOKENS,
     Setting,

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from autorev.errors import ReconstructionError
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     EXACT,
     IMAGES,
     TOKENS,

@@ -10,8 +10,8 @@ import copy
 import pytest
 import torch
 
-from tests import handwritten as hand
-from tests.engine.models import Results, Setting, assert_like_oracle, assert_same, converted, each_setting, small, step
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import Results, Setting, assert_like_oracle, assert_same, converted, each_setting, small, step
 
 
 @each_setting

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     EXACT,
     TOKENS,
     Chain,

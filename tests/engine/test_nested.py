@@ -11,8 +11,8 @@ from torch import nn
 
 import autorev
 from autorev.rewrite.block_forward import ReversibleForward, replacements_of
-from tests import handwritten as hand
-from tests.engine.models import TOKENS, Mlp, Setting, assert_like_oracle, each_setting, small, states
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import TOKENS, Mlp, Setting, assert_like_oracle, each_setting, small, states
 
 
 class Outer(nn.Module):

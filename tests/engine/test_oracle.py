@@ -13,8 +13,8 @@ from torch import nn
 
 import autorev
 from autorev.engine.mode import running
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     EXACT,
     TOKENS,
     Results,

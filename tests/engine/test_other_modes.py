@@ -15,7 +15,7 @@ from torch import nn
 import autorev
 from autorev.engine.mode import running
 from autorev.errors import AutorevError, ConversionError
-from tests.engine.models import (
+from tests.helpers.blocks import (
     DOUBLE,
     EXACT,
     EXACT_LEAPFROG,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import autorev
-from tests import handwritten as hand
-from tests.engine.models import (
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
     EXACT,
     EXACT_LEAPFROG,
     IMAGES,

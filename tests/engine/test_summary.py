@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import autorev
 from autorev.conversion.summary import Held
-from tests.engine.models import Storages, no_collection
 from tests.engine.test_memory import PeakBytes
+from tests.helpers.blocks import Storages, no_collection
 
 ROWS, WIDTH = 512, 16
 STREAM = 4 * ROWS * WIDTH

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from tests import handwritten as hand
-from tests.engine.models import EXACT, Setting, assert_like_oracle, converted, each_setting, one_block, small, step
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import EXACT, Setting, assert_like_oracle, converted, each_setting, one_block, small, step
 
 FROZEN: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.",),

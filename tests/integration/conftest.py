@@ -14,7 +14,7 @@ import torch
 from autorev.profiler import schedule
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.passes.measure import measure
-from tests.zoo import HEADS
+from tests.helpers.zoo import HEADS
 
 NET = """
 import os, signal, sys

@@ -19,7 +19,7 @@ from autorev.cli import main
 from autorev.commands import SPEC, training_command
 from autorev.offers import Possible
 from autorev.plan import recommend
-from tests.tiny_llm import tiny_llm
+from tests.helpers.tiny_llm import tiny_llm
 
 SETTING = Setting(4, 96, "fp32", "adamw", "lora", 4, "full", "cpu")
 

@@ -18,8 +18,8 @@ from autorev.files import DEEPEST, parse_json, path_of
 from autorev.models import building
 from autorev.models.resolve import resolve
 from autorev.profiler.record import Profile
-from tests import profile_examples
-from tests.zoo import HEADS
+from tests.helpers import profile_examples
+from tests.helpers.zoo import HEADS
 
 CONFIG = {"model_type": "llama", **HEADS, "num_hidden_layers": 2}
 HUGE = 10**18

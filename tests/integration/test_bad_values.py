@@ -13,7 +13,7 @@ import torch
 
 import autorev
 from autorev.errors import AutorevError, ConversionError, RecordError, SettingError
-from tests.tiny_llm import tiny_llm, tiny_model
+from tests.helpers.tiny_llm import tiny_llm, tiny_model
 
 NAN, INFINITE = float("nan"), float("inf")
 CALL = {"input_ids": torch.arange(8)[None]}

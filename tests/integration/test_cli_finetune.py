@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from autorev.cli import main
 from autorev.finetuning.record import FineTuning
-from tests.tiny_run import At, figures, interrupt, workplace
+from tests.helpers.tiny_run import At, figures, interrupt, workplace
 
 ROOT = Path(__file__).parents[2]
 QUICK = (

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from autorev.cli import main
 from autorev.profiler.job import Job
 from autorev.profiler.record import Profile, Status
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("folder")

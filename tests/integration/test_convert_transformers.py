@@ -24,8 +24,8 @@ import transformers as hf
 import autorev
 from autorev.engine.mode import running
 from autorev.errors import ConversionError
-from tests import zoo
-from tests.one_step import gap, loss_of, one_step
+from tests.helpers import zoo
+from tests.helpers.one_step import gap, loss_of, one_step
 
 TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 CALL = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}

@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 import autorev
 from autorev.errors import ConversionError
 from autorev.models.example_call import example_call_for
-from tests import zoo
-from tests.one_step import gap, one_step
+from tests.helpers import zoo
+from tests.helpers.one_step import gap, one_step
 
 REFUSED = {
     "opt-post": "post-norm",

@@ -25,14 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import autorev
 from autorev.engine.mode import running
 from autorev.errors import AutorevError, ConversionError
-from tests import handwritten as hand
-from tests.one_step import gap, gradients_of, loss_of, one_step
+from tests.helpers import handwritten as hand
+from tests.helpers.one_step import gap, gradients_of, loss_of, one_step
 
 pytest.importorskip("transformers")
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-from tests import zoo
+from tests.helpers import zoo
 
 RANKS = 2
 ROWS = 4

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autorev
-from tests.tiny_llm import LENGTH, tiny_llm
+from tests.helpers.tiny_llm import LENGTH, tiny_llm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _TRL = ("accelerate", "trl", "datasets", "peft")

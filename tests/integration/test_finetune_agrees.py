@@ -19,8 +19,8 @@ from autorev.cli import main
 from autorev.errors import TrainingError
 from autorev.finetuning.progress import Told
 from autorev.finetuning.record import FineTuning
-from tests.profile_examples import lora as profiled
-from tests.tiny_run import At, figures, interrupt, tune, workplace
+from tests.helpers.profile_examples import lora as profiled
+from tests.helpers.tiny_run import At, figures, interrupt, tune, workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 

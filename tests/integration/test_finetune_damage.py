@@ -20,7 +20,7 @@ from autorev.finetuning.examine import examine
 from autorev.finetuning.export import export
 from autorev.finetuning.record import FineTuning
 from autorev.finetuning.run import finetune
-from tests.tiny_run import At, figures, interrupt, tune, workplace
+from tests.helpers.tiny_run import At, figures, interrupt, tune, workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 RUNS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": 4}, "plain": {"coupling": "plain"}}

@@ -16,8 +16,8 @@ import autorev
 from autorev.errors import AutorevError, ExportError, ModelNotFoundError, SettingError, TrainingError
 from autorev.finetuning.export import export
 from autorev.finetuning.record import FineTuning
-from tests.tiny_llm import tiny_llm, tokenizer_of_bytes
-from tests.tiny_run import At, interrupt, loss_of, tune, workplace
+from tests.helpers.tiny_llm import tiny_llm, tokenizer_of_bytes
+from tests.helpers.tiny_run import At, interrupt, loss_of, tune, workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 RUNS: dict[str, dict[str, Any]] = {

@@ -25,8 +25,8 @@ from transformers import (
 import autorev
 from autorev.errors import AutorevError, DataError, ModelNotFoundError, SettingError, TrainingError
 from autorev.finetuning.record import FineTuning
-from tests.tiny_llm import LENGTH, tiny_llm, tokenizer_of_bytes
-from tests.tiny_run import At, figures, loss_of, tune, workplace
+from tests.helpers.tiny_llm import LENGTH, tiny_llm, tokenizer_of_bytes
+from tests.helpers.tiny_run import At, figures, loss_of, tune, workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 SMALL: dict[str, Any] = {

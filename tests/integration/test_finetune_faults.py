@@ -22,7 +22,7 @@ from autorev.finetuning.export import export
 from autorev.finetuning.folder import claimed, finished
 from autorev.finetuning.record import FineTuning
 from autorev.lock import held, lock_files
-from tests.tiny_run import At, figures, run_and_die, tune, workplace
+from tests.helpers.tiny_run import At, figures, run_and_die, tune, workplace
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "quick_collections"),

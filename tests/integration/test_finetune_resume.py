@@ -14,8 +14,8 @@ from autorev import records
 from autorev.errors import AutorevError, RecordError, SettingError, TrainingError
 from autorev.finetuning.record import FineTuning
 from autorev.finetuning.run import finetune
-from tests.tiny_llm import tiny_llm
-from tests.tiny_run import GPT2, USUAL, At, figures, interrupt, run_and_kill, tune, workplace
+from tests.helpers.tiny_llm import tiny_llm
+from tests.helpers.tiny_run import GPT2, USUAL, At, figures, interrupt, run_and_kill, tune, workplace
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "quick_collections"),

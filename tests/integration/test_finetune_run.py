@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import autorev
 from autorev.engine.mode import ORACLE, running
 from autorev.finetuning.record import FineTuning
-from tests.tiny_llm import tiny_llm, tiny_model
-from tests.tiny_run import GPT2, USUAL, figures, loss_of, tune, workplace
+from tests.helpers.tiny_llm import tiny_llm, tiny_model
+from tests.helpers.tiny_run import GPT2, USUAL, figures, loss_of, tune, workplace
 
 STEPS = USUAL["steps"]
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")

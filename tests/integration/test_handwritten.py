@@ -19,7 +19,7 @@ from autorev.analysis import Analysis, Block
 from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.detect.cut import cut, reproduces
-from tests import handwritten as hand
+from tests.helpers import handwritten as hand
 
 TOKENS = torch.arange(16).reshape(2, 8)
 SEQUENCE = torch.linspace(-1, 1, 2 * 8 * hand.WIDTH).reshape(2, 8, hand.WIDTH)
@@ -185,7 +185,7 @@ def marked_lines(where: type[nn.Module], code: str) -> set[str]:
             lines, first = inspect.getsourcelines(cls)
             found |= {first + i for i, line in enumerate(lines) if line.rstrip().endswith(f"# here: {code}")}
     assert found, f"{where.__name__} marks no line with {code}"
-    return {f"tests/handwritten.py:{line}" for line in found}
+    return {f"tests/helpers/handwritten.py:{line}" for line in found}
 
 
 def split(reason: str) -> tuple[str, str]:
@@ -199,7 +199,7 @@ def steps(block: Block) -> str:
 
 
 def analyze(model: nn.Module, example: torch.Tensor) -> Analysis:
-    """The analysis, from the folder that makes `tests/handwritten.py` the file's short name."""
+    """The analysis, from the folder that makes `tests/helpers/handwritten.py` the file's short name."""
     assert Path.cwd() == Path(__file__).parents[2], "run pytest in the repository's root"
     return autorev.analyze(model, example)
 

@@ -27,7 +27,7 @@ from autorev.predict.forecast import Forecaster
 from autorev.predict.frontier import explore
 from autorev.profiles import load_device
 from autorev.workload import Workload
-from tests.zoo import BART, GPT2, HEADS, IMAGE, SIZES
+from tests.helpers.zoo import BART, GPT2, HEADS, IMAGE, SIZES
 
 DEEP = {"num_hidden_layers": 7, "hidden_size": 64, "intermediate_size": 128}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], int, int | None]] = {

@@ -14,7 +14,7 @@ from autorev.errors import SettingError
 from autorev.profiler import scratch as scratch_module
 from autorev.profiler.job import Job
 from autorev.profiler.scratch import scratch
-from tests.profiling import run
+from tests.helpers.profiling import run
 
 pytestmark = pytest.mark.usefixtures("folder")
 

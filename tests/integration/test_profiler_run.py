@@ -20,7 +20,7 @@ from autorev.profiler.job import Job
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.record import Profile, Status
 from autorev.profiler.subject import _call
-from tests.profiling import job_of, run
+from tests.helpers.profiling import job_of, run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("folder")

@@ -18,10 +18,10 @@ from autorev.profiler.passes.measure import measure
 from autorev.profiler.passes.prepare import with_text
 from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.record import Status
-from tests import handwritten as hand
-from tests.engine.models import TOKENS, small
-from tests.profiling import job_of, run
-from tests.zoo import build
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import TOKENS, small
+from tests.helpers.profiling import job_of, run
+from tests.helpers.zoo import build
 
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -37,9 +37,9 @@ from autorev.models.quantization import scheme_of
 from autorev.models.resolve import resolve
 from autorev.pipeline import prepare
 from autorev.profiler.passes.step import storage_bytes
-from tests.one_step import gap, gradients_of, one_step
-from tests.tiny_llm import tokenizer_of_bytes
-from tests.tiny_run import TEXT, At, interrupt, loss_of, tune
+from tests.helpers.one_step import gap, gradients_of, one_step
+from tests.helpers.tiny_llm import tokenizer_of_bytes
+from tests.helpers.tiny_run import TEXT, At, interrupt, loss_of, tune
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 CALL = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}

@@ -17,7 +17,7 @@ from autorev.conversion.convert import chains_of
 from autorev.conversion.references import match_references
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import ReversibleCallback
-from tests.tiny_llm import tiny_llm
+from tests.helpers.tiny_llm import tiny_llm
 
 trl = pytest.importorskip("trl", reason="the trainers are trl's")
 datasets = pytest.importorskip("datasets", reason="trl's trainers read its data sets")

@@ -17,8 +17,8 @@ from autorev.finetuning.record import FILE
 from autorev.models.load import load_model, tokenizer_of
 from autorev.models.resolve import recorded_model, resolve
 from autorev.models.trust import check_config
-from tests import finetune_examples
-from tests.zoo import HEADS
+from tests.helpers import finetune_examples
+from tests.helpers.zoo import HEADS
 
 CONFIG = {"model_type": "llama", **HEADS, "num_hidden_layers": 2}
 CONFIGURING = """

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import autorev
 from autorev.detect.chains import detect
 from autorev.detect.cut import cut, reproduces
-from tests import zoo
+from tests.helpers import zoo
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROTARY = "position_embeddings position_ids"

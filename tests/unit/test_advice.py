@@ -13,8 +13,8 @@ from autorev.profiler.advice.advise import advise
 from autorev.profiler.readings import Memory, Round
 from autorev.profiler.record import Point, Profile, Result, Status
 from autorev.variants import Variant
-from tests import profile_examples as examples
-from tests.profile_simulation import method
+from tests.helpers import profile_examples as examples
+from tests.helpers.profile_simulation import method
 
 GIB = 2**30
 HOW = how({}, "full")

@@ -18,9 +18,9 @@ from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, make_rows
 from autorev.finetuning.record import Calibration
-from tests.tiny_llm import tiny_model
+from tests.helpers.tiny_llm import tiny_model
+from tests.helpers.zoo import build
 from tests.unit.test_packing import examples
-from tests.zoo import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,8 @@ import autorev
 from autorev.chunked_loss import ChunkedForward, chunk_loss, unchunk_loss
 from autorev.errors import ConversionError
 from autorev.models.example_call import example_call_for
-from tests.one_step import gap, gradients_of, one_step
-from tests.zoo import FAMILIES, GPT2, HEADS, build
+from tests.helpers.one_step import gap, gradients_of, one_step
+from tests.helpers.zoo import FAMILIES, GPT2, HEADS, build
 
 SHIFTED = ("llama", "gpt2")
 UNSHIFTED = ("t5", "bert")

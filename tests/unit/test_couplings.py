@@ -28,7 +28,7 @@ from autorev.couplings.velocity import Bdia, Velocity
 from autorev.engine.grid import advance, check_largest, grid_at_start, largest_of
 from autorev.engine.mode import running
 from autorev.errors import ConversionError, FixedPointRangeError
-from tests import handwritten as hand
+from tests.helpers import handwritten as hand
 
 GAMMAS = [Fraction(n) for n in ("1", "-1", "1/8", "-3/8", "7/16", "11/8", "77/256")]
 COUPLINGS: list[Coupling] = [*(Velocity(gamma, 1 - float(gamma) or 1.0) for gamma in GAMMAS), Additive()]

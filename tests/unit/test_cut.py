@@ -17,7 +17,7 @@ from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.detect.cut import CutBlock, CutError, Join, cut, reproduces
 from autorev.detect.judge import Finding
-from tests import handwritten as hand
+from tests.helpers import handwritten as hand
 
 TOKENS = torch.arange(16).reshape(2, 8)
 

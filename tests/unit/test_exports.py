@@ -15,7 +15,7 @@ import pytest
 from autorev.errors import MissingPackageError, RecordError
 from autorev.profiler.exports import points_frame, results_frame, steps_frame, write_csv, write_parquet, write_trace
 from autorev.profiler.record import Profile
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 
 
 def trace(profile: Profile, folder: Path) -> list[dict[str, Any]]:

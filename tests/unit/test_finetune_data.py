@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from autorev.errors import DataError
 from autorev.finetuning.data import IGNORED, TOPICS, Document, Example, read_documents, split, tokenize
-from tests.tiny_llm import END, START, tokenizer_of_bytes
+from tests.helpers.tiny_llm import END, START, tokenizer_of_bytes
 
 TOKENIZER = tokenizer_of_bytes()
 WITHOUT_CHAT = tokenizer_of_bytes(chat=False)

@@ -17,8 +17,8 @@ from autorev.report.finetuning import comparison_tables, rows, tables
 from autorev.report.finetuning.figures import change_scale, chosen_bits
 from autorev.report.finetuning.numbers import along_chain, change_text, gamma_text, perplexity_text, running_mean
 from autorev.report.tables import Cell, Table
-from tests import finetune_examples as examples
-from tests.finetune_examples import many
+from tests.helpers import finetune_examples as examples
+from tests.helpers.finetune_examples import many
 from tests.unit.test_finetune_report import drawn, drawn_across
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from autorev.finetuning.record import FineTuning
 from autorev.report.finetuning.markdown import render_markdown
-from tests import finetune_examples as examples
-from tests.finetune_examples import ALL, many
+from tests.helpers import finetune_examples as examples
+from tests.helpers.finetune_examples import ALL, many
 from tests.unit.test_profile_markdown import tables
 
 

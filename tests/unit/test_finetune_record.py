@@ -15,8 +15,8 @@ import pytest
 from autorev.errors import RecordError
 from autorev.finetuning.record import Evaluation, FineTuning
 from autorev.records import kind_of
-from tests import analysis_examples, profile_examples
-from tests import finetune_examples as examples
+from tests.helpers import analysis_examples, profile_examples
+from tests.helpers import finetune_examples as examples
 
 
 def edited(run: FineTuning, find: str, put: str) -> str:

@@ -24,9 +24,9 @@ from autorev.report.finetuning.html import render_finetune_html, tiles
 from autorev.report.finetuning.markdown import render_markdown
 from autorev.report.finetuning.terminal import render_text
 from autorev.report.finetuning.verdict import EXPORT_LIMIT, drift_words, may_export, verdict
-from tests import finetune_examples as examples
-from tests.finetune_examples import ALL, many
-from tests.finetune_simulation import looked_at
+from tests.helpers import finetune_examples as examples
+from tests.helpers.finetune_examples import ALL, many
+from tests.helpers.finetune_simulation import looked_at
 from tests.unit.test_profile_report import text_of
 from tests.unit.test_report import run as in_a_process
 from tests.unit.test_report import without_plotly
@@ -105,7 +105,7 @@ class TestHtml:
         """Two processes with different hash seeds write the same file."""
         program = (
             "import hashlib\n"
-            "from tests import finetune_examples as e\n"
+            "from tests.helpers import finetune_examples as e\n"
             "from autorev.report.finetuning.html import render_finetune_html as render\n"
             "pages = render([e.calibrated()], 'x') + render(e.many(), 'x')\n"
             "print(hashlib.sha256(pages.encode()).hexdigest())"

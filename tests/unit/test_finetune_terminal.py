@@ -14,8 +14,8 @@ from rich.console import Console
 
 from autorev.finetuning.record import FineTuning
 from autorev.report.finetuning.terminal import print_fine_tunings, render_text
-from tests import finetune_examples as examples
-from tests.finetune_examples import ALL, many
+from tests.helpers import finetune_examples as examples
+from tests.helpers.finetune_examples import ALL, many
 
 
 def screen(runs: list[FineTuning], width: int, color: bool = False) -> str:

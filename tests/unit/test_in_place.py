@@ -18,9 +18,9 @@ from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
 from autorev.variants import ALL, parse_variant
 from autorev.workload import Call
-from tests import handwritten as hand
-from tests.engine.models import TOKENS, Results, assert_same, gradients_of, small
-from tests.zoo import build
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import TOKENS, Results, assert_same, gradients_of, small
+from tests.helpers.zoo import build
 
 compiling = pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets in itself
 

@@ -16,8 +16,8 @@ import autorev
 from autorev.errors import DataError
 from autorev.finetuning.data import IGNORED, Example
 from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
-from tests.one_step import gap, one_step
-from tests.tiny_llm import LENGTH, tiny_model
+from tests.helpers.one_step import gap, one_step
+from tests.helpers.tiny_llm import LENGTH, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

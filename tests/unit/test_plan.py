@@ -14,7 +14,7 @@ from autorev.format import format_bytes, format_seconds, unit_for
 from autorev.offers import Possible
 from autorev.plan import SIMPLEST, recommend
 from autorev.report.analysis.terminal import render_text
-from tests import analysis_examples
+from tests.helpers import analysis_examples
 
 GIB = 2**30
 LOSSES = {"momentum", "bdia", "leapfrog", "midpoint", "midpoint_a", "hamiltonian", "revnet"}

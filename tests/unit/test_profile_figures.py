@@ -18,7 +18,7 @@ from autorev.report.profile import rows
 from autorev.report.profile.comparison import comparison_figures
 from autorev.report.profile.figures import front, front_points
 from autorev.report.profile.timelines import MOST_POINTS, thinned
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 from tests.unit.test_profile_report import ALL, all_figures, memory_of, page_of, text_of
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from autorev.profiler.record import Profile
 from autorev.report.profile.markdown import render_markdown
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 
 
 def tables(text: str) -> list[list[list[str]]]:

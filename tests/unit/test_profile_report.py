@@ -23,7 +23,7 @@ from autorev.report.profile.html import render_profile_html, tiles
 from autorev.report.profile.terminal import render_text
 from autorev.report.profile.time_figures import time_figures
 from autorev.report.tables import Cell, Row
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 from tests.unit.test_report import run, without_plotly
 
 ALL = {
@@ -104,7 +104,7 @@ class TestHtml:
         """Two processes with different hash seeds write the same file."""
         program = (
             "import hashlib\n"
-            "from tests import profile_examples as e\n"
+            "from tests.helpers import profile_examples as e\n"
             "from autorev.report.profile.html import render_profile_html as render\n"
             "pages = render([e.smollm2()], 'x') + render([e.deep(8), e.lora(), e.unequal()], 'x')\n"
             "print(hashlib.sha256(pages.encode()).hexdigest())"

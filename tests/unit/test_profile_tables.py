@@ -14,7 +14,7 @@ from autorev.report.profile import peak, rows
 from autorev.report.profile.tables import glance, prediction_table, state
 from autorev.report.profile.terminal import render_text
 from autorev.report.profile.time_tables import reach_table, sweep_table, time_table
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 from tests.unit.test_profile_report import bare, cell, memory_of, page_of, text_of
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from autorev.format import format_seconds
 from autorev.profiler.record import Profile
 from autorev.report.profile.terminal import print_profiles, render_text
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 from tests.unit.test_profile_report import ALL
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autorev
 from autorev.capture.fake import fake_copy, new_fake_mode
-from tests import handwritten as hand
+from tests.helpers import handwritten as hand
 
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
 

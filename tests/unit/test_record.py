@@ -13,7 +13,7 @@ import pytest
 from autorev.errors import RecordError
 from autorev.profiler.readings import Round
 from autorev.profiler.record import Point, Profile, Result, Status
-from tests import profile_examples as examples
+from tests.helpers import profile_examples as examples
 
 
 def timed(*seconds: float) -> Result:

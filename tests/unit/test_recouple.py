@@ -16,9 +16,9 @@ import autorev
 from autorev.conversion.convert import chains_of
 from autorev.couplings.velocity import compensated
 from autorev.errors import ConversionError
-from tests.one_step import gap, gradients_of, one_step
-from tests.tiny_llm import tiny_model
-from tests.zoo import build
+from tests.helpers.one_step import gap, gradients_of, one_step
+from tests.helpers.tiny_llm import tiny_model
+from tests.helpers.zoo import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,7 @@ from autorev.report.analysis.html import render_html
 from autorev.report.analysis.markdown import render_markdown
 from autorev.report.analysis.rows import identical_runs, strategy_rows
 from autorev.report.analysis.terminal import print_analysis, render_text
-from tests import analysis_examples as examples
+from tests.helpers import analysis_examples as examples
 
 ALL = [
     examples.smollm2,
@@ -242,7 +242,7 @@ class TestHtml:
         """Two processes with different hash seeds write the same file."""
         program = (
             "import hashlib\n"
-            "from tests import analysis_examples as e\n"
+            "from tests.helpers import analysis_examples as e\n"
             "from autorev.report.analysis.html import render_html\n"
             "print(hashlib.sha256(render_html(e.smollm2(), 'autorev analyze').encode()).hexdigest())"
         )
@@ -316,7 +316,7 @@ def test_reports_are_rendered_from_json_without_torch() -> None:
     """Any machine with the JSON can make every report."""
     program = (
         "import sys\n"
-        "from tests import analysis_examples as e\n"
+        "from tests.helpers import analysis_examples as e\n"
         "from autorev.analysis import Analysis\n"
         "from autorev.report.analysis.html import render_html\n"
         "from autorev.report.analysis.markdown import render_markdown\n"

@@ -19,7 +19,7 @@ from autorev.integrations.transformers import ReversibleCallback, chain_figures
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep
 from autorev.workload import Call
-from tests.tiny_llm import LENGTH, tiny_model
+from tests.helpers.tiny_llm import LENGTH, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="the callback is for its Trainer")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it")

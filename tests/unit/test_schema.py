@@ -14,7 +14,7 @@ import pytest
 from autorev import analysis
 from autorev.analysis import Analysis
 from autorev.errors import RecordError
-from tests import analysis_examples
+from tests.helpers import analysis_examples
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "analysis.schema.json").read_text())
 EXAMPLES: dict[str, Callable[[], Analysis]] = {

@@ -17,8 +17,8 @@ from autorev.finetuning.data import IGNORED, Example
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.teacher import Teacher, divergence, shifted
-from tests.one_step import gradients_of
-from tests.tiny_llm import tiny_model
+from tests.helpers.one_step import gradients_of
+from tests.helpers.tiny_llm import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

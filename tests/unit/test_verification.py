@@ -18,7 +18,7 @@ from autorev.cli import main
 from autorev.conversion.convert import forwards_of
 from autorev.couplings.velocity import Velocity
 from autorev.errors import ConversionError
-from tests import handwritten as hand
+from tests.helpers import handwritten as hand
 
 TOKENS = torch.arange(16).reshape(2, 8)
 

@@ -32,9 +32,9 @@ from autorev.report.finetuning.markdown import render_markdown
 from autorev.report.finetuning.terminal import render_text
 from autorev.report.finetuning.verdict import verdict
 from autorev.report.profile.terminal import render_text as render_profile
-from tests import finetune_examples, profile_examples, zoo
-from tests.tiny_llm import tiny_llm, tiny_model
-from tests.tiny_run import At, interrupt, tune, workplace
+from tests.helpers import finetune_examples, profile_examples, zoo
+from tests.helpers.tiny_llm import tiny_llm, tiny_model
+from tests.helpers.tiny_run import At, interrupt, tune, workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

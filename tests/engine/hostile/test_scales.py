@@ -105,7 +105,7 @@ def test_training_that_outgrows_its_grid_goes_on() -> None:
 
 def test_the_config_remembers_a_coarser_grid() -> None:
     """What is saved and loaded goes on where training was."""
-    from tests.tiny_llm import tiny_model
+    from tests.helpers.tiny_llm import tiny_model
 
     model = tiny_model("llama", 4)
     autorev.convert(model, **LEAPFROG)

@@ -186,7 +186,7 @@ def test_verify_says_when_nothing_was_rebuilt() -> None:
     assert not found.passed
     assert found.rebuilt == {"(the model itself)": 0}
     assert "NOTHING VERIFIED" in str(found)
-    from tests.tiny_llm import tiny_model
+    from tests.helpers.tiny_llm import tiny_model
 
     loaded = tiny_model("llama", 4).eval()
     assert loaded.config.use_cache

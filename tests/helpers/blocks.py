@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import autorev
 from autorev.engine.mode import running
 from autorev.errors import AutorevError
-from tests import handwritten as hand
+from tests.helpers import handwritten as hand
 
 TOKENS = torch.arange(16).reshape(2, 8)
 

@@ -30,8 +30,18 @@ from autorev.finetuning.record import (
     Sensitivity,
 )
 from autorev.variants import Variant
-from tests.finetune_simulation import BLOCKS, MIB, chain, evaluations, looked_at, losses, moving, needs, steps_of
-from tests.profile_examples import ENVIRONMENT, HOSTILE, LONG
+from tests.helpers.finetune_simulation import (
+    BLOCKS,
+    MIB,
+    chain,
+    evaluations,
+    looked_at,
+    losses,
+    moving,
+    needs,
+    steps_of,
+)
+from tests.helpers.profile_examples import ENVIRONMENT, HOSTILE, LONG
 
 ORIGINAL = 2.900
 SMOLLM2 = ModelInfo("SmolLM2-135M-Instruct", "LlamaForCausalLM", 134_515_008, "profile smollm2-135m")

@@ -19,7 +19,7 @@ from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import FineTuning
 from autorev.finetuning.run import finetune
-from tests.tiny_llm import tiny_llm
+from tests.helpers.tiny_llm import tiny_llm
 
 TEXT = "\n".join(f"line {n} of a text that repeats itself: {n * n}." for n in range(120))
 USUAL: dict[str, Any] = {
@@ -124,7 +124,7 @@ def _die_in_a_write(folder: Path, name: str, last: bool, how: dict[str, Any]) ->
 def run_and_die(folder: Path, name: str, last: bool, **how: Any) -> int | None:
     """Run `tune` in a process that is killed where it first (last) writes a file of that name; its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.tiny_run"])
+    context.set_forkserver_preload(["tests.helpers.tiny_run"])
     process = context.Process(target=_die_in_a_write, args=(folder, name, last, how))
     process.start()
     process.join()
@@ -134,7 +134,7 @@ def run_and_die(folder: Path, name: str, last: bool, **how: Any) -> int | None:
 def run_and_kill(folder: Path, at: int, in_checkpoint: bool = False, **how: Any) -> int | None:
     """Run `tune` in a process that is killed after step `at`, or while it writes that checkpoint; its exit code."""
     context = multiprocessing.get_context("forkserver")  # imports once, for all
-    context.set_forkserver_preload(["tests.tiny_run"])
+    context.set_forkserver_preload(["tests.helpers.tiny_run"])
     process = context.Process(target=_die, args=(folder, at, in_checkpoint, how))
     process.start()
     process.join()

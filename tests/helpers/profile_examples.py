@@ -18,8 +18,8 @@ from functools import cache
 from autorev.analysis import DeviceInfo, ModelInfo, Recommendation, Setting
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.record import Environment, Point, Profile, Result, Status
-from tests import profile_simulation as simulated
-from tests.profile_simulation import METHODS, Method, Model
+from tests.helpers import profile_simulation as simulated
+from tests.helpers.profile_simulation import METHODS, Method, Model
 
 MIB = 2**20
 CPU = DeviceInfo(
