@@ -171,9 +171,9 @@ def resolve_lora(trains: str | None, lora_rank: int | None) -> tuple[str, int | 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The peak of one training step under one strategy, and what it costs."""
+    """The peak of one training step under one method, and what it costs."""
 
-    strategy: str
+    method: str
     peak_bytes: int
     phase: str
     """forward, backward or optimizer: where the peak stands."""
@@ -196,9 +196,9 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How far one strategy gets on the device."""
+    """How far one method gets on the device."""
 
-    strategy: str
+    method: str
     largest_batch: int | None
     """At the setting's sequence length; 0 when not even one sample fits; None where the batch cannot be varied."""
     longest_sequence: int | None
@@ -207,11 +207,11 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Predicted peaks of one strategy along one axis."""
+    """Predicted peaks of one method along one axis."""
 
     axis: str
     """batch or sequence."""
-    strategy: str
+    method: str
     values: tuple[int, ...]
     peak_bytes: tuple[int, ...]
 
@@ -220,7 +220,7 @@ class Sweep:
 class Recommendation:
     """What to do, in words."""
 
-    strategy: str | None
+    method: str | None
     """What to train with; None: nothing fits, or nothing is known."""
     why: str
     advice: tuple[str, ...] = ()
@@ -267,9 +267,9 @@ class Analysis(Record):
     kind: str = "analysis"
     schema_version: int = 2
 
-    def prediction(self, strategy: str) -> Prediction | None:
-        """The prediction for `strategy`, if it was made."""
-        return next((p for p in self.predictions if p.strategy == strategy), None)
+    def prediction(self, method: str) -> Prediction | None:
+        """The prediction for `method`, if it was made."""
+        return next((p for p in self.predictions if p.method == method), None)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per block, refused ones included, in the order of the chains."""

@@ -28,9 +28,9 @@ def training_command(model: str, setting: Setting, can_be_finetuned: bool) -> st
     named = shlex.quote(model)
     fine_tuned = setting.dtype == "fp32" and setting.optimizer == "adamw" and setting.trains in ("full", "lora")
     if can_be_finetuned and fine_tuned and setting.sequence:
-        return f"{program} finetune {named} --coupling {spec} {size}" + (f" --lora {lora}" if lora else "")
+        return f"{program} finetune {named} --method {spec} {size}" + (f" --lora-rank {lora}" if lora else "")
     if setting.optimizer not in _MEASURED:
         return ""
     trains = f" --lora-rank {lora}" if lora else f" --trains {setting.trains}"
     how = f"--dtype {setting.dtype} --optimizer {setting.optimizer}{trains}"
-    return f"{program} profile {named} --variant {spec} {size} {how}"
+    return f"{program} profile {named} --method {spec} {size} {how}"

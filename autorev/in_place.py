@@ -1,4 +1,4 @@
-"""Putting a variant in place: while it lasts, a model trains that way, and afterwards it is as it was."""
+"""Putting a method in place: while it lasts, a model trains that way, and afterwards it is as it was."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from autorev.conversion.convert import convert, revert
 from autorev.conversion.summary import Conversion
 from autorev.errors import ConversionError
 from autorev.host_store import HostStore
-from autorev.predict.strategies import selective_policy
+from autorev.predict.methods import selective_policy
 from autorev.predict.training import NO_LABELS
-from autorev.variants import Variant, compile_budget, coupling_options
+from autorev.methods import Method, compile_budget, coupling_options
 from autorev.workload import Call
 
 
-class NotApplicable(Exception):  # noqa: N818 - no error: a variant that this model has no use for
-    """The variant cannot be had of this model, for the reason it holds."""
+class NotApplicable(Exception):  # noqa: N818 - no error: a method that this model has no use for
+    """The method cannot be had of this model, for the reason it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Blocks:
 
 @dataclass(eq=False)
 class InPlace:
-    """What putting a variant in place brought with it."""
+    """What putting a method in place brought with it."""
 
     side_bits: int = 0
     host: HostStore | None = None
@@ -51,25 +51,25 @@ class InPlace:
 
 @contextmanager
 def in_place(
-    model: nn.Module, variant: Variant, blocks: Blocks, call: Call, fraction_bits: dict[str, int] | None = None
+    model: nn.Module, method: Method, blocks: Blocks, call: Call, fraction_bits: dict[str, int] | None = None
 ) -> Iterator[InPlace]:
-    """While it lasts, `model` trains as `variant`. Its modules, weights and `state_dict` keys stay what they are.
+    """While it lasts, `model` trains as `method`. Its modules, weights and `state_dict` keys stay what they are.
 
     `fraction_bits`: the grids of a coupling's chains by name, where they are known already.
 
     Raises:
-        NotApplicable: the variant cannot be had of this model; it is as it was.
+        NotApplicable: the method cannot be had of this model; it is as it was.
     """
     placed = InPlace()
     with ExitStack() as stack:
         try:
-            if variant.loss == "chunked":
+            if method.loss == "chunked":
                 if call[1].get("labels") is None:
                     raise NotApplicable(NO_LABELS)
                 chunk_loss(model)
                 stack.callback(unchunk_loss, model)
-            if variant.reversible:
-                how = coupling_options(variant)
+            if method.reversible:
+                how = coupling_options(method)
                 if fraction_bits:
                     how["fraction_bits"] = fraction_bits
                 done = convert(model, example_args=call[0], example_kwargs=call[1], **how)
@@ -79,22 +79,22 @@ def in_place(
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
-        if variant.strategy == "compile":
-            stack.enter_context(_compiled(model, blocks, compile_budget(variant)))
-        elif variant.strategy in ("checkpoint", "sac", "offload"):
-            stack.enter_context(_checkpointed(model, blocks, variant.strategy, placed))
+        if method.name == "compile":
+            stack.enter_context(_compiled(model, blocks, compile_budget(method)))
+        elif method.name in ("checkpoint", "sac", "offload"):
+            stack.enter_context(_checkpointed(model, blocks, method.name, placed))
         yield placed
 
 
 @contextmanager
-def _checkpointed(model: nn.Module, blocks: Blocks, strategy: str, placed: InPlace) -> Iterator[None]:
+def _checkpointed(model: nn.Module, blocks: Blocks, method: str, placed: InPlace) -> Iterator[None]:
 
     if blocks.inline:
         raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
     run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
-    if strategy == "sac":
+    if method == "sac":
         run = partial(run, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
-    elif strategy == "offload":
+    elif method == "offload":
         placed.host = HostStore()
         run = partial(placed.host.around, run)
     modules = [model.get_submodule(path) for path in blocks.paths]

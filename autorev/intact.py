@@ -38,7 +38,7 @@ class Mark(Record):
     """They are those after so many optimiser steps."""
     files: tuple[Stored, ...]
     coupling: str = ""
-    """The variant's spec."""
+    """The method's spec."""
     grids: dict[str, int] = field(default_factory=dict)
     """Fraction bits by chain."""
     kind: str = "mark"

@@ -59,7 +59,7 @@ def analyze(model: nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
 def analyze_workload(
     workload: Workload, *, named: str | None = None, progress: Progress = lambda what, fraction: None, **setting: Any
 ) -> Analysis:
-    """Analyse a workload, predict a training step of it under every strategy, and recommend one.
+    """Analyse a workload, predict a training step of it under every method, and recommend one.
 
     `named` is MODEL as the command line has it, for the commands in the advice. `setting` is what `prepare` takes.
     `progress` is told what is being done, and the fraction done.
@@ -227,16 +227,16 @@ def _setting(
 
 def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, progress: Progress) -> Analysis:
     """Predictions, frontier, sweeps and recommendation."""
-    setting, strategies = forecaster.setting, forecaster.strategies()
+    setting, methods = forecaster.setting, forecaster.methods()
     predictions: dict[str, Prediction] = {}
     frontier: dict[str, Reach] = {}
     explored: list[Exploration] = []
-    for number, strategy in enumerate(strategies):
-        progress(f"simulating {strategy.name}", 0.3 + 0.65 * number / len(strategies))
-        here = forecaster.trace(strategy, setting.batch, setting.sequence)
-        predictions[strategy.name] = forecaster.prediction(strategy, here)
-        explored.append(explore(forecaster, strategy, here))
-        frontier[strategy.name] = explored[-1].reach()
+    for number, method in enumerate(methods):
+        progress(f"simulating {method.name}", 0.3 + 0.65 * number / len(methods))
+        here = forecaster.trace(method, setting.batch, setting.sequence)
+        predictions[method.name] = forecaster.prediction(method, here)
+        explored.append(explore(forecaster, method, here))
+        frontier[method.name] = explored[-1].reach()
     progress("comparing", 0.95)
     problems = [problem for exploration in explored for problem in exploration.problems]
     analysis = replace(

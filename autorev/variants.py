@@ -1,6 +1,6 @@
 """The ways to train a model that a profile compares, by name.
 
-A variant is written `NAME` or `NAME:option=value,...`:
+A method is written `NAME` or `NAME:option=value,...`:
 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
@@ -32,17 +32,17 @@ ALL = (
     *("momentum:k=3,keep_last=4", "plain:loss=chunked", "checkpoint:loss=chunked", "momentum:k=3,loss=chunked"),
 )
 _USUAL = {"arithmetic": "exact", "granularity": "block", "keep_last": "auto"}
-"""What a spec leaves out, so that the same variant has the same spec."""
+"""What a spec leaves out, so that the same method has the same spec."""
 _COUPLING_OPTIONS = ("k", "gamma", *_USUAL, "fraction_bits")
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class Method:
     """One way to train the model."""
 
     spec: str
     """What was asked for, in its canonical form: `momentum:k=3,keep_last=20`; unique in a profile."""
-    strategy: str
+    method: str
     """plain, checkpoint, sac, offload, compile, or the name of a coupling."""
     title: str
     """`momentum k=3, keep_last=20`."""
@@ -68,11 +68,11 @@ class _Request:
             return kind(self.options[key])
         except ValueError:
             what = "whole number" if kind is int else "number"
-            raise SettingError(f"{key} of the variant {self.name} is a {what}, not {self.options[key]!r}") from None
+            raise SettingError(f"{key} of the method {self.name} is a {what}, not {self.options[key]!r}") from None
 
 
-def parse_variants(specs: Iterable[str]) -> list[Variant]:
-    """The variants of `specs`, each once, in order; `all` stands for `ALL` and `default` for `DEFAULT`.
+def parse_methods(specs: Iterable[str]) -> list[Method]:
+    """The methods of `specs`, each once, in order; `all` stands for `ALL` and `default` for `DEFAULT`.
 
     Raises:
         SettingError: a spec is not of the form above, or there is none.
@@ -81,12 +81,12 @@ def parse_variants(specs: Iterable[str]) -> list[Variant]:
     for spec in [specs] if isinstance(specs, str) else specs:
         expanded += {"all": ALL, "default": DEFAULT}.get(spec, (spec,))
     if not expanded:
-        raise SettingError("there is no variant to run; name one, or `default`, or `all`")
-    return list({v.spec: v for v in map(parse_variant, expanded)}.values())
+        raise SettingError("there is no method to run; name one, or `default`, or `all`")
+    return list({v.spec: v for v in map(parse_method, expanded)}.values())
 
 
-def parse_variant(spec: str) -> Variant:
-    """The variant that `spec` names.
+def parse_method(spec: str) -> Method:
+    """The method that `spec` names.
 
     Raises:
         SettingError: it names none, or has an option that makes no sense.
@@ -109,9 +109,9 @@ def parse_variant(spec: str) -> Variant:
     title = f"{name} {', '.join(parts)}".strip() + (", chunked loss" if loss == "chunked" else "")
     shown = [*parts, *(["loss=chunked"] if loss == "chunked" else [])]
     reversible = name in PRESETS
-    return Variant(
+    return Method(
         spec=name + (f":{','.join(shown)}" if shown else ""),
-        strategy=name,
+        method=name,
         title=title,
         loss=loss,
         reversible=reversible,
@@ -120,38 +120,38 @@ def parse_variant(spec: str) -> Variant:
     )
 
 
-def coupling_options(variant: Variant) -> dict[str, Any]:
-    """What `autorev.convert` is called with for a reversible variant."""
-    request = _parse(variant.spec)
+def coupling_options(method: Method) -> dict[str, Any]:
+    """What `autorev.convert` is called with for a reversible method."""
+    request = _parse(method.spec)
     how: dict[str, Any] = {"coupling": request.name}
     if request.name == "momentum":
         how["gamma"] = _gamma(request)
     for key in ("arithmetic", "granularity"):
         if key in request.options:
             how[key] = request.options[key]
-    how["keep_last"] = keep_last(variant)
+    how["keep_last"] = keep_last(method)
     if "fraction_bits" in request.options:
         how["fraction_bits"] = request.number("fraction_bits", int)
     return how
 
 
-def compile_budget(variant: Variant) -> float:
+def compile_budget(method: Method) -> float:
     """The share of the activations that torch.compile may keep."""
-    return _budget(_parse(variant.spec))
+    return _budget(_parse(method.spec))
 
 
-def keep_last(variant: Variant) -> int | Literal["auto"]:
-    """How many blocks at the end of each chain a reversible variant stores."""
-    return _keep_last(_parse(variant.spec))
+def keep_last(method: Method) -> int | Literal["auto"]:
+    """How many blocks at the end of each chain a reversible method stores."""
+    return _keep_last(_parse(method.spec))
 
 
 def _parse(spec: str) -> _Request:
     if not isinstance(spec, str):
-        raise SettingError(f"a variant is named by text, such as momentum:k=3, not {spec!r}")
+        raise SettingError(f"a method is named by text, such as momentum:k=3, not {spec!r}")
     name, _, rest = spec.strip().partition(":")
     known = [*BASELINES, *PRESETS]
     if name not in known:
-        raise SettingError(f"there is no variant {name!r}; choose of {', '.join(known)}, or `all` or `default`")
+        raise SettingError(f"there is no method {name!r}; choose of {', '.join(known)}, or `all` or `default`")
     options: dict[str, str] = {}
     allowed = ["loss", *(_COUPLING_OPTIONS if name in PRESETS else []), *(["budget"] if name == "compile" else [])]
     if name in PRESETS and name != "momentum":
@@ -159,18 +159,18 @@ def _parse(spec: str) -> _Request:
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in allowed:
-            raise SettingError(f"the variant {name} has no option {part!r}; it takes {', '.join(allowed)}")
+            raise SettingError(f"the method {name} has no option {part!r}; it takes {', '.join(allowed)}")
         if key in options:
-            raise SettingError(f"the variant {spec} gives {key} twice; leave one out")
+            raise SettingError(f"the method {spec} gives {key} twice; leave one out")
         options[key] = value
     choices = {"loss": ("full", "chunked"), "arithmetic": ("exact", "float"), "granularity": ("block", "sublayer")}
     for key, values in choices.items():
         if options.get(key, values[0]) not in values:
-            raise SettingError(f"{key} of the variant {name} is {' or '.join(values)}, not {options[key]!r}")
+            raise SettingError(f"{key} of the method {name} is {' or '.join(values)}, not {options[key]!r}")
     request = _Request(name, options)
     stored = _keep_last(request)
     if stored != "auto" and stored < 0:
-        raise SettingError(f"keep_last of the variant {name} is auto, or 0 or more, not {options['keep_last']}")
+        raise SettingError(f"keep_last of the method {name} is auto, or 0 or more, not {options['keep_last']}")
     return request
 
 
@@ -186,10 +186,10 @@ def _gamma(request: _Request) -> float:
         raise SettingError("momentum takes k or gamma = 2^-k, not both")
     k = request.number("k", int)
     if k is not None and not 1 <= k <= 7:
-        raise SettingError(f"k of the variant momentum is 1 to 7, not {k}")
+        raise SettingError(f"k of the method momentum is 1 to 7, not {k}")
     gamma: float = 2.0**-k if k is not None else request.number("gamma", float, 0.125)
     if not 0 < abs(gamma) < 2:
-        raise SettingError(f"gamma of the variant momentum is between -2 and 2 and not 0, not {gamma:g}")
+        raise SettingError(f"gamma of the method momentum is between -2 and 2 and not 0, not {gamma:g}")
     return gamma
 
 
@@ -206,5 +206,5 @@ def _exponent(gamma: float) -> int | None:
 def _budget(request: _Request) -> float:
     budget: float = request.number("budget", float, 0.5)
     if not 0 <= budget <= 1:
-        raise SettingError(f"budget of the variant compile is a share of 0 to 1, not {budget:g}")
+        raise SettingError(f"budget of the method compile is a share of 0 to 1, not {budget:g}")
     return budget

@@ -1,4 +1,4 @@
-"""What strategies, categories and settings are called where a person reads them."""
+"""What methods, categories and settings are called where a person reads them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _titles = {
     "offload": "offloaded checkpointing",
 }
 
-STRATEGY_MEANINGS = {
+METHOD_MEANINGS = {
     "plain": "PyTorch as it is: every block keeps what its backward pass needs.",
     "checkpoint": "Every block keeps only its input, and runs once more in the backward pass.",
     "sac": "Checkpointing that also keeps what attention and every other matrix product computed.",
@@ -62,7 +62,7 @@ STRATEGY_MEANINGS = {
 }
 
 AGAINST = {"oracle": "the same coupling under ordinary autograd", "plain": "the model as it was"}
-"""What a variant's gradient is compared with."""
+"""What a method's gradient is compared with."""
 
 GOALS = {"memory": "the least memory", "throughput": "the highest throughput", "context": "the longest sequence"}
 
@@ -81,17 +81,17 @@ _optimizers = {
 _losses = {"full": "full logits", "chunked": "chunked loss"}
 
 
-def strategy_title(strategy: str) -> str:
+def method_title(method: str) -> str:
     """`activation checkpointing` for `checkpoint`; a coupling goes by its own name."""
-    return clean(_titles.get(strategy, strategy))
+    return clean(_titles.get(method, method))
 
 
-def headline(strategy: str | None) -> str:
+def headline(method: str | None) -> str:
     """A recommendation as an imperative; `None` where nothing is recommended."""
-    if strategy is None:
+    if method is None:
         return "None"
-    coupling = strategy in STRATEGY_MEANINGS and strategy not in BASELINES
-    return f"Use the {clean(strategy)} coupling" if coupling else f"Use {strategy_title(strategy)}"
+    coupling = method in METHOD_MEANINGS and method not in BASELINES
+    return f"Use the {clean(method)} coupling" if coupling else f"Use {method_title(method)}"
 
 
 def model_facts(model: ModelInfo) -> tuple[str, str, str]:

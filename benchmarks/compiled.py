@@ -2,7 +2,7 @@
 
     python -m benchmarks.compiled > benchmarks/compiled_MACHINE_DATE.md
 
-All variants live in one process, share their parameters and take turns, as in `benchmarks.step_time`; each is compiled
+All methods live in one process, share their parameters and take turns, as in `benchmarks.step_time`; each is compiled
 block by block (`block.compile()`) where it says so. `first step` is that of a fresh compiler, and includes compiling.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.workloads import peak_of, step_of, wide_llama
 ROUNDS, BLOCKS, WIDTH, TOKENS = 15, 16, 256, 1024
 
 
-def variants(plain: Any) -> dict[str, Any]:
+def methods(plain: Any) -> dict[str, Any]:
     """By name; every second one compiled."""
     plain.train()
     models = {}
@@ -43,7 +43,7 @@ def main() -> None:
     """Print a Markdown table."""
     torch.set_num_threads(1)  # others that want a core delay a step by less
     ids = tokens_of_bytes(TOKENS)
-    models = variants(wide_llama(BLOCKS, WIDTH))
+    models = methods(wide_llama(BLOCKS, WIDTH))
     steps = {name: step_of(model, ids) for name, model in models.items()}
     first, peaks = {}, {}
     for name, step in steps.items():
@@ -62,7 +62,7 @@ def main() -> None:
     base = seconds["checkpoint, compiled"]
     print(f"Llama of {BLOCKS} blocks of width {WIDTH}, {TOKENS} tokens, fp32, random weights, one thread.")
     print(f"Drift: {autorev.drift(models['reversible'])}, compiled {autorev.drift(models['reversible, compiled'])}.\n")
-    print(f"| variant | fastest of {ROUNDS} | median | of compiled checkpoints | quartiles | first step | peak MiB |")
+    print(f"| method | fastest of {ROUNDS} | median | of compiled checkpoints | quartiles | first step | peak MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles((t / b for t, b in zip(times, base, strict=True)), n=4)

@@ -21,45 +21,45 @@ from autorev.finetuning.record import FILE, FineTuning
 from benchmarks.workloads import TEXT
 
 RECORDS = Path("profiles/recorded/finetuning")
-QUALITY = "--sequence 192 --max-steps 30 --lr 5e-5 --evaluate-every 10 --save-every 1000"
-SCHEDULE = "--sequence 192 --max-steps 80 --lr 1e-4 --evaluate-every 20 --save-every 1000"
-SCRATCH = "--sequence 128 --batch 8 --max-steps 300 --lr 1e-3 --decay cosine --evaluate-every 50 --save-every 1000"
-QUANTISED = "--lora 16 --sequence 128 --max-steps 12 --evaluate-every 12 --save-every 1000 --validation-rows 8"
+QUALITY = "--sequence 192 --steps 30 --lr 5e-5 --evaluate-every 10 --save-every 1000"
+SCHEDULE = "--sequence 192 --steps 80 --lr 1e-4 --evaluate-every 20 --save-every 1000"
+SCRATCH = "--sequence 128 --batch 8 --steps 300 --lr 1e-3 --decay cosine --evaluate-every 50 --save-every 1000"
+QUANTISED = "--lora-rank 16 --sequence 128 --steps 12 --evaluate-every 12 --save-every 1000 --validation-rows 8"
 ARCHITECTURES = ("plain", "leapfrog", "midpoint", "midpoint_a", "hamiltonian")
 COUPLINGS = ("momentum:k=4", "momentum:k=1", "leapfrog", "midpoint", "bdia", "hamiltonian", "revnet")
 
 GROUPS: dict[str, dict[str, str]] = {
     "quality": {
-        "plain": f"--coupling plain {QUALITY}",
-        "checkpoint": f"--coupling checkpoint {QUALITY}",
-        "momentum_k3": f"--coupling momentum:k=3 {QUALITY}",
-        "momentum_k2": f"--coupling momentum:k=2 {QUALITY}",
-        "lora_plain": f"--coupling plain --lora 16 {QUALITY}",
-        "lora_checkpoint": f"--coupling checkpoint --lora 16 {QUALITY}",
-        "lora_momentum_k3": f"--coupling momentum:k=3 --lora 16 {QUALITY}",
+        "plain": f"--method plain {QUALITY}",
+        "checkpoint": f"--method checkpoint {QUALITY}",
+        "momentum_k3": f"--method momentum:k=3 {QUALITY}",
+        "momentum_k2": f"--method momentum:k=2 {QUALITY}",
+        "lora_plain": f"--method plain --lora-rank 16 {QUALITY}",
+        "lora_checkpoint": f"--method checkpoint --lora-rank 16 {QUALITY}",
+        "lora_momentum_k3": f"--method momentum:k=3 --lora-rank 16 {QUALITY}",
     },
     "couplings": {
         "calibrated": f"--max-loss-increase 0.02 {QUALITY}",
-        **{spec.replace(":k=", "_k"): f"--coupling {spec} {QUALITY}" for spec in COUPLINGS},
+        **{spec.replace(":k=", "_k"): f"--method {spec} {QUALITY}" for spec in COUPLINGS},
         # Its activations reach 150,000, and the grid that is chosen would have no room for 16 times that.
-        "midpoint_a": f"--coupling midpoint_a:fraction_bits=8 {QUALITY}",
+        "midpoint_a": f"--method midpoint_a:fraction_bits=8 {QUALITY}",
     },
     "schedule": {
         "schedule_distilled": f"--schedule leapfrog --distill {SCHEDULE}",
-        "jump_distilled": f"--coupling leapfrog --distill {SCHEDULE}",
+        "jump_distilled": f"--method leapfrog --distill {SCHEDULE}",
         "schedule": f"--schedule leapfrog {SCHEDULE}",
-        "jump": f"--coupling leapfrog {SCHEDULE}",
+        "jump": f"--method leapfrog {SCHEDULE}",
     },
     "scratch": {
-        f"scratch_{coupling}_{seed}": f"SCRATCH --coupling {coupling} --seed {seed} {SCRATCH}"
+        f"scratch_{coupling}_{seed}": f"SCRATCH --method {coupling} --seed {seed} {SCRATCH}"
         for seed in (0, 1)
         for coupling in ARCHITECTURES
     },
     "quantised": {
-        "qlora_nf4": f"--coupling momentum:k=3 --quantize nf4 {QUANTISED}",
-        "qlora_nf4_checkpoint": f"--coupling checkpoint --quantize nf4 {QUANTISED}",
-        "qlora_bf16": f"--coupling momentum:k=3 --bf16 {QUANTISED}",
-        "qlora_fp32": f"--coupling momentum:k=3 {QUANTISED}",
+        "qlora_nf4": f"--method momentum:k=3 --quantize nf4 {QUANTISED}",
+        "qlora_nf4_checkpoint": f"--method checkpoint --quantize nf4 {QUANTISED}",
+        "qlora_bf16": f"--method momentum:k=3 --autocast bf16 {QUANTISED}",
+        "qlora_fp32": f"--method momentum:k=3 {QUANTISED}",
     },
 }
 

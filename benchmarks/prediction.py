@@ -6,8 +6,8 @@ from tests.integration.test_prediction import FAMILIES, allocator_peak, checkpoi
 
 
 def main() -> None:
-    """Print one row per family and strategy, in Markdown."""
-    print("| family | strategy | predicted bytes | allocator's bytes | ratio |\n|---|---|---:|---:|---:|")
+    """Print one row per family and method, in Markdown."""
+    print("| family | method | predicted bytes | allocator's bytes | ratio |\n|---|---|---:|---:|---:|")
     for family, (model_cls, config_cls, sizes, batch, sequence) in FAMILIES.items():
         workload = workload_of(model_cls, config_cls(**sizes))
         analysis, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")

@@ -17,7 +17,7 @@ HEADLINE = (
     *("plain", "checkpoint", "sac", "offload", "momentum:k=3", "momentum:k=2", "leapfrog"),
     *("checkpoint:loss=chunked", "momentum:k=3,loss=chunked"),
 )
-"""The variants that the README shows; the page has all of them."""
+"""The methods that the README shows; the page has all of them."""
 BEGIN = "<!-- made by `python -m benchmarks.results` from profiles/recorded -->"
 END = "<!-- end -->"
 TRAINED = RECORDS / "finetuning"
@@ -44,7 +44,7 @@ def _size(path: Path) -> tuple[str, int]:
 
 
 def _headline(profile: Profile) -> Profile:
-    return replace(profile, results=tuple(r for r in profile.results if r.variant.spec in HEADLINE))
+    return replace(profile, results=tuple(r for r in profile.results if r.method.spec in HEADLINE))
 
 
 def with_table(readme: str) -> str:

@@ -3,7 +3,7 @@
     python -m benchmarks.step_time smollm2 > benchmarks/step_time_smollm2_MACHINE_DATE.md
     python -m benchmarks.step_time wide    > benchmarks/step_time_wide_MACHINE_DATE.md
 
-All variants live in one process and take turns, so that what the machine does meanwhile hits them alike; `checkpoint`
+All methods live in one process and take turns, so that what the machine does meanwhile hits them alike; `checkpoint`
 runs twice as a control. A step is forward and backward; an optimiser would add the same to each.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.workloads import TEXT, peak_of, smollm2, step_of, tokens_of, wid
 ROUNDS = 21
 
 
-def variants(plain: Any, ids: Any) -> dict[str, Any]:
+def methods(plain: Any, ids: Any) -> dict[str, Any]:
     """Models that differ in how they keep their activations, and share their parameters."""
     plain.train()
     models = {"plain autograd": plain}
@@ -62,7 +62,7 @@ def main() -> None:
     else:
         model = wide_llama()
         ids = tokens_of_bytes(256)
-    models = variants(model, ids)
+    models = methods(model, ids)
     steps = {name: step_of(m, ids) for name, m in models.items()}
     peaks = {name: peak_of(models[name], step) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -73,7 +73,7 @@ def main() -> None:
             step()
             seconds[name].append(time.perf_counter() - began)
     base = seconds["checkpoint"]
-    print(f"| variant | s a step (median of {ROUNDS}) | of checkpointing: median ratio | quartiles | peak MiB |")
+    print(f"| method | s a step (median of {ROUNDS}) | of checkpointing: median ratio | quartiles | peak MiB |")
     print("|---|---:|---:|---:|---:|")
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles((t / b for t, b in zip(times, base, strict=True)), n=4)

@@ -19,21 +19,21 @@ from autorev.cli.report import show_fine_tunings
 
 @main.command(short_help="Fine-tune MODEL reversibly, and follow its quality.")
 @click.argument("model", required=False)
-@click.option("--data", type=FILE, metavar="FILE", help="Text, or JSONL.  [default: CPython's language reference]")
+@click.option("--text", type=FILE, metavar="FILE", help="Text, or JSONL.  [default: CPython's language reference]")
 @click.option("--validation", type=FILE, metavar="FILE", help="Held-out data.  [default: a tenth of the data]")
 @click.option(
-    "--coupling",
+    "--method",
     metavar="SPEC",
     default="momentum:k=3",
     show_default=True,
-    help="What `profile --variant` takes: momentum:k=2, leapfrog, ..., and for comparison plain or checkpoint; each "
+    help="What `profile --method` takes: momentum:k=2, leapfrog, ..., and for comparison plain or checkpoint; each "
     "with :option=value (loss=chunked, keep_last=4).",
 )
-@click.option("--lora", type=COUNT, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
+@click.option("--lora-rank", type=COUNT, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
 @click.option(
     "--quantize",
     type=click.Choice(["nf4", "int8"]),
-    help="Quantise the weights beside the adapters (bitsandbytes); with --lora.",
+    help="Quantise the weights beside the adapters (bitsandbytes); with --lora-rank.",
 )
 @click.option("--distill", is_flag=True, help="Add KL(original, model) to the loss.")
 @click.option("--distill-weight", type=Finite(), metavar="W", help="Its share of the loss.  [default: 0.5]")
@@ -49,7 +49,7 @@ from autorev.cli.report import show_fine_tunings
     metavar="NATS",
     help="Choose each block's side bits such that the loss before training rises by no more.",
 )
-@click.option("--max-steps", "steps", type=COUNT, default=100, show_default=True, metavar="INT")
+@click.option("--steps", "steps", type=COUNT, default=100, show_default=True, metavar="INT")
 @click.option("--sequence", "--seq", type=COUNT, default=256, show_default=True, metavar="INT", help="Tokens in a row.")
 @click.option("--batch", type=COUNT, default=1, show_default=True, metavar="INT", help="Rows in a forward pass.")
 @click.option("--accumulate", type=COUNT, default=1, show_default=True, metavar="INT", help="Passes in a step.")
@@ -61,7 +61,7 @@ from autorev.cli.report import show_fine_tunings
 @click.option(
     "--clip", type=Finite(), default=1.0, show_default=True, metavar="NORM", help="Largest norm of the gradients."
 )
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16 under autocast.")
+@click.option("--autocast", "bf16", is_flag=True, help="Compute in bfloat16 under autocast.")
 @click.option("--pack/--pad", default=True, show_default=True, help="Several documents in a row, or one and padding.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="INT")
 @click.option("--evaluate-every", type=COUNT, metavar="INT", help="Steps.  [default: 1/6 of all]")
@@ -86,10 +86,10 @@ def finetune(
 
     \b
     Examples:
-      autorev finetune --max-steps 30
-      autorev finetune my_llm --data chats.jsonl --lora 16 --coupling momentum:k=3,loss=chunked
-      autorev finetune my_llm --lora 16 --quantize nf4
-      autorev finetune --schedule leapfrog --distill --max-steps 300
+      autorev finetune --steps 30
+      autorev finetune my_llm --text chats.jsonl --lora-rank 16 --method momentum:k=3,loss=chunked
+      autorev finetune my_llm --lora-rank 16 --quantize nf4
+      autorev finetune --schedule leapfrog --distill --steps 300
       autorev finetune --max-loss-increase 0.02
       autorev finetune --resume --out runs/my_llm-momentum-k-3
     """

@@ -23,8 +23,8 @@ _QUICK_TOKENS = 128
 @main.command(short_help="Measured memory and throughput of every way to train.")
 @click.argument("model", required=False)
 @click.option(
-    "--variant",
-    "variants",
+    "--method",
+    "methods",
     multiple=True,
     metavar="SPEC",
     help="A way to train, repeatable: plain, checkpoint, sac, offload, compile, momentum:k=2, leapfrog, midpoint, "
@@ -59,9 +59,9 @@ _QUICK_TOKENS = 128
     "--rounds",
     type=COUNT,
     metavar="INT",
-    help="Fresh processes per variant; they take turns.  [default: 2; without MODEL 1]",
+    help="Fresh processes per method; they take turns.  [default: 2; without MODEL 1]",
 )
-@click.option("--steps", type=COUNT, default=3, show_default=True, metavar="INT", help="Timed steps in each.")
+@click.option("--timed-steps", type=COUNT, default=3, show_default=True, metavar="INT", help="Timed steps in each.")
 @click.option(
     "--sweep",
     "sweeps",
@@ -90,10 +90,10 @@ _QUICK_TOKENS = 128
     help="What the recommendation is for.",
 )
 @click.option("--device", metavar="NAME", help="Device profile for utilisation.  [default: this machine's]")
-@click.option("--predict", is_flag=True, help="Predict every variant and run none.")
+@click.option("--predict", is_flag=True, help="Predict every method and run none.")
 @click.option("--name", metavar="NAME", help="Of the record.  [default: made of model and setting]")
 @click.option(
-    "--records",
+    "--out",
     "folder",
     type=FOLDER,
     default=_RECORDS,
@@ -115,13 +115,13 @@ def profile(
     ctx: click.Context,
     /,
     model: str | None,
-    variants: tuple[str, ...],
+    methods: tuple[str, ...],
     as_json: bool,
     html: Path | None,
     no_html: bool,
     **options: Any,
 ) -> None:
-    """Run real training steps of MODEL under every variant, in fresh processes, and say what each costs.
+    """Run real training steps of MODEL under every method, in fresh processes, and say what each costs.
 
     MODEL is what `autorev analyze` takes. A GGUF file and a folder with weights are loaded; of a profile, a config or
     a factory the weights are random. Without MODEL, the embedded SmolLM2 is fine-tuned for a few steps of 128 tokens,
@@ -130,15 +130,15 @@ def profile(
     \b
     Examples:
       autorev profile
-      autorev profile --lora-rank 16 --sequence 512 --variant all
+      autorev profile --lora-rank 16 --sequence 512 --method all
       autorev profile gpt2 --depth 24 --sweep batch --memory +256MiB --goal throughput
-      autorev profile my_package.model:make --variant plain --variant momentum:k=2
+      autorev profile my_package.model:make --method plain --method momentum:k=2
     """
     options["trains"], options["lora_rank"] = what_trains(options["trains"], options["lora_rank"])
     if html and no_html:
         raise click.UsageError("--html and --no-html contradict each other; give one of them")
     if model is None:
-        variants = variants or _QUICK
+        methods = methods or _QUICK
         options["sequence"] = options["sequence"] or _QUICK_TOKENS
     options["rounds"] = options["rounds"] or (1 if model is None else 2)
     command = ctx.meta[COMMAND]
@@ -146,11 +146,11 @@ def profile(
         tell("starting", 0.0)
         from autorev.profiler.run import profile as run
 
-        record = run(model, variants=variants or ("default",), command=command, progress=tell, **options)
+        record = run(model, methods=methods or ("default",), command=command, progress=tell, **options)
     if html is None and not no_html and not as_json:
         html = Path("reports") / f"profile-{record.name}.html"
     show([record], command, as_json, html)
     if not as_json:
         say(f"Record: {Path(options['folder']) / record.name}.json")
     if record.why_empty:
-        raise click.ClickException(f"no variant of {record.model.name} has a result: {record.why_empty}")
+        raise click.ClickException(f"no method of {record.model.name} has a result: {record.why_empty}")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @click.argument("records", nargs=-1, required=True, type=ANYWHERE, metavar="RECORD...")
 @click.option("--html", type=FILE, metavar="PATH", help="One offline page.")
 @click.option("--markdown", type=FILE, metavar="PATH", help="GitHub tables.")
-@click.option("--csv", type=FILE, metavar="PATH", help="One row per variant.")
-@click.option("--parquet", type=FILE, metavar="PATH", help="One row per variant; needs pyarrow.")
+@click.option("--csv", type=FILE, metavar="PATH", help="One row per method.")
+@click.option("--parquet", type=FILE, metavar="PATH", help="One row per method; needs pyarrow.")
 @click.option("--trace", type=FILE, metavar="PATH", help="For chrome://tracing or Perfetto; of one record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON and nothing else.")
 @click.pass_context

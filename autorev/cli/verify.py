@@ -16,7 +16,7 @@ from autorev.cli.output import say
 @main.command(short_help="Check a converted model's gradients against ordinary autograd.")
 @click.argument("model", required=False)
 @click.option(
-    "--coupling",
+    "--method",
     type=click.Choice(["momentum", "leapfrog", "midpoint", "midpoint_a", "bdia", "hamiltonian", "revnet"]),
     default="momentum",
     show_default=True,
@@ -63,7 +63,7 @@ def verify(
     \b
     Examples:
       autorev verify
-      autorev verify my_folder --coupling leapfrog --arithmetic float
+      autorev verify my_folder --method leapfrog --arithmetic float
       autorev verify my_package.model:make --json
     """
     with progress() as tell, redirect_stdout(sys.stderr):

@@ -20,12 +20,12 @@ from autorev.detect.judge import Finding
 from autorev.errors import AutorevError, first_line, message_of
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
-from autorev.predict.strategies import Strategy
+from autorev.predict.methods import Method
 from autorev.predict.training import own_loss
 from autorev.rewrite.request import Request
 from autorev.workload import Call
 
-PLAIN, CHECKPOINT = Strategy("plain", "plain"), Strategy("checkpoint", "checkpoint")
+PLAIN, CHECKPOINT = Method("plain", "plain"), Method("checkpoint", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Estimate:
     others: Sequence[Finding]
     """Blocks that stay as they are."""
     steps: dict[tuple[str, Any], tuple[Layout, StepTrace]] = field(default_factory=dict)
-    """By the strategy's name and `keep_last`."""
+    """By the method's name and `keep_last`."""
     unknown: str = ""
     """Why nothing could be simulated, if that is so."""
 
@@ -68,8 +68,8 @@ class Estimate:
     def memory(self, request: Request, keep_last: tuple[int, ...]) -> Memory | str:
         """The step under plain autograd, under checkpointing, and as converted; or why that is not known."""
         found = []
-        for strategy in (PLAIN, CHECKPOINT, _reversible(request, keep_last)):
-            step = self._step(strategy)
+        for method in (PLAIN, CHECKPOINT, _reversible(request, keep_last)):
+            step = self._step(method)
             if step is None:
                 return self.unknown
             layout, trace = step
@@ -79,16 +79,16 @@ class Estimate:
     def _alike(self, blocks: list[int], why: str) -> Stored:
         return Stored(tuple(blocks), (why,) * len(blocks))
 
-    def _step(self, strategy: Strategy) -> tuple[Layout, StepTrace] | None:
-        key = strategy.name, strategy.keep_last
+    def _step(self, method: Method) -> tuple[Layout, StepTrace] | None:
+        key = method.name, method.keep_last
         if key not in self.steps and not self.unknown:
             try:
-                self.steps[key] = self._simulated(strategy)
+                self.steps[key] = self._simulated(method)
             except Exception as error:  # whatever is wrong with a backward without data: it may train all the same
                 self.unknown = message_of(error) if isinstance(error, AutorevError) else first_line(error)
         return self.steps.get(key)
 
-    def _simulated(self, strategy: Strategy) -> tuple[Layout, StepTrace]:
+    def _simulated(self, method: Method) -> tuple[Layout, StepTrace]:
 
         owned = joined(self.twin.parameters(), self.twin.buffers())
         mode: Any = next((tensor.fake_mode for tensor in owned if hasattr(tensor, "fake_mode")), None)
@@ -96,11 +96,11 @@ class Estimate:
             raise AutorevError("the model has neither parameters nor buffers")
         with torch.inference_mode(False), torch.enable_grad(), mode:
             call = fake_copy(self.call, mode)
-            layout = layout_of(list(self.chains), list(self.others), self.twin).under(strategy)
-            return layout, simulate(self.twin, call, layout, strategy, own_loss)
+            layout = layout_of(list(self.chains), list(self.others), self.twin).under(method)
+            return layout, simulate(self.twin, call, layout, method, own_loss)
 
 
-def _reversible(request: Request, keep_last: int | tuple[int, ...]) -> Strategy:
+def _reversible(request: Request, keep_last: int | tuple[int, ...]) -> Method:
     if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
         keep_last = keep_last[0]
-    return Strategy("as converted", "reversible", request, keep_last=keep_last)
+    return Method("as converted", "reversible", request, keep_last=keep_last)

@@ -14,7 +14,7 @@ from autorev.finetuning.record import Asked, FineTuning
 from autorev.given import is_count, is_number
 from autorev.models.quantization import KINDS
 from autorev.models.resolve import EMBEDDED, recorded_model
-from autorev.variants import Variant, coupling_options, parse_variant
+from autorev.methods import Method, coupling_options, parse_method
 
 DECAYS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -29,7 +29,7 @@ _LEAST = {
 _PATHS = ("model", "data", "validation")
 _MAY_CHANGE = ("coupling", "learning_rate", "evaluate_every", "save_every")
 """Between the beginning of a run and what goes on with it; of the coupling, the grid alone."""
-_TYPED = {"steps": "--max-steps"}
+_TYPED = {"steps": "--steps"}
 """Options that are called otherwise on the command line."""
 
 
@@ -102,7 +102,7 @@ def _check_same(begun: Options, said: dict[str, Any], folder: Path) -> None:
             f"the run in {folder} was begun with {', '.join(different)}; leave out what differs, --resume takes it "
             "from the run"
         )
-    now, then = parse_variant(said.get("coupling", begun.coupling)), parse_variant(begun.coupling)
+    now, then = parse_method(said.get("coupling", begun.coupling)), parse_method(begun.coupling)
     if _without_grid(now) != _without_grid(then):
         raise SettingError(
             f"the run in {folder} trains as {then.title}, not as {now.title}; its checkpoints go on with the same "
@@ -110,11 +110,11 @@ def _check_same(begun: Options, said: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _without_grid(variant: Variant) -> Variant:
-    """The variant whatever its fraction bits."""
-    name, _, options = variant.spec.partition(":")
+def _without_grid(method: Method) -> Method:
+    """The method whatever its fraction bits."""
+    name, _, options = method.spec.partition(":")
     kept = [option for option in options.split(",") if option and not option.startswith("fraction_bits=")]
-    return parse_variant(":".join(filter(None, [name, ",".join(kept)])))
+    return parse_method(":".join(filter(None, [name, ",".join(kept)])))
 
 
 def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
@@ -122,7 +122,7 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
     recipe, asked = before.recipe, before.asked
     if asked is None:  # of an earlier version, which wrote down less
         if "data" not in said and before.corpus.source != TOPICS:
-            raise SettingError(f"{record} does not say by which file it was trained; give --data FILE")
+            raise SettingError(f"{record} does not say by which file it was trained; give --text FILE")
         asked = Asked(pack=before.corpus.packed)
     model = None
     if "model" not in said and before.model.source != EMBEDDED:
@@ -131,7 +131,7 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
         model=model,
         data=asked.data,
         validation=asked.validation,
-        coupling=before.variant.spec,
+        coupling=before.method.spec,
         lora=recipe.lora_rank,
         quantize=recipe.quantize,
         distill=recipe.distill_weight > 0,
@@ -156,13 +156,13 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
     )
 
 
-def check(asked: Options) -> Variant:
+def check(asked: Options) -> Method:
     """How it is to be trained, where the options make sense together.
 
     Raises:
         SettingError: they do not.
     """
-    variant = parse_variant(asked.coupling)
+    method = parse_method(asked.coupling)
     for name, least in _LEAST.items():
         value = getattr(asked, name)
         if value is not None and not is_count(value, least):
@@ -180,30 +180,30 @@ def check(asked: Options) -> Variant:
         raise SettingError(f"weights are quantised to {' or '.join(KINDS)}, not to {asked.quantize!r}")
     if asked.quantize is not None and asked.lora is None:
         raise SettingError(
-            f"--quantize {asked.quantize} leaves weights that do not train: give --lora RANK, too, and adapters beside "
+            f"--quantize {asked.quantize} leaves weights that do not train: give --lora-rank RANK, too, and adapters beside "
             "them do; or leave it out, and all weights train"
         )
-    _check_distillation(asked, variant)
-    _check_coupling(asked, variant)
-    return variant
+    _check_distillation(asked, method)
+    _check_coupling(asked, method)
+    return method
 
 
-def _check_distillation(asked: Options, variant: Variant) -> None:
+def _check_distillation(asked: Options, method: Method) -> None:
     weight = asked.distill_weight
     if weight is not None and not asked.distill:
         raise SettingError("--distill-weight is the share of --distill; give both, or leave it out")
     if weight is not None and not (is_number(weight) and 0 < weight <= 1):
         raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight!r}")
-    if asked.distill and variant.loss == "chunked":
+    if asked.distill and method.loss == "chunked":
         raise SettingError("distillation compares all logits, which a chunked loss never makes; leave loss=chunked out")
 
 
-def _check_coupling(asked: Options, variant: Variant) -> None:
+def _check_coupling(asked: Options, method: Method) -> None:
     schedule, budget = asked.schedule, asked.max_loss_increase
-    free = variant.strategy == "momentum" and "arithmetic=float" not in variant.spec
+    free = method.name == "momentum" and "arithmetic=float" not in method.spec
     if (schedule or budget is not None) and not free:
         raise SettingError(
-            f"{variant.title} has no gamma that can be moved; start from momentum in exact arithmetic, or leave "
+            f"{method.title} has no gamma that can be moved; start from momentum in exact arithmetic, or leave "
             "--schedule and --max-loss-increase out"
         )
     if schedule and budget is not None:
@@ -213,5 +213,5 @@ def _check_coupling(asked: Options, variant: Variant) -> None:
     if asked.schedule_steps is not None and not schedule:
         raise SettingError("--schedule-steps are those of a --schedule; name one, or leave it out")
     if schedule:
-        start = Fraction(coupling_options(variant)["gamma"])
+        start = Fraction(coupling_options(method)["gamma"])
         Schedule(schedule, asked.schedule_steps or 1, blocks=2, start=abs(start))  # says what it does not like

@@ -13,7 +13,7 @@ from statistics import median
 from autorev.analysis import ModelInfo
 from autorev.profiler.record import Environment
 from autorev.records import Record
-from autorev.variants import Variant
+from autorev.methods import Method
 
 FILE = "run.json"
 """The record in its run's folder."""
@@ -199,7 +199,7 @@ class FineTuning(Record):
     name: str
     model: ModelInfo
     pretrained: bool
-    variant: Variant
+    method: Method
     """How it was trained: plain, checkpoint, a coupling."""
     recipe: Recipe
     corpus: Corpus

@@ -84,7 +84,7 @@ def finetune(
         out: the run's folder.
         data: a text file, or JSONL (`autorev.finetuning.data`); None: the language reference that CPython carries.
         validation: likewise; default: a tenth of the data.
-        coupling: a spec as `autorev.variants` has them: `momentum:k=3`, `leapfrog`, `plain`, `checkpoint`, ...
+        coupling: a spec as `autorev.methods` has them: `momentum:k=3`, `leapfrog`, `plain`, `checkpoint`, ...
         lora: rank of PEFT's adapters; None: all weights train.
         quantize: nf4 or int8: the weights beside the adapters, by bitsandbytes; None: as they are.
         distill: add KL(original, model) to the loss.
@@ -125,7 +125,7 @@ def finetune(
     with ExitStack() as stack:
         before = stack.enter_context(claimed(folder, resume))
         asked = settled(given, before, folder / FILE)
-        variant = check(asked)
+        method = check(asked)
         _check_installed()
         from transformers import set_seed
 
@@ -143,7 +143,7 @@ def finetune(
             name=name or folder.resolve().name,
             model=found.info,
             pretrained=found.pretrained,
-            variant=variant,
+            method=method,
             recipe=recipe,
             corpus=found.texts.corpus,
             command=command,
@@ -176,11 +176,11 @@ def _recipe(asked: Options, found: Setup) -> Recipe:
     trains = "scratch" if not found.pretrained else "full" if asked.lora is None else "lora"
     if trains == "scratch" and (asked.lora or asked.distill or asked.max_loss_increase is not None):
         raise SettingError(
-            f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave --lora, "
+            f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave --lora-rank, "
             "--distill and --max-loss-increase out"
         )
     if trains == "full" and found.quantised:
-        raise cannot_train(found.info.name, found.quantised, "--lora 16")
+        raise cannot_train(found.info.name, found.quantised, "--lora-rank 16")
     weight = DISTILL_WEIGHT if asked.distill_weight is None else asked.distill_weight
     return Recipe(
         trains=trains,
@@ -225,9 +225,9 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
     notes = before.notes
     if rate != old_rate:
         notes += (f"gone on with at a learning rate of {rate:g} instead of {old_rate:g}",)
-    same = before.variant.spec == record.variant.spec
+    same = before.method.spec == record.method.spec
     if not same:
-        notes += (f"gone on with as {record.variant.title} instead of {before.variant.title}",)
+        notes += (f"gone on with as {record.method.title} instead of {before.method.title}",)
     different = [f"{name} ({old[name]}, now {now[name]})" for name in now if now[name] != old[name]]
     if different:
         raise SettingError(
@@ -240,7 +240,7 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
         environment=record.environment,
         asked=record.asked,
         model=record.model,
-        variant=record.variant,
+        method=record.method,
         recipe=replace(before.recipe, learning_rate=rate),
         chains=before.chains if same else tuple(replace(chain, fraction_bits=None) for chain in before.chains),
         notes=notes,

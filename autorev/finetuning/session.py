@@ -51,7 +51,7 @@ from autorev.models.load import load_model
 from autorev.profiler.passes.prepare import lora_config
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
-from autorev.variants import coupling_options
+from autorev.methods import coupling_options
 
 Progress = Callable[[str, float], None]
 CALIBRATED_ON, CHECKED_ON = 4, 24
@@ -74,9 +74,9 @@ class Run:
             self.teacher = Teacher.copied(self.model) if recipe.trains == "full" else None
         grids = {chain.name: chain.fraction_bits for chain in record.chains if chain.fraction_bits is not None}
         try:
-            stack.enter_context(in_place(self.model, record.variant, self.found.blocks, self.found.call, grids or None))
+            stack.enter_context(in_place(self.model, record.method, self.found.blocks, self.found.call, grids or None))
         except NotApplicable as error:
-            raise SettingError(f"{record.model.name} cannot be trained as {record.variant.title}: {error}") from None
+            raise SettingError(f"{record.model.name} cannot be trained as {record.method.title}: {error}") from None
         if recipe.lora_rank is not None:
             self.model = _with_adapters(self.model, self.found, recipe.lora_rank)
             if recipe.distill_weight:
@@ -161,7 +161,7 @@ class Run:
             teacher=self.teacher,
             weight=recipe.distill_weight,
             examine=lambda step: self._evaluate(logits_of(self.model), step),
-            spec=self.record.variant.spec,
+            spec=self.record.method.spec,
             run=self.record.run,
         )
         beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
@@ -174,7 +174,7 @@ class Run:
         done = 0 if checkpoint is None else step_of(checkpoint)
         check_room(self.folder, self.record.run, sorted(step for step in saved if step > done))
         if checkpoint is not None:
-            if "fraction_bits" not in self.record.variant.spec:
+            if "fraction_bits" not in self.record.method.spec:
                 trainer.take_up_grids(checkpoint)
             if step_of(checkpoint) >= recipe.steps:  # stopped after training
                 trainer.take_up_end(checkpoint)
@@ -192,7 +192,7 @@ class Run:
                 raise
             raise TrainingError(
                 f"step {trainer.state.global_step + 1} found no memory. {trainer.last_good()} A new run with a smaller "
-                "--batch and more --accumulate, a shorter --sequence, --lora or loss=chunked needs less"
+                "--batch and more --accumulate, a shorter --sequence, --lora-rank or loss=chunked needs less"
             ) from error
         finally:
             config.use_cache = caches  # which the Trainer switched off, for whoever saves the model
@@ -279,7 +279,7 @@ class Run:
         recipe = self.record.recipe
         if recipe.schedule is None:
             return None
-        start = Fraction(coupling_options(self.record.variant).get("gamma", Fraction(1, 8)))
+        start = Fraction(coupling_options(self.record.method).get("gamma", Fraction(1, 8)))
         blocks = max(len(chain.couplings) for chain in chains_of(self.model))
         return Schedule(recipe.schedule, recipe.schedule_steps, blocks, abs(start))
 

@@ -35,7 +35,7 @@ from autorev.models.quantization import bitsandbytes_config, quantised_by
 from autorev.models.resolve import recorded_model
 from autorev.models.trust import check_adapter_code
 from autorev.models.weights import check_adapters
-from autorev.variants import coupling_options
+from autorev.methods import coupling_options
 
 _SEQUENCE, _ROWS = 256, 16
 """Of the text that a model without a run is compared on."""
@@ -120,7 +120,7 @@ def trained_model(
     if record.chains:
         grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
         args, kwargs = loaded.call
-        how = {**coupling_options(record.variant), "fraction_bits": grids or None}
+        how = {**coupling_options(record.method), "fraction_bits": grids or None}
         convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
         if record.recipe.schedule or record.calibration is not None:
             _recoupled(loaded.model, record)

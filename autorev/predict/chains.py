@@ -13,7 +13,7 @@ from autorev.detect.judge import Finding
 from autorev.engine.chain import arrive, pass_of
 from autorev.engine.step import RecomputedStep, open_step
 from autorev.engine.step import Site as Branch
-from autorev.predict.strategies import Run, Strategy
+from autorev.predict.methods import Run, Method
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.request import check_request
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 
 class Chains:
-    """One reversible chain for each of `findings`; none where the strategy is not reversible.
+    """One reversible chain for each of `findings`; none where the method is not reversible.
 
     Blocks that are modules run by the forwards that `convert` would install. The turns of a loop run one by one: the
     loop's own code could leave none out.
     """
 
     def __init__(
-        self, twin: nn.Module, findings: tuple[list[Finding], ...], stored: tuple[int, ...], strategy: Strategy
+        self, twin: nn.Module, findings: tuple[list[Finding], ...], stored: tuple[int, ...], method: Method
     ) -> None:
         """`stored`: of each chain, how many blocks at its end are not recomputed.
 
         Raises:
-            ConversionError: the strategy is none that these chains can be converted by.
+            ConversionError: the method is none that these chains can be converted by.
         """
         self.built: list[BuiltChain] = []
         self.forwards: dict[tuple[int, nn.Module], ReversibleForward] = {}
-        if strategy.request is None:
+        if method.request is None:
             return
-        preset = check_request(strategy.request)
+        preset = check_request(method.request)
         for number, (chain, kept) in enumerate(zip(findings, stored, strict=True)):
             names = {item.chain.name for item in self.built}
-            item = BuiltChain(twin, chain, kept, strategy.request, preset, names)
+            item = BuiltChain(twin, chain, kept, method.request, preset, names)
             self.built.append(item)
             self.forwards |= {(number, forward.block): forward for forward in item.forwards}
 

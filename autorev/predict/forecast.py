@@ -1,4 +1,4 @@
-"""From a workload and a setting to predictions: simulate each strategy, compose its step, price it on a device."""
+"""From a workload and a setting to predictions: simulate each method, compose its step, price it on a device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autorev.predict.compose import StepCost, compose
 from autorev.predict.scaling import ScaledTrace
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store
-from autorev.predict.strategies import STRATEGIES, Strategy
+from autorev.predict.methods import METHODS, Method
 from autorev.predict.training import loss_function, optimizer_bytes
 from autorev.workload import Call
 
@@ -49,48 +49,48 @@ class Forecaster:
     """Does the model walk through the sequence token by token, in Python? Then long ones are extrapolated."""
     walks_batch: bool = False
     """Likewise through the batch?"""
-    probed: dict[tuple[Strategy, int], ScaledTrace] = field(default_factory=dict)
-    """Strategy and batch -> its steps at `PROBES`."""
-    simulated: dict[tuple[Strategy, int, int | None], StepTrace] = field(default_factory=dict)
-    """Strategy, batch and sequence -> its step: what was simulated to choose `keep_last` is not simulated again."""
+    probed: dict[tuple[Method, int], ScaledTrace] = field(default_factory=dict)
+    """Method and batch -> its steps at `PROBES`."""
+    simulated: dict[tuple[Method, int, int | None], StepTrace] = field(default_factory=dict)
+    """Method, batch and sequence -> its step: what was simulated to choose `keep_last` is not simulated again."""
 
-    def strategies(self) -> tuple[Strategy, ...]:
-        """The strategies that say something about this model, with `keep_last` chosen."""
-        chosen = STRATEGIES if self.layout.sites else STRATEGIES[:1]
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that say something about this model, with `keep_last` chosen."""
+        chosen = METHODS if self.layout.sites else METHODS[:1]
         if not self.reversible:
             return tuple(s for s in chosen if s.kind != "reversible")
         return tuple(self.settled(s) for s in chosen)
 
-    def settled(self, strategy: Strategy) -> Strategy:
-        """A reversible strategy with the `keep_last` that `convert` chooses for a step of the setting's size."""
-        if strategy.kind != "reversible":
-            return strategy
-        if strategy.in_pieces:
-            return _storing(strategy, 0)
+    def settled(self, method: Method) -> Method:
+        """A reversible method with the `keep_last` that `convert` chooses for a step of the setting's size."""
+        if method.kind != "reversible":
+            return method
+        if method.in_pieces:
+            return _storing(method, 0)
         nothing, last = (
-            self.trace(replace(strategy, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
+            self.trace(replace(method, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
         )
-        return _storing(strategy, blocks_to_store(nothing, last, self.layout))
+        return _storing(method, blocks_to_store(nothing, last, self.layout))
 
-    def trace(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
+    def trace(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
         """One simulated step; of a model that walks through long sequences, the polynomial through short ones."""
         if self.walks and sequence is not None and sequence > PROBES[-1]:
-            if (strategy, batch) not in self.probed:
-                probes = tuple(self.trace(strategy, batch, probe) for probe in PROBES)
-                self.probed[strategy, batch] = ScaledTrace(PROBES, probes)
-            return self.probed[strategy, batch].at(sequence)
-        known = replace(strategy, note=""), batch, sequence
+            if (method, batch) not in self.probed:
+                probes = tuple(self.trace(method, batch, probe) for probe in PROBES)
+                self.probed[method, batch] = ScaledTrace(PROBES, probes)
+            return self.probed[method, batch].at(sequence)
+        known = replace(method, note=""), batch, sequence
         if known not in self.simulated:
-            self.simulated[known] = self._simulate(strategy, batch, sequence)
+            self.simulated[known] = self._simulate(method, batch, sequence)
         return self.simulated[known]
 
-    def _simulate(self, strategy: Strategy, batch: int, sequence: int | None) -> StepTrace:
+    def _simulate(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
         with self.mode:
             call = self.example(batch, sequence)
-            layout = self._layout_for(call).under(strategy)
+            layout = self._layout_for(call).under(method)
             loss = loss_function(self.twin, self.setting.loss)
             with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
-                return simulate(self.twin, call, layout, strategy, loss)
+                return simulate(self.twin, call, layout, method, loss)
 
     def _layout_for(self, call: Call) -> Layout:
         """Inline blocks are run from their graph, which holds for one shape: they are traced anew for another."""
@@ -99,23 +99,23 @@ class Forecaster:
         detection = detect(record(self.twin, *call))
         return layout_of(detection.chains, detection.refused, self.twin)
 
-    def cost(self, trace: StepTrace, strategy: Strategy) -> StepCost:
+    def cost(self, trace: StepTrace, method: Method) -> StepCost:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
-        layout = self.layout.under(strategy)
-        return compose(trace, layout, state, temporary, strategy.kind == "offload")
+        layout = self.layout.under(method)
+        return compose(trace, layout, state, temporary, method.kind == "offload")
 
     def optimizer(self) -> tuple[int, int, int]:
         """(state, temporary, moved) bytes of an update."""
         return optimizer_bytes(self.twin, self.setting.optimizer, self.device_kind)
 
-    def prediction(self, strategy: Strategy, trace: StepTrace) -> Prediction:
-        """The public form of a strategy's step."""
-        cost = self.cost(trace, strategy)
+    def prediction(self, method: Method, trace: StepTrace) -> Prediction:
+        """The public form of a method's step."""
+        cost = self.cost(trace, method)
         phase = max(cost.phase_peaks, key=lambda p: cost.phase_peaks[p])
         alive = cost.peak_categories[phase]
         return Prediction(
-            strategy=strategy.name,
+            method=method.name,
             peak_bytes=cost.phase_peaks[phase],
             phase=phase,
             categories={c.value: int(alive.get(c, 0)) for c in Category},
@@ -124,16 +124,16 @@ class Forecaster:
             step_flops=cost.flops,
             step_seconds=self.seconds(cost),
             side_bits=trace.side_bits,
-            preserves_function=strategy.preserves_function,
-            note=strategy.note,
-            keep_last=tuple(strategy.stored_of(chain) for chain in range(len(self.layout.lengths)))
-            if strategy.kind == "reversible"
+            preserves_function=method.preserves_function,
+            note=method.note,
+            keep_last=tuple(method.stored_of(chain) for chain in range(len(self.layout.lengths)))
+            if method.kind == "reversible"
             else (),
         )
 
-    def peak(self, trace: StepTrace, strategy: Strategy) -> int:
+    def peak(self, trace: StepTrace, method: Method) -> int:
         """Peak bytes of a step."""
-        return max(self.cost(trace, strategy).phase_peaks.values())
+        return max(self.cost(trace, method).phase_peaks.values())
 
     def seconds(self, cost: StepCost) -> float:
         """Roofline: matrix products take their FLOPs or their bytes, all else its bytes; host traffic overlaps."""
@@ -171,8 +171,8 @@ class _OperationCount(OwnMode):
         return func(*args, **(kwargs or {}))
 
 
-def _storing(strategy: Strategy, keep_last: int | tuple[int, ...]) -> Strategy:
+def _storing(method: Method, keep_last: int | tuple[int, ...]) -> Method:
     if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
         keep_last = keep_last[0]
     shown = str(keep_last) if isinstance(keep_last, int) else ", ".join(map(str, keep_last))
-    return replace(strategy, keep_last=keep_last, note=f"{strategy.note}; keep_last={shown}")
+    return replace(method, keep_last=keep_last, note=f"{method.note}; keep_last={shown}")

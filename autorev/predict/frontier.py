@@ -1,4 +1,4 @@
-"""How far each strategy gets on the device, and its peaks on the way there."""
+"""How far each method gets on the device, and its peaks on the way there."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from autorev.errors import first_line
 from autorev.predict.forecast import Forecaster
 from autorev.predict.scaling import ScaledTrace
 from autorev.predict.simulate import StepTrace
-from autorev.predict.strategies import Strategy
+from autorev.predict.methods import Method
 
 AXES = ("batch", "sequence")
 MOST_CORRECTIONS = 5
-"""Simulated steps to settle how far a strategy reaches; one is the rule."""
+"""Simulated steps to settle how far a method reaches; one is the rule."""
 CLOSE = 0.002
 """Relative difference at which a proposed peak and the simulated one are the same."""
 
 
 @dataclass(eq=False)
 class Exploration:
-    """One strategy's step at other sizes."""
+    """One method's step at other sizes."""
 
-    strategy: Strategy
+    method: Method
     curves: dict[str, ScaledTrace] = field(default_factory=dict)
     """Axis -> the step along it; an axis that cannot be varied is missing."""
     limits: dict[str, int] = field(default_factory=dict)
@@ -32,18 +32,18 @@ class Exploration:
 
     def reach(self) -> Reach:
         """The public form of the limits."""
-        return Reach(self.strategy.name, self.limits.get("batch"), self.limits.get("sequence"))
+        return Reach(self.method.name, self.limits.get("batch"), self.limits.get("sequence"))
 
 
-def explore(forecaster: Forecaster, strategy: Strategy, here: StepTrace) -> Exploration:
+def explore(forecaster: Forecaster, method: Method, here: StepTrace) -> Exploration:
     """Vary batch and sequence around `here`, a simulated step at the setting's own sizes."""
-    exploration = Exploration(strategy)
+    exploration = Exploration(method)
     for axis in AXES:
         if size_at(forecaster, axis) is None or (axis == "batch" and not forecaster.resizable):
             continue
         try:
-            curve = _curve(forecaster, strategy, here, axis)
-            limit, curve = _limit(forecaster, strategy, curve, axis)
+            curve = _curve(forecaster, method, here, axis)
+            limit, curve = _limit(forecaster, method, curve, axis)
         except Exception as error:  # the model ran at the setting's sizes; that it does not at others is an answer
             exploration.problems.append(f"the {axis} axis could not be varied: {first_line(error)}")
             continue
@@ -56,14 +56,14 @@ def size_at(forecaster: Forecaster, axis: str) -> int | None:
     return forecaster.setting.batch if axis == "batch" else forecaster.setting.sequence
 
 
-def _trace(forecaster: Forecaster, strategy: Strategy, axis: str, size: int) -> StepTrace:
+def _trace(forecaster: Forecaster, method: Method, axis: str, size: int) -> StepTrace:
     setting = forecaster.setting
     if axis == "batch":
-        return forecaster.trace(strategy, size, setting.sequence)
-    return forecaster.trace(strategy, setting.batch, size)
+        return forecaster.trace(method, size, setting.sequence)
+    return forecaster.trace(method, setting.batch, size)
 
 
-def _curve(forecaster: Forecaster, strategy: Strategy, here: StepTrace, axis: str) -> ScaledTrace:
+def _curve(forecaster: Forecaster, method: Method, here: StepTrace, axis: str) -> ScaledTrace:
     size = size_at(forecaster, axis)
     assert size is not None
     points: tuple[int, ...]
@@ -75,24 +75,24 @@ def _curve(forecaster: Forecaster, strategy: Strategy, here: StepTrace, axis: st
         points = (max(size // 4, 2), max(size // 2, 4), size)
         if 2 * size <= longest:
             points = (max(size // 2, 4), size, 2 * size)
-    traces = (here if p == size else _trace(forecaster, strategy, axis, p) for p in points)
+    traces = (here if p == size else _trace(forecaster, method, axis, p) for p in points)
     return ScaledTrace(points, tuple(traces))
 
 
-def _limit(forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
+def _limit(forecaster: Forecaster, method: Method, curve: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
     """The largest size that fits, and the curve sharpened there: it proposes a size, a simulated step disposes."""
     room = forecaster.device.usable_bytes
     most = 2**20 if axis == "batch" else forecaster.longest_sequence or 2**24
 
     def fits(size: int) -> bool:
-        return forecaster.peak(curve.at(size), strategy) <= room
+        return forecaster.peak(curve.at(size), method) <= room
 
     size = largest(fits, most)
     for _ in range(MOST_CORRECTIONS):
         if size == 0 or size in curve.points or (axis == "batch" and forecaster.walks_batch):
             break
-        trace = _trace(forecaster, strategy, axis, size)
-        simulated, proposed = forecaster.peak(trace, strategy), forecaster.peak(curve.at(size), strategy)
+        trace = _trace(forecaster, method, axis, size)
+        simulated, proposed = forecaster.peak(trace, method), forecaster.peak(curve.at(size), method)
         curve = curve.with_point(size, trace)
         if simulated <= room and abs(simulated - proposed) <= CLOSE * proposed:
             break
@@ -101,7 +101,7 @@ def _limit(forecaster: Forecaster, strategy: Strategy, curve: ScaledTrace, axis:
 
 
 def sweeps(forecaster: Forecaster, explored: list[Exploration]) -> list[Sweep]:
-    """Every strategy's peaks over the same sizes, up to a little beyond what the best of them reaches."""
+    """Every method's peaks over the same sizes, up to a little beyond what the best of them reaches."""
     found = []
     for axis in AXES:
         here = size_at(forecaster, axis)
@@ -112,10 +112,10 @@ def sweeps(forecaster: Forecaster, explored: list[Exploration]) -> list[Sweep]:
             most = min(most, forecaster.longest_sequence)
         values = powers_around(here, most)
         for exploration in explored:
-            curve, strategy = exploration.curves.get(axis), exploration.strategy
+            curve, method = exploration.curves.get(axis), exploration.method
             if curve is not None:
-                peaks = tuple(forecaster.peak(curve.at(value), strategy) for value in values)
-                found.append(Sweep(axis, strategy.name, values, peaks))
+                peaks = tuple(forecaster.peak(curve.at(value), method) for value in values)
+                found.append(Sweep(axis, method.name, values, peaks))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Run one training step of a fake twin under a strategy, and cut it into segments.
+"""Run one training step of a fake twin under a method, and cut it into segments.
 
 Only the blocks that `Layout.active` names are run: the first, the last and one typical block of each kind. The others
 hand the stream on, and the typical block's segments stand in for theirs, so a model of 100 blocks costs as much as one
@@ -29,9 +29,9 @@ from autorev.detect.ends import find_stream, put
 from autorev.detect.judge import Finding, argument_of, leaves
 from autorev.detect.outline import Outlined, outline
 from autorev.predict.chains import Chains
-from autorev.predict.strategies import (
+from autorev.predict.methods import (
     Run,
-    Strategy,
+    Method,
     run_checkpointed,
     run_offloaded,
     run_selective,
@@ -73,7 +73,7 @@ class Layout:
     refused: list[Finding]
     twin: nn.Module
     stored: tuple[int, ...] = ()
-    """Of each chain, how many blocks at its end a reversible strategy stores instead of recomputing."""
+    """Of each chain, how many blocks at its end a reversible method stores instead of recomputing."""
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -106,13 +106,13 @@ class Layout:
             return self
         return layout_of([by_steps(c) if c[0].inline else c for c in self.chains], self.refused, self.twin)
 
-    def under(self, strategy: Strategy) -> Layout:
-        """The layout of what `strategy` runs. Blocks of a chain that are stored instead of recomputed are a kind of
+    def under(self, method: Method) -> Layout:
+        """The layout of what `method` runs. Blocks of a chain that are stored instead of recomputed are a kind of
         their own, and so are those that keep other side bits."""
-        layout = self.in_steps if strategy.in_pieces else self
+        layout = self.in_steps if method.in_pieces else self
         stored = tuple(
-            sum(len(f.steps) if f.inline and strategy.in_pieces else 1 for f in chain[len(chain) - kept :])
-            for chain, kept in ((c, min(strategy.stored_of(n), len(c))) for n, c in enumerate(self.chains))
+            sum(len(f.steps) if f.inline and method.in_pieces else 1 for f in chain[len(chain) - kept :])
+            for chain, kept in ((c, min(method.stored_of(n), len(c))) for n, c in enumerate(self.chains))
         )
         sites = []
         for site in layout.sites:
@@ -120,14 +120,14 @@ class Layout:
             if site.chain is not None:
                 length = len(layout.chains[site.chain])
                 last = site.from_end < stored[site.chain]
-                bits = strategy.side_bits(length - 1 - site.from_end, length)
+                bits = method.side_bits(length - 1 - site.from_end, length)
                 kind = kind, last and stored[site.chain] > 1, bits  # the last block of a kind is run in any case
             sites.append(replace(site, kind=kind))
         return replace(layout, sites=tuple(sites), stored=stored)
 
 
 def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Module) -> Layout:
-    """The blocks that strategies can be put around: every chain's, and refused ones that keep their shape."""
+    """The blocks that methods can be put around: every chain's, and refused ones that keep their shape."""
     found: list[tuple[Finding, int | None, int]] = []
     for number, chain in enumerate(chains):
         found += [(f, number, len(chain) - 1 - at) for at, f in enumerate(chain)]
@@ -205,10 +205,10 @@ def simulate(
     twin: nn.Module,
     call: Call,
     layout: Layout,
-    strategy: Strategy,
+    method: Method,
     loss_of: Callable[[nn.Module, Call], torch.Tensor],
 ) -> StepTrace:
-    """One forward and backward pass of `twin` under `strategy`.
+    """One forward and backward pass of `twin` under `method`.
 
     The twin's forwards are patched while it runs and restored afterwards; gradients are dropped.
     """
@@ -217,7 +217,7 @@ def simulate(
         stack.enter_context(every_layer_kept())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
-        chains = Chains(twin, layout.chains, layout.stored, strategy)
+        chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)
         for _, leaf in leaves(call):
@@ -225,7 +225,7 @@ def simulate(
                 tracker.see(leaf, Category.OTHER)
         start = tracker.total()
         tracker.begin("forward", None, Category.OTHER)
-        steps = _Steps(layout, strategy, chains, tracker)
+        steps = _Steps(layout, method, chains, tracker)
         stack.enter_context(steps.patched())
         loss = loss_of(twin, call)
         tracker.begin("backward", None, Category.LOGITS_AND_LOSS)
@@ -251,8 +251,8 @@ def _backward(loss: torch.Tensor) -> None:
 class _Steps:
     """Wraps every block's forward for the length of one simulated step."""
 
-    def __init__(self, layout: Layout, strategy: Strategy, chains: Chains, tracker: MemoryTracker) -> None:
-        self.layout, self.strategy, self.chains, self.tracker = layout, strategy, chains, tracker
+    def __init__(self, layout: Layout, method: Method, chains: Chains, tracker: MemoryTracker) -> None:
+        self.layout, self.method, self.chains, self.tracker = layout, method, chains, tracker
         self.active = layout.active
         self.calls: dict[int, int] = {}
         self.returned: dict[Any, Any] = {}
@@ -317,7 +317,7 @@ class _Steps:
         self.stream_bytes[site.number] = stream.numel() * stream.element_size()
         if stream.requires_grad and stream is not self.last_output():
             stream.register_hook(lambda grad: self._enter_backward(None))
-        returned = self._under_strategy(site, run, stream)
+        returned = self._under_method(site, run, stream)
         out = dict(leaves(returned))[site.output_at]
         if out.requires_grad:
             out.register_hook(lambda grad: self._enter_backward(site.number))
@@ -330,8 +330,8 @@ class _Steps:
         self.tracker.begin("forward", None, Category.LOGITS_AND_LOSS if last else Category.OTHER)
         return returned
 
-    def _under_strategy(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
-        kind = self.strategy.kind
+    def _under_method(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
+        kind = self.method.kind
         if not stream.requires_grad and not any(p.requires_grad for p in site.module.parameters()):
             return run(stream)  # nothing of it is ever kept
         if kind == "plain" or (kind == "reversible" and site.chain is None):

@@ -22,7 +22,7 @@ Run = Callable[[torch.Tensor], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
+class Method:
     """One row of the comparison."""
 
     name: str
@@ -52,15 +52,15 @@ class Strategy:
         return self.keep_last if isinstance(self.keep_last, int) else self.keep_last[chain]
 
 
-def reversible(name: str, note: str, preserves_function: bool = False) -> Strategy:
+def reversible(name: str, note: str, preserves_function: bool = False) -> Method:
     """The coupling of that name as `convert` has it by default."""
-    return Strategy(name, "reversible", Request(name), preserves_function, note)
+    return Method(name, "reversible", Request(name), preserves_function, note)
 
 
-STRATEGIES: tuple[Strategy, ...] = (
-    Strategy("plain", "plain", note="torch autograd keeps every activation"),
-    Strategy("checkpoint", "checkpoint", note="torch.utils.checkpoint around every block"),
-    Strategy("offload", "offload", note="checkpoint, with the blocks' inputs kept in host memory"),
+METHODS: tuple[Method, ...] = (
+    Method("plain", "plain", note="torch autograd keeps every activation"),
+    Method("checkpoint", "checkpoint", note="torch.utils.checkpoint around every block"),
+    Method("offload", "offload", note="checkpoint, with the blocks' inputs kept in host memory"),
     reversible("momentum", "gamma = 1/8, c = 15/16, exact", preserves_function=True),
     reversible("bdia", "gamma = +-1/2, exact"),
     reversible("leapfrog", "gamma = 1, c = 1"),

@@ -31,7 +31,7 @@ _result_columns = {
     "lora_rank": _integer,
     **dict.fromkeys(("device", "machine", "date", "commit", "goal"), _text),
     "budget_bytes": _integer,
-    **dict.fromkeys(("variant", "strategy", "loss"), _text),
+    **dict.fromkeys(("method", "method", "loss"), _text),
     **dict.fromkeys(("reversible", "preserves_function"), _flag),
     **dict.fromkeys(("status", "reason"), _text),
     "peak_bytes": _integer,
@@ -55,13 +55,13 @@ _result_columns = {
     "predicted_step_seconds": _number,
 }
 _step_columns = {
-    **dict.fromkeys(("record", "variant"), _text),
+    **dict.fromkeys(("record", "method"), _text),
     **dict.fromkeys(("round", "step"), _integer),
     **{f"{phase}_seconds": _number for phase in PHASES},
     "step_seconds": _number,
 }
 _point_columns = {
-    **dict.fromkeys(("record", "variant", "axis"), _text),
+    **dict.fromkeys(("record", "method", "axis"), _text),
     "value": _integer,
     **dict.fromkeys(("status", "reason"), _text),
     "peak_bytes": _integer,
@@ -74,7 +74,7 @@ _point_columns = {
 
 
 def results_frame(profiles: Iterable[Profile]) -> pd.DataFrame:
-    """One row per record and variant with every scalar figure; a column's name ends in its unit.
+    """One row per record and method with every scalar figure; a column's name ends in its unit.
 
     `<category>_bytes` are what was alive at the traced peak, `peak_of_plain` is the peak's share of that of plain in
     the same record, `per_second` counts `units`, and a figure that there is not is empty.
@@ -92,7 +92,7 @@ def steps_frame(profiles: Iterable[Profile]) -> pd.DataFrame:
                 rows += (
                     {
                         "record": profile.name,
-                        "variant": result.variant.spec,
+                        "method": result.method.spec,
                         "round": each.number,
                         "step": step,
                         **{f"{phase}_seconds": getattr(each, phase)[step] for phase in PHASES},
@@ -108,7 +108,7 @@ def points_frame(profiles: Iterable[Profile]) -> pd.DataFrame:
     rows = [
         {
             "record": profile.name,
-            "variant": point.variant,
+            "method": point.method,
             "axis": point.axis,
             "value": point.value,
             "status": point.status.value,
@@ -152,7 +152,7 @@ def write_parquet(profiles: Sequence[Profile], path: str | Path) -> tuple[Path, 
 def write_trace(profile: Profile, path: str | Path) -> Path:
     """Write the steps as a trace in Chrome's Trace Event Format, which ui.perfetto.dev and chrome://tracing open.
 
-    Each variant is a process with its phases, its blocks, and its live bytes by category. The clock is that of the
+    Each method is a process with its phases, its blocks, and its live bytes by category. The clock is that of the
     traced step, or of the median timed step where no step was traced; blocks were timed in a step of their own, are
     stretched to this clock, and carry their own seconds as an argument.
 
@@ -171,7 +171,7 @@ def write_trace(profile: Profile, path: str | Path) -> Path:
 
 
 def _result_row(profile: Profile, result: Result) -> dict[str, Any]:
-    setting, variant, plain = profile.setting, result.variant, profile.result("plain")
+    setting, method, plain = profile.setting, result.method, profile.result("plain")
     row: dict[str, Any] = {
         "record": profile.name,
         "model": profile.model.name,
@@ -184,8 +184,8 @@ def _result_row(profile: Profile, result: Result) -> dict[str, Any]:
         **{name: getattr(profile.environment, name) for name in ("machine", "date", "commit")},
         "goal": profile.goal,
         "budget_bytes": profile.budget_bytes,
-        "variant": variant.spec,
-        **{name: getattr(variant, name) for name in ("strategy", "loss", "reversible", "preserves_function")},
+        "method": method.spec,
+        **{name: getattr(method, name) for name in ("method", "loss", "reversible", "preserves_function")},
         "status": result.status.value,
         "reason": result.reason,
         "samples": len(result.samples),
@@ -259,7 +259,7 @@ def _trace_events(result: Result, process: int) -> Iterator[dict[str, Any]]:
     marks = _marks(result)
     if not marks:
         return
-    yield _named("process_name", result.variant.title, process, 0)
+    yield _named("process_name", result.method.title, process, 0)
     yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
     yield _named("thread_name", "phases", process, _PHASES_TRACK)
     for phase, begin, end in marks:

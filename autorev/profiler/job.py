@@ -8,7 +8,7 @@ from autorev.analysis import Setting
 from autorev.in_place import Blocks
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
 from autorev.profiler.record import Point, Status
-from autorev.variants import Variant
+from autorev.methods import Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The sizes of a variant that a process tries."""
+    """The sizes of a method that a process tries."""
 
     axis: str
     """batch, sequence or depth."""
@@ -51,10 +51,10 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One variant, one process."""
+    """One method, one process."""
 
     source: Source
-    variant: Variant
+    method: Method
     blocks: Blocks
     setting: Setting
     round: int

@@ -1,4 +1,4 @@
-"""What a profile's sweeps say: throughput at a point, and how far each variant got."""
+"""What a profile's sweeps say: throughput at a point, and how far each method got."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def point_per_second(profile: Profile, point: Point) -> float | None:
 
 
 def largest_points(profile: Profile, axis: str) -> dict[str, Point]:
-    """Each variant's largest value on `axis` that fits, by spec in the order of the sweep."""
-    return {point.variant: point for point in profile.points if point.axis == axis and point.largest}
+    """Each method's largest value on `axis` that fits, by spec in the order of the sweep."""
+    return {point.method: point for point in profile.points if point.axis == axis and point.largest}
 
 
 def point_spread(point: Point) -> float | None:

@@ -1,4 +1,4 @@
-"""What the passes read off one variant, as frozen data: times, memory with its cause, work, fidelity.
+"""What the passes read off one method, as frozen data: times, memory with its cause, work, fidelity.
 
 Sizes are bytes, times seconds, work floating-point operations (a multiply-add counts as two).
 """
@@ -29,7 +29,7 @@ def are_times(seconds: Iterable[float]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The timed steps of one fresh process; rounds of all variants take turns. One entry per step."""
+    """The timed steps of one fresh process; rounds of all methods take turns. One entry per step."""
 
     number: int
     forward: tuple[float, ...]
@@ -149,7 +149,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Is the variant right, and what does it do to the model's function?"""
+    """Is the method right, and what does it do to the model's function?"""
 
     against: str
     """`oracle`: the same coupling under ordinary autograd; `plain`: the model as it was."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
 from autorev.profiler.readings import Fidelity, Memory, Round, Work, are_times, check
 from autorev.records import Record, check_name
-from autorev.variants import Variant
+from autorev.methods import Method
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ WIDE_SPREAD = 0.10
 
 
 class Status(StrEnum):
-    """How it ended with a variant."""
+    """How it ended with a method."""
 
     MEASURED = "measured"
     OUT_OF_MEMORY = "out of memory"
@@ -43,9 +43,9 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Everything about one variant."""
+    """Everything about one method."""
 
-    variant: Variant
+    method: Method
     status: Status
     reason: str = ""
     rounds: tuple[Round, ...] = ()
@@ -88,13 +88,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One size of a sweep under one variant."""
+    """One size of a sweep under one method."""
 
     axis: str
     """batch, sequence or depth."""
     value: int
-    variant: str
-    """The variant's spec."""
+    method: str
+    """The method's spec."""
     status: Status
     peak_bytes: int | None
     """By the allocator; None where it did not fit, and the step was stopped."""
@@ -165,27 +165,27 @@ class Profile(Record):
     schema_version: int = 2
 
     def __post_init__(self) -> None:
-        specs = [result.variant.spec for result in self.results]
-        check((bool(specs) or not self.complete) and len(specs) == len(set(specs)), "there are variants, each once")
-        check({point.variant for point in self.points} <= set(specs), "every point is one of a variant's")
+        specs = [result.method.spec for result in self.results]
+        check((bool(specs) or not self.complete) and len(specs) == len(set(specs)), "there are methods, each once")
+        check({point.method for point in self.points} <= set(specs), "every point is one of a method's")
         check(self.goal in GOALS, "a recommendation has a goal")
         check(self.budget_bytes is None or self.budget_bytes > 0, "a budget is more than nothing")
 
     def result(self, spec: str) -> Result | None:
-        """The result of the variant `spec`."""
-        return next((r for r in self.results if r.variant.spec == spec), None)
+        """The result of the method `spec`."""
+        return next((r for r in self.results if r.method.spec == spec), None)
 
     def with_result(self, result: Result) -> Profile:
-        """A copy in which `result` replaces the one of the same variant, or is added."""
-        specs = [r.variant.spec for r in self.results]
-        if result.variant.spec not in specs:
+        """A copy in which `result` replaces the one of the same method, or is added."""
+        specs = [r.method.spec for r in self.results]
+        if result.method.spec not in specs:
             return replace(self, results=(*self.results, result))
-        at = specs.index(result.variant.spec)
+        at = specs.index(result.method.spec)
         return replace(self, results=(*self.results[:at], result, *self.results[at + 1 :]))
 
     @property
     def why_empty(self) -> str:
-        """Why there is no figure of any variant; empty where there is one. What does not fit was measured, too."""
+        """Why there is no figure of any method; empty where there is one. What does not fit was measured, too."""
         found = (Status.MEASURED, Status.OUT_OF_MEMORY)
         if any(r.status in found or (r.status is Status.PREDICTED and r.prediction) for r in self.results):
             return ""
@@ -225,7 +225,7 @@ class Profile(Record):
         return self.write(Path(folder) / f"{self.name}.json")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per variant; `autorev.profiler.exports` has the steps and the sweeps."""
+        """One row per method; `autorev.profiler.exports` has the steps and the sweeps."""
         from autorev.profiler.exports import results_frame
 
         return results_frame([self])

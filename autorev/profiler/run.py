@@ -25,7 +25,7 @@ from autorev.profiler.schedule import Progress, Schedule
 from autorev.profiler.scratch import scratch
 from autorev.profiler.subject import Subject, live_subject, named_subject
 from autorev.records import drop_parts
-from autorev.variants import Variant, parse_variants
+from autorev.methods import Method, parse_methods
 
 RECORDS = Path("profiles/recorded")
 
@@ -34,7 +34,7 @@ def profile(
     model: torch.nn.Module | str | None = None,
     batch: Any = None,
     *,
-    variants: Iterable[str] = ("default",),
+    methods: Iterable[str] = ("default",),
     sequence: int | None = None,
     dtype: str | None = None,
     optimizer: str = "adamw",
@@ -57,12 +57,12 @@ def profile(
     command: str = "autorev.profile(...)",
     progress: Progress = lambda what, fraction: None,
 ) -> Profile:
-    """Measure real training steps of a model under every variant, in fresh processes that take turns.
+    """Measure real training steps of a model under every method, in fresh processes that take turns.
 
     Args:
         model: a model of yours, or what the command line calls MODEL; None: the embedded SmolLM2.
         batch: for a model of yours, what it is called with (a dict, a tuple, or one tensor); for MODEL, samples.
-        variants: specs as `autorev.variants` has them, `default` or `all`.
+        methods: specs as `autorev.methods` has them, `default` or `all`.
         sequence: tokens per sample.
         dtype: fp32, bf16 or fp16; default fp32 on a CPU, bf16 on a GPU.
         optimizer: adamw, sgd or sgd-momentum.
@@ -70,14 +70,14 @@ def profile(
         lora_rank: of the adapters; implies LoRA; default: 16.
         depth: so many blocks, with random weights.
         text: a file whose tokens are trained on; default: CPython's language reference, where there is a tokenizer.
-        rounds: fresh processes per variant, which take turns.
+        rounds: fresh processes per method, which take turns.
         steps: timed steps in each, after two that are not.
         sweeps: `batch`, `sequence` (up to the largest that fits), `batch=1,2,4`, `depth=8,16`.
         memory: the budget: `2GiB`, or `+128MiB` beside parameters, gradients and optimiser state.
         longest_step: seconds at which a sweep's search ends.
         goal: memory, throughput or context: what the recommendation is for.
         device: a device profile that utilisation and predictions are relative to; default: this machine's.
-        predict: predict every variant, and measure none.
+        predict: predict every method, and measure none.
         name: of the record; default: made of model and setting.
         folder: where the record is written after every process; None: nowhere.
         resume: go on with the record of the same name; what it holds is not measured again.
@@ -87,9 +87,9 @@ def profile(
 
     Raises:
         AutorevError: the model cannot be built or trained that way, or an option makes no sense. What goes wrong in
-            a variant is part of the record.
+            a method is part of the record.
     """
-    wanted = parse_variants(variants)
+    wanted = parse_methods(methods)
     requests = [SweepRequest.parse(text_) for text_ in ([sweeps] if isinstance(sweeps, str) else sweeps)]
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
@@ -154,7 +154,7 @@ def _check_weights(model: Any, subject: Subject, trust_remote_code: bool) -> Non
 
 def _blank(
     subject: Subject,
-    variants: list[Variant],
+    methods: list[Method],
     name: str | None,
     depth: int | None,
     goal: str,
@@ -181,7 +181,7 @@ def _blank(
         memory_limit=memory,
         budget_bytes=budget,
         goal=goal,
-        results=tuple(Result(variant, Status.PENDING) for variant in variants),
+        results=tuple(Result(method, Status.PENDING) for method in methods),
         notes=subject.notes,
     )
 
@@ -227,7 +227,7 @@ def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile
         what = ", ".join(different)
         raise SettingError(f"{path} is of another run (its {what} differ); give this one another --name")
     for result in blank.results:
-        if found.result(result.variant.spec) is None:
+        if found.result(result.method.spec) is None:
             found = found.with_result(result)
     commands = dict.fromkeys((*found.command.splitlines(), blank.command))
     # What is there is not measured again.

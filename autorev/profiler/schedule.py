@@ -1,4 +1,4 @@
-"""Every variant in fresh processes that take turns, and a record that is whole at any moment."""
+"""Every method in fresh processes that take turns, and a record that is whole at any moment."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from autorev.profiler.job import Job, Outcome, Source, Sweep
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.options import SweepRequest
 from autorev.profiler.passes.measure import measure
-from autorev.profiler.passes.predicted import predict_variant
+from autorev.profiler.passes.predicted import predict_method
 from autorev.profiler.record import Profile, Result, Status
 from autorev.profiler.subject import Subject
-from autorev.variants import Variant
+from autorev.methods import Method
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""
@@ -57,7 +57,7 @@ class Schedule:
             why = _unpicklable(self.subject.live, pickled)
             if why:
                 self.launch = self._here
-                note = f"every variant ran in one process, as {why}; give package.module:factory for fresh ones"
+                note = f"every method ran in one process, as {why}; give package.module:factory for fresh ones"
                 self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
         threads = self.record.environment.threads
         self.source = Source(self.model, pickled, self.depth, tokens, self.on, threads, self.trust_remote_code)
@@ -72,56 +72,56 @@ class Schedule:
             torch.set_num_threads(threads)
 
     def predict(self) -> None:
-        """Predictions of every variant that has one."""
+        """Predictions of every method that has one."""
         if self.subject.forecaster is None:
             return
         for result in self.record.results:
-            self.progress(f"predicting {result.variant.title}", 0.0)
+            self.progress(f"predicting {result.method.title}", 0.0)
             try:
-                prediction = predict_variant(self.subject.forecaster, result.variant)
+                prediction = predict_method(self.subject.forecaster, result.method)
             except Exception as error:  # a model that cannot be simulated can be measured all the same
                 why = str(error) if isinstance(error, AutorevError) else first_line(error)
-                note = f"{result.variant.title} could not be predicted: {why}"
+                note = f"{result.method.title} could not be predicted: {why}"
                 self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
                 continue
             self.record = self.record.with_result(replace(result, prediction=prediction))
 
     def measure(self, rounds: int, steps: int) -> None:
-        """The rounds: each measures every variant once, beginning with another one."""
-        variants = [result.variant for result in self.record.results]
+        """The rounds: each measures every method once, beginning with another one."""
+        methods = [result.method for result in self.record.results]
         for number in range(rounds):
-            start = number % len(variants)
-            for at, variant in enumerate([*variants[start:], *variants[:start]]):
-                done = self.record.result(variant.spec)
+            start = number % len(methods)
+            for at, method in enumerate([*methods[start:], *methods[:start]]):
+                done = self.record.result(method.spec)
                 assert done is not None
                 passes = done.memory is None
                 if done.status in (Status.REFUSED, Status.FAILED) or any(r.number == number for r in done.rounds):
                     continue
                 if done.status is Status.OUT_OF_MEMORY and passes:
                     continue
-                what = f"{variant.title}, round {number + 1} of {rounds}"
-                self.progress(what, (number * len(variants) + at) / (rounds * len(variants)))
+                what = f"{method.title}, round {number + 1} of {rounds}"
+                self.progress(what, (number * len(methods) + at) / (rounds * len(methods)))
                 job = Job(
                     source=self.source,
-                    variant=variant,
+                    method=method,
                     blocks=self.subject.blocks,
                     setting=self.subject.setting,
                     round=number,
                     warmup=WARM_UP,
                     steps=steps,
                     passes=passes,
-                    snapshot=self._snapshot(variant) if passes else None,
+                    snapshot=self._snapshot(method) if passes else None,
                 )
                 self._keep(self._merged(done, self.launch(job)))
 
     def sweep(self, request: SweepRequest, limit: tuple[int, bool] | None, longest_step: float) -> None:
-        """The points of one axis for every variant that ran."""
+        """The points of one axis for every method that ran."""
         measured = [r for r in self.record.results if r.memory is not None]
         for at, result in enumerate(measured):
-            spec = result.variant.spec
-            if any(p.axis == request.axis and p.variant == spec for p in self.record.points):
+            spec = result.method.spec
+            if any(p.axis == request.axis and p.method == spec for p in self.record.points):
                 continue
-            self.progress(f"{result.variant.title} along {request.axis}", at / len(measured))
+            self.progress(f"{result.method.title} along {request.axis}", at / len(measured))
             values = request.values or (() if limit or self.on == "cuda" else self._doubled(request.axis))
             total = torch.cuda.get_device_properties(0).total_memory if self.on == "cuda" else None
             sweep = Sweep(
@@ -135,7 +135,7 @@ class Schedule:
             )
             job = Job(
                 source=self.source,
-                variant=result.variant,
+                method=result.method,
                 blocks=self.subject.blocks,
                 setting=self.subject.setting,
                 round=0,
@@ -147,7 +147,7 @@ class Schedule:
             outcome = self.launch(job)
             self.record = replace(self.record, points=(*self.record.points, *outcome.points))
             if outcome.status is not Status.MEASURED:
-                note = f"{result.variant.title} along {request.axis}: {outcome.status}, {outcome.reason}"
+                note = f"{result.method.title} along {request.axis}: {outcome.status}, {outcome.reason}"
                 self.record = replace(self.record, notes=tuple(dict.fromkeys((*self.record.notes, note))))
             self.write()
 
@@ -188,10 +188,10 @@ class Schedule:
             side_bits=max(done.side_bits, outcome.side_bits),
         )
 
-    def _snapshot(self, variant: Variant) -> str | None:
+    def _snapshot(self, method: Method) -> str | None:
         if self.on != "cuda" or self.folder is None:
             return None
-        file = "".join(letter if letter.isalnum() else "-" for letter in variant.spec)
+        file = "".join(letter if letter.isalnum() else "-" for letter in method.spec)
         return str(Path(self.folder) / "snapshots" / f"{self.record.name}_{file}.pickle")
 
     def _keep(self, result: Result) -> None:

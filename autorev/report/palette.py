@@ -1,6 +1,6 @@
 """The colours of a report, for light and for dark paper.
 
-Categories and strategies each stay apart by at least 15 in CIELAB, on both papers, for normal, deuteranopic,
+Categories and methods each stay apart by at least 15 in CIELAB, on both papers, for normal, deuteranopic,
 protanopic and tritanopic sight. Figures are drawn in light colours, and `DARK_FOR_LIGHT` says what each
 becomes on dark paper; so a light colour is never used for two things that differ in the dark.
 """
@@ -48,7 +48,7 @@ OVERHEAD_COLORS = {
 }
 """Seconds in the colour of the bytes they save or handle."""
 
-_strategy_colors = {
+_method_colors = {
     "plain": THEME["ink"],
     "checkpoint": ("#0b5cc4", "#3a8df0"),
     "offload": ("#4fbcf5", "#a4dafc"),
@@ -63,9 +63,9 @@ _strategy_colors = {
     "revnet": ("#85807f", "#767b83"),
 }
 
-DARK_FOR_LIGHT = dict([*THEME.values(), *CATEGORY_COLORS.values(), *_strategy_colors.values()])
+DARK_FOR_LIGHT = dict([*THEME.values(), *CATEGORY_COLORS.values(), *_method_colors.values()])
 
 
-def strategy_color(strategy: str) -> str:
-    """The strategy's colour on light paper."""
-    return _strategy_colors.get(strategy, THEME["muted"])[0]
+def method_color(method: str) -> str:
+    """The method's colour on light paper."""
+    return _method_colors.get(method, THEME["muted"])[0]

@@ -37,7 +37,7 @@ SYMBOLS = {
     "hamiltonian": "star",
     "revnet": "star-open",
 }
-"""By strategy, beside its colour."""
+"""By method, beside its colour."""
 DASHES = {
     "offload": "dash",
     "sac": "dash",

@@ -172,7 +172,7 @@ def test_fifty_records_open_in_two_seconds(browser: Any, tmp_path: Path) -> None
     figure = browser.execute_async_script(FIRST_FIGURE) / 1000
     print(f"\nfifty records: {loaded:.2f} s to open, {figure:.2f} s to the first figure; budget {SECONDS_TO_OPEN} s")
     assert loaded + figure < SECONDS_TO_OPEN * ALLOWANCE
-    rows = browser.execute_script("return document.querySelectorAll('[aria-label^=\"Every variant\"] tbody tr').length")
+    rows = browser.execute_script("return document.querySelectorAll('[aria-label^=\"Every method\"] tbody tr').length")
     assert rows == 200
 
 
@@ -184,7 +184,7 @@ def test_is_readable_without_scripts(browser: Any, tmp_path: Path) -> None:
     best = chosen(examples.unequal())
     assert best is not None and best.memory is not None
     peak = format_bytes(best.memory.peak_bytes)
-    for expected in (headline(best.variant.strategy), peak, "modeling_vit.py:310", "signal 9"):
+    for expected in (headline(best.method.name), peak, "modeling_vit.py:310", "signal 9"):
         assert expected in text
 
 

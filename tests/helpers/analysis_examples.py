@@ -1,7 +1,7 @@
 """Analyses for the tests of the reports: plausible figures of real models, made without torch.
 
 smollm2()     30 eligible blocks; everything fits the device
-llama_lora()  32 eligible blocks at 32,768 tokens; most strategies do not fit
+llama_lora()  32 eligible blocks at 32,768 tokens; most methods do not fit
 bert()        12 refused blocks, no chain
 clip()        two chains, one with a caveat
 unpredicted() blocks only, as `autorev.analyze` returns them
@@ -62,31 +62,31 @@ class Costs:
     flops: float
     """Per token, of a plain step."""
 
-    def categories(self, strategy: str, tokens: int) -> dict[str, int]:
+    def categories(self, method: str, tokens: int) -> dict[str, int]:
         """Bytes at the peak of a step of `tokens` tokens."""
         block = tokens * self.stored
-        reversible = strategy not in ("plain", "checkpoint", "offload")
+        reversible = method not in ("plain", "checkpoint", "offload")
         stored = {"plain": self.layers * block, "checkpoint": self.layers * tokens * self.stream}
-        bits = SIDE_BITS.get(strategy, 0)
+        bits = SIDE_BITS.get(method, 0)
         return {
             Category.PARAMETERS.value: 2 * self.parameters,
             Category.GRADIENTS.value: 2 * self.trained,
             Category.OPTIMIZER_STATE.value: 4 * self.trained,
-            Category.STORED_ACTIVATIONS.value: stored.get(strategy, 0),
-            Category.WORKING_SET.value: block // 4 if strategy == "plain" else block,
+            Category.STORED_ACTIVATIONS.value: stored.get(method, 0),
+            Category.WORKING_SET.value: block // 4 if method == "plain" else block,
             Category.STREAMS.value: 6 * tokens * self.stream if reversible else 0,
             Category.SIDE_BITS.value: bits * self.layers * tokens * self.stream // 16,
             Category.LOGITS_AND_LOSS.value: tokens * self.logits,
             Category.OTHER.value: 2 * tokens * self.stream + self.trained // 4,
         }
 
-    def peak(self, strategy: str, tokens: int) -> int:
+    def peak(self, method: str, tokens: int) -> int:
         """Their sum."""
-        return sum(self.categories(strategy, tokens).values())
+        return sum(self.categories(method, tokens).values())
 
 
 SIDE_BITS = {"momentum": 3, "midpoint_a": 8, "bdia": 1}
-STRATEGIES = (
+METHODS = (
     *("plain", "checkpoint", "offload"),
     *("momentum", "leapfrog", "midpoint", "midpoint_a", "bdia", "hamiltonian", "revnet"),
 )
@@ -103,15 +103,15 @@ def smollm2() -> Analysis:
         refused=(),
         setting=setting,
         device=H100,
-        predictions=tuple(prediction(SMOLLM2, name, 8 * 2048) for name in STRATEGIES),
-        frontier=tuple(reach(SMOLLM2, name, 8, 2048) for name in STRATEGIES),
+        predictions=tuple(prediction(SMOLLM2, name, 8 * 2048) for name in METHODS),
+        frontier=tuple(reach(SMOLLM2, name, 8, 2048) for name in METHODS),
         sweeps=sweeps(SMOLLM2, 8, 2048),
         recommendation=Recommendation(
             "checkpoint",
             "Checkpointing is enough: it halves the peak of plain autograd, and the best coupling that keeps "
             "the pretrained function saves only another 4 %. Most of what is left is logits and loss.",
             (
-                "Use the chunked loss: it takes 9.0 GiB off every strategy.",
+                "Use the chunked loss: it takes 9.0 GiB off every method.",
                 "With the chunked loss, momentum reaches 1.6 times the batch of checkpointing.",
             ),
         ),
@@ -129,14 +129,14 @@ def llama_lora() -> Analysis:
         refused=(),
         setting=Setting(2, 32_768, "bf16", "adamw", "lora", 16, "full", H100.name),
         device=H100,
-        predictions=tuple(prediction(LLAMA_8B, name, tokens) for name in STRATEGIES),
-        frontier=tuple(reach(LLAMA_8B, name, 2, 32_768) for name in STRATEGIES),
+        predictions=tuple(prediction(LLAMA_8B, name, tokens) for name in METHODS),
+        frontier=tuple(reach(LLAMA_8B, name, 2, 32_768) for name in METHODS),
         sweeps=sweeps(LLAMA_8B, 2, 32_768),
         recommendation=Recommendation(
             "momentum",
             "Nothing fits at this setting, and plain autograd is far out of reach. Of what keeps the "
             "pretrained function and needs no host traffic, momentum comes closest.",
-            ("Use the chunked loss: it takes 63 GiB off every strategy, and then momentum fits.",),
+            ("Use the chunked loss: it takes 63 GiB off every method, and then momentum fits.",),
         ),
         versions=VERSIONS,
     )
@@ -171,9 +171,9 @@ def clip() -> Analysis:
         refused=(),
         setting=Setting(64, None, "fp32", "sgd-momentum", "full", None, "full", H100.name),
         device=H100,
-        predictions=tuple(prediction(costs, name, 64 * 127) for name in STRATEGIES[:6]),
-        frontier=tuple(replace(reach(costs, name, 64, 127), longest_sequence=None) for name in STRATEGIES[:6]),
-        sweeps=tuple(sweep for sweep in sweeps(costs, 64, 127, STRATEGIES[:6]) if sweep.axis == "batch"),
+        predictions=tuple(prediction(costs, name, 64 * 127) for name in METHODS[:6]),
+        frontier=tuple(replace(reach(costs, name, 64, 127), longest_sequence=None) for name in METHODS[:6]),
+        sweeps=tuple(sweep for sweep in sweeps(costs, 64, 127, METHODS[:6]) if sweep.axis == "batch"),
         recommendation=Recommendation("plain", "Plain autograd fits: the peak is 6 % of the memory."),
         versions=VERSIONS,
     )
@@ -272,15 +272,15 @@ def clip_block(tower: str, index: int, shape: tuple[int, ...], reasons: tuple[st
     )
 
 
-def prediction(costs: Costs, strategy: str, tokens: int) -> Prediction:
-    """One strategy at one size."""
-    categories = costs.categories(strategy, tokens)
+def prediction(costs: Costs, method: str, tokens: int) -> Prediction:
+    """One method at one size."""
+    categories = costs.categories(method, tokens)
     peak = sum(categories.values())
     fixed = 2 * costs.parameters + 6 * costs.trained
     kept = categories[Category.STORED_ACTIVATIONS.value] + categories[Category.SIDE_BITS.value]
-    flops = costs.flops * tokens * (1 if strategy == "plain" else 4 / 3)
+    flops = costs.flops * tokens * (1 if method == "plain" else 4 / 3)
     return Prediction(
-        strategy=strategy,
+        method=method,
         peak_bytes=peak,
         phase="backward",
         categories=categories,
@@ -288,21 +288,21 @@ def prediction(costs: Costs, strategy: str, tokens: int) -> Prediction:
         kept_bytes=kept + categories[Category.LOGITS_AND_LOSS.value] // 3 + 2 * tokens * costs.stream,
         step_flops=int(flops),
         step_seconds=flops / H100.peak_flops * 1.6,
-        side_bits=SIDE_BITS.get(strategy, 0),
-        preserves_function=strategy in ("plain", "checkpoint", "offload", "momentum"),
-        note="Host traffic of 0.53 GiB each way is hidden behind the blocks." if strategy == "offload" else "",
+        side_bits=SIDE_BITS.get(method, 0),
+        preserves_function=method in ("plain", "checkpoint", "offload", "momentum"),
+        note="Host traffic of 0.53 GiB each way is hidden behind the blocks." if method == "offload" else "",
     )
 
 
-def reach(costs: Costs, strategy: str, batch: int, sequence: int) -> Reach:
+def reach(costs: Costs, method: str, batch: int, sequence: int) -> Reach:
     """How many samples and tokens fit the H100."""
-    fixed = costs.peak(strategy, 0)
-    per_token = (costs.peak(strategy, 1 << 20) - fixed) / (1 << 20)
+    fixed = costs.peak(method, 0)
+    per_token = (costs.peak(method, 1 << 20) - fixed) / (1 << 20)
     tokens = int((H100.memory_bytes - fixed) / per_token)
-    return Reach(strategy, max(0, tokens // sequence), max(0, tokens // batch))
+    return Reach(method, max(0, tokens // sequence), max(0, tokens // batch))
 
 
-def sweeps(costs: Costs, batch: int, sequence: int, names: Sequence[str] = STRATEGIES) -> tuple[Sweep, ...]:
+def sweeps(costs: Costs, batch: int, sequence: int, names: Sequence[str] = METHODS) -> tuple[Sweep, ...]:
     """Peaks over powers of two around the setting."""
     batches = tuple(2**i for i in range(9))
     lengths = tuple(sequence * 2**i // 16 for i in range(9))

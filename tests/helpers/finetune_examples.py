@@ -29,7 +29,7 @@ from autorev.finetuning.record import (
     Recipe,
     Sensitivity,
 )
-from autorev.variants import Variant
+from autorev.methods import Method
 from tests.helpers.finetune_simulation import (
     BLOCKS,
     MIB,
@@ -48,15 +48,15 @@ SMOLLM2 = ModelInfo("SmolLM2-135M-Instruct", "LlamaForCausalLM", 134_515_008, "p
 GPT2 = ModelInfo("gpt2-shape", "GPT2LMHeadModel", 1_881_344, "runs/gpt2-shape")
 CORPUS = Corpus("CPython's pydoc_data.topics", 79, 109_825, 3_056, 2, packed=True)
 RECIPE = Recipe("full", None, SMOLLM2.parameters, 192, 1, 1, 40, 5e-5, "fp32", "adamw", 0)
-VARIANTS = {
-    "plain": Variant("plain", "plain", "plain", "full", reversible=False, preserves_function=True),
-    "checkpoint": Variant("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True),
-    "momentum:k=3": Variant(
+METHODS = {
+    "plain": Method("plain", "plain", "plain", "full", reversible=False, preserves_function=True),
+    "checkpoint": Method("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True),
+    "momentum:k=3": Method(
         "momentum:k=3", "momentum", "momentum k=3", "full", reversible=True, preserves_function=True
     ),
-    "leapfrog": Variant("leapfrog", "leapfrog", "leapfrog", "full", reversible=True, preserves_function=False),
-    "midpoint": Variant("midpoint", "midpoint", "midpoint", "full", reversible=True, preserves_function=False),
-    "hamiltonian": Variant(
+    "leapfrog": Method("leapfrog", "leapfrog", "leapfrog", "full", reversible=True, preserves_function=False),
+    "midpoint": Method("midpoint", "midpoint", "midpoint", "full", reversible=True, preserves_function=False),
+    "hamiltonian": Method(
         "hamiltonian", "hamiltonian", "hamiltonian", "full", reversible=True, preserves_function=False
     ),
 }
@@ -70,10 +70,10 @@ def momentum() -> FineTuning:
         name="momentum_k3",
         model=SMOLLM2,
         pretrained=True,
-        variant=VARIANTS["momentum:k=3"],
+        method=METHODS["momentum:k=3"],
         recipe=RECIPE,
         corpus=CORPUS,
-        command="autorev finetune --coupling momentum:k=3 --max-steps 40 --lr 5e-5 --out runs/momentum_k3",
+        command="autorev finetune --method momentum:k=3 --steps 40 --lr 5e-5 --out runs/momentum_k3",
         environment=ENVIRONMENT,
         original=looked_at(0, ORIGINAL, 0.1125),
         evaluations=evaluations(curve, 40, 10, 0.0418),
@@ -93,8 +93,8 @@ def plain() -> FineTuning:
     return replace(
         momentum(),
         name="plain",
-        variant=VARIANTS["plain"],
-        command="autorev finetune --coupling plain --max-steps 40 --lr 5e-5 --out runs/plain",
+        method=METHODS["plain"],
+        command="autorev finetune --method plain --steps 40 --lr 5e-5 --out runs/plain",
         evaluations=found,
         vanilla=found[-1],
         logged=tuple(steps_of(curve, RECIPE, drift=None, peak=2_600 * MIB, seconds=1.4)),
@@ -110,7 +110,7 @@ def checkpoint() -> FineTuning:
     return replace(
         plain(),
         name="checkpoint",
-        variant=VARIANTS["checkpoint"],
+        method=METHODS["checkpoint"],
         logged=tuple(steps_of(curve, RECIPE, drift=None, peak=1_850 * MIB, seconds=1.8)),
     )
 
@@ -123,9 +123,9 @@ def jump() -> FineTuning:
     return replace(
         momentum(),
         name="jump",
-        variant=VARIANTS["leapfrog"],
+        method=METHODS["leapfrog"],
         recipe=recipe,
-        command="autorev finetune --coupling leapfrog --distill --max-steps 60 --lr 1e-4 --out runs/jump",
+        command="autorev finetune --method leapfrog --distill --steps 60 --lr 1e-4 --out runs/jump",
         evaluations=evaluations(curve, 60, 10, 1.37),
         vanilla=looked_at(60, 7.55, 0.2),
         logged=tuple(steps_of(curve, recipe, gamma=lambda step: (1.0, 0.0), peak=2_300 * MIB, seconds=3.9)),
@@ -143,9 +143,9 @@ def scheduled() -> FineTuning:
     return replace(
         jump(),
         name="schedule",
-        variant=VARIANTS["momentum:k=3"],
+        method=METHODS["momentum:k=3"],
         recipe=recipe,
-        command="autorev finetune --schedule leapfrog --distill --max-steps 60 --lr 1e-4 --out runs/schedule",
+        command="autorev finetune --schedule leapfrog --distill --steps 60 --lr 1e-4 --out runs/schedule",
         evaluations=evaluations(curve, 60, 10, 0.3),
         logged=tuple(steps_of(curve, recipe, gamma=moving, peak=2_350 * MIB, seconds=3.9)),
         chains=(chain([1.0] * BLOCKS, [1 / (BLOCKS + 1 - i) for i in range(BLOCKS)], [0] * BLOCKS),),
@@ -169,7 +169,7 @@ def calibrated() -> FineTuning:
         momentum(),
         name="calibrated",
         recipe=recipe,
-        command="autorev finetune --max-loss-increase 0.02 --max-steps 40 --lr 5e-5 --out runs/calibrated",
+        command="autorev finetune --max-loss-increase 0.02 --steps 40 --lr 5e-5 --out runs/calibrated",
         evaluations=evaluations(curve, 40, 10, 0.05),
         vanilla=looked_at(40, 2.74, 0.11),
         logged=tuple(steps_of(curve, recipe, gamma=lambda step: (0.3, mean))),
@@ -191,7 +191,7 @@ def two_streams() -> FineTuning:
     return replace(
         momentum(),
         name="hamiltonian",
-        variant=VARIANTS["hamiltonian"],
+        method=METHODS["hamiltonian"],
         evaluations=evaluations(curve, 40, 10, 4.1),
         vanilla=looked_at(40, 11.2, 0.2),
         logged=tuple(steps_of(curve, RECIPE, gamma=lambda step: (None, 0.0))),
@@ -209,7 +209,7 @@ def lora() -> FineTuning:
         momentum(),
         name="lora_momentum_k3",
         recipe=recipe,
-        command="autorev finetune --lora 16 --distill --max-steps 40 --lr 5e-5 --out runs/lora_momentum_k3",
+        command="autorev finetune --lora-rank 16 --distill --steps 40 --lr 5e-5 --out runs/lora_momentum_k3",
         logged=tuple(steps_of(curve, recipe, gamma=lambda step: (0.125, 3.0), peak=1_050 * MIB)),
         notes=(),
     )
@@ -222,7 +222,7 @@ def scratch(coupling: str, seed: int = 0) -> FineTuning:
     end = ends[coupling] + 0.02 * seed
     recipe = Recipe("scratch", None, GPT2.parameters, 128, 8, 1, 120, 1e-3, "fp32", "adamw", seed)
     curve = losses(7.63, end, 120)
-    reversible = VARIANTS[coupling].reversible
+    reversible = METHODS[coupling].reversible
     found = evaluations(curve, 120, 20, None)
     gammas = {"leapfrog": 1.0, "midpoint": -1.0, "momentum:k=3": 0.125}
     gamma, bits = gammas.get(coupling, 0.0), 3 if coupling.startswith("momentum") else 0
@@ -230,10 +230,10 @@ def scratch(coupling: str, seed: int = 0) -> FineTuning:
         name=f"scratch_{coupling.partition(':')[0]}_{seed}",
         model=GPT2,
         pretrained=False,
-        variant=VARIANTS[coupling],
+        method=METHODS[coupling],
         recipe=recipe,
         corpus=replace(CORPUS, training_tokens=124_582),
-        command=f"autorev finetune runs/gpt2-shape --coupling {coupling} --seed {seed} --max-steps 120 --lr 1e-3",
+        command=f"autorev finetune runs/gpt2-shape --method {coupling} --seed {seed} --steps 120 --lr 1e-3",
         environment=ENVIRONMENT,
         original=Evaluation(0, 7.631, 0.0075),
         evaluations=found,
@@ -281,12 +281,12 @@ def hostile() -> FineTuning:
     done = calibrated()
     assert done.calibration is not None
     found = tuple(replace(each, block=f"{text}{each.block}") for each in done.calibration.sensitivities)
-    variant = Variant(text, text, text, text, reversible=True, preserves_function=True, note=text)
+    method = Method(text, text, text, text, reversible=True, preserves_function=True, note=text)
     return replace(
         done,
         name=text,
         model=ModelInfo(text, text, 1, text),
-        variant=variant,
+        method=method,
         recipe=replace(done.recipe, trains=text, dtype=text, optimizer=text, schedule=text, schedule_steps=3),
         corpus=replace(CORPUS, source=text),
         command=text,

@@ -1,6 +1,6 @@
 """Profiles for the tests of reports, exports and advice: plausible figures, made without torch.
 
-smollm2()        SmolLM2-135M, nine variants, everything measured
+smollm2()        SmolLM2-135M, nine methods, everything measured
 lora()           the same with LoRA, and sweeps of the sequence
 deep(blocks)     a narrow, deep model from scratch, and sweeps of the batch under a budget
 interrupted()    stopped half-way
@@ -136,12 +136,12 @@ def bounded(done: Result, budget: int) -> Result:
     if done.memory.peak_bytes <= budget:
         return done
     reason = f"stopped at the budget of {budget:,} bytes in {done.memory.phase}"
-    return Result(done.variant, Status.OUT_OF_MEMORY, reason, prediction=done.prediction)
+    return Result(done.method, Status.OUT_OF_MEMORY, reason, prediction=done.prediction)
 
 
 @cache
 def interrupted() -> Profile:
-    """Stopped: two variants are done, one has memory but no times, the rest wait."""
+    """Stopped: two methods are done, one has memory but no times, the rest wait."""
     base = smollm2()
     results = list(base.results[:2])
     results.append(replace(base.results[2], rounds=(), work=None, fidelity=None, status=Status.PENDING))
@@ -150,8 +150,8 @@ def interrupted() -> Profile:
 
 
 def pending(done: Result) -> Result:
-    """The same variant before anything of it was measured."""
-    return Result(done.variant, Status.PENDING, prediction=done.prediction)
+    """The same method before anything of it was measured."""
+    return Result(done.method, Status.PENDING, prediction=done.prediction)
 
 
 @cache
@@ -159,7 +159,7 @@ def predicted_only() -> Profile:
     """What `--predict` writes."""
     base = smollm2()
     results = tuple(
-        Result(each.variant, Status.PREDICTED, side_bits=each.side_bits, prediction=each.prediction)
+        Result(each.method, Status.PREDICTED, side_bits=each.side_bits, prediction=each.prediction)
         for each in base.results
         if each.prediction is not None
     )
@@ -176,7 +176,7 @@ def unequal() -> Profile:
     def ended(spec: str, status: Status, reason: str) -> Result:
         how = METHODS[spec]
         prediction = simulated.prediction(VIT, how, tokens) if spec == "plain" else None
-        return Result(how.variant, status, reason, prediction=prediction)
+        return Result(how.method, status, reason, prediction=prediction)
 
     return advised(
         replace(
@@ -216,7 +216,7 @@ def hostile() -> Profile:
     text = f"{HOSTILE} {LONG}"
     results = []
     for each in base.results:
-        variant = replace(each.variant, title=text, note=text)
+        method = replace(each.method, title=text, note=text)
         memory, work, fidelity = each.memory, each.work, each.fidelity
         if memory is not None:
             named = tuple(replace(h, path=text if i % 2 else LONG) for i, h in enumerate(memory.holders))
@@ -226,7 +226,7 @@ def hostile() -> Profile:
         if fidelity is not None:
             fidelity = replace(fidelity, drift=dict.fromkeys(map(str, [text]), 0.0))
         reason = text if each.reason else ""
-        results.append(replace(each, variant=variant, reason=reason, memory=memory, work=work, fidelity=fidelity))
+        results.append(replace(each, method=method, reason=reason, memory=memory, work=work, fidelity=fidelity))
     return replace(
         base,
         model=ModelInfo(text, text, 1, text),
@@ -235,7 +235,7 @@ def hostile() -> Profile:
         command=text,
         environment=replace(ENVIRONMENT, machine=text, system=text, versions={"autorev": text}, commit=text),
         results=tuple(results),
-        recommendation=Recommendation(results[1].variant.spec, text, (text,)),
+        recommendation=Recommendation(results[1].method.spec, text, (text,)),
         notes=(text,),
     )
 
@@ -246,9 +246,9 @@ def all_examples() -> tuple[Profile, ...]:
 
 
 def result(model: Model, how: Method, tokens: int, loss: float, text: int = 4096) -> Result:
-    """One variant, everything measured."""
+    """One method, everything measured."""
     return Result(
-        variant=how.variant,
+        method=how.method,
         status=Status.MEASURED,
         rounds=tuple(simulated.rounds(model, how, tokens)),
         memory=simulated.memory(model, how, tokens),

@@ -10,7 +10,7 @@ from math import sin
 
 from autorev.analysis import Category, Prediction
 from autorev.profiler.readings import BlockTime, Fidelity, Holder, Memory, Round, Timeline, Work
-from autorev.variants import Variant
+from autorev.methods import Method
 
 POINTS = {"forward": 100, "backward": 150, "optimizer": 50}
 HEAD = 0.1
@@ -43,9 +43,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Method:
-    """How a variant stores what backward needs."""
+    """How a method stores what backward needs."""
 
-    variant: Variant
+    method: Method
     kept: float
     """Of what plain autograd stores per block."""
     streams: float
@@ -62,24 +62,24 @@ class Method:
     @property
     def host(self) -> bool:
         """Are the stored streams on the host?"""
-        return self.variant.strategy == "offload"
+        return self.method.name == "offload"
 
 
 def method(spec: str, kept: float, streams: float, again: float, **more: float | int) -> Method:
     """A method from its spec."""
-    strategy, _, options = spec.partition(":")
+    method, _, options = spec.partition(":")
     loss = "chunked" if "loss=chunked" in options else "full"
-    reversible = strategy not in ("plain", "checkpoint", "sac", "offload", "compile")
-    preserves = not reversible or (strategy == "momentum" and "k=2" not in options)
+    reversible = method not in ("plain", "checkpoint", "sac", "offload", "compile")
+    preserves = not reversible or (method == "momentum" and "k=2" not in options)
     shown = ", ".join(option for option in options.split(",") if option != "loss=chunked")
-    title = f"{strategy} {shown}".strip() + (", chunked loss" if loss == "chunked" else "")
+    title = f"{method} {shown}".strip() + (", chunked loss" if loss == "chunked" else "")
     note = "" if preserves else "a pretrained model does not keep its function"
-    variant = Variant(spec, strategy, title, loss, reversible, preserves, note)
-    return Method(variant, kept, streams, int(more.pop("side_bits", 0)), again, **more)  # type: ignore[arg-type]
+    method = Method(spec, method, title, loss, reversible, preserves, note)
+    return Method(method, kept, streams, int(more.pop("side_bits", 0)), again, **more)  # type: ignore[arg-type]
 
 
 METHODS = {
-    m.variant.spec: m
+    m.method.spec: m
     for m in (
         method("plain", 1.0, 0.0, 0.0),
         method("checkpoint", 0.0, 1.0, 0.62),
@@ -130,10 +130,10 @@ def held(model: Model, how: Method, tokens: int, phase: str, progress: float) ->
     found[Category.STORED_ACTIVATIONS] = sum(kept[:done]) - found[Category.SIDE_BITS]
     if busy:
         found[Category.WORKING_SET] = int(tokens * model.stored * (1.0 if again else 0.25) * (0.3 + 0.7 * within))
-    if how.variant.reversible:
+    if how.method.reversible:
         found[Category.STREAMS] = stream * (2 if phase == "forward" else 4)
     if in_head:
-        logits = tokens * model.vocabulary * size // (CHUNK if how.variant.loss == "chunked" else 1)
+        logits = tokens * model.vocabulary * size // (CHUNK if how.method.loss == "chunked" else 1)
         found[Category.LOGITS_AND_LOSS] = logits * (2 if phase == "forward" else 3)
     found[Category.OTHER] = 2 * stream + 16 * tokens
     return found
@@ -228,7 +228,7 @@ def jitter(number: int, width: float) -> float:
 def rounds(model: Model, how: Method, tokens: int, count: int = 2, steps: int = 4, width: float = 0.02) -> list[Round]:
     """`count` rounds of `steps` timed steps."""
     seconds = phase_seconds(model, how, tokens)
-    seed = sum(map(ord, how.variant.spec))
+    seed = sum(map(ord, how.method.spec))
     made = []
     for number in range(count):
         factors = [jitter(seed + 31 * number + i, width) for i in range(steps)]
@@ -265,12 +265,12 @@ def work(model: Model, how: Method, tokens: int) -> Work:
 
 def fidelity(how: Method, original: float, chain: str, tokens: int = 4096) -> Fidelity:
     """Exact but for rounding."""
-    error = 3.1e-7 if how.variant.reversible else 0.0
+    error = 3.1e-7 if how.method.reversible else 0.0
     return Fidelity(
-        against="oracle" if how.variant.reversible else "plain",
+        against="oracle" if how.method.reversible else "plain",
         gradient_error=error,
         gradient_cosine=1 - error**2,
-        drift={chain: 0.0} if how.variant.reversible else {},
+        drift={chain: 0.0} if how.method.reversible else {},
         loss=original + how.loss,
         original_loss=original,
         tokens=tokens,
@@ -279,14 +279,14 @@ def fidelity(how: Method, original: float, chain: str, tokens: int = 4096) -> Fi
 
 def prediction(model: Model, how: Method, tokens: int) -> Prediction | None:
     """What an analysis predicts: a little less than is measured; none for what it does not know."""
-    if how.variant.strategy == "sac" or how.keep_last or "k=2" in how.variant.spec:
+    if how.method.name == "sac" or how.keep_last or "k=2" in how.method.spec:
         return None
     found = memory(model, how, tokens)
     categories = {name: count - count // 200 for name, count in found.categories.items()}
     flops = step_flops(model, how, tokens)
     peak = sum(categories.values())
     return Prediction(
-        strategy=how.variant.strategy,
+        method=how.method.name,
         peak_bytes=peak,
         phase=found.phase,
         categories=categories,
@@ -297,6 +297,6 @@ def prediction(model: Model, how: Method, tokens: int) -> Prediction | None:
         step_flops=flops,
         step_seconds=flops / model.flops_per_second * 0.6,
         side_bits=how.side_bits,
-        preserves_function=how.variant.preserves_function,
+        preserves_function=how.method.preserves_function,
         note="",
     )

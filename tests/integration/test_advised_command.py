@@ -32,12 +32,12 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
     assert found.setting == SETTING
     momentum = found.prediction("momentum")
     assert momentum is not None
-    slow = replace(found, predictions=tuple(p for p in found.predictions if p.strategy in ("momentum", "bdia")))
+    slow = replace(found, predictions=tuple(p for p in found.predictions if p.method in ("momentum", "bdia")))
     command = training_command("a model", SETTING, can_be_finetuned=True)
     advised = recommend(slow, Possible(command=command)).advice[0]
     typed = re.search(r"\(from the command line: python cli\.py finetune (.*)\)$", advised)
     assert typed is not None
-    options = [*shlex.split(typed[1]), "--max-steps", "2", "--evaluate-every", "9", "--validation-rows", "1"]
+    options = [*shlex.split(typed[1]), "--steps", "2", "--evaluate-every", "9", "--validation-rows", "1"]
     assert "momentum:k=3,keep_last=0" in options
     done = CliRunner().invoke(main, ["finetune", *options, "--json", "--out", "run"])
     assert done.exit_code == 0, done.output
@@ -48,18 +48,18 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        (SETTING, "finetune m --coupling {spec} --batch 4 --sequence 96 --lora 4"),
+        (SETTING, "finetune m --method {spec} --batch 4 --sequence 96 --lora-rank 4"),
         (
             replace(SETTING, loss="chunked"),
-            "finetune m --coupling {spec},loss=chunked --batch 4 --sequence 96 --lora 4",
+            "finetune m --method {spec},loss=chunked --batch 4 --sequence 96 --lora-rank 4",
         ),
         (
             replace(SETTING, dtype="bf16", trains="full", lora_rank=None),
-            "profile m --variant {spec} --batch 4 --sequence 96 --dtype bf16 --optimizer adamw --trains full",
+            "profile m --method {spec} --batch 4 --sequence 96 --dtype bf16 --optimizer adamw --trains full",
         ),
         (
             replace(SETTING, sequence=None, optimizer="sgd"),
-            "profile m --variant {spec} --batch 4 --dtype fp32 --optimizer sgd --lora-rank 4",
+            "profile m --method {spec} --batch 4 --dtype fp32 --optimizer sgd --lora-rank 4",
         ),
     ],
 )

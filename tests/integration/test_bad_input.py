@@ -178,12 +178,12 @@ def test_a_config_of_odd_numbers(folder: Path, entry: dict[str, Any], words: str
         ("profile", "tiny.json", "--predict", "--depth", 10**9),
         ("profile", "tiny.json", "--predict", "--memory", "9" * 400 + "GiB"),
         ("profile", "tiny.json", "--predict", "--longest-step", "nan"),
-        ("profile", "tiny.json", "--predict", "--variant", "momentum:gamma=nan"),
+        ("profile", "tiny.json", "--predict", "--method", "momentum:gamma=nan"),
         ("profile", "tiny.json", "--predict", "--name", "../x"),
         ("profile", "tiny.json", "--predict", "--name", "x" * 400),
         ("finetune", "tiny.json", "--learning-rate", "nan"),
-        ("finetune", "tiny.json", "--max-steps", HUGE),
-        ("finetune", "tiny.json", "--data", "/dev/zero"),
+        ("finetune", "tiny.json", "--steps", HUGE),
+        ("finetune", "tiny.json", "--text", "/dev/zero"),
         ("report", "/dev/zero"),
         ("report", "x" * 5000),
         ("export", "x" * 5000, "--out", "out"),
@@ -315,7 +315,7 @@ def test_a_record_is_written_nowhere_else(folder: Path, name: str) -> None:
 
 def test_a_record_under_another_name_is_not_gone_on_with(folder: Path) -> None:
     """It would be written to the file of its own name."""
-    made = ("profile", "tiny.json", "--seq", "8", "--predict", "--variant", "plain", "--no-html")
+    made = ("profile", "tiny.json", "--seq", "8", "--predict", "--method", "plain", "--no-html")
     assert CliRunner().invoke(main, [*made, "--name", "one"]).exit_code == 0
     (folder / "profiles" / "recorded" / "one.json").rename(folder / "profiles" / "recorded" / "two.json")
     assert "its name differ" in refused(*made, "--name", "two", "--resume")
@@ -323,7 +323,7 @@ def test_a_record_under_another_name_is_not_gone_on_with(folder: Path) -> None:
 
 
 def test_control_codes_are_shown_and_not_sent(folder: Path) -> None:
-    """Of a model's, a module's and a variant's name: on the terminal, in HTML and in Markdown."""
+    """Of a model's, a module's and a method's name: on the terminal, in HTML and in Markdown."""
     code = "\x1b]0;owned\x07\u202e"
     text = profile_examples.smollm2().to_json()
     data = json.loads(text.replace("model.layers", "model.\\u001b]0;owned\\u0007\\u202elayers"))

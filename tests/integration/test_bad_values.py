@@ -120,7 +120,7 @@ def test_forecast(folder: str, given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        *({"variants": value} for value in ([1], "", [None])),
+        *({"methods": value} for value in ([1], "", [None])),
         *({name: value} for name in ("rounds", "steps") for value in ("x", 1.5, NAN, True)),
         *({"sweeps": value} for value in ([3], ["batch="], "x")),
         *({"longest_step": value} for value in (NAN, "x", 0, INFINITE)),
@@ -131,7 +131,7 @@ def test_forecast(folder: str, given: dict[str, Any]) -> None:
 def test_profile(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
     """Before anything runs."""
     with pytest.raises(AutorevError):
-        autorev.profile(folder, **{"variants": ["plain"], "sequence": 8, "folder": tmp_path, "predict": True, **given})
+        autorev.profile(folder, **{"methods": ["plain"], "sequence": 8, "folder": tmp_path, "predict": True, **given})
     assert not list(tmp_path.iterdir())
 
 

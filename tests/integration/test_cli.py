@@ -330,7 +330,7 @@ def test_an_analysis_is_rendered_again(folder: Path) -> None:
     shown = report("a.json", "--html", "again.html", "--markdown", "again.md")
     assert shown.exit_code == 0, shown.stderr
     assert shown.stdout.startswith(autorev(*arguments, "--no-html").stdout.rstrip())
-    assert "| strategy |" in (folder / "again.md").read_text()
+    assert "| method |" in (folder / "again.md").read_text()
     table = re.compile(r"<tbody>.*?</tbody>", re.DOTALL)
     first, again = (table.findall((folder / name).read_text()) for name in ("first.html", "again.html"))
     assert first == again != []

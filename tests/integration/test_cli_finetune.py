@@ -21,7 +21,7 @@ from tests.helpers.tiny_run import At, figures, interrupt, workplace
 
 ROOT = Path(__file__).parents[2]
 QUICK = (
-    *("--data", "text.txt", "--seq", "48", "--max-steps", "4", "--lr", "1e-2"),
+    *("--text", "text.txt", "--seq", "48", "--steps", "4", "--lr", "1e-2"),
     *("--validation-rows", "4", "--evaluate-every", "4", "--save-every", "2"),
 )
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
@@ -76,14 +76,14 @@ def test_a_run_by_default(trained: Path, place: Path) -> None:
     """The folder is named after the model and the coupling; the report is there; the record knows its command."""
     record = FineTuning.read(place / trained / "run.json")
     assert record.complete and record.name == trained.name
-    assert record.command.startswith("autorev finetune llm --data text.txt")
+    assert record.command.startswith("autorev finetune llm --text text.txt")
     page = (place / trained / "report.html").read_text()
     assert "momentum" in page and "<html" in page
 
 
 def test_what_is_printed(place: Path) -> None:
     """Results on stdout, progress on stderr."""
-    done = run("finetune", "llm", *QUICK, "--coupling", "plain", "--out", "plain", "--html", "mine.html")
+    done = run("finetune", "llm", *QUICK, "--method", "plain", "--out", "plain", "--html", "mine.html")
     assert done.exit_code == 0, done.output
     assert "Model and record: plain" in done.stdout and "mine.html" in done.stdout
     assert "loading the model" in done.stderr or "step" in done.stderr or "starting" in done.stderr
@@ -93,7 +93,7 @@ def test_what_is_printed(place: Path) -> None:
 
 def test_json_is_the_record_and_nothing_else(place: Path) -> None:
     """stdout can be parsed, and is what the file says."""
-    done = run("finetune", "llm", *QUICK, "--lora", "4", "--out", "lora", "--json")
+    done = run("finetune", "llm", *QUICK, "--lora-rank", "4", "--out", "lora", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads((place / "lora" / "run.json").read_text())
     assert FineTuning.from_json(done.stdout).recipe.lora_rank == 4
@@ -125,14 +125,14 @@ def test_export_and_evaluate(trained: Path, place: Path) -> None:
     ("arguments", "said"),
     [
         ("nowhere", "nowhere is neither a file nor a profile"),
-        ("llm --data nowhere.txt", "Error: nowhere.txt cannot be read: No such file or directory"),
-        ("llm --data empty.txt", "Error: empty.txt is empty; there is nothing to train on"),
-        ("llm --data broken.jsonl", "Error: broken.jsonl line 2 is not JSON"),
+        ("llm --text nowhere.txt", "Error: nowhere.txt cannot be read: No such file or directory"),
+        ("llm --text empty.txt", "Error: empty.txt is empty; there is nothing to train on"),
+        ("llm --text broken.jsonl", "Error: broken.jsonl line 2 is not JSON"),
         ("llm --seq 129", "llm reads 128 tokens at most"),
         ("llm --seq 1", "sequence is a whole number, 2 or more, not 1"),
-        ("llm --coupling nonsense", "there is no variant 'nonsense'"),
+        ("llm --method nonsense", "there is no method 'nonsense'"),
         ("llm --distill --distill-weight 2", "at most 1, not 2"),
-        ("llm --coupling plain --schedule leapfrog", "plain has no gamma that can be moved"),
+        ("llm --method plain --schedule leapfrog", "plain has no gamma that can be moved"),
         ("llm --lr -1", "learning rate is a number above 0, not -1"),
         ("llm --decay foo", "not 'foo'"),
         ("llm --resume", "holds no run to go on with"),
@@ -151,13 +151,13 @@ def test_an_error_is_one_message(place: Path, arguments: str, said: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("llm --data llm", "File 'llm' is a directory"),
+        ("llm --text llm", "File 'llm' is a directory"),
         ("llm --accumulate 0", "0 is not in the range 1<="),
         ("llm --seed -1", "-1 is not in the range 0<="),
         ("llm --lr nan", "nan is no finite number"),
         ("llm --clip nan", "nan is no finite number"),
         ("llm --max-loss-increase nan", "nan is no finite number"),
-        ("llm --max-steps x", "'x' is not a valid integer"),
+        ("llm --steps x", "'x' is not a valid integer"),
         ("llm --schedule elsewhere", "'elsewhere' is not one of"),
         ("llm --max-loss-increase -1", "-1.0 is not in the range x>=0"),
         ("llm --out text.txt", "Directory 'text.txt' is a file"),
@@ -218,7 +218,7 @@ def test_ctrl_c_and_resume(place: Path, trained: Path, monkeypatch: pytest.Monke
 
 def test_ctrl_c_of_a_terminal(place: Path) -> None:
     """The whole program: SIGINT in the middle of a long run ends it with a checkpoint, a message and exit code 1."""
-    command = [sys.executable, "cli.py", "finetune", str(place / "llm"), *QUICK, "--max-steps", "100000"]
+    command = [sys.executable, "cli.py", "finetune", str(place / "llm"), *QUICK, "--steps", "100000"]
     command[command.index("text.txt")] = str(place / "text.txt")
     program = subprocess.Popen(
         [*command, "--out", str(place / "long"), "--json"],

@@ -20,7 +20,7 @@ from tests.helpers import profile_examples as examples
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("folder")
-QUICK = ("--rounds", "1", "--steps", "1", "--variant", "plain")
+QUICK = ("--rounds", "1", "--timed-steps", "1", "--method", "plain")
 
 
 def autorev(*arguments: Any) -> Result:
@@ -71,7 +71,7 @@ def test_json_in_a_shell_is_alone_on_stdout(folder: Path) -> None:
 
 def test_it_says_where_everything_is(folder: Path, jobs: list[Job]) -> None:
     """Terminal output, the page in reports/ and the record, each named; --no-html writes no page."""
-    result = autorev("profile", "profiled_net:make", *QUICK, "--name", "mine", "--records", "kept")
+    result = autorev("profile", "profiled_net:make", *QUICK, "--name", "mine", "--out", "kept")
     assert result.exit_code == 0, result.stderr
     assert "Report: reports/profile-mine.html" in result.stdout
     assert "Record: kept/mine.json" in result.stdout
@@ -83,20 +83,33 @@ def test_it_says_where_everything_is(folder: Path, jobs: list[Job]) -> None:
 
 
 def test_every_option_arrives(folder: Path, jobs: list[Job]) -> None:
-    """Variants, sizes, optimiser, LoRA, depth, sweeps, budget and goal are what the record says."""
+    """Methods, sizes, optimiser, LoRA, depth, sweeps, budget and goal are what the record says."""
     result = autorev(
-        *("profile", "tiny.json", "--variant", "plain", "--variant", "momentum:k=2", "--batch", 2, "--seq", 16),
-        *("--optimizer", "sgd", "--lora-rank", 4, "--depth", 3, "--rounds", 2, "--steps", 1, "--sweep", "batch=1,2"),
+        *("profile", "tiny.json", "--method", "plain", "--method", "momentum:k=2", "--batch", 2, "--seq", 16),
+        *(
+            "--optimizer",
+            "sgd",
+            "--lora-rank",
+            4,
+            "--depth",
+            3,
+            "--rounds",
+            2,
+            "--timed-steps",
+            1,
+            "--sweep",
+            "batch=1,2",
+        ),
         *("--memory", "+1MiB", "--goal", "throughput", "--dtype", "fp32", "--json"),
     )
     assert result.exit_code == 0, result.stderr
     record = Profile.from_json(result.stdout)
-    assert [r.variant.spec for r in record.results] == ["plain", "momentum:k=2"]
+    assert [r.method.spec for r in record.results] == ["plain", "momentum:k=2"]
     setting = record.setting
     assert (setting.batch, setting.sequence, setting.dtype, setting.optimizer) == (2, 16, "fp32", "sgd")
     assert (setting.trains, setting.lora_rank) == ("lora", 4)
     assert (record.blocks, record.goal, record.memory_limit) == (3, "throughput", "+1MiB")
-    assert [(p.variant, p.value) for p in record.points] == [
+    assert [(p.method, p.value) for p in record.points] == [
         (spec, value) for spec in ("plain", "momentum:k=2") for value in (1, 2)
     ]
     assert all(len(r.rounds) == 2 for r in record.results)
@@ -107,8 +120,8 @@ def test_every_option_arrives(folder: Path, jobs: list[Job]) -> None:
     [
         (["no-such-model"], "neither a file nor a profile"),
         (["profiled_net:nothing"], "has no nothing; its functions are"),
-        (["profiled_net:make", "--variant", "reversible"], "there is no variant 'reversible'; choose of plain"),
-        (["profiled_net:make", "--variant", "momentum:k=9"], "k of the variant momentum is 1 to 7, not 9"),
+        (["profiled_net:make", "--method", "reversible"], "there is no method 'reversible'; choose of plain"),
+        (["profiled_net:make", "--method", "momentum:k=9"], "k of the method momentum is 1 to 7, not 9"),
         (["profiled_net:make", "--sweep", "width"], "a sweep goes along batch, sequence, depth, not 'width'"),
         (["profiled_net:make", "--sweep", "batch=1,x"], "are whole numbers, as in batch=1,2,4"),
         (["profiled_net:make", "--sweep", "batch=0"], "are 1 or more"),
@@ -127,7 +140,7 @@ def test_every_option_arrives(folder: Path, jobs: list[Job]) -> None:
         (["tiny.json", "--text", "."], "the text . cannot be read: Is a directory"),
         (["tiny.json", "--text", "words.txt"], "has no tokenizer that could read words.txt; leave --text out"),
         (["profiled_net:make", "--text", "words.txt"], "reads no text"),
-        (["profiled_net:make", "--records", "taken/below"], "taken/below"),
+        (["profiled_net:make", "--out", "taken/below"], "taken/below"),
     ],
 )
 def test_a_wrong_profile_ends_with_1(folder: Path, jobs: list[Job], arguments: list[str], words: str) -> None:

@@ -143,10 +143,10 @@ def test_a_forked_process_may_end_so() -> None:
 def test_a_profile_without_a_figure_ends_with_1(status: Status, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record is written and shown all the same; what does not fit is a finding."""
     monkeypatch.setattr(schedule, "run_in_fresh_process", lambda job, scratch: Outcome(status, "so it was"))
-    result = CliRunner().invoke(main, ["profile", "ends:make", "--variant", "plain", "--name", "mine", "--no-html"])
+    result = CliRunner().invoke(main, ["profile", "ends:make", "--method", "plain", "--name", "mine", "--no-html"])
     assert result.exit_code == code, result.output
     assert "Record: profiles/recorded/mine.json" in result.stdout
-    assert ("no variant of make has a result: " in result.stderr) == bool(code)
+    assert ("no method of make has a result: " in result.stderr) == bool(code)
 
 
 def test_a_worker_that_ends_with_0_has_no_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def _any_job(monkeypatch: pytest.MonkeyPatch) -> Job:
 
     with monkeypatch.context() as patch:
         patch.setattr(schedule, "run_in_fresh_process", note)
-        CliRunner().invoke(main, ["profile", "ends:make", "--variant", "plain", "--rounds", "1", "--no-html"])
+        CliRunner().invoke(main, ["profile", "ends:make", "--method", "plain", "--rounds", "1", "--no-html"])
     return asked[0]
 
 

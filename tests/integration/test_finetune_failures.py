@@ -197,7 +197,7 @@ def test_weights_that_are_no_numbers(place: Path) -> None:
         ({"schedule_steps": 3}, "--schedule-steps are those of a --schedule"),
         *(({"max_loss_increase": b}, "rise by 0 or more") for b in (-1.0, float("nan"))),
         *(({"max_loss_increase": 1.0, "coupling": c}, "no gamma that can be moved") for c in ("bdia", "checkpoint")),
-        ({"coupling": "perpetuum"}, "there is no variant 'perpetuum'"),
+        ({"coupling": "perpetuum"}, "there is no method 'perpetuum'"),
         ({"coupling": "momentum:gamma=0.3"}, "cannot be trained as momentum gamma=0.3.*near it are"),
     ],
     ids=str,

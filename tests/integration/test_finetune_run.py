@@ -65,7 +65,7 @@ def test_the_record_says_everything(done: Done) -> None:
     assert (record.recipe.decay, record.recipe.warmup, record.recipe.clip) == ("linear", 1, 1.0)
     assert record.corpus.packed and record.corpus.documents == 1 and len(record.corpus.content) == 32
     assert record.corpus.source == str(done.folder / "text.txt")
-    assert record.name == "reversible" and record.variant.spec == "momentum:k=3"
+    assert record.name == "reversible" and record.method.spec == "momentum:k=3"
 
 
 def test_it_learns(done: Done) -> None:
@@ -151,7 +151,7 @@ def test_other_ways_to_train(done: Done, how: dict[str, Any], tolerance: float) 
     assert losses(record) == pytest.approx(losses(done("reversible")), abs=tolerance)
     assert losses(record) != losses(done("reversible"))
     assert record.recipe.dtype == ("bf16" if how.get("bf16") else "fp32")
-    assert record.side_bits() == (2.0 if "k=2" in record.variant.spec else 3.0)
+    assert record.side_bits() == (2.0 if "k=2" in record.method.spec else 3.0)
 
 
 def test_a_document_in_each_row(done: Done) -> None:

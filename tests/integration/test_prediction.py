@@ -173,7 +173,7 @@ def test_bf16_agrees_with_the_allocator() -> None:
     assert predicted.peak_bytes == pytest.approx(truth, rel=0.02)
 
 
-def test_kept_bytes_per_block_are_what_each_strategy_claims() -> None:
+def test_kept_bytes_per_block_are_what_each_method_claims() -> None:
     """From 6 to 10 blocks, checkpointing keeps one stream more per block and k side bits cost k/8 bytes an element."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     assert sequence is not None
@@ -182,8 +182,8 @@ def test_kept_bytes_per_block_are_what_each_strategy_claims() -> None:
     for depth in (6, 10):
         workload = workload_of(model_cls, config_cls(**sizes | {"num_hidden_layers": depth}))
         _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
-        for strategy in forecaster.strategies():
-            kept.setdefault(strategy.name, []).append(predict(forecaster, strategy.name).kept_bytes)
+        for method in forecaster.methods():
+            kept.setdefault(method.name, []).append(predict(forecaster, method.name).kept_bytes)
     slope = {name: (after - before) / 4 for name, (before, after) in kept.items()}
     assert slope["checkpoint"] == 4 * elements
     assert slope["offload"] == 0
@@ -199,15 +199,15 @@ def test_the_frontier_is_where_the_device_ends() -> None:
     workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 5000}))
     room = load_device("cpu").memory_bytes - RESERVE_BYTES
     _, forecaster = prepare(workload, batch=8, sequence=64, dtype="fp32", device="cpu")
-    for strategy in (s for s in forecaster.strategies() if s.name in ("plain", "checkpoint", "momentum")):
-        here = forecaster.trace(strategy, 8, 64)
-        reach = explore(forecaster, strategy, here).reach()
+    for method in (s for s in forecaster.methods() if s.name in ("plain", "checkpoint", "momentum")):
+        here = forecaster.trace(method, 8, 64)
+        reach = explore(forecaster, method, here).reach()
         assert reach.largest_batch is not None and reach.largest_batch > 100
         beyond = reach.largest_batch + max(reach.largest_batch // 200, 1)
         fits, does_not = (
-            forecaster.peak(forecaster.trace(strategy, batch, 64), strategy) for batch in (reach.largest_batch, beyond)
+            forecaster.peak(forecaster.trace(method, batch, 64), method) for batch in (reach.largest_batch, beyond)
         )
-        assert fits <= room < does_not, strategy.name
+        assert fits <= room < does_not, method.name
 
 
 def test_flops_are_three_forwards_and_four_with_recomputation() -> None:
@@ -215,7 +215,7 @@ def test_flops_are_three_forwards_and_four_with_recomputation() -> None:
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 8, "num_hidden_layers": 12}))
     _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu")
-    flops = {s.name: predict(forecaster, s.name).step_flops for s in forecaster.strategies()}
+    flops = {s.name: predict(forecaster, s.name).step_flops for s in forecaster.methods()}
     assert 1.25 < flops["checkpoint"] / flops["plain"] < 4 / 3
     assert flops["momentum"] <= 4 / 3 * flops["plain"]
     assert flops["momentum"] == flops["leapfrog"] == flops["bdia"]
@@ -234,7 +234,7 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
 
     with_dropout, without = forecast(0.1), forecast(0.0)
     assert with_dropout.predictions == without.predictions
-    assert {p.strategy for p in without.predictions} > {"plain", "checkpoint", "momentum"}
+    assert {p.method for p in without.predictions} > {"plain", "checkpoint", "momentum"}
 
 
 @pytest.mark.parametrize(
@@ -275,11 +275,11 @@ def test_a_rank_means_lora(given: dict[str, Any], meant: tuple[str, int | None])
 
 
 def test_a_head_alone_leaves_nothing_to_reverse() -> None:
-    """Where only the head trains, blocks keep nothing under any strategy; couplings hold their state in forward."""
+    """Where only the head trains, blocks keep nothing under any method; couplings hold their state in forward."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes))
     _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", trains="head")
-    predictions = {s: predict(forecaster, s.name) for s in forecaster.strategies()}
+    predictions = {s: predict(forecaster, s.name) for s in forecaster.methods()}
     assert len({p.peak_bytes for s, p in predictions.items() if s.kind != "reversible"}) == 1
     assert len({p.kept_bytes for p in predictions.values()}) == 1
     stream = 4 * batch * (sequence or 1) * sizes["hidden_size"]
@@ -289,10 +289,10 @@ def test_a_head_alone_leaves_nothing_to_reverse() -> None:
 
 
 def predict(forecaster: Forecaster, name: str) -> Prediction:
-    """One strategy's prediction at the setting's own sizes."""
-    strategy = next(s for s in forecaster.strategies() if s.name == name)
-    trace = forecaster.trace(strategy, forecaster.setting.batch, forecaster.setting.sequence)
-    return forecaster.prediction(strategy, trace)
+    """One method's prediction at the setting's own sizes."""
+    method = next(s for s in forecaster.methods() if s.name == name)
+    trace = forecaster.trace(method, forecaster.setting.batch, forecaster.setting.sequence)
+    return forecaster.prediction(method, trace)
 
 
 # -- the truth ---------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from autorev.pipeline import prepare
 from autorev.profiler.job import Source
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.attribution import attribute
-from autorev.profiler.passes.predicted import predict_variant
+from autorev.profiler.passes.predicted import predict_method
 from autorev.profiler.passes.prepare import find_blocks, prepare_model
 from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes, tensors_of
 from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.readings import PHASES, Memory
-from autorev.variants import parse_variant
+from autorev.methods import parse_method
 from autorev.workload import Call
 from tests.integration.test_prediction import FAMILIES, workload_of
 
@@ -79,11 +79,11 @@ def measured(
     sequence: int | None = SEQUENCE,
     trains: str = "full",
 ) -> Measured:
-    """One variant's memory with its cause, as the worker measures it."""
+    """One method's memory with its cause, as the worker measures it."""
     model, call, blocks = model_and_call(family, sizes, batch, sequence)
     source = Source(None, None, None, None, "cpu", 1)
     prepared = prepare_model(source, setting_of(batch, sequence, trains), blocks, (model, call))
-    with in_place(prepared.model, parse_variant(spec), blocks, prepared.call) as placed:
+    with in_place(prepared.model, parse_method(spec), blocks, prepared.call) as placed:
         step = TrainingStep(prepared.model, prepared.call, optimizer_for(prepared.model, "adamw"))
         step.run()
         if placed.host:
@@ -250,14 +250,14 @@ def test_what_lies_between_forward_and_backward_is_counted() -> None:
     ],
 )
 def test_measured_is_what_was_predicted(spec: str, trains: str) -> None:
-    """The peak within 0.3 %, for every strategy and coupling, stored blocks, the chunked loss and LoRA."""
+    """The peak within 0.3 %, for every method and coupling, stored blocks, the chunked loss and LoRA."""
     model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
     workload = workload_of(model_cls, config_cls(**sizes | dict(WIDE)))
     rank = 4 if trains == "lora" else None
     _, forecaster = prepare(
         workload, batch=8, sequence=SEQUENCE, dtype="fp32", device="cpu", trains=trains, lora_rank=rank
     )
-    predicted = predict_variant(forecaster, parse_variant(spec))
+    predicted = predict_method(forecaster, parse_method(spec))
     assert predicted is not None
     memory = measured(spec, sizes=WIDE, batch=8, trains=trains).memory
     assert predicted.peak_bytes == pytest.approx(memory.peak_bytes, rel=3e-3)
@@ -270,7 +270,7 @@ def test_torchs_own_tracker_finds_the_same_peak(spec: str) -> None:
     from torch.distributed._tools.mem_tracker import MemTracker
 
     model, call, blocks = model_and_call("llama", (), BATCH, SEQUENCE)
-    with in_place(model, parse_variant(spec), blocks, call):
+    with in_place(model, parse_method(spec), blocks, call):
         step = TrainingStep(model, call, optimizer_for(model, "adamw"))
         step.run()
         tracker = MemTracker()

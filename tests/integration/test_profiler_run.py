@@ -39,7 +39,7 @@ def test_a_tokenizers_batch_is_profiled_without_a_cache() -> None:
     assert _call(model, batch)[1]["use_cache"] is False
     assert _call(model, {**batch, "use_cache": True})[1]["use_cache"] is True  # it was asked for
     record = autorev.profile(model, batch, predict=True)
-    known = {result.variant.spec for result in record.results if result.prediction is not None}
+    known = {result.method.spec for result in record.results if result.prediction is not None}
     assert known == {"plain", "checkpoint", "momentum:k=3"}
     assert record.notes == (
         "momentum k=3, chunked loss could not be predicted: the batch holds no labels, so there is no loss to compute "
@@ -69,7 +69,7 @@ def test_why_a_prediction_failed_is_told() -> None:
                 x = x + block(x)
             return Refuses.apply(x)
 
-    record = autorev.profile(Picky(), torch.randn(4, 8), predict=True, variants=["plain"])
+    record = autorev.profile(Picky(), torch.randn(4, 8), predict=True, methods=["plain"])
     assert "plain could not be predicted: KeyError: 'gradient of (4, 8)'" in " ".join(record.notes)
 
 
@@ -77,7 +77,7 @@ def test_a_profile_in_fresh_processes(folder: Path) -> None:
     """Everything is measured and predicted, the record is complete, and reading it gives the same."""
     record = run("tiny.json", "plain", "momentum", sequence=16, folder="records")
     assert record.complete
-    assert [r.variant.spec for r in record.results] == ["plain", "momentum:k=3"]
+    assert [r.method.spec for r in record.results] == ["plain", "momentum:k=3"]
     for result in record.results:
         assert result.status is Status.MEASURED, result.reason
         assert len(result.samples) == 1
@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_is_gone_on_with(folder: Path, jobs: list[Job]) -> 
     specs = ("plain", "checkpoint", "leapfrog")
     code = (
         "from autorev.profiler.run import profile\n"
-        f"profile('profiled_net:make', variants={specs}, rounds=1, steps=1, folder='records', name='r')"
+        f"profile('profiled_net:make', methods={specs}, rounds=1, steps=1, folder='records', name='r')"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -176,14 +176,14 @@ def test_a_run_that_is_killed_is_gone_on_with(folder: Path, jobs: list[Job]) -> 
         run("profiled_net:make", *specs, folder="records", name="r")
     assert not jobs
     whole = run("profiled_net:make", *specs, folder="records", name="r", resume=True)
-    assert [job.variant.spec for job in jobs] == [r.variant.spec for r in half.results if r not in done]
+    assert [job.method.spec for job in jobs] == [r.method.spec for r in half.results if r not in done]
     assert whole.complete
-    assert [r for r in whole.results if r.variant in [d.variant for d in done]] == done
+    assert [r for r in whole.results if r.method in [d.method for d in done]] == done
     assert Profile.read(file) == whole
 
 
 def measured_one(file: Path) -> bool:
-    """Is a variant's result written?"""
+    """Is a method's result written?"""
     return file.is_file() and any(r.status is Status.MEASURED for r in Profile.read(file).results)
 
 
@@ -218,18 +218,18 @@ def test_a_record_of_another_run_is_not_gone_on_with(jobs: list[Job], folder: Pa
 
 
 def test_more_is_measured_of_a_complete_record(jobs: list[Job]) -> None:
-    """--resume with another variant, more rounds or a sweep runs what is missing and keeps the rest."""
+    """--resume with another method, more rounds or a sweep runs what is missing and keeps the rest."""
     name: dict[str, Any] = {"folder": "records", "name": "r"}
     first = run("profiled_net:make", "plain", **name)
     jobs.clear()
     assert run("profiled_net:make", "plain", **name, resume=True) == first
     assert not jobs
     both = run("profiled_net:make", "plain", "checkpoint", **name, resume=True)
-    assert [job.variant.spec for job in jobs] == ["checkpoint"]
+    assert [job.method.spec for job in jobs] == ["checkpoint"]
     assert both.results[0] == first.results[0]
     jobs.clear()
     more = run("profiled_net:make", "plain", "checkpoint", **name, rounds=2, resume=True)
-    assert sorted((job.variant.spec, job.round) for job in jobs) == [("checkpoint", 1), ("plain", 1)]
+    assert sorted((job.method.spec, job.round) for job in jobs) == [("checkpoint", 1), ("plain", 1)]
     assert all(len(r.rounds) == 2 for r in more.results)
     jobs.clear()
     swept = run("profiled_net:make", "plain", **name, sweeps=["batch=1,2"], command="again", resume=True)

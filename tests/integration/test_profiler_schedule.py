@@ -42,10 +42,10 @@ def test_a_factorys_inputs_are_made_as_large_as_the_setting_says(batch: int | No
 # -- turns, budgets, refusals
 
 
-def test_variants_take_turns(jobs: list[Job]) -> None:
+def test_methods_take_turns(jobs: list[Job]) -> None:
     """Each round measures all, beginning with another one; the passes beside the times are made once."""
     record = run("profiled_net:make", "plain", "checkpoint", "leapfrog", rounds=3, steps=2)
-    order = [(job.round, job.variant.spec) for job in jobs]
+    order = [(job.round, job.method.spec) for job in jobs]
     assert order == [
         *((0, spec) for spec in ("plain", "checkpoint", "leapfrog")),
         *((1, spec) for spec in ("checkpoint", "leapfrog", "plain")),
@@ -56,14 +56,14 @@ def test_variants_take_turns(jobs: list[Job]) -> None:
     assert all(len(result.samples) == 6 for result in record.results)
 
 
-def test_an_error_of_one_variant_is_told_and_the_others_go_on(
+def test_an_error_of_one_method_is_told_and_the_others_go_on(
     jobs: list[Job], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    """Refused and failed variants are not tried again in later rounds; a later failure keeps what was measured."""
+    """Refused and failed methods are not tried again in later rounds; a later failure keeps what was measured."""
     here = schedule.run_in_fresh_process
 
     def moody(job: Job, scratch: Path) -> Outcome:
-        if job.variant.spec == "sac" and job.round == 1:
+        if job.method.spec == "sac" and job.round == 1:
             return Outcome(Status.FAILED, "broken")
         return here(job, scratch)
 
@@ -76,11 +76,11 @@ def test_an_error_of_one_variant_is_told_and_the_others_go_on(
     assert sac.status is Status.FAILED
     assert sac.reason == "broken"
     assert sac.memory is not None
-    assert [job.variant.spec for job in jobs].count("plain:loss=chunked") == 1
+    assert [job.method.spec for job in jobs].count("plain:loss=chunked") == 1
     assert record.complete
 
 
-def test_a_budget_in_between_lets_one_variant_through(jobs: list[Job]) -> None:
+def test_a_budget_in_between_lets_one_method_through(jobs: list[Job]) -> None:
     """What needs more than the budget is out of memory, with its figures and both sizes in words."""
     free = run("tiny.json", sequence=64, batch=4)
     peaks = [r.memory.peak_bytes for r in free.results if r.memory]
@@ -100,7 +100,7 @@ def test_a_budget_in_between_lets_one_variant_through(jobs: list[Job]) -> None:
 
 
 def test_predicting_measures_nothing(jobs: list[Job]) -> None:
-    """No process is started, every variant that can be predicted is, and the record says so."""
+    """No process is started, every method that can be predicted is, and the record says so."""
     record = run("profiled_net:make", "plain", "momentum", "compile", predict=True, folder="records")
     assert not jobs
     assert {r.status for r in record.results} == {Status.PREDICTED}
@@ -205,7 +205,7 @@ def test_a_sweep_along_depth(jobs: list[Job], trains: str) -> None:
     rank = 4 if trains == "lora" else None
     record = run("tiny.json", "plain", "checkpoint", sequence=64, sweeps=["depth=4,1,2"], trains=trains, lora_rank=rank)
     assert all(job.sweep is None or job.sweep.values == (1, 2, 4) for job in jobs)
-    peaks = {spec: [p.peak_bytes or 0 for p in record.points if p.variant == spec] for spec in ("plain", "checkpoint")}
+    peaks = {spec: [p.peak_bytes or 0 for p in record.points if p.method == spec] for spec in ("plain", "checkpoint")}
     assert [p.value for p in record.points] == [1, 2, 4, 1, 2, 4], record.notes
     for one, two, four in peaks.values():
         assert (four - two) == pytest.approx(2 * (two - one), rel=0.1)  # every block costs the same

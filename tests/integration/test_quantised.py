@@ -282,11 +282,11 @@ def test_a_profile_measures_what_is_predicted(
 ) -> None:
     """Of a folder that was saved quantised, adapters trained."""
     monkeypatch.chdir(place)
-    how = {"variants": ["plain", "checkpoint"], "lora_rank": 4, "trains": "lora", "sequence": 64, "rounds": 1}
+    how = {"methods": ["plain", "checkpoint"], "lora_rank": 4, "trains": "lora", "sequence": 64, "rounds": 1}
     record = autorev.profile(str(place / name), steps=1, folder=place / "records", **how)
     for result in record.results:
         assert result.memory is not None and result.prediction is not None
-        states = 5056 * BLOCKS * (result.variant.spec == "checkpoint")  # of the random generator, which it keeps
+        states = 5056 * BLOCKS * (result.method.spec == "checkpoint")  # of the random generator, which it keeps
         assert result.prediction.kept_bytes + states == pytest.approx(result.memory.kept_bytes, rel=0.01)
         assert result.prediction.peak_bytes == pytest.approx(result.memory.peak_bytes, rel=0.04)
     assert any("quantised as its config says" in note for note in record.notes)
@@ -349,7 +349,7 @@ def test_a_folder_of_quantised_weights(name: str, place: Path) -> None:
     assert sum(map(is_quantised, load_model(str(place / name), torch.float32, 1, 16).model.modules())) == 7 * BLOCKS
     done = run("verify", str(place / name), "--sequence", "32")
     assert done.exit_code == 0 and "gradient error  0 relative" in done.stdout
-    refused = run("profile", str(place / name), "--no-html", "--records", str(place / "records"))
+    refused = run("profile", str(place / name), "--no-html", "--out", str(place / "records"))
     assert refused.exit_code == 1 and "quantised weights do not train: train adapters" in refused.stderr
 
 
@@ -376,7 +376,7 @@ def test_fine_tuning_with_quantised_weights(kind: str, place: Path) -> None:
 
 def test_fine_tuning_of_a_quantised_folder(place: Path) -> None:
     """Adapters train beside it, and are exported merged into what its weights unpack to; all weights are refused."""
-    with pytest.raises(SettingError, match=r"quantised \(bitsandbytes nf4.*do not train.*--lora 16"):
+    with pytest.raises(SettingError, match=r"quantised \(bitsandbytes nf4.*do not train.*--lora-rank 16"):
         tune(place, "refused", model="nf4")
     with pytest.raises(SettingError, match="quantised already"):
         tune(place, "refused", model="nf4", lora=4, quantize="nf4")
@@ -391,7 +391,7 @@ def test_quantise_without_adapters_is_refused(place: Path, monkeypatch: pytest.M
     monkeypatch.chdir(place)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     done = run("finetune", "llm", "--quantize", "nf4", "--out", "nothing")
-    assert done.exit_code == 1 and "weights that do not train: give --lora RANK" in done.stderr
+    assert done.exit_code == 1 and "weights that do not train: give --lora-rank RANK" in done.stderr
     assert not Path("nothing").exists()
     with pytest.raises(AutorevError, match="quantised to nf4 or int8"):
         tune(place, "nothing", lora=4, quantize="int3")

@@ -186,8 +186,8 @@ def test_the_picture_counts_in_what_is_predicted() -> None:
     peaks = []
     for workload in (whole, alone):
         _, forecaster = prepare(workload, batch=2, sequence=16, dtype="fp32")
-        strategy = forecaster.strategies()[0]
-        peaks.append(forecaster.peak(forecaster.trace(strategy, 2, 16), strategy))
+        method = forecaster.methods()[0]
+        peaks.append(forecaster.peak(forecaster.trace(method, 2, 16), method))
     assert peaks[0] > 1.3 * peaks[1]
 
 

@@ -12,7 +12,7 @@ from autorev.plan import how
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.readings import Memory, Round
 from autorev.profiler.record import Point, Profile, Result, Status
-from autorev.variants import Variant
+from autorev.methods import Method
 from tests.helpers import profile_examples as examples
 from tests.helpers.profile_simulation import method
 
@@ -20,15 +20,15 @@ GIB = 2**30
 HOW = how({}, "full")
 
 
-def variant(spec: str) -> Variant:
-    """The variant of that spec."""
-    return method(spec, 0, 0, 0).variant
+def method(spec: str) -> Method:
+    """The method of that spec."""
+    return method(spec, 0, 0, 0).method
 
 
 def measured(
     spec: str, peak: float, seconds: float | None = 1.0, spread: float = 0.0, phase: str = "backward", **held: float
 ) -> Result:
-    """A variant with this peak in GiB, `held` by categories (the rest is stored activations), and times in seconds."""
+    """A method with this peak in GiB, `held` by categories (the rest is stored activations), and times in seconds."""
     of_category = {c.value: round(held.get(c.value, 0) * GIB) for c in Category}
     of_category[Category.STORED_ACTIVATIONS] += round(peak * GIB) - sum(of_category.values())
     peaks = {name: round(peak * GIB) if name == phase else round(peak * GIB) // 2 for name in ("forward", "backward")}
@@ -47,7 +47,7 @@ def measured(
     steps = () if seconds is None else tuple(seconds * (1 + spread * (i - 2) / 2) for i in range(5))
     halves, quarters = tuple(s / 2 for s in steps), tuple(s / 4 for s in steps)
     rounds = (Round(0, halves, quarters, quarters),) if steps else ()
-    return Result(variant(spec), Status.MEASURED, memory=memory, rounds=rounds)
+    return Result(method(spec), Status.MEASURED, memory=memory, rounds=rounds)
 
 
 def profile(*results: Result, **changed: Any) -> Profile:
@@ -70,9 +70,9 @@ class TestMemory:
     """The goal is memory."""
 
     def test_the_lowest_peak_without_a_budget(self) -> None:
-        """A reversible variant that is a tenth below checkpointing is worth its conversion, and says how."""
+        """A reversible method that is a tenth below checkpointing is worth its conversion, and says how."""
         found = advised(measured("plain", 10), measured("checkpoint", 5), measured("momentum:k=3", 4.5))
-        assert found.strategy == "momentum:k=3"
+        assert found.method == "momentum:k=3"
         assert found.why == (
             "convert with momentum k=3: the lowest peak, 4.50 GiB, where plain training needs 10.0 GiB"
         )
@@ -81,7 +81,7 @@ class TestMemory:
     def test_less_than_five_percent_is_not_worth_it(self) -> None:
         """Checkpointing then, with what the other would have saved."""
         found = advised(measured("plain", 10), measured("checkpoint", 5), measured("momentum:k=3", 4.8))
-        assert found.strategy == "checkpoint"
+        assert found.method == "checkpoint"
         assert "checkpointing is enough: it peaks at 5.00 GiB, where plain training needs 10.0 GiB" in found.why
         assert "momentum k=3, the lowest, saves only 205 MiB (4.0%) more and is no faster" in found.why
         assert HOW not in found.advice
@@ -89,58 +89,58 @@ class TestMemory:
     def test_less_than_five_percent_is_worth_it_where_it_is_faster(self) -> None:
         """By more than the spread."""
         rivals = (measured("plain", 10), measured("checkpoint", 5, 1.0))
-        assert advised(*rivals, measured("momentum:k=3", 4.8, 0.9)).strategy == "momentum:k=3"
-        assert advised(*rivals, measured("momentum:k=3", 4.8, 0.9, spread=0.2)).strategy == "checkpoint"
+        assert advised(*rivals, measured("momentum:k=3", 4.8, 0.9)).method == "momentum:k=3"
+        assert advised(*rivals, measured("momentum:k=3", 4.8, 0.9, spread=0.2)).method == "checkpoint"
 
     def test_plain_where_nothing_lowers_the_peak(self) -> None:
         """The optimiser step binds all of them alike."""
         found = advised(measured("plain", 5), measured("checkpoint", 4.9), measured("momentum:k=3", 4.9))
-        assert found.strategy == "plain"
+        assert found.method == "plain"
         assert found.why.startswith("do not convert: plain training peaks at 5.00 GiB, and checkpointing, the lowest")
 
     def test_checkpointing_with_the_same_loss_is_the_rival(self) -> None:
         """The chunked loss is no merit of the coupling."""
         results = [measured("plain", 10), measured("checkpoint", 5), measured("momentum:k=3,loss=chunked", 3)]
         found = advised(*results)
-        assert found.strategy == "momentum:k=3,loss=chunked"
+        assert found.method == "momentum:k=3,loss=chunked"
         assert any("measure checkpoint:loss=chunked for a fair match" in text for text in found.advice)
         found = advised(*results, measured("checkpoint:loss=chunked", 3.1))
-        assert found.strategy == "checkpoint:loss=chunked"
+        assert found.method == "checkpoint:loss=chunked"
 
     def test_a_chunked_loss_that_saves_little_is_not_worth_it(self) -> None:
         """It takes time, and the optimiser step may bind anyway."""
         chunked = measured("checkpoint:loss=chunked", 4.9, 1.1)
         found = advised(measured("plain", 10), measured("checkpoint", 5), chunked)
-        assert found.strategy == "checkpoint" and "checkpoint, chunked loss, the lowest, saves only" in found.why
+        assert found.method == "checkpoint" and "checkpoint, chunked loss, the lowest, saves only" in found.why
         momentum = measured("momentum:k=3,loss=chunked", 4.88, 1.1)
-        assert advised(measured("plain", 10), measured("checkpoint", 5), chunked, momentum).strategy == "checkpoint"
+        assert advised(measured("plain", 10), measured("checkpoint", 5), chunked, momentum).method == "checkpoint"
 
     def test_plain_under_a_budget_where_nothing_is_faster(self) -> None:
         """Whatever would be lower; what measured faster is recommended instead."""
         results = (measured("plain", 9), measured("checkpoint", 5))
         found = advised(*results, budget_bytes=10 * GIB)
-        assert found.strategy == "plain"
+        assert found.method == "plain"
         assert "do not convert: plain training peaks at 9.00 GiB of the 10.0 GiB there are" in found.why
-        assert advised(*results, measured("sac", 6, 0.5), budget_bytes=10 * GIB).strategy == "sac"
+        assert advised(*results, measured("sac", 6, 0.5), budget_bytes=10 * GIB).method == "sac"
 
     def test_the_fastest_that_fits(self) -> None:
         """A budget is there to be used."""
         results = (measured("plain", 12, 1), measured("checkpoint", 5, 2), measured("momentum:k=3,keep_last=4", 8, 1.5))
         found = advised(*results, budget_bytes=10 * GIB)
-        assert found.strategy == "momentum:k=3,keep_last=4"
+        assert found.method == "momentum:k=3,keep_last=4"
         assert "nothing that fits is faster than its 683 tokens a second" in found.why
 
     def test_a_narrow_fit_is_said(self) -> None:
         """With less than a tenth to spare."""
         found = advised(measured("plain", 12), measured("checkpoint", 9.8), budget_bytes=10 * GIB)
-        assert found.strategy == "checkpoint"
+        assert found.method == "checkpoint"
         assert "9.80 GiB of the 10.0 GiB there are" in found.why and found.why.endswith("it fits narrowly")
 
     def test_nothing_fits_and_why(self) -> None:
         """With what dominates the best of them; the five percent count here too."""
         results = (measured("plain", 12), measured("checkpoint", 6, optimizer_state=5), measured("momentum:k=3", 5.9))
         found = advised(*results, budget_bytes=4 * GIB)
-        assert found.strategy is None
+        assert found.method is None
         assert found.why == (
             "nothing fits: even checkpointing needs 6.00 GiB of 4.00 GiB; 5.00 GiB of optimiser state are there "
             "whatever is done with the activations"
@@ -154,9 +154,9 @@ class TestMemory:
 
     def test_out_of_memory_is_told_of_plain(self) -> None:
         """It has no figure, and is no candidate."""
-        over = Result(variant("plain"), Status.OUT_OF_MEMORY, "stopped")
+        over = Result(method("plain"), Status.OUT_OF_MEMORY, "stopped")
         found = advised(over, measured("checkpoint", 5))
-        assert found.strategy == "checkpoint" and "where plain training does not fit" in found.why
+        assert found.method == "checkpoint" and "where plain training does not fit" in found.why
 
 
 class TestPretrained:
@@ -165,13 +165,13 @@ class TestPretrained:
     def test_is_not_recommended_to_a_pretrained_model(self) -> None:
         """However low its peak."""
         results = (measured("plain", 10), measured("checkpoint", 5), measured("leapfrog", 1))
-        assert advised(*results).strategy == "checkpoint"
+        assert advised(*results).method == "checkpoint"
 
     def test_is_recommended_from_scratch_in_so_many_words(self) -> None:
         """And LoRA, which needs pretrained weights, is not advised."""
         results = (measured("plain", 10), measured("checkpoint", 5), measured("leapfrog", 1, optimizer_state=0.9))
         found = advised(*results, pretrained=False)
-        assert found.strategy == "leapfrog" and "training from scratch" in found.why
+        assert found.method == "leapfrog" and "training from scratch" in found.why
         assert not any("LoRA" in text for text in found.advice)
         assert any("8-bit optimiser" in text for text in found.advice)
 
@@ -182,14 +182,14 @@ class TestThroughput:
     def test_plain_is_fastest_where_it_fits(self) -> None:
         """Nothing is gained from a conversion, in numbers."""
         found = advised(measured("plain", 5, 1), measured("checkpoint", 2, 1.25), goal="throughput")
-        assert found.strategy == "plain"
+        assert found.method == "plain"
         assert found.why.startswith("do not convert: plain training peaks at 5.00 GiB, and nothing is faster than its")
         assert "its 1,024 tokens a second; checkpointing reaches 819 tokens a second" in found.why
 
     def test_what_does_not_fit_the_budget_does_not_count(self) -> None:
         """Plain is faster, and too large."""
         results = (measured("plain", 5, 1), measured("checkpoint", 2, 1.25))
-        assert advised(*results, goal="throughput", budget_bytes=4 * GIB).strategy == "checkpoint"
+        assert advised(*results, goal="throughput", budget_bytes=4 * GIB).method == "checkpoint"
 
     def test_the_largest_batch_may_turn_it_round(self) -> None:
         """At a batch of 40 the reversible chain takes less time per sample than checkpointing at 8."""
@@ -199,7 +199,7 @@ class TestThroughput:
             *(point("momentum:k=3", "batch", 40, 6, 8.0), point("momentum:k=3", "sequence", 9999, 6, 0.1)),
         )
         found = advised(*results, goal="throughput", points=points, budget_bytes=6 * GIB)
-        assert found.strategy == "momentum:k=3"
+        assert found.method == "momentum:k=3"
         assert found.why == (
             "convert with momentum k=3: 1,280 tokens a second, the most that fits; it peaks at 6.00 GiB of 6.00 GiB "
             "at a batch of 40; plain training reaches 1,067 tokens a second at a batch of 5; checkpointing reaches "
@@ -211,17 +211,17 @@ class TestThroughput:
         """3 % more with quartiles 4 % apart is no reason to convert, and that is said."""
         results = (measured("checkpoint", 2, 1.03, 0.04), measured("momentum:k=3", 1.5, 1.0, 0.04))
         found = advised(*results, goal="throughput")
-        assert found.strategy == "checkpoint"
+        assert found.method == "checkpoint"
         assert "(momentum k=3 measured 3.0% more, within the spread of the samples, 4.0%)" in found.why
         steady = (measured("checkpoint", 2, 1.03, 0.01), measured("momentum:k=3", 1.5, 1.0, 0.01))
-        assert advised(*steady, goal="throughput").strategy == "momentum:k=3"
+        assert advised(*steady, goal="throughput").method == "momentum:k=3"
 
     def test_only_a_batch_known_as_the_largest_counts(self) -> None:
-        """A sweep that was broken off says nothing of how far a variant gets."""
+        """A sweep that was broken off says nothing of how far a method gets."""
         broken_off = replace(point("checkpoint", "batch", 80, 3, 1.0), largest=False)
         results = (measured("plain", 5, 1), measured("checkpoint", 2, 1.25))
         found = advised(*results, goal="throughput", points=(broken_off,))
-        assert found.strategy == "plain"
+        assert found.method == "plain"
 
     def test_only_the_largest_batch_fits(self) -> None:
         """The setting's own size may be too large where a smaller batch fits."""
@@ -231,12 +231,12 @@ class TestThroughput:
             budget_bytes=4 * GIB,
             points=(point("checkpoint", "batch", 2, 4, 0.5),),
         )
-        assert found.strategy == "checkpoint" and "at a batch of 2" in found.why
+        assert found.method == "checkpoint" and "at a batch of 2" in found.why
 
-    def test_untimed_variants_are_not_compared(self) -> None:
+    def test_untimed_methods_are_not_compared(self) -> None:
         """A run that was interrupted before any time was taken."""
         found = advised(measured("checkpoint", 2, None), measured("plain", 3, None), goal="throughput")
-        assert found.strategy == "plain" and "nothing was timed yet" in found.why
+        assert found.method == "plain" and "nothing was timed yet" in found.why
 
 
 class TestContext:
@@ -250,7 +250,7 @@ class TestContext:
             point("momentum:k=3", "sequence", 4096, 6, 1),
         )
         found = advised(*results, goal="context", points=points, budget_bytes=6 * GIB)
-        assert found.strategy == "momentum:k=3"
+        assert found.method == "momentum:k=3"
         assert "4,096 tokens in 6.00 GiB at a batch of 4, measured in a sweep" in found.why
         assert "plain training reaches 512 tokens in 6.00 GiB; checkpointing reaches 2,048 tokens" in found.why
 
@@ -258,13 +258,13 @@ class TestContext:
         """The five percent count in tokens too."""
         results = (measured("checkpoint", 2), measured("momentum:k=3", 2))
         points = (point("checkpoint", "sequence", 2000, 6, 1), point("momentum:k=3", "sequence", 2100, 6, 1))
-        assert advised(*results, goal="context", points=points).strategy == "checkpoint"
+        assert advised(*results, goal="context", points=points).method == "checkpoint"
 
     def test_extrapolation_is_a_straight_line_and_says_so(self) -> None:
         """1 GiB is fixed and 1 GiB takes 256 tokens: 5 GiB hold four times as many."""
         results = (measured("plain", 5, parameters=1), measured("checkpoint", 2, parameters=1))
         found = advised(*results, goal="context", budget_bytes=5 * GIB)
-        assert found.strategy == "checkpoint"
+        assert found.method == "checkpoint"
         assert "1,024 tokens in 5.00 GiB" in found.why and "extrapolated on a straight line" in found.why
         assert "plain training reaches 256 tokens" in found.why
 
@@ -279,13 +279,13 @@ class TestContext:
         """Nothing to fill: bytes a token."""
         results = (measured("plain", 5, parameters=1), measured("checkpoint", 2, parameters=1))
         found = advised(*results, goal="context")
-        assert found.strategy == "checkpoint" and "4.00 MiB a token" in found.why
+        assert found.method == "checkpoint" and "4.00 MiB a token" in found.why
 
     def test_a_model_without_sequence_is_advised_on_memory(self) -> None:
         """Images have no context to lengthen."""
         base = profile(measured("plain", 10), measured("checkpoint", 5), goal="context")
         found = advise(replace(base, setting=replace(base.setting, sequence=None)))
-        assert found.strategy == "checkpoint" and "lowest peak" in found.why
+        assert found.method == "checkpoint" and "lowest peak" in found.why
 
 
 class TestWhatIsKnown:
@@ -294,24 +294,24 @@ class TestWhatIsKnown:
     def test_predictions_count_where_nothing_was_measured(self) -> None:
         """And the reason says so."""
         found = advise(examples.predicted_only())
-        assert found.strategy == "checkpoint"
+        assert found.method == "checkpoint"
         assert found.why.startswith("predicted, nothing was measured: ")
 
     def test_predictions_do_not_count_beside_measurements(self) -> None:
-        """A waiting variant whose prediction is lowest is not chosen."""
+        """A waiting method whose prediction is lowest is not chosen."""
         found = advise(examples.interrupted())
-        assert found.strategy == "checkpoint" and "predicted" not in found.why
+        assert found.method == "checkpoint" and "predicted" not in found.why
 
-    def test_refused_and_failed_variants_are_not_chosen(self) -> None:
+    def test_refused_and_failed_methods_are_not_chosen(self) -> None:
         """Their predictions do not count either."""
         refused = [replace(r, status=Status.REFUSED) for r in examples.predicted_only().results[1:]]
         found = advise(replace(examples.predicted_only(), results=(examples.predicted_only().results[0], *refused)))
-        assert found.strategy == "plain"
+        assert found.method == "plain"
 
     def test_nothing_known(self) -> None:
         """Said as it is."""
-        found = advised(Result(variant("checkpoint"), Status.PENDING))
-        assert found.strategy is None and "nothing is known yet" in found.why
+        found = advised(Result(method("checkpoint"), Status.PENDING))
+        assert found.method is None and "nothing is known yet" in found.why
 
 
 class TestAdvice:
@@ -406,13 +406,13 @@ class TestAdvice:
         found = advised(measured("checkpoint", 5), measured("leapfrog", 1), measured("momentum:k=3", 4.9))
         assert any(text.startswith("the rival: momentum k=3 peaks at 4.90 GiB, -2.0%") for text in found.advice)
         alone = advised(measured("checkpoint", 5), measured("leapfrog", 1)).advice
-        assert any("no reversible variant that keeps the function was measured" in text for text in alone)
+        assert any("no reversible method that keeps the function was measured" in text for text in alone)
 
     def test_a_rival_without_figures_is_told_too(self) -> None:
         """Not measured, or not to be had, or not timed."""
         alone = advised(measured("momentum:k=3", 4)).advice
         assert any("checkpointing, the rival to beat, was not measured" in text for text in alone)
-        over = Result(variant("checkpoint"), Status.OUT_OF_MEMORY, "stopped at 4.49 GiB")
+        over = Result(method("checkpoint"), Status.OUT_OF_MEMORY, "stopped at 4.49 GiB")
         beside = advised(measured("momentum:k=3", 4), over).advice
         assert any("the rival: checkpoint, out of memory: stopped at 4.49 GiB" in text for text in beside)
         untimed = advised(measured("momentum:k=3", 4), measured("checkpoint", 5, None)).advice

@@ -32,19 +32,19 @@ def of_kind(events: list[dict[str, Any]], kind: str, process: int = 1) -> list[d
 class TestFrames:
     """One row per what there is one of."""
 
-    def test_one_row_per_record_and_variant(self) -> None:
+    def test_one_row_per_record_and_method(self) -> None:
         """Measured or not, in order."""
         profiles = [examples.smollm2(), examples.unequal()]
         frame = results_frame(profiles)
-        expected = [(p.name, r.variant.spec, r.status.value) for p in profiles for r in p.results]
-        assert list(frame[["record", "variant", "status"]].itertuples(index=False, name=None)) == expected
+        expected = [(p.name, r.method.spec, r.status.value) for p in profiles for r in p.results]
+        assert list(frame[["record", "method", "status"]].itertuples(index=False, name=None)) == expected
 
     def test_figures_are_those_of_the_record(self) -> None:
-        """Memory, time, throughput and fidelity of one variant."""
+        """Memory, time, throughput and fidelity of one method."""
         profile = examples.smollm2()
         result = profile.result("momentum:k=3")
         assert result and result.memory and result.fidelity and result.prediction and result.work
-        row = results_frame([profile]).set_index("variant").loc["momentum:k=3"]
+        row = results_frame([profile]).set_index("method").loc["momentum:k=3"]
         assert row.peak_bytes == result.memory.peak_bytes
         assert row.backward_peak_bytes == result.memory.phase_peaks["backward"]
         assert row.streams_bytes == result.memory.categories["streams"]
@@ -60,7 +60,7 @@ class TestFrames:
 
     def test_what_there_is_not_is_empty_and_integers_stay_integers(self) -> None:
         """A column's type does not depend on whether a figure is missing."""
-        frame = results_frame([examples.unequal()]).set_index("variant")
+        frame = results_frame([examples.unequal()]).set_index("method")
         assert frame.peak_bytes.isna()["plain"] and pd.isna(frame.step_seconds["sac"])
         assert frame.sequence.isna().all()
         full = results_frame([examples.smollm2()])
@@ -73,7 +73,7 @@ class TestFrames:
         pd.testing.assert_frame_equal(examples.lora().to_frame(), results_frame([examples.lora()]))
 
     def test_one_row_per_timed_step(self) -> None:
-        """Two rounds of four steps for each variant; the phases add up to the step."""
+        """Two rounds of four steps for each method; the phases add up to the step."""
         frame = steps_frame([examples.smollm2(), examples.predicted_only()])
         assert len(frame) == 9 * 2 * 4
         assert list(frame["round"][:8]) == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -145,7 +145,7 @@ class TestFiles:
 class TestTrace:
     """The Trace Event Format: processes, tracks, spans and counters."""
 
-    def test_every_variant_is_a_process_with_its_name(self, tmp_path: Path) -> None:
+    def test_every_method_is_a_process_with_its_name(self, tmp_path: Path) -> None:
         """What has neither times nor a timeline is left out."""
         events = trace(examples.unequal(), tmp_path)
         names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}

@@ -1,4 +1,4 @@
-"""A variant in place: the model trains as it says, and is the same before and after."""
+"""A method in place: the model trains as it says, and is the same before and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autorev.in_place import Blocks, NotApplicable, in_place
 from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
-from autorev.variants import ALL, parse_variant
+from autorev.methods import ALL, parse_method
 from autorev.workload import Call
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import TOKENS, Results, assert_same, gradients_of, small
@@ -46,7 +46,7 @@ def with_blocks(model: nn.Module, call: Call) -> tuple[nn.Module, Call, Blocks]:
 
 
 def looks(model: nn.Module) -> dict[str, Any]:
-    """Everything that a variant could leave behind."""
+    """Everything that a method could leave behind."""
     return {
         "state": {name: value.clone() for name, value in model.state_dict().items()},
         "attributes": {path: {**module.__dict__} for path, module in model.named_modules()},
@@ -106,21 +106,21 @@ def run(*specs: str) -> pytest.MarkDecorator:
 
 
 @run(*ALL, "momentum:arithmetic=float", "leapfrog:granularity=sublayer")
-def test_a_variant_trains_the_model_and_leaves_it_as_it_was(spec: str) -> None:
+def test_a_method_trains_the_model_and_leaves_it_as_it_was(spec: str) -> None:
     """Gradients are those of plain training, or of the coupling under ordinary autograd; then nothing is left."""
-    variant = parse_variant(spec)
-    model, call, blocks = language_model() if variant.loss == "chunked" else stack()
+    method = parse_method(spec)
+    model, call, blocks = language_model() if method.loss == "chunked" else stack()
     plain = gradients(model, call)
-    with no_trace(model), in_place(model, variant, blocks, call):
+    with no_trace(model), in_place(model, method, blocks, call):
         found = gradients(model, call)
-        expected = gradients(model, call, "oracle") if variant.reversible else plain
-        assert_same(found, expected, 1e-4 if variant.loss == "chunked" else 1e-5)
-        if variant.reversible:
+        expected = gradients(model, call, "oracle") if method.reversible else plain
+        assert_same(found, expected, 1e-4 if method.loss == "chunked" else 1e-5)
+        if method.reversible:
             assert list(forwards_of(model))
         else:
             replaced = [m for m in model.modules() if {"forward", "_compiled_call_impl"} & vars(m).keys()]
-            wrapped = 0 if variant.strategy == "plain" else len(blocks.paths)
-            assert len(replaced) == wrapped + (variant.loss == "chunked")
+            wrapped = 0 if method.name == "plain" else len(blocks.paths)
+            assert len(replaced) == wrapped + (method.loss == "chunked")
     assert_same(gradients(model, call), plain, 0.0)
 
 
@@ -131,19 +131,19 @@ def test_an_error_inside_leaves_nothing_behind(spec: str) -> None:
     with (
         no_trace(model),
         pytest.raises(ZeroDivisionError),
-        in_place(model, parse_variant(spec), blocks, call),
+        in_place(model, parse_method(spec), blocks, call),
     ):
         raise ZeroDivisionError
 
 
 def test_a_forward_of_the_users_own_comes_back() -> None:
-    """What stood on an instance before is called inside the variant, and stands there again."""
+    """What stood on an instance before is called inside the method, and stands there again."""
     model, call, blocks = stack()
     block: Any = model.get_submodule(blocks.paths[1])
     block.forward = lambda x: type(block).forward(block, 2 * x)
     own = block.forward
     changed = gradients(model, call)
-    with no_trace(model), in_place(model, parse_variant("checkpoint"), blocks, call):
+    with no_trace(model), in_place(model, parse_method("checkpoint"), blocks, call):
         assert_same(gradients(model, call), changed, 0.0)
     assert block.forward is own
 
@@ -156,7 +156,7 @@ def test_dropout_is_replayed_under_checkpointing() -> None:
     assert blocks.draws_random
     plain = gradients(model, call)
     for spec in ("checkpoint", "sac", "offload", "compile:budget=1"):
-        with no_trace(model), in_place(model, parse_variant(spec), blocks, call):
+        with no_trace(model), in_place(model, parse_method(spec), blocks, call):
             if not spec.startswith("compile"):  # which draws its own numbers
                 assert_same(gradients(model, call), plain, 1e-5)
 
@@ -167,7 +167,7 @@ def test_compile_below_a_full_budget_is_refused_with_dropout() -> None:
     with (
         no_trace(model),
         pytest.raises(NotApplicable, match=r"draw random numbers \(dropout\), which torch.compile replays wrongly"),
-        in_place(model, parse_variant("compile"), blocks, call),
+        in_place(model, parse_method("compile"), blocks, call),
     ):
         pass
 
@@ -180,10 +180,10 @@ def test_turns_of_a_loop_have_no_module_to_wrap(spec: str) -> None:
     with (
         no_trace(model),
         pytest.raises(NotApplicable, match="its blocks are turns of a loop: there is no module to"),
-        in_place(model, parse_variant(spec), blocks, call),
+        in_place(model, parse_method(spec), blocks, call),
     ):
         pass
-    with no_trace(model), in_place(model, parse_variant("momentum"), blocks, call):
+    with no_trace(model), in_place(model, parse_method("momentum"), blocks, call):
         assert list(forwards_of(model))
 
 
@@ -196,19 +196,19 @@ def test_turns_of_a_loop_have_no_module_to_wrap(spec: str) -> None:
     ],
 )
 def test_what_cannot_be_had_says_why(spec: str, words: str) -> None:
-    """A conversion that is refused is a variant that does not apply, with the conversion's own words."""
+    """A conversion that is refused is a method that does not apply, with the conversion's own words."""
     model, call, blocks = stack()
-    with no_trace(model), pytest.raises(NotApplicable, match=words), in_place(model, parse_variant(spec), blocks, call):
+    with no_trace(model), pytest.raises(NotApplicable, match=words), in_place(model, parse_method(spec), blocks, call):
         pass
 
 
 def test_a_refused_coupling_takes_the_chunked_loss_with_it() -> None:
-    """Half of a variant is not left in place when the other half is refused."""
+    """Half of a method is not left in place when the other half is refused."""
     model, call, blocks = language_model()
     with (
         no_trace(model),
         pytest.raises(NotApplicable, match="exact arithmetic needs"),
-        in_place(model, parse_variant("momentum:gamma=0.3,loss=chunked"), blocks, call),
+        in_place(model, parse_method("momentum:gamma=0.3,loss=chunked"), blocks, call),
     ):
         pass
 
@@ -216,7 +216,7 @@ def test_a_refused_coupling_takes_the_chunked_loss_with_it() -> None:
 def test_offloading_frees_the_host_with_the_graph() -> None:
     """Every byte that was moved is taken back after backward, also when backward never comes."""
     model, call, blocks = stack()
-    with in_place(model, parse_variant("offload"), blocks, call) as placed:
+    with in_place(model, parse_method("offload"), blocks, call) as placed:
         assert placed.host is not None
         loss = own_loss(model, call)
         stream = TOKENS.numel() * hand.WIDTH * 4
@@ -235,5 +235,5 @@ def test_side_bits_are_the_exponent_of_gamma() -> None:
     bits = {**{f"momentum:k={k}": k for k in range(1, 8)}, "momentum:gamma=0.375": 3, "momentum:gamma=-0.5": 1}
     bits |= {"momentum:gamma=1": 0, "leapfrog": 0, "hamiltonian": 0, "bdia": 1, "momentum:k=1,arithmetic=float": 0}
     for spec, most in bits.items():
-        with in_place(model, parse_variant(spec), blocks, call) as placed:
+        with in_place(model, parse_method(spec), blocks, call) as placed:
             assert placed.side_bits == most, spec

@@ -31,12 +31,12 @@ def planned(
     phase: str = "backward",
     **peaks: dict[str, float],
 ) -> Recommendation:
-    """The recommendation where each strategy's peak is made of these categories, in GiB."""
+    """The recommendation where each method's peak is made of these categories, in GiB."""
     base: Analysis = analysis_examples.llama_lora()
     assert base.setting is not None
     predictions = []
     for prediction in base.predictions:
-        given = peaks.get(prediction.strategy) or peaks["checkpoint"]
+        given = peaks.get(prediction.method) or peaks["checkpoint"]
         categories = {c.value: round(given.get(c.value, 0) * GIB) for c in Category}
         predictions.append(
             dataclasses.replace(
@@ -44,8 +44,8 @@ def planned(
                 categories=categories,
                 peak_bytes=sum(categories.values()),
                 phase=phase,
-                step_seconds=(times or TIMES).get(prediction.strategy, 1.4),
-                keep_last=(0,) if prediction.strategy in LOSSES else (),
+                step_seconds=(times or TIMES).get(prediction.method, 1.4),
+                keep_last=(0,) if prediction.method in LOSSES else (),
             )
         )
     setting = dataclasses.replace(base.setting, loss=loss, trains=trains, batch=batch)
@@ -55,7 +55,7 @@ def planned(
 def test_what_fits_is_not_converted() -> None:
     """Plain training that fits is recommended, in so many words."""
     found = planned(plain={"parameters": 40, "stored_activations": 20}, checkpoint={"parameters": 41})
-    assert found.strategy == "plain"
+    assert found.method == "plain"
     assert "do not convert" in found.why
 
 
@@ -66,7 +66,7 @@ def test_checkpointing_is_enough_where_it_fits() -> None:
         checkpoint={"parameters": 15, "stored_activations": 30},
         momentum={"parameters": 15, "streams": 2},
     )
-    assert found.strategy == "checkpoint"
+    assert found.method == "checkpoint"
     assert found.why.startswith("checkpointing is enough: it peaks at 45.0 GiB of the 78.6 GiB to use")
     assert "the momentum coupling takes longer, 1.40 s instead of 1.30 s a step, though at 17.0 GiB" in found.why
 
@@ -79,7 +79,7 @@ def test_one_that_is_as_fast_and_lower_is_told() -> None:
         offload={"logits_and_loss": 60},
         momentum={"logits_and_loss": 65},
     )
-    assert found.strategy == "checkpoint"
+    assert found.method == "checkpoint"
     assert "offloaded checkpointing is no faster, though at 60.0 GiB" in found.why
     assert "needs the host's memory" in found.why
 
@@ -91,13 +91,13 @@ def test_conversion_where_only_it_fits() -> None:
         checkpoint={"parameters": 15, "stored_activations": 70},
         offload={"parameters": 15, "stored_activations": 70},
         momentum={"parameters": 15, "streams": 2, "side_bits": 10},
-        possible=Possible(command="python cli.py finetune m --coupling {spec}"),
+        possible=Possible(command="python cli.py finetune m --method {spec}"),
     )
-    assert found.strategy == "momentum"
+    assert found.method == "momentum"
     assert "of which 70.0 GiB are stored, one input per block" in found.why
     assert found.advice[0] == (
         "autorev.convert(model, keep_last=0) does it in user code, and autorev.verify(model) checks the gradients "
-        "(from the command line: python cli.py finetune m --coupling momentum:k=3,keep_last=0)"
+        "(from the command line: python cli.py finetune m --method momentum:k=3,keep_last=0)"
     )
 
 
@@ -109,7 +109,7 @@ def test_offloading_that_is_faster_and_smaller_is_recommended() -> None:
         momentum={"side_bits": 68},
         offload={"working_set": 53.5},
     )
-    assert found.strategy == "offload"
+    assert found.method == "offload"
     assert "without the host's memory the momentum coupling fits, too, with 68.0 GiB" in found.advice
     assert any("autorev.convert(model, keep_last=0)" in text for text in found.advice)
 
@@ -126,7 +126,7 @@ def test_offloading_that_is_faster_and_smaller_is_recommended() -> None:
 def test_nothing_fits_and_why(category: str, told: str) -> None:
     """When nothing fits, nothing is recommended, and what dominates the best peak is named."""
     found = planned(checkpoint={category: 200})
-    assert found.strategy is None
+    assert found.method is None
     assert told in found.why
 
 
@@ -163,7 +163,7 @@ _times = st.sampled_from([0.01, 1.0, 1.001, 1.5]) | st.floats(1e-4, 1e3)
 
 @st.composite
 def tables(draw: st.DrawFn) -> Analysis:
-    """Any predictions of any of the strategies, with or without a frontier, in any setting."""
+    """Any predictions of any of the methods, with or without a frontier, in any setting."""
     base = analysis_examples.llama_lora()
     assert base.setting is not None
     names = ["plain", *draw(st.lists(st.sampled_from(["checkpoint", "offload", "momentum", "leapfrog"]), unique=True))]
@@ -172,7 +172,7 @@ def tables(draw: st.DrawFn) -> Analysis:
         categories = {c.value: draw(_sizes) for c in Category}
         predictions.append(
             Prediction(
-                strategy=name,
+                method=name,
                 peak_bytes=sum(categories.values()),
                 phase=draw(st.sampled_from(["forward", "backward", "optimizer"])),
                 categories=categories,
@@ -212,14 +212,14 @@ def test_the_recommendation_never_contradicts_its_table(table: Analysis, chunked
     found = recommend(table, Possible(chunked, lora))
     room = table.device.usable_bytes
     fitting = [p for p in table.predictions if p.preserves_function and p.peak_bytes <= room]
-    chosen = table.prediction(found.strategy or "")
+    chosen = table.prediction(found.method or "")
     if not fitting:
-        assert found.strategy is None and found.why.startswith("nothing fits")
+        assert found.method is None and found.why.startswith("nothing fits")
     else:
         assert chosen in fitting
         for rival in fitting:
             seconds = [float(f"{p.step_seconds:.3g}") for p in (rival, chosen)]
-            simpler = SIMPLEST.index(rival.strategy) < SIMPLEST.index(chosen.strategy)
+            simpler = SIMPLEST.index(rival.method) < SIMPLEST.index(chosen.method)
             assert seconds[0] >= seconds[1] and not (seconds[0] == seconds[1] and simpler)
     told = " ".join([found.why, *found.advice])
     assert figures(told) <= figures_of(table)
@@ -233,7 +233,7 @@ def test_the_recommendation_never_contradicts_its_table(table: Analysis, chunked
     for number, axis in re.findall(r"fits (?:a batch of )?([\d,]+)( token)?", told):
         name = "longest_sequence" if axis else "largest_batch"
         assert int(number.replace(",", "")) in {getattr(reach, name) for reach in table.frontier}
-    if found.strategy is None:
+    if found.method is None:
         assert "convert(" not in told
         assert "Recommendation  None" in render_text(dataclasses.replace(table, recommendation=found))
 

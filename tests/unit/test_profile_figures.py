@@ -26,7 +26,7 @@ class TestFigures:
     """The traces hold the record's own values."""
 
     def test_the_bars_of_the_peak_are_the_categories(self) -> None:
-        """Every segment is the bytes of that category in that variant, and the figure beside it the allocator's."""
+        """Every segment is the bytes of that category in that method, and the figure beside it the allocator's."""
         profile = examples.smollm2()
         drawn = all_figures(profile)["peak"]
         titles = {"stored activations": Category.STORED_ACTIVATIONS, "logits and loss": Category.LOGITS_AND_LOSS}
@@ -56,7 +56,7 @@ class TestFigures:
         assert "far above every bar" in text_of(page_of(far))
 
     def test_the_front_holds_what_nothing_beats(self) -> None:
-        """Every other variant is beaten in one figure by one that is no worse in the other."""
+        """Every other method is beaten in one figure by one that is no worse in the other."""
         points = front_points(examples.smollm2())
         best = front(points)
         assert {id(result) for result, _, _ in best} < {id(result) for result, _, _ in points}
@@ -65,11 +65,11 @@ class TestFigures:
             assert beaten != any(result is each for each, _, _ in best)
 
     def test_timelines_hold_the_records_points(self) -> None:
-        """Time and bytes of every category, the three before-and-after variants first, on one scale."""
+        """Time and bytes of every category, the three before-and-after methods first, on one scale."""
         profile = examples.smollm2()
         drawn = all_figures(profile)
         first, rest = rows.with_timeline(profile)
-        assert [each.variant.strategy for each in first] == ["plain", "checkpoint", "momentum"]
+        assert [each.method.name for each in first] == ["plain", "checkpoint", "momentum"]
         assert len(first) + len(rest) == 9 == sum(name.startswith("timeline-") for name in drawn)
         line = memory_of(profile, "plain").timeline
         traces = {trace["name"]: trace for trace in drawn["timeline-0"]["data"]}
@@ -108,7 +108,7 @@ class TestFigures:
         assert [shape["x0"] for shape in layout["shapes"] if shape["type"] == "line"] == begins
 
     def test_blocks_hold_bytes_and_times(self) -> None:
-        """Plain, checkpoint and one reversible variant, block by block."""
+        """Plain, checkpoint and one reversible method, block by block."""
         profile = examples.smollm2()
         drawn = all_figures(profile)
         plain = profile.result("plain")
@@ -135,7 +135,7 @@ class TestFigures:
             assert trace["x"] == pytest.approx(list(each.samples), abs=1e-6)
 
     def test_predictions_are_ratios_to_the_measured_peak(self) -> None:
-        """Predicted and attributed; a variant without a prediction has no dot."""
+        """Predicted and attributed; a method without a prediction has no dot."""
         profile = examples.smollm2()
         predicted, attributed = all_figures(profile)["prediction"]["data"]
         for place, each in enumerate(profile.results):
@@ -148,7 +148,7 @@ class TestFigures:
         """Measured peaks as lines; each size that was stopped as a cross on the budget."""
         profile = examples.deep(24)
         traces = all_figures(profile)["sweep-batch"]["data"]
-        points = [p for p in profile.points if p.variant == "leapfrog" and p.peak_bytes]
+        points = [p for p in profile.points if p.method == "leapfrog" and p.peak_bytes]
         line = next(trace for trace in traces if trace["name"] == "leapfrog")
         assert line["x"] == [point.value for point in points]
         stopped = next(trace for trace in traces if trace["name"] == "did not fit")
@@ -162,7 +162,7 @@ class TestFigures:
         expected = [point.value * 64 / point.step_seconds for point in points]
         assert trace["x"] == pytest.approx(expected, abs=1e-3)
 
-    def test_variants_of_one_strategy_can_be_told_apart(self) -> None:
+    def test_methods_of_one_method_can_be_told_apart(self) -> None:
         """Same colour, other symbol."""
         looks = rows.looks(examples.smollm2())
         momentum = [look for spec, look in looks.items() if spec.startswith("momentum")]

@@ -20,7 +20,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def row(profile: Profile, name: str) -> dict[str, str]:
-    """The cells of one variant by their headings."""
+    """The cells of one method by their headings."""
     head, *rows = tables(render_markdown([profile]))[0]
     return next(dict(zip(head, cells, strict=True)) for cells in rows if cells[0].strip("*") == name)
 
@@ -35,10 +35,10 @@ def test_the_heading_says_what_was_run_where() -> None:
     assert "batch 32, fp32" in render_markdown([examples.unequal()])
 
 
-def test_a_row_per_variant_in_numbers() -> None:
+def test_a_row_per_method_in_numbers() -> None:
     """Peak, share of plain, kept, time, spread, throughput, fidelity, and the prediction against the measurement."""
     assert row(examples.smollm2(), "momentum k=3") == {
-        "variant": "momentum k=3",
+        "method": "momentum k=3",
         "peak": "2.09 GiB",
         "of plain": "59 %",
         "kept": "399 MiB",
@@ -52,7 +52,7 @@ def test_a_row_per_variant_in_numbers() -> None:
     assert len(tables(render_markdown([examples.smollm2()]))[0]) == 1 + 9
 
 
-def test_the_recommended_variant_is_bold() -> None:
+def test_the_recommended_method_is_bold() -> None:
     """One row, and only that."""
     rows = tables(render_markdown([examples.smollm2()]))[0]
     assert [cells[0] for cells in rows if "*" in cells[0]] == ["**checkpoint**"]
@@ -86,25 +86,25 @@ def test_interrupted_and_predicted_records_are_told_apart() -> None:
 
 
 def test_throughput_at_the_largest_batch_over_depths() -> None:
-    """Rows are variants, columns are depths in order, whatever the order of the records."""
+    """Rows are methods, columns are depths in order, whatever the order of the records."""
     profiles = [examples.deep(96), examples.smollm2(), examples.deep(12)]
     text = render_markdown(profiles)
     assert "### Throughput at the largest batch\n\nIn tokens a second within +128MiB; the batch in brackets." in text
     head, *rows = tables(text)[-1]
-    assert head == ["variant", "12 blocks", "96 blocks"]
+    assert head == ["method", "12 blocks", "96 blocks"]
     assert rows[0] == ["plain", "330 (4)", "does not fit"]
     assert [cells[0] for cells in rows] == ["plain", "checkpoint", "momentum k=3", "leapfrog"]
-    largest = next(p for p in examples.deep(96).points if p.largest and p.variant == "checkpoint")
+    largest = next(p for p in examples.deep(96).points if p.largest and p.method == "checkpoint")
     assert largest.step_seconds is not None
     assert rows[1][2] == f"{largest.value * 64 / largest.step_seconds:.3g} ({largest.value})"
 
 
 def test_records_of_one_depth_keep_apart() -> None:
-    """They are told by their names, and a variant that one did not sweep has no figure there."""
-    fewer = tuple(point for point in examples.deep(12).points if point.variant != "leapfrog")
+    """They are told by their names, and a method that one did not sweep has no figure there."""
+    fewer = tuple(point for point in examples.deep(12).points if point.method != "leapfrog")
     other = replace(examples.deep(12), name="other", points=fewer)
     head, *rows = tables(render_markdown([examples.deep(12), other]))[-1]
-    assert head == ["variant", "gpt2-512-12, 12 blocks", "other, 12 blocks"]
+    assert head == ["method", "gpt2-512-12, 12 blocks", "other, 12 blocks"]
     assert rows[-1][0] == "leapfrog" and rows[-1][2] == "-"
 
 

@@ -66,7 +66,7 @@ def bare(profile: Profile, **changes: object) -> Profile:
 
 
 def memory_of(profile: Profile, spec: str) -> Memory:
-    """The memory of one variant, which has one."""
+    """The memory of one method, which has one."""
     found = profile.result(spec)
     assert found is not None and found.memory is not None
     return found.memory
@@ -131,7 +131,7 @@ class TestHtml:
         best, plain = rows.chosen(profile), profile.result("plain")
         text = text_of(page_of(profile))
         assert (
-            text.index("Recommendation") < text.index("Every variant at a glance") < text.index("Memory over one step")
+            text.index("Recommendation") < text.index("Every method at a glance") < text.index("Memory over one step")
         )
         peak = next(tile for tile in tiles(profile) if tile.title == "Peak memory")
         change = 100 * (best.memory.peak_bytes / plain.memory.peak_bytes - 1)
@@ -189,7 +189,7 @@ class TestHtml:
         assert all(format_bytes(memory.peak_bytes) in text for memory in lean)
 
     def test_an_empty_record_is_a_page(self) -> None:
-        """Interrupted before the first variant."""
+        """Interrupted before the first method."""
         empty = replace(examples.smollm2(), results=(), recommendation=None, notes=(), complete=False)
         assert "incomplete" in text_of(page_of(empty))
         assert "Incomplete" in render_text(empty)
@@ -215,7 +215,7 @@ class TestComparison:
         line = next(trace for trace in drawn["data"] if trace["name"] == "leapfrog")
         assert line["x"] == [16, 32, 64]
         for value, profile in zip(line["y"], family.profiles, strict=True):
-            own = {p.value: p.peak_bytes for p in profile.points if p.variant == "leapfrog" and p.peak_bytes}
+            own = {p.value: p.peak_bytes for p in profile.points if p.method == "leapfrog" and p.peak_bytes}
             peak = memory_of(profile, "leapfrog").peak_bytes if family.batch == 1 else own[family.batch]
             assert value == pytest.approx(peak / 2**30, abs=1e-3)
 
@@ -229,7 +229,7 @@ class TestComparison:
         assert families([one, wider]) == [] and len(families([one, two])) == 1
 
     def test_relative_figures_are_shares_of_plain(self) -> None:
-        """Memory and time of each variant over those of plain in the same record."""
+        """Memory and time of each method over those of plain in the same record."""
         profile = examples.smollm2()
         drawn = json.loads(comparison_figures([profile, examples.lora()])["relative-memory"].to_json())
         dots = next(trace for trace in drawn["data"] if trace["name"] == "activation checkpointing")
@@ -243,7 +243,7 @@ class TestComparison:
         assert "timeline-0" not in many
         assert "Timelines are left out of a page of more than 4 records" in text_of(many)
 
-    def test_every_record_and_variant_has_a_row(self) -> None:
+    def test_every_record_and_method_has_a_row(self) -> None:
         """With its environment and its recommendation."""
         profiles = [examples.smollm2(), examples.unequal(), examples.interrupted()]
         text = text_of(page_of(*profiles))
@@ -251,7 +251,7 @@ class TestComparison:
             for name in rows.labels(profile).values():
                 assert f"{profile.name}: {name}" in text
             assert profile.environment.date in text
-        assert "No recommendation yet." in text and "incomplete: 7 of 9 variants are not measured" in text
+        assert "No recommendation yet." in text and "incomplete: 7 of 9 methods are not measured" in text
 
     def test_the_papers_figures_stand_beside_sweeps_of_the_batch_only(self) -> None:
         """For one record and for several."""

@@ -57,15 +57,15 @@ class TestTables:
         profile = examples.deep(24)
         table = sweep_table(profile, "batch")
         at = table.heads.index("plain") - 1
-        stopped = next(p.value for p in profile.points if p.variant == "plain" and p.peak_bytes is None)
+        stopped = next(p.value for p in profile.points if p.method == "plain" and p.peak_bytes is None)
         row = next(row for row in table.rows if row.head == format_integer(stopped))
         assert cell(row, at) == "did not fit"
         reach = {row.head: row for row in reach_table(profile, "batch").rows}
-        most = {p.variant: p.value for p in profile.points if p.largest}
+        most = {p.method: p.value for p in profile.points if p.largest}
         assert cell(reach["leapfrog"], 1) == f"{most['leapfrog'] / most['plain']:.1f} x"
 
     def test_predictions_have_their_ratio(self) -> None:
-        """And a variant without one has a dash."""
+        """And a method without one has a dash."""
         rows = {row.head: row for row in prediction_table(examples.smollm2()).rows}
         assert cell(rows["sac"], 0) == cell(rows["sac"], 2) == "-"
         assert cell(rows["plain"], 2) == "0.995"
@@ -73,11 +73,11 @@ class TestTables:
     def test_checkpointing_always_has_a_row(self) -> None:
         """Where it was not measured, that is said."""
         base = examples.smollm2()
-        without = replace(base, results=tuple(r for r in base.results if r.variant.strategy != "checkpoint"))
+        without = replace(base, results=tuple(r for r in base.results if r.method.name != "checkpoint"))
         rows = glance(without).rows
         assert [row.head for row in rows][:2] == ["plain", "checkpoint"]
-        assert "not measured: it was not among the variants" in rows[1].notes[0]
-        assert "it was not among the variants" in " ".join(render_text(without).split())
+        assert "not measured: it was not among the methods" in rows[1].notes[0]
+        assert "it was not among the methods" in " ".join(render_text(without).split())
 
     def test_every_ending_has_its_reason(self) -> None:
         """Out of memory, refused, failed, pending, predicted."""
@@ -114,7 +114,7 @@ class TestPeak:
         for each in profile.results:
             text = " ".join(peak.explain(profile, each, each.memory))
             assert "as LoRA does" not in text
-            assert not (each.variant.loss == "chunked" and "the chunked loss" in text)
+            assert not (each.method.loss == "chunked" and "the chunked loss" in text)
         full = examples.smollm2()
         assert "as LoRA does" in " ".join(peak.explain(full, full.results[0], full.results[0].memory))
 
@@ -126,10 +126,10 @@ class TestPeak:
         assert all(f'<th scope="row">{holder.path}</th>' in page for holder in holders)
 
 
-def test_two_variants_are_never_called_the_same() -> None:
+def test_two_methods_are_never_called_the_same() -> None:
     """Where titles coincide, the spec tells them apart."""
     base = examples.smollm2()
-    same = replace(base, results=tuple(replace(r, variant=replace(r.variant, title="same")) for r in base.results))
+    same = replace(base, results=tuple(replace(r, method=replace(r.method, title="same")) for r in base.results))
     assert len(set(rows.labels(same).values())) == len(base.results)
 
 
@@ -137,8 +137,8 @@ def test_plain_with_another_loss_is_not_what_others_are_compared_with() -> None:
     """`plain:loss=chunked` has a row like any other; shares are those of `plain`, whichever comes first."""
     base = examples.smollm2()
     plain = base.result("plain")
-    lean = replace(plain.variant, spec="plain:loss=chunked", title="plain, chunked loss", loss="chunked")
-    other = replace(plain, variant=lean, memory=replace(plain.memory, peak_bytes=plain.memory.peak_bytes // 2))
+    lean = replace(plain.method, spec="plain:loss=chunked", title="plain, chunked loss", loss="chunked")
+    other = replace(plain, method=lean, memory=replace(plain.memory, peak_bytes=plain.memory.peak_bytes // 2))
     rows = {row.head: row for row in glance(replace(base, results=(other, *base.results))).rows}
     assert (cell(rows["plain"], 1), cell(rows["plain, chunked loss"], 1)) == ("100 %", "50 %")
     assert cell(rows["plain, chunked loss"], 5) == "+0 %"
@@ -152,7 +152,7 @@ def test_the_rival_is_one_with_figures() -> None:
         assert found is not None
         return found
 
-    assert named(examples.lora()).variant.strategy == "plain"
+    assert named(examples.lora()).method.name == "plain"
     base = examples.unequal()
-    moved = replace(base, recommendation=replace(base.recommendation, strategy="momentum:k=3"))
-    assert named(moved).variant.strategy == "checkpoint"
+    moved = replace(base, recommendation=replace(base.recommendation, method="momentum:k=3"))
+    assert named(moved).method.name == "checkpoint"

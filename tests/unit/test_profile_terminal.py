@@ -51,7 +51,7 @@ class TestTerminal:
     def test_reach_is_a_table_of_its_own(self) -> None:
         """Largest batch and throughput there."""
         profile = examples.deep(24)
-        most = next(p for p in profile.points if p.largest and p.variant == "leapfrog")
+        most = next(p for p in profile.points if p.largest and p.method == "leapfrog")
         row = [line for line in render_text(profile).splitlines() if line.strip().startswith("leapfrog ")][-1]
         assert row.split() == ["leapfrog", str(most.value), f"{most.value * 64 / most.step_seconds:.0f}"]
 

@@ -19,7 +19,7 @@ from tests.helpers import profile_examples as examples
 def timed(*seconds: float) -> Result:
     """A result with steps of these lengths, a fifth of each in the optimiser."""
     parts = [tuple(share * s for s in seconds) for share in (0.3, 0.5, 0.2)]
-    return Result(examples.METHODS["plain"].variant, Status.MEASURED, rounds=(Round(0, *parts),))
+    return Result(examples.METHODS["plain"].method, Status.MEASURED, rounds=(Round(0, *parts),))
 
 
 def edited(profile: Profile, find: str, put: str) -> str:
@@ -147,7 +147,7 @@ def test_doubt_begins_at_a_tenth_or_with_too_few_samples(seconds: tuple[float, .
 
 def test_nothing_timed_has_no_median() -> None:
     """None, not 0."""
-    result = Result(examples.METHODS["plain"].variant, Status.PENDING)
+    result = Result(examples.METHODS["plain"].method, Status.PENDING)
     assert (result.step_seconds, result.spread, result.phase_seconds("forward")) == (None, None, None)
     assert Point("batch", 1, "plain", Status.MEASURED, 1).step_seconds is None
 
@@ -174,16 +174,16 @@ def test_utilisation_is_of_the_devices_peak() -> None:
     assert profile.utilisation(replace(result, rounds=())) is None
 
 
-def test_a_result_replaces_that_of_its_variant_or_is_added() -> None:
+def test_a_result_replaces_that_of_its_method_or_is_added() -> None:
     """The order stays."""
     profile = examples.unequal()
-    specs = [r.variant.spec for r in profile.results]
-    waiting = Result(profile.results[2].variant, Status.PENDING)
+    specs = [r.method.spec for r in profile.results]
+    waiting = Result(profile.results[2].method, Status.PENDING)
     again = profile.with_result(waiting)
-    assert [r.variant.spec for r in again.results] == specs
+    assert [r.method.spec for r in again.results] == specs
     assert again.result("sac") is waiting
-    new = Result(examples.METHODS["leapfrog"].variant, Status.PENDING)
-    assert [r.variant.spec for r in again.with_result(new).results] == [*specs, "leapfrog"]
+    new = Result(examples.METHODS["leapfrog"].method, Status.PENDING)
+    assert [r.method.spec for r in again.with_result(new).results] == [*specs, "leapfrog"]
     assert profile.result("nothing") is None
 
 

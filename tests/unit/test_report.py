@@ -23,7 +23,7 @@ from autorev.report import palette
 from autorev.report.analysis.figures import figures
 from autorev.report.analysis.html import render_html
 from autorev.report.analysis.markdown import render_markdown
-from autorev.report.analysis.rows import identical_runs, strategy_rows
+from autorev.report.analysis.rows import identical_runs, method_rows
 from autorev.report.analysis.terminal import print_analysis, render_text
 from tests.helpers import analysis_examples as examples
 
@@ -49,7 +49,7 @@ def screen(analysis: Analysis, width: int, color: bool = False) -> str:
 class TestTerminal:
     """One screen a person wants to read."""
 
-    def test_says_model_blocks_every_strategy_and_what_to_do(self) -> None:
+    def test_says_model_blocks_every_method_and_what_to_do(self) -> None:
         """Nothing a reader needs is missing."""
         text = render_text(examples.smollm2())
         for expected in (
@@ -91,16 +91,16 @@ class TestTerminal:
         """Baselines never share, whatever their figures."""
         base = examples.smollm2()
         plain = base.predictions[0]
-        same = replace(base, predictions=tuple(replace(plain, strategy=p.strategy) for p in base.predictions))
-        labels = [row.label for row in strategy_rows(replace(same, frontier=()))]
+        same = replace(base, predictions=tuple(replace(plain, method=p.method) for p in base.predictions))
+        labels = [row.label for row in method_rows(replace(same, frontier=()))]
         couplings = "momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian, revnet"
         assert labels == ["plain", "checkpoint", "offload", couplings]
 
-    def test_strategies_that_share_a_row_keep_their_notes(self) -> None:
+    def test_methods_that_share_a_row_keep_their_notes(self) -> None:
         """Each note says whose it is."""
         base = examples.smollm2()
-        noted = tuple(replace(p, note=f"about {p.strategy}") for p in base.predictions)
-        notes = {row.names[0]: row.notes for row in strategy_rows(replace(base, predictions=noted))}
+        noted = tuple(replace(p, note=f"about {p.method}") for p in base.predictions)
+        notes = {row.names[0]: row.notes for row in method_rows(replace(base, predictions=noted))}
         assert notes["plain"] == ("about plain",)
         assert notes["leapfrog"][:2] == ("leapfrog: about leapfrog", "midpoint: about midpoint")
 
@@ -213,7 +213,7 @@ class TestFormat:
 class TestMarkdown:
     """Tables for GitHub."""
 
-    def test_holds_strategies_chains_and_recommendation(self) -> None:
+    def test_holds_methods_chains_and_recommendation(self) -> None:
         """Each in its table or heading."""
         text = render_markdown(examples.smollm2())
         assert "## Recommendation: Use activation checkpointing" in text

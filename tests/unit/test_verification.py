@@ -146,7 +146,7 @@ def test_the_command_verifies_a_factory() -> None:
     assert run.exit_code == 0, run.output
     assert "4 blocks reversible" in run.stdout
     assert "PASSED" in run.stdout
-    run = CliRunner().invoke(main, ["verify", spec, "--coupling", "revnet", "--json"])
+    run = CliRunner().invoke(main, ["verify", spec, "--method", "revnet", "--json"])
     data = json.loads(run.stdout)
     assert data["conversion"]["coupling"] == "revnet"
     assert data["verification"]["passed"] is True
@@ -183,7 +183,7 @@ def test_the_command_ends_in_one_line(arguments: list[str], message: str) -> Non
 
 def test_an_unknown_coupling_is_a_usage_error() -> None:
     """It is told before anything is built."""
-    run = CliRunner().invoke(main, ["verify", "vit-large", "--json", "--coupling", "sideways"])
+    run = CliRunner().invoke(main, ["verify", "vit-large", "--json", "--method", "sideways"])
     assert run.exit_code == 2
     assert "sideways" in run.output
 

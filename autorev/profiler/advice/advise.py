@@ -29,18 +29,18 @@ _Choice = tuple[Candidate, str]
 
 
 def advise(profile: Profile) -> Recommendation:
-    """The variant for `profile.goal`, why, and what would help further; its strategy is the variant's spec, or None.
+    """The method for `profile.goal`, why, and what would help further; its method is the method's spec, or None.
 
     Predictions count only where nothing was measured, and the reason says so. A model without a sequence axis has no
     context to lengthen: its goal is taken as memory.
     """
     known = candidates(profile)
-    usable = [candidate for candidate in known if allowed(profile, candidate.variant)]
+    usable = [candidate for candidate in known if allowed(profile, candidate.method)]
     if not usable:
-        return Recommendation(None, "nothing is known yet: no variant was measured or predicted; go on with --resume")
+        return Recommendation(None, "nothing is known yet: no method was measured or predicted; go on with --resume")
     room = _room(profile)
     fitting = [candidate for candidate in usable if room is None or candidate.peak_bytes <= room]
-    at_batch = [c for c in at_largest_batch(profile, known) if allowed(profile, c.variant)]
+    at_batch = [c for c in at_largest_batch(profile, known) if allowed(profile, c.method)]
     goal = "memory" if profile.setting.sequence is None and profile.goal == "context" else profile.goal
     if goal == "context":
         chosen, why = _longest(profile, usable, room)
@@ -54,12 +54,12 @@ def advise(profile: Profile) -> Recommendation:
         chosen, why = _lowest(profile, fitting)
     if not is_measured(profile):
         why = f"predicted, nothing was measured: {why}"
-    if not chosen.variant.preserves_function:
+    if not chosen.method.preserves_function:
         why += "; it does not keep a pretrained function, which matters not when training from scratch"
-    own_size = next((c for c in known if c.variant == chosen.variant), chosen)
+    own_size = next((c for c in known if c.method == chosen.method), chosen)
     fits = room is None or chosen.peak_bytes <= room
     advice = further(profile, own_size, chosen, known, room)
-    return Recommendation(chosen.variant.spec if fits else None, why, tuple(advice))
+    return Recommendation(chosen.method.spec if fits else None, why, tuple(advice))
 
 
 def _room(profile: Profile) -> int | None:
@@ -75,15 +75,15 @@ def _lowest(profile: Profile, fitting: Sequence[Candidate]) -> _Choice:
     """Without a budget: the lowest peak, unless something simpler comes close."""
     best = min(fitting, key=lambda c: (c.peak_bytes, c.complexity))
     chosen = best
-    for strategy in ("plain", "checkpoint"):
-        simple = same_loss(fitting, strategy, best.variant.loss)
+    for method in ("plain", "checkpoint"):
+        simple = same_loss(fitting, method, best.method.loss)
         if simple is not None and saves_too_little(best, simple):
             chosen = simple
             break
-    full = next((c for c in fitting if c.variant.spec == without_chunks(chosen.variant.spec)), chosen)
+    full = next((c for c in fitting if c.method.spec == without_chunks(chosen.method.spec)), chosen)
     if full is not chosen and saves_too_little(best, full):
         chosen = full
-    if chosen is best and best.variant.strategy == "plain":
+    if chosen is best and best.method.name == "plain":
         return best, f"do not convert: nothing measured lowers plain training's peak of {size(best.peak_bytes)}"
     if chosen is best:
         return best, f"{_imperative(best)}: the lowest peak, {size(best.peak_bytes)}{_than_plain(profile)}"
@@ -91,9 +91,9 @@ def _lowest(profile: Profile, fitting: Sequence[Candidate]) -> _Choice:
     no_more = f"{best.title}, the lowest, saves only {size(saved)} ({saved / chosen.peak_bytes:.1%}) more"
     if best.rate is not None and chosen.rate is not None:
         no_more += " and is no faster"
-    if chosen.variant.spec == "plain":
+    if chosen.method.spec == "plain":
         return chosen, f"do not convert: plain training peaks at {size(chosen.peak_bytes)}, and {no_more}"
-    enough = "checkpointing is enough" if chosen.variant.spec == "checkpoint" else _imperative(chosen)
+    enough = "checkpointing is enough" if chosen.method.spec == "checkpoint" else _imperative(chosen)
     return chosen, f"{enough}: it peaks at {size(chosen.peak_bytes)}{_than_plain(profile)}; {no_more}"
 
 
@@ -101,7 +101,7 @@ def _within(profile: Profile, fitting: Sequence[Candidate], budget: int) -> _Cho
     """Under a budget: the fastest that fits."""
     chosen, tie = _simplest_of_fastest(fitting)
     why = f"{_imperative(chosen)}: it peaks at {size(chosen.peak_bytes)} of the {size(budget)} there are"
-    if chosen.variant.spec == "plain":
+    if chosen.method.spec == "plain":
         why = f"do not convert: plain training peaks at {size(chosen.peak_bytes)} of the {size(budget)} there are"
     else:
         why += _than_plain(profile)
@@ -124,10 +124,10 @@ def _nothing_fits(profile: Profile, usable: Sequence[Candidate], room: int) -> _
 def _fastest(
     profile: Profile, fitting: Sequence[Candidate], at_batch: Sequence[Candidate], room: int | None
 ) -> _Choice:
-    """The highest rate, each variant at the batch where it is fastest."""
+    """The highest rate, each method at the batch where it is fastest."""
     best: dict[str, Candidate] = {}
     for candidate in (*fitting, *at_batch):
-        spec = candidate.variant.spec
+        spec = candidate.method.spec
         if spec not in best or (candidate.rate or 0) > (best[spec].rate or 0):
             best[spec] = candidate
     timed = [c for c in best.values() if c.rate is not None]
@@ -137,14 +137,14 @@ def _fastest(
     chosen, tie = _simplest_of_fastest(timed)
     at_size = f" at a batch of {number(chosen.batch)}" if at_batch else ""
     peak = f"peaks at {size(chosen.peak_bytes)}" + (f" of {size(room)}" if room else "")
-    if chosen.variant.strategy == "plain":
+    if chosen.method.name == "plain":
         why = f"do not convert: plain training {peak}, and nothing is faster than its {_rate(profile, chosen)}"
     else:
         why = f"{_imperative(chosen)}: {_rate(profile, chosen)}, the most that fits; it {peak}"
     why += at_size + tie
-    for strategy in ("plain", "checkpoint"):
-        rival = same_loss(timed, strategy, chosen.variant.loss)
-        if rival is not None and rival.variant != chosen.variant:
+    for method in ("plain", "checkpoint"):
+        rival = same_loss(timed, method, chosen.method.loss)
+        if rival is not None and rival.method != chosen.method:
             size_of_rival = f" at a batch of {number(rival.batch)}" if at_batch else ""
             why += f"; {rival.title} reaches {_rate(profile, rival)}{size_of_rival}"
     return chosen, why
@@ -172,32 +172,32 @@ def _longest(profile: Profile, usable: Sequence[Candidate], room: int | None) ->
     """The longest sequence, swept or extrapolated; without room to fill, the least memory per token."""
     swept = largest_points(profile, "sequence")
     if swept:
-        lengths = {c.variant.spec: float(swept[c.variant.spec].value) for c in usable if c.variant.spec in swept}
+        lengths = {c.method.spec: float(swept[c.method.spec].value) for c in usable if c.method.spec in swept}
         how = "measured in a sweep"
     else:
-        lengths = {c.variant.spec: _extrapolated(profile, c, room) for c in usable}
+        lengths = {c.method.spec: _extrapolated(profile, c, room) for c in usable}
         how = "extrapolated on a straight line from the peak measured at this size; sweep the sequence to be sure"
-    reached = [c for c in usable if lengths.get(c.variant.spec)]
+    reached = [c for c in usable if lengths.get(c.method.spec)]
     if not reached:
         return _lowest(profile, usable) if room is None else _nothing_fits(profile, usable, room)
-    best = min(reached, key=lambda c: (-lengths[c.variant.spec], c.complexity))
-    for strategy in ("plain", "checkpoint"):
-        simple = same_loss(reached, strategy, best.variant.loss)
-        if simple is not None and lengths[simple.variant.spec] >= (1 - WORTH) * lengths[best.variant.spec]:
+    best = min(reached, key=lambda c: (-lengths[c.method.spec], c.complexity))
+    for method in ("plain", "checkpoint"):
+        simple = same_loss(reached, method, best.method.loss)
+        if simple is not None and lengths[simple.method.spec] >= (1 - WORTH) * lengths[best.method.spec]:
             best = simple
             break
     counted = bool(room or swept)
     within = f" in {size(room)}" if room else ""
 
     def told(c: Candidate) -> str:
-        length = lengths[c.variant.spec]
+        length = lengths[c.method.spec]
         # Without a budget the figure is tokens per byte, of which a person wants the reverse.
         return f"{number(int(length))} tokens{within}" if counted else f"{size(round(1 / length))} a token"
 
     why = f"{_imperative(best)}: {told(best)} at a batch of {number(profile.setting.batch)}, {how}"
-    for strategy in ("plain", "checkpoint"):
-        rival = same_loss(reached, strategy, best.variant.loss)
-        if rival is not None and rival.variant != best.variant:
+    for method in ("plain", "checkpoint"):
+        rival = same_loss(reached, method, best.method.loss)
+        if rival is not None and rival.method != best.method:
             why += f"; {rival.title} {'reaches' if counted else 'takes'} {told(rival)}"
     return best, why
 
@@ -224,10 +224,10 @@ def _extrapolated(profile: Profile, candidate: Candidate, room: int | None) -> f
 
 
 def _imperative(candidate: Candidate) -> str:
-    variant = candidate.variant
-    if variant.reversible:
-        return f"convert with {variant.title}"
-    if variant.spec == "plain":
+    method = candidate.method
+    if method.reversible:
+        return f"convert with {method.title}"
+    if method.spec == "plain":
         return "do not convert"
     return f"train with {candidate.title}"
 

@@ -1,4 +1,4 @@
-"""What the advice chooses from: every variant at every size that was measured, and when one is better than another."""
+"""What the advice chooses from: every method at every size that was measured, and when one is better than another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from autorev.offers import FIXED
 from autorev.profiler.points import largest_points, point_per_second, point_spread
 from autorev.profiler.record import WIDE_SPREAD, Profile, Result, Status
-from autorev.variants import Variant
+from autorev.methods import Method
 
 WORTH = 0.05
 """A peak has to be lower by this share to be worth a conversion."""
@@ -18,9 +18,9 @@ _SIMPLEST = ("plain", "checkpoint", "sac", "compile", "offload")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One variant at one size."""
+    """One method at one size."""
 
-    variant: Variant
+    method: Method
     peak_bytes: int
     phase: str
     categories: Mapping[str, int]
@@ -36,7 +36,7 @@ class Candidate:
     @property
     def title(self) -> str:
         """As a sentence names it."""
-        return _titles.get(self.variant.spec, self.variant.title)
+        return _titles.get(self.method.spec, self.method.title)
 
     @property
     def fixed_bytes(self) -> int:
@@ -46,8 +46,8 @@ class Candidate:
     @property
     def complexity(self) -> tuple[int, int]:
         """What PyTorch does by itself comes before a conversion."""
-        strategy = self.variant.strategy
-        return (_SIMPLEST.index(strategy) if strategy in _SIMPLEST else len(_SIMPLEST)), len(self.variant.spec)
+        method = self.method.name
+        return (_SIMPLEST.index(method) if method in _SIMPLEST else len(_SIMPLEST)), len(self.method.spec)
 
 
 def is_measured(profile: Profile) -> bool:
@@ -56,7 +56,7 @@ def is_measured(profile: Profile) -> bool:
 
 
 def candidates(profile: Profile) -> list[Candidate]:
-    """The variants at the setting's own size: those measured, or all predicted where none was."""
+    """The methods at the setting's own size: those measured, or all predicted where none was."""
     measured = is_measured(profile)
     found = []
     for result in profile.results:
@@ -69,23 +69,23 @@ def candidates(profile: Profile) -> list[Candidate]:
 
 
 def at_largest_batch(profile: Profile, known: Iterable[Candidate]) -> list[Candidate]:
-    """The variants at the largest batch that fits each, where it was timed."""
-    variants = {result.variant.spec: result.variant for result in profile.results}
-    phases = {candidate.variant.spec: candidate.phase for candidate in known}
+    """The methods at the largest batch that fits each, where it was timed."""
+    methods = {result.method.spec: result.method for result in profile.results}
+    phases = {candidate.method.spec: candidate.phase for candidate in known}
     found = []
     for spec, point in largest_points(profile, "batch").items():
         rate = point_per_second(profile, point)
-        if spec in variants and rate is not None and point.peak_bytes is not None:
+        if spec in methods and rate is not None and point.peak_bytes is not None:
             spread = point_spread(point)
             spread = WIDE_SPREAD if spread is None else spread
             phase = phases.get(spec, "")
-            found.append(Candidate(variants[spec], point.peak_bytes, phase, {}, rate, spread, point.value))
+            found.append(Candidate(methods[spec], point.peak_bytes, phase, {}, rate, spread, point.value))
     return found
 
 
-def allowed(profile: Profile, variant: Variant) -> bool:
+def allowed(profile: Profile, method: Method) -> bool:
     """A pretrained model has to keep its function."""
-    return variant.preserves_function or not profile.pretrained
+    return method.preserves_function or not profile.pretrained
 
 
 def is_faster(one: Candidate, other: Candidate) -> bool:
@@ -95,10 +95,10 @@ def is_faster(one: Candidate, other: Candidate) -> bool:
     return one.rate > other.rate * (1 + max(one.spread, other.spread))
 
 
-def same_loss(found: Iterable[Candidate], strategy: str, loss: str) -> Candidate | None:
-    """The candidate of `strategy` with that loss, or with any where there is none."""
-    of_strategy = [candidate for candidate in found if candidate.variant.strategy == strategy]
-    return min(of_strategy, key=lambda candidate: candidate.variant.loss != loss, default=None)
+def same_loss(found: Iterable[Candidate], method: str, loss: str) -> Candidate | None:
+    """The candidate of `method` with that loss, or with any where there is none."""
+    of_method = [candidate for candidate in found if candidate.method.name == method]
+    return min(of_method, key=lambda candidate: candidate.method.loss != loss, default=None)
 
 
 def saves_too_little(complicated: Candidate, simple: Candidate) -> bool:
@@ -108,12 +108,12 @@ def saves_too_little(complicated: Candidate, simple: Candidate) -> bool:
 
 
 def with_chunks(spec: str) -> str:
-    """The spec of the same variant with the chunked loss."""
+    """The spec of the same method with the chunked loss."""
     return f"{spec}{',' if ':' in spec else ':'}loss=chunked"
 
 
 def without_chunks(spec: str) -> str:
-    """The spec of the same variant with full logits."""
+    """The spec of the same method with full logits."""
     return spec.removesuffix("loss=chunked").removesuffix(",").removesuffix(":")
 
 
@@ -123,7 +123,7 @@ def _measured(profile: Profile, result: Result) -> Candidate | None:
         return None
     spread = WIDE_SPREAD if result.spread is None else result.spread
     return Candidate(
-        variant=result.variant,
+        method=result.method,
         peak_bytes=memory.peak_bytes,
         phase=memory.phase,
         categories=memory.categories,
@@ -140,7 +140,7 @@ def _predicted(profile: Profile, result: Result) -> Candidate | None:
     if prediction is None:
         return None
     return Candidate(
-        variant=result.variant,
+        method=result.method,
         peak_bytes=prediction.peak_bytes,
         phase=prediction.phase,
         categories=prediction.categories,

@@ -11,19 +11,19 @@ from autorev.offers import CHUNKED, Possible, offers, smaller_step
 from autorev.plan import COMFORT, how
 from autorev.profiler.advice.candidates import Candidate, same_loss, with_chunks
 from autorev.profiler.record import Profile, Result, Status
-from autorev.variants import coupling_options
+from autorev.methods import coupling_options
 from autorev.words import CATEGORY_TITLES
 
 
 def further(
     profile: Profile, own: Candidate, chosen: Candidate, known: Sequence[Candidate], room: int | None
 ) -> Iterator[str]:
-    """Advice for the chosen variant, most effective first, then what the choice rests on.
+    """Advice for the chosen method, most effective first, then what the choice rests on.
 
     Args:
-        own: the chosen variant at the setting's size, where its memory is known by category.
+        own: the chosen method at the setting's size, where its memory is known by category.
         chosen: the same at the recommended size.
-        known: every variant at the setting's size.
+        known: every method at the setting's size.
         room: bytes to use, if there is a limit.
     """
     yield from (text for _, text in sorted(_savings(profile, own, known), key=lambda saving: -saving[0]))
@@ -33,12 +33,12 @@ def further(
     rival = _rival(profile, own, known)
     yield rival if chosen.batch == own.batch else f"{rival}; all that at a batch of {own.batch:,}"
     yield from _doubts(profile)
-    if chosen.variant.reversible and (room is None or chosen.peak_bytes <= room):
-        yield how(coupling_options(chosen.variant), chosen.variant.loss)
+    if chosen.method.reversible and (room is None or chosen.peak_bytes <= room):
+        yield how(coupling_options(chosen.method), chosen.method.loss)
 
 
 def _savings(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> Iterator[tuple[int, str]]:
-    measured = None if own.variant.loss == "chunked" else _chunked_pair(own, known)
+    measured = None if own.method.loss == "chunked" else _chunked_pair(own, known)
     if measured is not None:
         full, chunked = measured
         saved = full.peak_bytes - chunked.peak_bytes
@@ -53,8 +53,8 @@ def _savings(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> It
     setting = profile.setting
     if not total:
         return
-    # A measured saving says more than the size of the logits, and a chunked variant has had it.
-    chunked_already = measured is not None or own.variant.loss == "chunked"
+    # A measured saving says more than the size of the logits, and a chunked method has had it.
+    chunked_already = measured is not None or own.method.loss == "chunked"
     possible = Possible(chunked=not chunked_already and _can_chunk(profile), lora=profile.pretrained)
     whose = f"the peak of {own.title}"
     for offer in offers(own.categories, total, own.phase, setting, whose, possible, measured=True):
@@ -64,14 +64,14 @@ def _savings(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> It
 def _can_chunk(profile: Profile) -> bool:
     """Was it not refused?"""
     refused = (Status.REFUSED, Status.FAILED)
-    return not any(result.variant.loss == "chunked" and result.status in refused for result in profile.results)
+    return not any(result.method.loss == "chunked" and result.status in refused for result in profile.results)
 
 
 def _chunked_pair(own: Candidate, known: Sequence[Candidate]) -> tuple[Candidate, Candidate] | None:
-    """A variant with full logits, the chosen one if possible, and the same with the chunked loss and a lower peak."""
-    by_spec = {c.variant.spec: c for c in known}
+    """A method with full logits, the chosen one if possible, and the same with the chunked loss and a lower peak."""
+    by_spec = {c.method.spec: c for c in known}
     for full in (own, *known):
-        chunked = by_spec.get(with_chunks(full.variant.spec))
+        chunked = by_spec.get(with_chunks(full.method.spec))
         if chunked is not None and chunked.peak_bytes < full.peak_bytes:
             return full, chunked
     return None
@@ -79,9 +79,9 @@ def _chunked_pair(own: Candidate, known: Sequence[Candidate]) -> tuple[Candidate
 
 def _keep_last(profile: Profile, chosen: Candidate, known: Sequence[Candidate], room: int) -> Iterator[str]:
     """Room that is left buys blocks that are not computed twice."""
-    plain = next((c for c in known if c.variant.spec == "plain"), None)
+    plain = next((c for c in known if c.method.spec == "plain"), None)
     left = int(COMFORT * room) - chosen.peak_bytes
-    if not chosen.variant.reversible or "keep_last=" in chosen.variant.spec or plain is None or not plain.block_bytes:
+    if not chosen.method.reversible or "keep_last=" in chosen.method.spec or plain is None or not plain.block_bytes:
         return
     # A stored block of a larger batch takes so much more.
     one = max(plain.block_bytes) * chosen.batch // plain.batch
@@ -121,10 +121,10 @@ def _move(profile: Profile, own: Candidate, category: Category) -> str:
         if small:
             return "LoRA (--trains lora) frees most of it" if lora else "SGD (--optimizer sgd) keeps none"
         return f"{'LoRA (--trains lora) or ' if lora else ''}an 8-bit optimiser frees most of it"
-    full = own.variant.loss == "full" and setting.sequence is not None
+    full = own.method.loss == "full" and setting.sequence is not None
     if category is Category.LOGITS_AND_LOSS and full and _can_chunk(profile):
         return f"the chunked loss ({CHUNKED}) lowers it"
-    if category is Category.STORED_ACTIVATIONS and own.variant.strategy == "plain":
+    if category is Category.STORED_ACTIVATIONS and own.method.name == "plain":
         return "checkpointing or a reversible chain stores less"
     if category is Category.SIDE_BITS:
         return f"a larger gamma (a smaller k) keeps fewer bits, if the model bears it; {smaller}"
@@ -134,22 +134,22 @@ def _move(profile: Profile, own: Candidate, category: Category) -> str:
 
 
 def _rival(profile: Profile, own: Candidate, known: Sequence[Candidate]) -> str:
-    """How checkpointing compares; where it was chosen, how the best reversible variant does."""
-    if own.variant.strategy == "checkpoint":
-        reversible = [c for c in known if c.variant.reversible and c.variant.preserves_function]
+    """How checkpointing compares; where it was chosen, how the best reversible method does."""
+    if own.method.name == "checkpoint":
+        reversible = [c for c in known if c.method.reversible and c.method.preserves_function]
         if not reversible:
-            return "no reversible variant that keeps the function was measured beside checkpointing"
+            return "no reversible method that keeps the function was measured beside checkpointing"
         return _compared(profile, min(reversible, key=lambda c: c.peak_bytes), own)
-    rival = same_loss(known, "checkpoint", own.variant.loss)
+    rival = same_loss(known, "checkpoint", own.method.loss)
     if rival is not None:
         text = _compared(profile, rival, own)
-        if rival.variant.loss != own.variant.loss:
-            text += f" (with {rival.variant.loss} logits: measure checkpoint:loss={own.variant.loss} for a fair match)"
+        if rival.method.loss != own.method.loss:
+            text += f" (with {rival.method.loss} logits: measure checkpoint:loss={own.method.loss} for a fair match)"
         return text
     result = profile.result("checkpoint")
     if result is not None and result.status in (Status.OUT_OF_MEMORY, Status.REFUSED, Status.FAILED):
         return f"the rival: checkpoint, {result.status.value}: {result.reason}"
-    return "checkpointing, the rival to beat, was not measured: add the variant checkpoint before you decide"
+    return "checkpointing, the rival to beat, was not measured: add the method checkpoint before you decide"
 
 
 def _compared(profile: Profile, rival: Candidate, own: Candidate) -> str:
@@ -177,5 +177,5 @@ def _doubts(profile: Profile) -> Iterator[str]:
 
 def _doubt(result: Result) -> str:
     if result.spread is None:
-        return f"{result.variant.title} ({plural(len(result.samples), 'sample')} only)"
-    return f"{result.variant.title} (quartiles {result.spread:.0%} apart)"
+        return f"{result.method.title} ({plural(len(result.samples), 'sample')} only)"
+    return f"{result.method.title} (quartiles {result.spread:.0%} apart)"

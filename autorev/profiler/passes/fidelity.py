@@ -1,4 +1,4 @@
-"""Is a variant right, and what does it do to the model's function? Gradients on the batch, losses on the text."""
+"""Is a method right, and what does it do to the model's function? Gradients on the batch, losses on the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autorev.in_place import Blocks, in_place
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import on_tokens
 from autorev.profiler.readings import Fidelity
-from autorev.variants import Variant
+from autorev.methods import Method
 from autorev.verification import verify_call
 from autorev.workload import Call
 
@@ -22,19 +22,19 @@ Gradients = dict[str, torch.Tensor]
 
 
 def measure_fidelity(
-    model: nn.Module, call: Call, variant: Variant, blocks: Blocks, texts: list[torch.Tensor]
+    model: nn.Module, call: Call, method: Method, blocks: Blocks, texts: list[torch.Tensor]
 ) -> Fidelity:
-    """Compare `variant` with the model as it is, on the training call; leaves no gradient and no random state behind.
+    """Compare `method` with the model as it is, on the training call; leaves no gradient and no random state behind.
 
-    A reversible variant's gradients are compared with the oracle (the same coupling under ordinary autograd), any
+    A reversible method's gradients are compared with the oracle (the same coupling under ordinary autograd), any
     other's with those of plain autograd. `texts` are token ids [1, length]; without any, the losses are the call's.
     """
     with _undisturbed(model):
         original = _loss(model, call, texts)
-        if variant.strategy == "plain" and variant.loss == "full":  # it is what the others are compared with
+        if method.name == "plain" and method.loss == "full":  # it is what the others are compared with
             return Fidelity("plain", 0.0, 1.0, {}, original, original, sum(ids.numel() for ids in texts))
-        reference = None if variant.reversible else _gradients(model, call)
-        with in_place(model, variant, blocks, call):
+        reference = None if method.reversible else _gradients(model, call)
+        with in_place(model, method, blocks, call):
             loss = _loss(model, call, texts)
             if reference is None:
                 found = verify_call(model, *call)

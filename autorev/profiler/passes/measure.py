@@ -1,4 +1,4 @@
-"""One variant, measured in this process: the order of the passes, and what becomes of their failures."""
+"""One method, measured in this process: the order of the passes, and what becomes of their failures."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _measured(job: Job, prepared: Prepared) -> Outcome:
     model, call = prepared.model, prepared.call
     if job.passes:
         # First, while the model is what it was, and without its memory in the way of the others.
-        fidelity = measure_fidelity(model, call, job.variant, job.blocks, prepared.texts)
-    with in_place(model, job.variant, job.blocks, call) as placed:
+        fidelity = measure_fidelity(model, call, job.method, job.blocks, prepared.texts)
+    with in_place(model, job.method, job.blocks, call) as placed:
         step = TrainingStep(model, call, optimizer_for(model, job.setting.optimizer))
         for _ in range(job.warmup):
             step.run()
@@ -54,7 +54,7 @@ def _measured(job: Job, prepared: Prepared) -> Outcome:
                 placed.host.peak = 0
             memory = measure_memory(step, Path(job.snapshot) if job.snapshot else None)
             memory = replace(memory, host_bytes=placed.host.peak if placed.host else 0)
-            if job.variant.strategy != "compile":  # which would run uncompiled under a dispatch mode, or with hooks
+            if job.method.name != "compile":  # which would run uncompiled under a dispatch mode, or with hooks
                 memory, flops = attribute(step, memory, job.blocks.paths)
                 work = measure_work(step, job.blocks, flops)
         bits = placed.side_bits

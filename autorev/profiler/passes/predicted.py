@@ -1,4 +1,4 @@
-"""What the analysis predicts for the variants of a profile, so that prediction and measurement stand side by side."""
+"""What the analysis predicts for the methods of a profile, so that prediction and measurement stand side by side."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from dataclasses import replace
 
 from autorev.analysis import Prediction
 from autorev.predict.forecast import Forecaster
-from autorev.predict.strategies import STRATEGIES, Strategy
+from autorev.predict.methods import METHODS, Method
 from autorev.rewrite.request import Request
-from autorev.variants import Variant, coupling_options, keep_last
+from autorev.methods import Method, coupling_options, keep_last
 
 
-def predict_variant(forecaster: Forecaster, variant: Variant) -> Prediction | None:
-    """The prediction for `variant` at the setting's size; None where none is made.
+def predict_method(forecaster: Forecaster, method: Method) -> Prediction | None:
+    """The prediction for `method` at the setting's size; None where none is made.
 
     Not predicted is torch.compile, which chooses what it keeps itself.
     """
-    strategy = _strategy(variant)
-    if strategy is None or (variant.reversible and not forecaster.reversible):
+    method = _method(method)
+    if method is None or (method.reversible and not forecaster.reversible):
         return None
     setting = forecaster.setting
-    forecaster = replace(forecaster, setting=replace(setting, loss=variant.loss), probed={}, simulated={})
-    if variant.reversible and keep_last(variant) == "auto":
-        strategy = forecaster.settled(strategy)
-    trace = forecaster.trace(strategy, setting.batch, setting.sequence)
-    return forecaster.prediction(strategy, trace)
+    forecaster = replace(forecaster, setting=replace(setting, loss=method.loss), probed={}, simulated={})
+    if method.reversible and keep_last(method) == "auto":
+        method = forecaster.settled(method)
+    trace = forecaster.trace(method, setting.batch, setting.sequence)
+    return forecaster.prediction(method, trace)
 
 
-def _strategy(variant: Variant) -> Strategy | None:
-    if variant.strategy == "sac":
-        return Strategy("sac", "sac", note=variant.note)
-    known = next((s for s in STRATEGIES if s.name == variant.strategy), None)
-    if known is None or not variant.reversible:
+def _method(method: Method) -> Method | None:
+    if method.name == "sac":
+        return Method("sac", "sac", note=method.note)
+    known = next((s for s in METHODS if s.name == method.name), None)
+    if known is None or not method.reversible:
         return known
-    how = coupling_options(variant)
+    how = coupling_options(method)
     stored = how.pop("keep_last")
     return replace(
         known,
         request=Request(**how),
         keep_last=0 if stored == "auto" else stored,
-        preserves_function=variant.preserves_function,
-        note=variant.note,
+        preserves_function=method.preserves_function,
+        note=method.note,
     )

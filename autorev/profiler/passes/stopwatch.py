@@ -29,7 +29,7 @@ _COUPLING = ("advance", "reopen", "close", "retreat")
 
 
 def measure_work(step: TrainingStep, blocks: Blocks, flops: int) -> Work:
-    """An instrumented step of a model whose variant is in place."""
+    """An instrumented step of a model whose method is in place."""
     watch = _Stopwatch(step.device)
     with ExitStack() as stack:
         for target, name, label in _clocked():

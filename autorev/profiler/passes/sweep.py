@@ -1,4 +1,4 @@
-"""How far one variant gets: its memory and speed along batch size, sequence length or depth, up to a budget.
+"""How far one method gets: its memory and speed along batch size, sequence length or depth, up to a budget.
 
 On a GPU the budget is enforced by the allocator, on a CPU by counting: a step whose allocator peak is above it has not
 fitted. The largest value that fits is looked for by the line through the sizes measured so far, as memory mostly grows
@@ -39,7 +39,7 @@ def sweep(job: Job) -> Iterator[Point]:
     """The points of `job.sweep`, in the order in which they were measured.
 
     Raises:
-        NotApplicable: the variant cannot be had of this model.
+        NotApplicable: the method cannot be had of this model.
     """
     assert job.sweep is not None
     if job.sweep.axis == "depth":
@@ -136,7 +136,7 @@ def _proposal(points: dict[int, Point], low: int, high: int | None, budget: int,
 
 
 class _Trial:
-    """A model with its variant in place, that is given calls of different sizes."""
+    """A model with its method in place, that is given calls of different sizes."""
 
     def __init__(self, job: Job, prepared: Prepared) -> None:
         assert job.sweep is not None
@@ -151,9 +151,9 @@ class _Trial:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The variant is in place, and the optimiser has its state."""
+        """The method is in place, and the optimiser has its state."""
         model, call = self.prepared.model, self.prepared.call
-        with in_place(model, self.job.variant, self.job.blocks, call):
+        with in_place(model, self.job.method, self.job.blocks, call):
             self.step = TrainingStep(model, call, optimizer_for(model, self.job.setting.optimizer))
             yield
             self.step = None
@@ -161,7 +161,7 @@ class _Trial:
     def measure(self, value: int, steps: int) -> Point:
         """Memory of a step at `value`, and the times of `steps`."""
         assert self.step is not None
-        point = Point(self.axis, value, self.job.variant.spec, Status.OUT_OF_MEMORY, None)
+        point = Point(self.axis, value, self.job.method.spec, Status.OUT_OF_MEMORY, None)
         try:
             self.step.call = self._call(value)
             if not self.step.optimizer.state:

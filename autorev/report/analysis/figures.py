@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 
 from autorev.analysis import Analysis, DeviceInfo, Sweep
 from autorev.format import ByteUnit, clean, format_bytes, format_integer, unit_for
-from autorev.report.analysis.rows import StrategyRow, bar_scale, fits, shown_categories, strategy_rows, sweep_rows
-from autorev.report.palette import CATEGORY_COLORS, PHASE_COLORS, strategy_color
+from autorev.report.analysis.rows import MethodRow, bar_scale, fits, shown_categories, method_rows, sweep_rows
+from autorev.report.palette import CATEGORY_COLORS, PHASE_COLORS, method_color
 from autorev.report.plotting import (
     BAD,
     DASHES,
@@ -40,7 +40,7 @@ def figures(analysis: Analysis) -> dict[str, go.Figure]:
     """Every figure the analysis has data for, by the id of its place in a page."""
     found: dict[str, go.Figure] = {}
     if analysis.predictions:
-        found["memory-by-strategy"] = memory_by_strategy(analysis)
+        found["memory-by-method"] = memory_by_method(analysis)
     for axis in ("batch", "sequence"):
         if sweep_rows(analysis, axis):
             found[f"memory-by-{axis}"] = memory_along(analysis, axis)
@@ -49,9 +49,9 @@ def figures(analysis: Analysis) -> dict[str, go.Figure]:
     return found
 
 
-def memory_by_strategy(analysis: Analysis) -> go.Figure:
-    """The peak of every strategy as a bar, stacked by category, with the device's capacity."""
-    rows = strategy_rows(analysis)
+def memory_by_method(analysis: Analysis) -> go.Figure:
+    """The peak of every method as a bar, stacked by category, with the device's capacity."""
+    rows = method_rows(analysis)
     scale, capacity = bar_scale(analysis)
     unit = unit_for([scale])
     labels = [_row_label(row) for row in rows]
@@ -81,8 +81,8 @@ def memory_by_strategy(analysis: Analysis) -> go.Figure:
 
 
 def phase_peaks(analysis: Analysis) -> go.Figure:
-    """The peak of every strategy in each phase of a step, as points on a logarithmic axis."""
-    rows = strategy_rows(analysis)
+    """The peak of every method in each phase of a step, as points on a logarithmic axis."""
+    rows = method_rows(analysis)
     peaks = [peak for row in rows for peak in row.prediction.phase_peaks.values() if peak]
     unit = unit_for(peaks)
     labels = [_row_label(row) for row in rows]
@@ -109,7 +109,7 @@ def phase_peaks(analysis: Analysis) -> go.Figure:
 
 
 def memory_along(analysis: Analysis, axis: str) -> go.Figure:
-    """The peak of every strategy along `axis` (batch or sequence), with the device's capacity.
+    """The peak of every method along `axis` (batch or sequence), with the device's capacity.
 
     Both axes are logarithmic: the values are spread by factors, and so are the peaks.
     """
@@ -121,7 +121,7 @@ def memory_along(analysis: Analysis, axis: str) -> go.Figure:
     figure = go.Figure()
     for label, sweep in rows:
         # What a pretrained model can use stands out; the lines often lie close together.
-        prediction = analysis.prediction(sweep.strategy)
+        prediction = analysis.prediction(sweep.method)
         bold = prediction is None or prediction.preserves_function
         figure.add_trace(_sweep_line(label, sweep, unit, bold))
     figure.update_layout(layout(460))
@@ -158,22 +158,22 @@ def _sweep_line(label: str, sweep: Sweep, unit: ByteUnit, bold: bool) -> go.Scat
             for value, peak in zip(sweep.values, sweep.peak_bytes, strict=True)
         ],
         line={
-            "color": strategy_color(sweep.strategy),
-            "dash": DASHES.get(sweep.strategy, "solid"),
+            "color": method_color(sweep.method),
+            "dash": DASHES.get(sweep.method, "solid"),
             "width": 2.5 if bold else 1.75,
         },
-        marker={"symbol": SYMBOLS.get(sweep.strategy, "circle"), "size": 7},
+        marker={"symbol": SYMBOLS.get(sweep.method, "circle"), "size": 7},
         zorder=2 if bold else 1,
         hovertemplate=f"%{{fullData.name}}, {escape(sweep.axis)} %{{customdata}}<extra></extra>",
     )
 
 
-def _row_label(row: StrategyRow) -> str:
+def _row_label(row: MethodRow) -> str:
     star = "" if row.prediction.preserves_function else "*"
     return row_label(", ".join(name + star for name in row.names), 26)
 
 
-def _note_peak(figure: go.Figure, row: StrategyRow, label: str, analysis: Analysis, scale: int) -> None:
+def _note_peak(figure: go.Figure, row: MethodRow, label: str, analysis: Analysis, scale: int) -> None:
     """The peak in figures in a column at the right, and an arrow where its bar is cut."""
     fitting = fits(row, analysis)
     peak = row.prediction.peak_bytes

@@ -16,6 +16,6 @@ def render_html(analysis: Analysis, command: str) -> str:
         analysis=analysis,
         rows=rows,
         command=command,
-        strategies=rows.strategy_rows(analysis),
+        methods=rows.method_rows(analysis),
         scale=rows.bar_scale(analysis) if analysis.predictions else (0, None),
     )

@@ -17,12 +17,12 @@ from autorev.format import (
     plural,
     sentence,
 )
-from autorev.report.analysis.rows import StrategyRow, all_blocks, fits, identical_runs, reversible_count, strategy_rows
+from autorev.report.analysis.rows import MethodRow, all_blocks, fits, identical_runs, reversible_count, method_rows
 from autorev.words import device_facts, headline, model_facts, setting_facts
 
 
 def render_markdown(analysis: Analysis) -> str:
-    """The recommendation, the strategies, the chains, and the refusals with their reasons."""
+    """The recommendation, the methods, the chains, and the refusals with their reasons."""
     parts = [part for section in _sections(analysis) for part in section]
     return "\n\n".join(parts) + "\n"
 
@@ -32,7 +32,7 @@ def _sections(analysis: Analysis) -> Iterator[Iterator[str]]:
     if analysis.recommendation:
         yield _recommendation(analysis)
     if analysis.predictions:
-        yield _strategies(analysis)
+        yield _methods(analysis)
     yield _blocks(analysis)
     if analysis.notes:
         yield iter(["## Notes", "\n".join(f"- {literal(sentence(note))}" for note in analysis.notes)])
@@ -51,24 +51,24 @@ def _heading(analysis: Analysis) -> Iterator[str]:
 
 def _recommendation(analysis: Analysis) -> Iterator[str]:
     assert analysis.recommendation
-    yield f"## Recommendation: {literal(headline(analysis.recommendation.strategy))}"
+    yield f"## Recommendation: {literal(headline(analysis.recommendation.method))}"
     yield literal(sentence(analysis.recommendation.why))
     if analysis.recommendation.advice:
         yield "\n".join(f"{i}. {literal(sentence(step))}" for i, step in enumerate(analysis.recommendation.advice, 1))
 
 
-def _strategies(analysis: Analysis) -> Iterator[str]:
-    yield "## Memory by strategy"
+def _methods(analysis: Analysis) -> Iterator[str]:
+    yield "## Memory by method"
     heads = (
-        "strategy,peak,phase,of plain,of checkpoint,kept after forward,work,roofline time,"
+        "method,peak,phase,of plain,of checkpoint,kept after forward,work,roofline time,"
         "largest batch,longest sequence,keeps the pretrained function"
     )
-    rows = [_strategy_cells(row, analysis) for row in strategy_rows(analysis)]
+    rows = [_method_cells(row, analysis) for row in method_rows(analysis)]
     yield table(heads.split(","), rows, right=(1, *range(3, 10)))
     yield "Kept after forward: between forward and backward. Roofline time: a lower bound."
 
 
-def _strategy_cells(row: StrategyRow, analysis: Analysis) -> list[str]:
+def _method_cells(row: MethodRow, analysis: Analysis) -> list[str]:
     prediction, reach = row.prediction, row.reach
     peak = format_bytes(prediction.peak_bytes)
     rivals = (analysis.prediction("plain"), analysis.prediction("checkpoint"))

@@ -1,4 +1,4 @@
-"""What is shown once instead of many times: runs of identical blocks, strategies with identical figures."""
+"""What is shown once instead of many times: runs of identical blocks, methods with identical figures."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class StrategyRow:
-    """One line of a comparison: a strategy, or couplings of which every figure is the same."""
+class MethodRow:
+    """One line of a comparison: a method, or couplings of which every figure is the same."""
 
     names: tuple[str, ...]
     prediction: Prediction
     """Of the first of them, and apart from name and note of all."""
     reach: Reach | None
     notes: tuple[str, ...]
-    """Each after the name of its strategy where several share the row."""
+    """Each after the name of its method where several share the row."""
 
     @property
     def label(self) -> str:
@@ -80,24 +80,24 @@ def reversible_count(analysis: Analysis) -> int:
     return sum(block.verdict is not Verdict.REFUSED for block in all_blocks(analysis))
 
 
-def strategy_rows(analysis: Analysis) -> list[StrategyRow]:
-    """One row per strategy, in the order of the analysis; couplings with identical figures share one."""
-    reaches = {reach.strategy: reach for reach in analysis.frontier}
+def method_rows(analysis: Analysis) -> list[MethodRow]:
+    """One row per method, in the order of the analysis; couplings with identical figures share one."""
+    reaches = {reach.method: reach for reach in analysis.frontier}
     groups: dict[Hashable, list[Prediction]] = {}
     for prediction in analysis.predictions:
-        name = prediction.strategy
+        name = prediction.method
         key = name if name in BASELINES else _figures(prediction, reaches.get(name))
         groups.setdefault(key, []).append(prediction)
-    return [_row(group, reaches.get(group[0].strategy)) for group in groups.values()]
+    return [_row(group, reaches.get(group[0].method)) for group in groups.values()]
 
 
-def _row(group: list[Prediction], reach: Reach | None) -> StrategyRow:
-    names = tuple(prediction.strategy for prediction in group)
-    notes = [(f"{p.strategy}: " if len(group) > 1 else "") + p.note for p in group if p.note]
-    return StrategyRow(names, group[0], reach, tuple(clean(note) for note in notes))
+def _row(group: list[Prediction], reach: Reach | None) -> MethodRow:
+    names = tuple(prediction.method for prediction in group)
+    notes = [(f"{p.method}: " if len(group) > 1 else "") + p.note for p in group if p.note]
+    return MethodRow(names, group[0], reach, tuple(clean(note) for note in notes))
 
 
-def fits(row: StrategyRow, analysis: Analysis) -> bool:
+def fits(row: MethodRow, analysis: Analysis) -> bool:
     """Whether the peak is within what the device has to use; true where no device is named."""
     return analysis.device is None or row.prediction.peak_bytes <= analysis.device.usable_bytes
 
@@ -113,8 +113,8 @@ def bar_scale(analysis: Analysis) -> tuple[int, int | None]:
     return min(max(highest, capacity), _LONGEST_BAR * capacity), capacity
 
 
-def shown_categories(rows: list[StrategyRow]) -> list[Category]:
-    """The categories that hold a byte under some strategy, in the order in which they are stacked."""
+def shown_categories(rows: list[MethodRow]) -> list[Category]:
+    """The categories that hold a byte under some method, in the order in which they are stacked."""
     return [category for category in Category if any(row.prediction.categories.get(category) for row in rows)]
 
 
@@ -123,14 +123,14 @@ def sweep_rows(analysis: Analysis, axis: str) -> list[tuple[str, Sweep]]:
     rows: dict[Hashable, tuple[list[str], Sweep]] = {}
     for sweep in analysis.sweeps:
         if sweep.axis == axis:
-            key = sweep.strategy if sweep.strategy in BASELINES else (sweep.values, sweep.peak_bytes)
-            rows.setdefault(key, ([], sweep))[0].append(clean(sweep.strategy))
+            key = sweep.method if sweep.method in BASELINES else (sweep.values, sweep.peak_bytes)
+            rows.setdefault(key, ([], sweep))[0].append(clean(sweep.method))
     return [(", ".join(names), sweep) for names, sweep in rows.values()]
 
 
 def _figures(prediction: Prediction, reach: Reach | None) -> str:
     # repr, because a prediction's dictionaries are not hashable.
-    return repr((replace(prediction, strategy="", note=""), reach and replace(reach, strategy="")))
+    return repr((replace(prediction, method="", note=""), reach and replace(reach, method="")))
 
 
 def _look(block: Block) -> Hashable:

@@ -25,7 +25,7 @@ from autorev.format import (
 )
 from autorev.report.analysis.rows import (
     Run,
-    StrategyRow,
+    MethodRow,
     all_blocks,
     bar_scale,
     fits,
@@ -33,7 +33,7 @@ from autorev.report.analysis.rows import (
     shown_categories,
     similar_groups,
     step_kinds,
-    strategy_rows,
+    method_rows,
 )
 from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
 from autorev.words import device_facts, headline, model_facts, setting_facts
@@ -45,7 +45,7 @@ _verdict_styles = {Verdict.ELIGIBLE: "green", Verdict.CAVEAT: "yellow", Verdict.
 
 
 def print_analysis(analysis: Analysis, console: Console) -> None:
-    """One screen: the model, its blocks, the memory of every strategy, what to do."""
+    """One screen: the model, its blocks, the memory of every method, what to do."""
     for i, section in enumerate(_sections(analysis, console)):
         if i:
             console.print()
@@ -124,14 +124,14 @@ def _group_cells(first: Block, runs: list[Run]) -> tuple[str, ...]:
 
 
 def _memory(analysis: Analysis, console: Console) -> RenderableType:
-    rows = strategy_rows(analysis)
+    rows = method_rows(analysis)
     unit = unit_for(row.prediction.peak_bytes for row in rows)
     scale, capacity = bar_scale(analysis)
     reach_heads = ["largest\nbatch"] if analysis.frontier else []
     reach_heads += ["longest\nsequence"] if _has_sequences(analysis) else []
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=True, header_style="dim")
-    table.add_column("\nstrategy", max_width=13 if console.width < 100 else 24)
+    table.add_column("\nmethod", max_width=13 if console.width < 100 else 24)
     table.add_column("memory at the peak,\nby category", ratio=1, no_wrap=True)
     for head in (f"peak\n{unit.name}", f"kept\n{unit.name}", "roofline\ntime"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -140,7 +140,7 @@ def _memory(analysis: Analysis, console: Console) -> RenderableType:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            _strategy_cell(row, analysis),
+            _method_cell(row, analysis),
             Bar(row.prediction.categories, scale, capacity),
             _peak_cell(row, analysis, unit),
             Text(unit.number(row.prediction.kept_bytes)),
@@ -152,13 +152,13 @@ def _memory(analysis: Analysis, console: Console) -> RenderableType:
     return Group(table, Text(), signs, *_marks(analysis, rows))
 
 
-def _strategy_cell(row: StrategyRow, analysis: Analysis) -> Text:
+def _method_cell(row: MethodRow, analysis: Analysis) -> Text:
     star = "" if row.prediction.preserves_function else "*"
-    best = analysis.recommendation and analysis.recommendation.strategy in row.names
+    best = analysis.recommendation and analysis.recommendation.method in row.names
     return Text(", ".join(clean(name) + star for name in row.names), "bold cyan" if best else "")
 
 
-def _peak_cell(row: StrategyRow, analysis: Analysis, unit: ByteUnit) -> Text:
+def _peak_cell(row: MethodRow, analysis: Analysis, unit: ByteUnit) -> Text:
     peak = unit.number(row.prediction.peak_bytes)
     return Text(peak, "bold") if fits(row, analysis) else Text(f"!{peak}", "bold red")
 
@@ -167,12 +167,12 @@ def _has_sequences(analysis: Analysis) -> bool:
     return any(reach.longest_sequence is not None for reach in analysis.frontier)
 
 
-def _reach_cells(row: StrategyRow, count: int) -> list[Text]:
+def _reach_cells(row: MethodRow, count: int) -> list[Text]:
     figures = (row.reach.largest_batch, row.reach.longest_sequence) if row.reach else (None, None)
     return [Text(NOTHING if figure is None else format_integer(figure)) for figure in figures[:count]]
 
 
-def _marks(analysis: Analysis, rows: list[StrategyRow]) -> Iterator[Text]:
+def _marks(analysis: Analysis, rows: list[MethodRow]) -> Iterator[Text]:
     """What the table's words and signs mean; only the signs that occur."""
     yield Text("kept: between forward and backward. Roofline time: a lower bound.", "dim")
     _, capacity = bar_scale(analysis)
@@ -188,7 +188,7 @@ def _advice(analysis: Analysis) -> RenderableType:
     assert analysis.recommendation
     recommendation = analysis.recommendation
     lines: list[RenderableType] = [
-        Text.assemble(("Recommendation  ", "bold"), (headline(recommendation.strategy), "bold cyan")),
+        Text.assemble(("Recommendation  ", "bold"), (headline(recommendation.method), "bold cyan")),
         Padding(Text(sentence(recommendation.why)), (0, 0, 0, 2)),
     ]
     lines += [bullet(f"  {i}.", sentence(step)) for i, step in enumerate(recommendation.advice, 1)]

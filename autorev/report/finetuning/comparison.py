@@ -31,7 +31,7 @@ from autorev.report.finetuning.rows import (
     side_bits_ends,
     smoothed_training,
 )
-from autorev.report.palette import strategy_color
+from autorev.report.palette import method_color
 from autorev.report.plotting import DASHES, INK, MUTED, PAPER, ROW_HEIGHT, SYMBOLS, layout, row_label, scaled
 from autorev.report.profile.figures import name_rows
 
@@ -126,14 +126,14 @@ def _drawn(
     what the rest is against.
 
     Seeds of one coupling look alike and share an entry of the legend."""
-    rows = sorted(zip(runs, labels(runs), looks(runs), strict=True), key=lambda row: row[0].variant.strategy == "plain")
+    rows = sorted(zip(runs, labels(runs), looks(runs), strict=True), key=lambda row: row[0].method.name == "plain")
     with_line = [row for row in rows if points_of(row[0])]
     firsts = {how_words(run): i for i, (run, _, _) in reversed(list(enumerate(with_line)))}
     return [(run, name, look, firsts[how_words(run)] == i) for i, (run, name, look) in enumerate(with_line)]
 
 
 def _width(run: FineTuning) -> float:
-    return 1.5 if run.variant.strategy == "plain" else 2.5
+    return 1.5 if run.method.name == "plain" else 2.5
 
 
 def _along_steps(figure: go.Figure, title: str) -> None:
@@ -216,17 +216,17 @@ def frontier(runs: Sequence[FineTuning]) -> go.Figure:
     drawn += _calibrations(figure, runs)
     shown = set[str]()
     for name, run, ends, before, after in points:
-        strategy = ends_as(run)
+        method = ends_as(run)
         both = before is not None and after is not None
         if both:
             figure.add_scatter(
                 mode="lines",
-                name=escape(short(strategy)),
+                name=escape(short(method)),
                 showlegend=False,
-                legendgroup=escape(short(strategy)),
+                legendgroup=escape(short(method)),
                 x=list(ends),
                 y=[change_scale(before or 0), change_scale(after or 0)],
-                line={"color": strategy_color(strategy), "width": 1, "dash": "dot"},
+                line={"color": method_color(method), "width": 1, "dash": "dot"},
                 hoverinfo="skip",
             )
         for place, (bits, value) in enumerate(zip(ends, (before, after), strict=True)):
@@ -235,18 +235,18 @@ def frontier(runs: Sequence[FineTuning]) -> go.Figure:
             when = ("before training", "after training")[place]
             figure.add_scatter(
                 mode="markers",
-                name=escape(short(strategy)),
-                legendgroup=escape(short(strategy)),
+                name=escape(short(method)),
+                legendgroup=escape(short(method)),
                 # One entry for each coupling, and that filled if there is a filled one.
-                showlegend=strategy not in shown and (place == 1 or not both),
+                showlegend=method not in shown and (place == 1 or not both),
                 x=[round(bits, 4)],
                 y=[change_scale(value)],
                 customdata=[f"{escape(name)}, {when}: {bits_text(bits)} bits, {change_text(value)} nats"],
-                marker=_marker(strategy, hollow=place == 0),
+                marker=_marker(method, hollow=place == 0),
                 hovertemplate="%{customdata}<extra></extra>",
             )
-        shown.add(strategy)
-    plain = [run for run in runs if run.variant.strategy == "plain"]
+        shown.add(method)
+    plain = [run for run in runs if run.method.name == "plain"]
     levels = {run.recipe.steps: level for run in plain if (level := difference(run.final, run.original)) is not None}
     measured = [each.side_bits for run in runs if run.calibration for each in run.calibration.assignments]
     most = max([bits for _, _, ends, _, _ in points for bits in ends] + measured, default=1.0)
@@ -259,7 +259,7 @@ def frontier(runs: Sequence[FineTuning]) -> go.Figure:
             name=f"plain after {steps} steps: {change_text(level)}",
             x=[-0.15, most + 0.15],
             y=[change_scale(level)] * 2,
-            line={"color": strategy_color("plain"), "width": 1.5, "dash": "dash"},
+            line={"color": method_color("plain"), "width": 1.5, "dash": "dash"},
             hoverinfo="skip",
         )
     figure.update_layout(layout(480), showlegend=True)
@@ -268,8 +268,8 @@ def frontier(runs: Sequence[FineTuning]) -> go.Figure:
     return figure
 
 
-def _marker(strategy: str, hollow: bool) -> dict[str, Any]:
-    symbol, color = SYMBOLS.get(strategy, "circle").removesuffix("-open"), strategy_color(strategy)
+def _marker(method: str, hollow: bool) -> dict[str, Any]:
+    symbol, color = SYMBOLS.get(method, "circle").removesuffix("-open"), method_color(method)
     if hollow:
         return {"symbol": f"{symbol}-open", "color": color, "size": 11, "line": {"width": 2}}
     return {"symbol": symbol, "color": color, "size": 12, "line": {"width": 1, "color": PAPER}}

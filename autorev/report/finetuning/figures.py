@@ -75,7 +75,7 @@ def loss_over_steps(run: FineTuning) -> go.Figure:
             color,
             marker={"size": 9, "color": color, "line": {"color": PAPER, "width": 1.5}},
         )
-    if run.vanilla is not None and run.variant.reversible and finite(run.vanilla.loss):
+    if run.vanilla is not None and run.method.reversible and finite(run.vanilla.loss):
         figure.add_scatter(
             mode="markers",
             name=f"as the plain architecture: {loss_text(run.vanilla.loss)}",

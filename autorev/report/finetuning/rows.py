@@ -10,7 +10,7 @@ from math import isfinite
 from autorev.finetuning.record import Evaluation, FineTuning, Logged
 from autorev.format import clean, format_integer, plural
 from autorev.report.finetuning.numbers import bits_text, running_mean
-from autorev.report.palette import strategy_color
+from autorev.report.palette import method_color
 from autorev.report.plotting import DASHES, SYMBOLS
 
 _dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -78,10 +78,10 @@ def same_but_seed(run: FineTuning) -> object:
 
 def plain_of(run: FineTuning, runs: Sequence[FineTuning]) -> FineTuning | None:
     """Plain training by the same recipe on the same data with the same seed, and complete; None: there is none."""
-    if run.variant.strategy == "plain":
+    if run.method.name == "plain":
         return None
     key = same_but_seed(run), run.recipe.seed
-    found = [r for r in runs if r.variant.strategy == "plain" and (same_but_seed(r), r.recipe.seed) == key and r.final]
+    found = [r for r in runs if r.method.name == "plain" and (same_but_seed(r), r.recipe.seed) == key and r.final]
     # Of two, the one with the same loss, distilled or not.
     return min(found, key=lambda r: r.recipe.distill_weight != run.recipe.distill_weight, default=None)
 
@@ -167,7 +167,7 @@ def trains_words(run: FineTuning) -> str:
 def how_words(run: FineTuning) -> str:
     """The coupling, and what came with it: `momentum k=3, moved to leapfrog, distilled`."""
     recipe = run.recipe
-    parts = [clean(run.variant.title) or clean(run.variant.spec)]
+    parts = [clean(run.method.title) or clean(run.method.spec)]
     parts += [f"moved to {clean(recipe.schedule)}"] if recipe.schedule else []
     parts += ["side bits calibrated"] if recipe.max_loss_increase is not None else []
     parts += ["distilled"] if recipe.distill_weight else []
@@ -204,19 +204,19 @@ def looks(runs: Sequence[FineTuning]) -> list[Look]:
     seen: dict[str, dict[str, int]] = defaultdict(dict)
     found = []
     for run in runs:
-        strategy = ends_as(run)
-        again = seen[strategy].setdefault(how_words(run), len(seen[strategy]))
-        dash = DASHES.get(strategy, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
-        symbol = SYMBOLS.get(strategy, "circle")
+        method = ends_as(run)
+        again = seen[method].setdefault(how_words(run), len(seen[method]))
+        dash = DASHES.get(method, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
+        symbol = SYMBOLS.get(method, "circle")
         if again:
             symbol = symbol.removesuffix("-open") + _fills[again % len(_fills)]
-        found.append(Look(strategy_color(strategy), symbol, dash))
+        found.append(Look(method_color(method), symbol, dash))
     return found
 
 
 def ends_as(run: FineTuning) -> str:
     """The coupling that a run ends with: where its schedule leads, or its own."""
-    return run.recipe.schedule or run.variant.strategy
+    return run.recipe.schedule or run.method.name
 
 
 def short(text: str, limit: int = _LONGEST_LABEL) -> str:

@@ -39,7 +39,7 @@ def evaluations_table(run: FineTuning) -> Table:
     for each in run.evaluations:
         name = "before training" if each.step == 0 else f"step {format_integer(each.step)}"
         rows.append(_evaluation(run, name, each, last=each is run.final))
-    if run.vanilla is not None and run.variant.reversible:
+    if run.vanilla is not None and run.method.reversible:
         rows.append(_evaluation(run, "as the plain architecture", run.vanilla))
     return Table(heads, tuple(rows))
 
@@ -136,7 +136,7 @@ def recipe_facts(run: FineTuning) -> dict[str, str]:
     r = run.recipe
     facts = {
         "Trains": f"{trains_words(run)}, {format_count(r.trained_parameters)} parameters",
-        "Coupling": clean(run.variant.title),
+        "Coupling": clean(run.method.title),
         "Side bits": side_bits_words(run),
         "Steps": format_integer(r.steps),
         "Batch": f"{format_integer(r.batch)} x {format_integer(r.sequence)} tokens"

@@ -11,7 +11,7 @@ from autorev.finetuning.record import EXPORT_LIMIT, Evaluation, FineTuning
 from autorev.format import format_error, format_integer, plural
 from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
 from autorev.report.finetuning.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
-from autorev.words import strategy_title
+from autorev.words import method_title
 
 _FROM_RANDOM = (
     "It began from random weights, which is no model to fall back on: do not ship it before its loss is that of a "
@@ -47,13 +47,13 @@ def verdict(run: FineTuning) -> Verdict:
 
 def export_gap(run: FineTuning) -> float | None:
     """How much higher the loss is in the plain architecture; None where it was not evaluated, or is plain."""
-    return difference(run.vanilla, run.final) if run.variant.reversible else None
+    return difference(run.vanilla, run.final) if run.method.reversible else None
 
 
 def may_export(run: FineTuning) -> bool:
     """Is the plain architecture as good, by what `autorev export` asks?"""
     gap = export_gap(run)
-    return not run.variant.reversible or (gap is not None and gap <= EXPORT_LIMIT)
+    return not run.method.reversible or (gap is not None and gap <= EXPORT_LIMIT)
 
 
 def drift_words(run: FineTuning) -> str:
@@ -95,7 +95,7 @@ def _title(run: FineTuning) -> str:
         return "Trained from random weights"
     if found is not Outcome.BETTER:
         return str(found.value)
-    if not run.variant.reversible:
+    if not run.method.reversible:
         return "The plain architecture, trained"
     return "Ship it as the plain architecture" if may_export(run) else "Ship it reversible"
 
@@ -129,7 +129,7 @@ def change_of(run: FineTuning) -> Change | None:
 
 def _shipped(run: FineTuning) -> Evaluation:
     """The plain architecture where it is as good as the coupled one."""
-    found = run.vanilla if run.variant.reversible and may_export(run) else run.final
+    found = run.vanilla if run.method.reversible and may_export(run) else run.final
     assert found is not None
     return found
 
@@ -140,7 +140,7 @@ def _losses(run: FineTuning) -> str:
     start = run.original or run.zero_shot
     came = f" from {loss_text(start.loss)}" if start else ""
     steps = plural(run.recipe.steps, "step")
-    how = f"under {how_words(run)}" if run.variant.reversible else f"with {strategy_title(run.variant.strategy)}"
+    how = f"under {how_words(run)}" if run.method.reversible else f"with {method_title(run.method.name)}"
     text = f"Validation loss{came} to {loss_text(final.loss)} in {steps} {how}"
     return f"{text}."
 
@@ -157,7 +157,7 @@ def _compared(run: FineTuning) -> str:
     by = change_of(run)
     if by is None or not run.pretrained:
         return ""
-    form = " as the plain architecture" if run.variant.reversible and may_export(run) else ""
+    form = " as the plain architecture" if run.method.reversible and may_export(run) else ""
     words = f"{abs(by.by):.3f}" if by.error is None else f"{abs(by.by):.3f} +- {by.error:.3f}"
     how = "not paired: the record has no losses of single sequences, which tell more"
     if by.sequences:
@@ -188,7 +188,7 @@ def _advice(run: FineTuning) -> str:
     """The form to ship it in, with the loss in the plain architecture; of random weights, that there is none."""
     if not run.pretrained:
         return f"{_plain_loss(run)}{_FROM_RANDOM}"
-    if not run.variant.reversible:
+    if not run.method.reversible:
         return "There is nothing to export: the saved model is the plain one."
     gap, better = export_gap(run), outcome(run) is Outcome.BETTER
     if gap is None or run.vanilla is None:

@@ -1,4 +1,4 @@
-"""Plotly figures across profiles: how the variants stand to plain training, and what the number of blocks does."""
+"""Plotly figures across profiles: how the methods stand to plain training, and what the number of blocks does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import plotly.graph_objects as go
 
 from autorev.format import clean, format_bytes, format_integer, format_rate, unit_for
 from autorev.profiler.record import Profile, Result
-from autorev.report.palette import strategy_color
+from autorev.report.palette import method_color
 from autorev.report.plotting import LIMIT_LINE, MUTED, SYMBOLS, layout, row_label, scaled
 from autorev.report.profile.figures import name_rows
-from autorev.report.profile.rows import by_strategy, labels, largest, looks
-from autorev.words import strategy_title
+from autorev.report.profile.rows import by_method, labels, largest, looks
+from autorev.words import method_title
 
 _MOST_TICKS = 12
 """Numbers of blocks that can be told apart under an axis, and as marks on a line."""
@@ -29,21 +29,21 @@ class Family:
     name: str
     profiles: tuple[Profile, ...]
     batch: int
-    """At which the most of their variants have a peak."""
+    """At which the most of their methods have a peak."""
 
     def peak(self, profile: Profile, spec: str) -> int | None:
-        """The peak of a variant at the family's batch."""
+        """The peak of a method at the family's batch."""
         return _peaks_by_batch(profile).get((self.batch, spec))
 
     @property
     def specs(self) -> list[str]:
-        """Every variant that one of them has, in the order of the records."""
-        return list(dict.fromkeys(each.variant.spec for profile in self.profiles for each in profile.results))
+        """Every method that one of them has, in the order of the records."""
+        return list(dict.fromkeys(each.method.spec for profile in self.profiles for each in profile.results))
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One variant of one record relative to plain training there."""
+    """One method of one record relative to plain training there."""
 
     profile: Profile
     result: Result
@@ -68,10 +68,10 @@ def comparison_figures(profiles: Sequence[Profile]) -> dict[str, go.Figure]:
 
 
 def standings(profiles: Sequence[Profile]) -> list[Standing]:
-    """Every variant that can be set against plain training in its record, plain itself left out."""
+    """Every method that can be set against plain training in its record, plain itself left out."""
     found = []
     for profile in profiles:
-        plain = by_strategy(profile, "plain")
+        plain = by_method(profile, "plain")
         if plain is None:
             continue
         for each in profile.results:
@@ -114,13 +114,13 @@ def _common_batch(profiles: Sequence[Profile]) -> int:
 
 def _peaks_by_batch(profile: Profile) -> dict[tuple[int, str], int]:
     """Peaks by (batch, spec): those of the record's own setting and those of its sweep."""
-    found = {(p.value, p.variant): p.peak_bytes for p in profile.points if p.axis == "batch" and p.peak_bytes}
-    own = {(profile.setting.batch, r.variant.spec): r.memory.peak_bytes for r in profile.results if r.memory}
+    found = {(p.value, p.method): p.peak_bytes for p in profile.points if p.axis == "batch" and p.peak_bytes}
+    own = {(profile.setting.batch, r.method.spec): r.memory.peak_bytes for r in profile.results if r.memory}
     return found | own
 
 
 def memory_against_blocks(family: Family) -> go.Figure:
-    """The peak of every variant against the number of blocks, at one batch and sequence."""
+    """The peak of every method against the number of blocks, at one batch and sequence."""
     peaks = [family.peak(profile, spec) for profile in family.profiles for spec in family.specs]
     unit = unit_for(peak for peak in peaks if peak)
     return _against_blocks(
@@ -152,7 +152,7 @@ def throughput_against_blocks(family: Family) -> go.Figure:
 
 
 def largest_batch(profile: Profile, spec: str) -> int | None:
-    """The largest batch that fits under a variant."""
+    """The largest batch that fits under a method."""
     found = largest(profile, spec, "batch")
     return found[0] if found else None
 
@@ -199,27 +199,27 @@ def _against_blocks(
 
 
 def spec_title(profiles: Sequence[Profile], spec: str) -> str:
-    """What the first record that has the variant calls it."""
+    """What the first record that has the method calls it."""
     return next((labels(p)[spec] for p in profiles if p.result(spec) is not None), spec)
 
 
 def _relative(profiles: Sequence[Profile], name: str, title: str) -> go.Figure:
-    """One row per record, one dot per variant; 1 is plain training."""
+    """One row per record, one dot per method; 1 is plain training."""
     rows = [p for p in profiles if any(getattr(s, name) is not None for s in standings([p]))]
     places = {id(profile): place for place, profile in enumerate(rows)}
     groups: dict[str, list[Standing]] = defaultdict(list)
     for each in standings(rows):
         if getattr(each, name) is not None:
-            groups[each.result.variant.strategy].append(each)
+            groups[each.result.method.name].append(each)
     figure = go.Figure()
-    for strategy, members in groups.items():
+    for method, members in groups.items():
         figure.add_scatter(
             mode="markers",
-            name=escape(strategy_title(strategy)),
+            name=escape(method_title(method)),
             x=[round(getattr(each, name), 4) for each in members],
             y=[places[id(each.profile)] for each in members],
-            customdata=[f"{escape(clean(s.result.variant.title))}: {getattr(s, name):.2f} of plain" for s in members],
-            marker={"color": strategy_color(strategy), "symbol": SYMBOLS.get(strategy, "circle"), "size": 9},
+            customdata=[f"{escape(clean(s.result.method.title))}: {getattr(s, name):.2f} of plain" for s in members],
+            marker={"color": method_color(method), "symbol": SYMBOLS.get(method, "circle"), "size": 9},
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.add_shape(type="line", x0=1, x1=1, y0=0, y1=1, yref="paper", line=LIMIT_LINE | {"color": MUTED})

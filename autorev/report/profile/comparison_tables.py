@@ -1,4 +1,4 @@
-"""Several profiles as tables: what each recommends, where it ran, every variant of every record."""
+"""Several profiles as tables: what each recommends, where it ran, every method of every record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from autorev.format import NOTHING, clean, format_bytes, format_change, format_i
 from autorev.profiler.record import Environment, Profile
 from autorev.report.profile import paper
 from autorev.report.profile.comparison import Family, largest_batch, spec_title, throughput_there
-from autorev.report.profile.rows import by_strategy, chosen, labels, largest, peak_bytes, results, waiting
+from autorev.report.profile.rows import by_method, chosen, labels, largest, peak_bytes, results, waiting
 from autorev.report.profile.tables import glance, optional_bytes
 from autorev.report.tables import NO_FIGURE, Cell, Row, Table
 from autorev.words import headline, setting_facts
@@ -21,14 +21,14 @@ def recommendations(profiles: Sequence[Profile]) -> Table:
 
 
 def _recommended(profile: Profile) -> Row:
-    best, plain = chosen(profile), by_strategy(profile, "plain")
+    best, plain = chosen(profile), by_method(profile, "plain")
     advice, peak = profile.recommendation, None if best is None else peak_bytes(best)
     whole = peak_bytes(plain) if plain else None
     slower = NOTHING
     if best and plain and best.step_seconds and plain.step_seconds:
         slower = format_change(best.step_seconds, plain.step_seconds)
     where = profile.environment
-    name = labels(profile)[best.variant.spec] if best else headline(advice.strategy) if advice else NOTHING
+    name = labels(profile)[best.method.spec] if best else headline(advice.method) if advice else NOTHING
     cells = (
         Cell(name, strong=True),
         sentence(advice.why) if advice else "No recommendation yet." if not profile.complete else "None.",
@@ -41,12 +41,12 @@ def _recommended(profile: Profile) -> Row:
     notes = [] if profile.model.name == profile.name else [clean(profile.model.name)]
     notes.append(", ".join([f"batch {facts.pop('Batch')}", *facts.values()]))
     if not profile.complete:
-        notes.append(f"incomplete: {waiting(profile)} of {len(profile.results)} variants are not measured")
+        notes.append(f"incomplete: {waiting(profile)} of {len(profile.results)} methods are not measured")
     return Row(clean(profile.name), cells, tuple(notes))
 
 
-def every_variant(profiles: Sequence[Profile]) -> Table:
-    """One row per record and variant: the columns of `glance`, and the largest batch where one was sought."""
+def every_method(profiles: Sequence[Profile]) -> Table:
+    """One row per record and method: the columns of `glance`, and the largest batch where one was sought."""
     batches = any(point.axis == "batch" and point.largest for profile in profiles for point in profile.points)
     heads: tuple[str, ...] = ()
     made = []
@@ -59,11 +59,11 @@ def every_variant(profiles: Sequence[Profile]) -> Table:
             cells = list(row.cells)
             if cells[rate] != NOTHING:
                 cells[rate] = Cell(str(cells[rate]), profile.units)
-            reached = largest(profile, each.variant.spec, "batch")
+            reached = largest(profile, each.method.spec, "batch")
             if batches:
                 cells.append(format_integer(reached[0]) if reached else NOTHING)
             made.append(Row(f"{clean(profile.name)}: {row.head}", tuple(cells), row.notes, row.chosen))
-    return Table(("Record and variant", *heads, *(["Largest batch"] if batches else [])), tuple(made))
+    return Table(("Record and method", *heads, *(["Largest batch"] if batches else [])), tuple(made))
 
 
 def environment_facts(where: Environment) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Plotly figures of the memory of one profile's step, drawn in light colours; pure functions of the record.
 
-Every function takes what the record holds and leaves out what it does not hold: a variant without memory keeps its row
+Every function takes what the record holds and leaves out what it does not hold: a method without memory keeps its row
 and says why it has no bar.
 """
 
@@ -56,7 +56,7 @@ def memory_figures(profile: Profile) -> dict[str, go.Figure]:
 
 
 def peak_by_category(profile: Profile) -> go.Figure:
-    """The peak of every variant as a bar stacked by category, its figure at the right, the budget as a line."""
+    """The peak of every method as a bar stacked by category, its figure at the right, the budget as a line."""
     rows = results(profile)
     peaks = [peak_bytes(each) or 0 for each in rows]
     totals = [max(peak, sum(peak_categories(each).values())) for peak, each in zip(peaks, rows, strict=True)]
@@ -100,7 +100,7 @@ def budget_in_sight(profile: Profile) -> bool:
 
 
 def memory_against_throughput(profile: Profile) -> go.Figure:
-    """One point per variant; the line joins those that no other beats in both, the dashed line is the budget."""
+    """One point per method; the line joins those that no other beats in both, the dashed line is the budget."""
     points = front_points(profile)
     unit = unit_for(peak for _, peak, _ in points)
     names, look = labels(profile), looks(profile)
@@ -109,17 +109,17 @@ def memory_against_throughput(profile: Profile) -> go.Figure:
     if len(best) > 1:
         figure.add_scatter(
             mode="lines",
-            name="no variant is better in both",
+            name="no method is better in both",
             x=[rate for rate, _ in best],
             y=[scaled(peak, unit) for _, peak in best],
             line={"color": MUTED, "width": 1.5, "dash": "dot"},
             hoverinfo="skip",
         )
     for each, peak, rate in points:
-        drawn = look[each.variant.spec]
+        drawn = look[each.method.spec]
         figure.add_scatter(
             mode="markers",
-            name=escape(names[each.variant.spec]),
+            name=escape(names[each.method.spec]),
             x=[rate],
             y=[scaled(peak, unit)],
             customdata=[f"{format_bytes(peak)}, {format_rate(rate)} {profile.units}/s"],
@@ -158,7 +158,7 @@ def _span(low: float, high: float) -> list[float]:
 
 
 def front_points(profile: Profile) -> list[tuple[Result, int, float]]:
-    """(result, peak, throughput) of every variant that has both."""
+    """(result, peak, throughput) of every method that has both."""
     found = []
     for each, memory in measured_memory(profile):
         rate = profile.per_second(each.step_seconds)
@@ -177,7 +177,7 @@ def front(points: list[tuple[Result, int, float]]) -> list[tuple[Result, int, fl
 
 
 def kept_by_block(profile: Profile) -> go.Figure:
-    """What every block keeps between forward and backward under plain, checkpoint and one reversible variant."""
+    """What every block keeps between forward and backward under plain, checkpoint and one reversible method."""
     shown = [(each, each.memory) for each in before_and_after(profile) if each.memory and each.memory.block_bytes]
     unit = unit_for(size for _, memory in shown for size in memory.block_bytes)
     series = [(each, [scaled(s, unit) for s in memory.block_bytes], _sizes(memory)) for each, memory in shown]
@@ -191,14 +191,14 @@ def _sizes(memory: Memory) -> list[str]:
 
 
 def along_blocks(profile: Profile, series: list[tuple[Result, list[float], list[str]]]) -> go.Figure:
-    """One line per variant along the blocks, from (result, values, values as text)."""
+    """One line per method along the blocks, from (result, values, values as text)."""
     names, look = labels(profile), looks(profile)
     figure = go.Figure()
     for each, values, texts in series:
-        drawn = look[each.variant.spec]
+        drawn = look[each.method.spec]
         figure.add_scatter(
             mode="lines+markers",
-            name=escape(names[each.variant.spec]),
+            name=escape(names[each.method.spec]),
             x=list(range(len(values))),
             y=values,
             customdata=texts,
@@ -246,5 +246,5 @@ def _bar(figure: go.Figure, name: str, sizes: list[int], unit: ByteUnit, color: 
 
 
 def _row_name(profile: Profile, result: Result) -> str:
-    name = labels(profile)[result.variant.spec]
+    name = labels(profile)[result.method.spec]
     return row_label(f"{name} (predicted)" if result.status is Status.PREDICTED else name)

@@ -67,12 +67,12 @@ def render_profile_html(profiles: Sequence[Profile], command: str) -> str:
 
 
 def tiles(profile: Profile) -> list[Tile]:
-    """What the recommended variant needs, costs and gains; only what is known of it."""
+    """What the recommended method needs, costs and gains; only what is known of it."""
     best, other = chosen(profile), rival(profile)
     if best is None:
         return []
     found = []
-    name = "" if other is None else rows.labels(profile)[other.variant.spec]
+    name = "" if other is None else rows.labels(profile)[other.method.spec]
     peak, others = peak_bytes(best), peak_bytes(other) if other else None
     if peak is not None:
         over = "" if fits(profile, peak) else "over the budget"
@@ -105,10 +105,10 @@ def _against(name: str, figure: float, other: float | None, text: Callable[[Any]
 def _reach_tiles(profile: Profile, best: Result, other: Result | None) -> list[Tile]:
     found = []
     for axis, title in (("batch", "Largest batch"), ("sequence", "Longest sequence"), ("depth", "Most blocks")):
-        reached = largest(profile, best.variant.spec, axis)
-        others = largest(profile, other.variant.spec, axis) if other else None
+        reached = largest(profile, best.method.spec, axis)
+        others = largest(profile, other.method.spec, axis) if other else None
         if reached:
-            name = "" if other is None else rows.labels(profile)[other.variant.spec]
+            name = "" if other is None else rows.labels(profile)[other.method.spec]
             against = f"{name}: {format_integer(others[0])}" if others else ""
             found.append(Tile(title, format_integer(reached[0]), against))
     return found

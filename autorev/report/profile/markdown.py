@@ -19,7 +19,7 @@ _MEANINGS = (
 
 
 def render_markdown(profiles: Sequence[Profile]) -> str:
-    """A table per record, and, where batches were swept, one of throughput by variant and number of blocks."""
+    """A table per record, and, where batches were swept, one of throughput by method and number of blocks."""
     parts = [part for profile in profiles for part in _record(profile)]
     if parts:
         parts.append(_MEANINGS)
@@ -31,7 +31,7 @@ def _record(profile: Profile) -> Iterator[str]:
     yield f"### {_heading(profile)}"
     yield "  \n".join(code(line) for line in profile.command.splitlines())
     heads = (
-        f"variant,peak,of plain,kept,s/step (median),spread,{profile.units}/s,gradient error,loss change,"
+        f"method,peak,of plain,kept,s/step (median),spread,{profile.units}/s,gradient error,loss change,"
         "predicted/measured peak"
     )
     yield table(heads.split(","), [_cells(profile, result) for result in profile.results], right=range(1, 10))
@@ -73,10 +73,10 @@ def _cells(profile: Profile, result: Result) -> list[str]:
 
 
 def _name(profile: Profile, result: Result) -> str:
-    name = literal(result.variant.title)
-    if profile.pretrained and not result.variant.preserves_function:
+    name = literal(result.method.title)
+    if profile.pretrained and not result.method.preserves_function:
         name += " (from scratch only)"
-    chosen = profile.recommendation is not None and profile.recommendation.strategy == result.variant.spec
+    chosen = profile.recommendation is not None and profile.recommendation.method == result.method.spec
     return f"**{name}**" if chosen else name
 
 
@@ -117,18 +117,16 @@ def largest_batches(profiles: Sequence[Profile]) -> Iterator[str]:
         f"{p.blocks} blocks" if blocks.count(p.blocks) == 1 else f"{literal(p.name)}, {p.blocks} blocks"
         for p in ordered
     ]
-    titles = {result.variant.spec: result.variant.title for p in ordered for result in p.results}
-    swept = dict.fromkeys(point.variant for p in ordered for point in p.points if point.axis == "batch")
+    titles = {result.method.spec: result.method.title for p in ordered for result in p.results}
+    swept = dict.fromkeys(point.method for p in ordered for point in p.points if point.axis == "batch")
     rows = [[literal(titles.get(spec, spec)), *(_at_largest(p, spec) for p in ordered)] for spec in swept]
-    yield table(["variant", *heads], rows, right=range(1, 1 + len(heads)))
+    yield table(["method", *heads], rows, right=range(1, 1 + len(heads)))
 
 
 def _at_largest(profile: Profile, spec: str) -> str:
     point = largest_points(profile, "batch").get(spec)
     if point is None:
-        tried = any(
-            p.axis == "batch" and p.variant == spec and p.status is Status.OUT_OF_MEMORY for p in profile.points
-        )
+        tried = any(p.axis == "batch" and p.method == spec and p.status is Status.OUT_OF_MEMORY for p in profile.points)
         return "does not fit" if tried else NOTHING
     rate = point_per_second(profile, point)
     return f"{NOTHING if rate is None else _rate(rate)} ({format_integer(point.value)})"

@@ -8,7 +8,7 @@ from autorev.analysis import Category
 from autorev.format import clean, format_bytes
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result
-from autorev.report.profile.rows import after, by_strategy, chosen, labels
+from autorev.report.profile.rows import after, by_method, chosen, labels
 from autorev.words import CATEGORY_TITLES
 
 _LEAST_SHARE = 0.15
@@ -18,7 +18,7 @@ _LEAST_SHARE = 0.15
 def explained(profile: Profile) -> list[tuple[Result, Memory]]:
     """The results of which the peak is explained: plain, and the recommended or else the first reversible one."""
     best = chosen(profile)
-    plain = by_strategy(profile, "plain")
+    plain = by_method(profile, "plain")
     second = best if best and best.memory and best is not plain else after(profile)
     found = [each for each in (plain, second) if each is not None]
     return [(each, each.memory) for each in found if each.memory]
@@ -26,7 +26,7 @@ def explained(profile: Profile) -> list[tuple[Result, Memory]]:
 
 def explain(profile: Profile, result: Result, memory: Memory) -> list[str]:
     """Where the peak stands, what it consists of, how much lower it could get, and what would lower it."""
-    name = labels(profile)[result.variant.spec]
+    name = labels(profile)[result.method.spec]
     sentences = [f"The peak of {name}, {format_bytes(memory.peak_bytes)}, stands in {clean(memory.phase)}."]
     shares = _shares(memory)
     if shares:
@@ -81,9 +81,9 @@ def _ways(profile: Profile, result: Result, category: str) -> Iterator[str]:
         if category == Category.OPTIMIZER_STATE and setting.optimizer == "adamw":
             yield "an optimizer that keeps less, such as 8-bit AdamW"
         return
-    if category == Category.STORED_ACTIVATIONS and not result.variant.reversible:
-        yield "a variant that keeps less between forward and backward"
-    if category == Category.LOGITS_AND_LOSS and setting.sequence is not None and result.variant.loss != "chunked":
+    if category == Category.STORED_ACTIVATIONS and not result.method.reversible:
+        yield "a method that keeps less between forward and backward"
+    if category == Category.LOGITS_AND_LOSS and setting.sequence is not None and result.method.loss != "chunked":
         yield "the chunked loss"
     if category == Category.SIDE_BITS:
         yield f"a coupling that keeps fewer than {result.side_bits} bits per element"

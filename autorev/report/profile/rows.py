@@ -10,17 +10,17 @@ from autorev.analysis import Category
 from autorev.format import clean
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result, Status
-from autorev.report.palette import strategy_color
+from autorev.report.palette import method_color
 from autorev.report.plotting import DASHES, SYMBOLS
-from autorev.variants import Variant
+from autorev.methods import Method
 
-_NOT_ASKED_FOR = Variant("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True)
+_NOT_ASKED_FOR = Method("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True)
 _dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one variant is drawn in every figure of a profile."""
+    """How one method is drawn in every figure of a profile."""
 
     color: str
     symbol: str
@@ -30,80 +30,80 @@ class Look:
 def results(profile: Profile) -> list[Result]:
     """Every result in the record's order; activation checkpointing has a row also where it was not asked for."""
     found = list(profile.results)
-    if not any(each.variant.strategy == "checkpoint" for each in found):
-        at = 1 + max((i for i, each in enumerate(found) if each.variant.strategy == "plain"), default=-1)
-        reason = "it was not among the variants that this run was asked for"
+    if not any(each.method.name == "checkpoint" for each in found):
+        at = 1 + max((i for i, each in enumerate(found) if each.method.name == "plain"), default=-1)
+        reason = "it was not among the methods that this run was asked for"
         found.insert(at, Result(_NOT_ASKED_FOR, Status.PENDING, reason))
     return found
 
 
 def labels(profile: Profile) -> dict[str, str]:
-    """What each variant is called, by spec; two are never called the same."""
-    variants = [each.variant for each in results(profile)]
-    names = {v.spec: clean(v.title) or clean(v.spec) for v in variants}
+    """What each method is called, by spec; two are never called the same."""
+    methods = [each.method for each in results(profile)]
+    names = {v.spec: clean(v.title) or clean(v.spec) for v in methods}
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     names = {spec: f"{name} ({clean(spec)})" if name in shared else name for spec, name in names.items()}
     for point in profile.points:
-        names.setdefault(point.variant, clean(point.variant))
+        names.setdefault(point.method, clean(point.method))
     return names
 
 
 def looks(profile: Profile) -> dict[str, Look]:
-    """Colour and symbol by strategy; variants of one strategy differ in symbol and dash. By spec."""
-    strategies = {each.variant.spec: each.variant.strategy for each in results(profile)}
+    """Colour and symbol by method; methods of one method differ in symbol and dash. By spec."""
+    methods = {each.method.spec: each.method.name for each in results(profile)}
     for point in profile.points:
-        strategies.setdefault(point.variant, point.variant.partition(":")[0])
+        methods.setdefault(point.method, point.method.partition(":")[0])
     seen: Counter[str] = Counter()
     found = {}
-    for spec, strategy in strategies.items():
-        symbol = SYMBOLS.get(strategy, "circle")
-        again = seen[strategy]
-        seen[strategy] += 1
-        dash = DASHES.get(strategy, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
-        found[spec] = Look(strategy_color(strategy), _symbol(symbol, again), dash)
+    for spec, method in methods.items():
+        symbol = SYMBOLS.get(method, "circle")
+        again = seen[method]
+        seen[method] += 1
+        dash = DASHES.get(method, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
+        found[spec] = Look(method_color(method), _symbol(symbol, again), dash)
     return found
 
 
 def _symbol(symbol: str, again: int) -> str:
-    """The strategy's own symbol, and for further variants of it the same shape filled otherwise."""
+    """The method's own symbol, and for further methods of it the same shape filled otherwise."""
     shape = symbol.removesuffix("-open")
     fills = [symbol, *(f"{shape}{fill}" for fill in ("-open", "-dot", "-open-dot") if f"{shape}{fill}" != symbol)]
     return fills[again % len(fills)]
 
 
-def by_strategy(profile: Profile, strategy: str) -> Result | None:
-    """The result of `strategy` without options (`plain`, not `plain:loss=chunked`), or else the first with memory."""
-    found = [each for each in profile.results if each.variant.strategy == strategy]
-    bare = profile.result(strategy)
+def by_method(profile: Profile, method: str) -> Result | None:
+    """The result of `method` without options (`plain`, not `plain:loss=chunked`), or else the first with memory."""
+    found = [each for each in profile.results if each.method.name == method]
+    bare = profile.result(method)
     return bare or next((each for each in found if each.memory), found[0] if found else None)
 
 
 def chosen(profile: Profile) -> Result | None:
     """The result that the recommendation names."""
-    name = None if profile.recommendation is None else profile.recommendation.strategy
-    return None if name is None else profile.result(name) or by_strategy(profile, name)
+    name = None if profile.recommendation is None else profile.recommendation.method
+    return None if name is None else profile.result(name) or by_method(profile, name)
 
 
 def rival(profile: Profile) -> Result | None:
-    """What the recommended variant stands against: plain training, or else checkpointing; with figures if possible."""
+    """What the recommended method stands against: plain training, or else checkpointing; with figures if possible."""
     best = chosen(profile)
-    found = [by_strategy(profile, name) for name in ("plain", "checkpoint")]
+    found = [by_method(profile, name) for name in ("plain", "checkpoint")]
     others = [each for each in found if each is not None and each is not best]
     return next((each for each in others if each.memory), others[0] if others else None)
 
 
 def after(profile: Profile) -> Result | None:
-    """The reversible variant that is shown beside plain: the recommended one if it is one, or else the first."""
+    """The reversible method that is shown beside plain: the recommended one if it is one, or else the first."""
     best = chosen(profile)
-    if best and best.variant.reversible and best.memory:
+    if best and best.method.reversible and best.memory:
         return best
-    reversible = [each for each in profile.results if each.variant.reversible]
+    reversible = [each for each in profile.results if each.method.reversible]
     return next((each for each in reversible if each.memory), reversible[0] if reversible else None)
 
 
 def before_and_after(profile: Profile) -> list[Result]:
-    """Plain, checkpoint and one reversible variant, as far as their memory is known."""
-    three = (by_strategy(profile, "plain"), by_strategy(profile, "checkpoint"), after(profile))
+    """Plain, checkpoint and one reversible method, as far as their memory is known."""
+    three = (by_method(profile, "plain"), by_method(profile, "checkpoint"), after(profile))
     return [each for each in three if each is not None and each.memory is not None]
 
 
@@ -148,7 +148,7 @@ def shown_categories(found: Iterable[Result]) -> list[Category]:
 
 
 def ended(result: Result) -> str:
-    """How it ended with a variant, in a word or two."""
+    """How it ended with a method, in a word or two."""
     if result.status is Status.PENDING:
         return "times not measured yet" if result.memory else "not measured"
     return "predicted, not measured" if result.status is Status.PREDICTED else result.status.value
@@ -160,7 +160,7 @@ def fits(profile: Profile, peak: int | None) -> bool:
 
 
 def waiting(profile: Profile) -> int:
-    """How many variants are not measured to the end."""
+    """How many methods are not measured to the end."""
     return sum(each.status is Status.PENDING for each in profile.results)
 
 
@@ -170,11 +170,11 @@ def only_predicted(profile: Profile) -> bool:
 
 
 def largest(profile: Profile, spec: str, axis: str) -> tuple[int, float | None] | None:
-    """The largest value of `axis` that fits under a variant, and tokens (or samples) a second there; None: not sought.
+    """The largest value of `axis` that fits under a method, and tokens (or samples) a second there; None: not sought.
 
     The throughput is None where that point was not timed."""
     for point in profile.points:
-        if point.variant == spec and point.axis == axis and point.largest:
+        if point.method == spec and point.axis == axis and point.largest:
             return point.value, throughput_at(profile, axis, point.value, point.step_seconds)
     return None
 
@@ -192,12 +192,12 @@ def axes(profile: Profile) -> list[str]:
 
 
 def sought_largest(profile: Profile, axis: str) -> bool:
-    """Was the largest value of `axis` that fits sought for any variant?"""
+    """Was the largest value of `axis` that fits sought for any method?"""
     return any(point.largest for point in profile.points if point.axis == axis)
 
 
 def doubtful(profile: Profile) -> bool:
-    """Do the steps of any timed variant lie so far apart that small differences mean nothing?"""
+    """Do the steps of any timed method lie so far apart that small differences mean nothing?"""
     return any(each.samples and each.in_doubt for each in profile.results)
 
 
@@ -206,12 +206,12 @@ def has_fidelity(profile: Profile) -> bool:
     return any(each.fidelity for each in profile.results)
 
 
-def strategies(profile: Profile) -> list[str]:
-    """The strategies of all variants, each once."""
-    return list(dict.fromkeys(each.variant.strategy for each in results(profile)))
+def methods(profile: Profile) -> list[str]:
+    """The methods of all methods, each once."""
+    return list(dict.fromkeys(each.method.name for each in results(profile)))
 
 
 def peak_categories_shown(profile: Profile) -> list[Category]:
-    """The categories that hold a byte at the peak of any variant."""
+    """The categories that hold a byte at the peak of any method."""
     held = {name for each in profile.results for name, size in peak_categories(each).items() if size}
     return [category for category in Category if category in held]

@@ -19,7 +19,7 @@ from autorev.format import (
 from autorev.profiler.readings import PHASES, Holder, Memory, Timeline
 from autorev.profiler.record import Profile, Result, Status
 from autorev.report.profile.rows import (
-    by_strategy,
+    by_method,
     chosen,
     ended,
     fits,
@@ -52,21 +52,21 @@ def state(result: Result) -> str:
 
 
 def row(profile: Profile, result: Result, cells: Sequence[Cell | str], notes: Sequence[str] = ()) -> Row:
-    """One variant's row, under its label and how it ended."""
+    """One method's row, under its label and how it ended."""
     best = chosen(profile)
     ended = [each for each in (state(result), *notes) if each]
-    return Row(labels(profile)[result.variant.spec], tuple(cells), tuple(ended), chosen=best is result)
+    return Row(labels(profile)[result.method.spec], tuple(cells), tuple(ended), chosen=best is result)
 
 
 def glance(profile: Profile) -> Table:
-    """One row per variant with the figures that decide."""
-    heads = ("Variant", "Peak", "Of plain", "Of checkpoint", "Peak in", "Step", "Against plain")
+    """One row per method with the figures that decide."""
+    heads = ("Method", "Peak", "Of plain", "Of checkpoint", "Peak in", "Step", "Against plain")
     more = (f"{profile.units.capitalize()}/s", "Gradient error", "Loss change")
     return Table((*heads, *more), tuple(_glance_row(profile, each) for each in results(profile)))
 
 
 def _glance_row(profile: Profile, each: Result) -> Row:
-    plain, checkpoint = by_strategy(profile, "plain"), by_strategy(profile, "checkpoint")
+    plain, checkpoint = by_method(profile, "plain"), by_method(profile, "checkpoint")
     peak, fidelity = peak_bytes(each), each.fidelity
     phase = each.memory.phase if each.memory else each.prediction.phase if peak and each.prediction else NOTHING
     seconds, slower = each.step_seconds, NOTHING
@@ -82,7 +82,7 @@ def _glance_row(profile: Profile, each: Result) -> Row:
         Cell(format_error(fidelity.gradient_error)) if fidelity else NO_FIGURE,
         Cell(f"{fidelity.loss - fidelity.original_loss:+.3f}") if fidelity else NO_FIGURE,
     ]
-    return row(profile, each, cells, [clean(each.variant.note)])
+    return row(profile, each, cells, [clean(each.method.note)])
 
 
 def _peak_cell(profile: Profile, peak: int | None) -> Cell:
@@ -102,11 +102,11 @@ def doubt(result: Result) -> str:
 
 
 def peak_table(profile: Profile) -> Table:
-    """The categories at the peak of every variant, and what the allocator counted."""
+    """The categories at the peak of every method, and what the allocator counted."""
     rows = results(profile)
     categories = peak_categories_shown(profile)
     last = ("sum", "peak, predicted") if only_predicted(profile) else ("sum, attributed", "peak, allocator")
-    heads = ("Variant", *(CATEGORY_TITLES[name] for name in categories), *last)
+    heads = ("Method", *(CATEGORY_TITLES[name] for name in categories), *last)
     made = []
     for each in rows:
         held, peak = peak_categories(each), peak_bytes(each)
@@ -120,7 +120,7 @@ def memory_table(profile: Profile) -> Table:
     """Peaks by phase, and what lies outside the peak."""
     found = measured_memory(profile)
     cuda = any(memory.reserved_bytes is not None for _, memory in found)
-    heads = ("Variant", *(f"peak in {phase}" for phase in PHASES), "kept between forward and backward", "on the host")
+    heads = ("Method", *(f"peak in {phase}" for phase in PHASES), "kept between forward and backward", "on the host")
     heads += (*(["reserved by CUDA"] if cuda else []), "whole process")
     made = []
     for each, memory in found:
@@ -166,8 +166,8 @@ def timeline_table(line: Timeline) -> Table:
 
 
 def fidelity_table(profile: Profile) -> Table:
-    """Is every variant right, and what does it do to the model's function?"""
-    heads = ("Variant", "Gradient error", "Cosine", "Compared with", "Drift", "Loss", "Loss as it was", "Change")
+    """Is every method right, and what does it do to the model's function?"""
+    heads = ("Method", "Gradient error", "Cosine", "Compared with", "Drift", "Loss", "Loss as it was", "Change")
     made = []
     for each in results(profile):
         found = each.fidelity
@@ -197,10 +197,10 @@ def _drift(drift: dict[str, float]) -> Cell:
 
 def prediction_table(profile: Profile) -> Table:
     """Predicted, attributed and measured peaks, and their ratios."""
-    ratios = {each.variant.spec: (predicted, followed) for each, predicted, followed in prediction_ratios(profile)}
+    ratios = {each.method.spec: (predicted, followed) for each, predicted, followed in prediction_ratios(profile)}
     made = []
     for each in results(profile):
-        predicted, followed = ratios.get(each.variant.spec, (None, None))
+        predicted, followed = ratios.get(each.method.spec, (None, None))
         measured = each.memory.peak_bytes if each.memory else None
         attributed = each.memory.attributed_bytes if each.memory else None
         cells = (
@@ -212,7 +212,7 @@ def prediction_table(profile: Profile) -> Table:
         )
         made.append(row(profile, each, cells))
     heads = (
-        "Variant",
+        "Method",
         "Predicted peak",
         "Measured peak",
         "Predicted / measured",

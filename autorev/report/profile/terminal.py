@@ -31,7 +31,7 @@ from autorev.report.analysis.terminal import bullet
 from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
 from autorev.report.profile.rows import (
     axes,
-    by_strategy,
+    by_method,
     chosen,
     doubtful,
     ended,
@@ -73,7 +73,7 @@ def render_text(profile: Profile) -> str:
 
 def _sections(profile: Profile, console: Console) -> Iterator[RenderableType]:
     yield _heading(profile)
-    yield _variants(profile, console)
+    yield _methods(profile, console)
     for axis in axes(profile):
         if sought_largest(profile, axis):
             yield _reach(profile, axis)
@@ -98,14 +98,14 @@ def _heading(profile: Profile) -> RenderableType:
         goal = GOALS.get(profile.goal, clean(profile.goal))
         lines.append(Text(f"Budget: {format_bytes(profile.budget_bytes)}; wanted: {goal}"))
     if not profile.complete:
-        count = f"{waiting(profile)} of {plural(len(profile.results), 'variant')}"
+        count = f"{waiting(profile)} of {plural(len(profile.results), 'method')}"
         lines.append(Text(f"Incomplete: {count} not measured to the end; --resume goes on with it.", "bold yellow"))
     if only_predicted(profile):
         lines.append(Text("Nothing was measured: every figure is a prediction.", "bold yellow"))
     return Group(*lines)
 
 
-def _variants(profile: Profile, console: Console) -> RenderableType:
+def _methods(profile: Profile, console: Console) -> RenderableType:
     rows = results(profile)
     peaks = [peak for each in rows if (peak := peak_bytes(each))]
     unit, scale = unit_for(peaks), max(peaks, default=1)
@@ -113,7 +113,7 @@ def _variants(profile: Profile, console: Console) -> RenderableType:
     bars = console.width >= _ROOM_FOR_BARS and bool(peaks)
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=True, header_style="dim")
-    table.add_column("\nvariant", max_width=18, ratio=None if bars else 1)
+    table.add_column("\nmethod", max_width=18, ratio=None if bars else 1)
     if bars:
         table.add_column("memory at the peak,\nby category", ratio=1, no_wrap=True)
     for head in (f"peak\n{unit.name}", "of\nplain", "peak\nphase", "\nstep", f"{profile.units}\n/s"):
@@ -132,19 +132,19 @@ def _variants(profile: Profile, console: Console) -> RenderableType:
 
 
 def _name(profile: Profile, each: Result, bars: bool) -> Text:
-    name = _short(labels(profile)[each.variant.spec], 60) + ("*" if _changes(profile, each) else "")
+    name = _short(labels(profile)[each.method.spec], 60) + ("*" if _changes(profile, each) else "")
     if not bars and each.status is not Status.MEASURED:
         name += f" ({ended(each)})"
     return Text(name, "bold cyan" if chosen(profile) is each else "")
 
 
 def _changes(profile: Profile, each: Result) -> bool:
-    """Does a pretrained model lose its function under this variant? A model from scratch has none to lose."""
-    return profile.pretrained and not each.variant.preserves_function
+    """Does a pretrained model lose its function under this method? A model from scratch has none to lose."""
+    return profile.pretrained and not each.method.preserves_function
 
 
 def _figures(profile: Profile, each: Result, unit: ByteUnit) -> list[Text]:
-    peak, plain, fidelity = peak_bytes(each), by_strategy(profile, "plain"), each.fidelity
+    peak, plain, fidelity = peak_bytes(each), by_method(profile, "plain"), each.fidelity
     whole = peak_bytes(plain) if plain else None
     phase = each.memory.phase if each.memory else each.prediction.phase if peak and each.prediction else NOTHING
     over = not fits(profile, peak)
@@ -164,7 +164,7 @@ def _figures(profile: Profile, each: Result, unit: ByteUnit) -> list[Text]:
 
 
 def _marks(profile: Profile, rows: list[Result], budget: int | None) -> Iterator[RenderableType]:
-    """What the table's signs mean, only those that occur; and why a variant has no figures."""
+    """What the table's signs mean, only those that occur; and why a method has no figures."""
     if budget:
         yield Text(f"{CAPACITY_MARK} the budget, {format_bytes(budget)}", "dim")
     if not all(fits(profile, peak_bytes(each)) for each in rows):
@@ -175,12 +175,12 @@ def _marks(profile: Profile, rows: list[Result], budget: int | None) -> Iterator
         yield Text("* a pretrained model does not keep its function; it needs fine-tuning to recover", "dim")
     for each in rows:
         if each.reason:
-            yield bullet(f"{_short(labels(profile)[each.variant.spec], 24)}:", _short(state(each)))
+            yield bullet(f"{_short(labels(profile)[each.method.spec], 24)}:", _short(state(each)))
 
 
 def _reach(profile: Profile, axis: str) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("variant", max_width=28)
+    table.add_column("method", max_width=28)
     for head in (f"largest {clean(axis)}", f"{profile.units}/s there"):
         table.add_column(head, justify="right", no_wrap=True)
     for spec, name in labels(profile).items():
@@ -197,9 +197,9 @@ def _reach(profile: Profile, axis: str) -> RenderableType:
 def _advice(profile: Profile) -> RenderableType:
     advice, best = profile.recommendation, chosen(profile)
     assert advice is not None
-    title = headline(best.variant.strategy if best else advice.strategy)
-    name = labels(profile)[best.variant.spec] if best else ""
-    if best and name != best.variant.strategy:
+    title = headline(best.method.name if best else advice.method)
+    name = labels(profile)[best.method.spec] if best else ""
+    if best and name != best.method.name:
         title += f": {_short(name, 60)}"
     lines: list[RenderableType] = [
         Text.assemble(("Recommendation  ", "bold"), (title, "bold cyan")),
@@ -218,13 +218,13 @@ def _comparison(profiles: Sequence[Profile]) -> RenderableType:
     for head in (f"peak\n{unit.name}", "against\nplain", "\nstep", "against\nplain", "largest\nbatch"):
         table.add_column(head, justify="right", no_wrap=True)
     for profile in profiles:
-        best, plain = chosen(profile), by_strategy(profile, "plain")
+        best, plain = chosen(profile), by_method(profile, "plain")
         peak, whole = (peak_bytes(each) if each else None for each in (best, plain))
         seconds, others = (each.step_seconds if each else None for each in (best, plain))
-        reached = largest(profile, best.variant.spec, "batch") if best else None
+        reached = largest(profile, best.method.spec, "batch") if best else None
         table.add_row(
             Text(_short(profile.name, 60) + ("" if profile.complete else " (incomplete)")),
-            Text(_short(labels(profile)[best.variant.spec], 60) if best else NOTHING, "bold cyan"),
+            Text(_short(labels(profile)[best.method.spec], 60) if best else NOTHING, "bold cyan"),
             Text(NOTHING if peak is None else unit.number(peak)),
             Text(format_change(peak, whole) if peak else NOTHING),
             Text(NOTHING if seconds is None else format_seconds(seconds)),

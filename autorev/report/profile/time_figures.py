@@ -24,7 +24,7 @@ from autorev.report.plotting import (
     scaled,
 )
 from autorev.report.profile.figures import along_blocks, name_rows
-from autorev.report.profile.rows import after, axes, by_strategy, labels, largest, looks
+from autorev.report.profile.rows import after, axes, by_method, labels, largest, looks
 from autorev.words import AXIS_TITLES
 
 
@@ -53,12 +53,12 @@ def every_step(profile: Profile) -> go.Figure:
     names, look = labels(profile), looks(profile)
     figure = go.Figure()
     for place, each in enumerate(rows):
-        drawn, middle = look[each.variant.spec], each.step_seconds or 0.0
+        drawn, middle = look[each.method.spec], each.step_seconds or 0.0
         # Rounds stand below each other within the row, so that a slow round is seen as one.
         heights = [_height(place, i, len(each.rounds)) for i, r in enumerate(each.rounds) for _ in r.steps]
         figure.add_scatter(
             mode="markers",
-            name=escape(names[each.variant.spec]),
+            name=escape(names[each.method.spec]),
             x=[round(seconds, 6) for seconds in each.samples],
             y=heights,
             customdata=[format_seconds(seconds) for seconds in each.samples],
@@ -75,7 +75,7 @@ def every_step(profile: Profile) -> go.Figure:
             xanchor="left",
             showarrow=False,
         )
-    name_rows(figure, [row_label(names[each.variant.spec]) for each in rows])
+    name_rows(figure, [row_label(names[each.method.spec]) for each in rows])
     figure.update_layout(layout(ROW_HEIGHT * len(rows) + 80), showlegend=False)
     figure.update_layout(margin={"t": 8, "r": 76, "b": 44, "l": 8})
     figure.update_xaxes(title_text="seconds of a step", rangemode="tozero")
@@ -88,13 +88,13 @@ def _height(place: int, number: int, count: int) -> float:
 
 
 def block_results(profile: Profile) -> list[Result]:
-    """Plain, checkpoint and one reversible variant, as far as their blocks were timed."""
-    three = (by_strategy(profile, "plain"), by_strategy(profile, "checkpoint"), after(profile))
+    """Plain, checkpoint and one reversible method, as far as their blocks were timed."""
+    three = (by_method(profile, "plain"), by_method(profile, "checkpoint"), after(profile))
     return [each for each in three if each is not None and each.work is not None and each.work.blocks]
 
 
 def time_by_block(profile: Profile) -> tuple[go.Figure, go.Figure]:
-    """Forward and backward of every block under plain, checkpoint and one reversible variant, on one scale."""
+    """Forward and backward of every block under plain, checkpoint and one reversible method, on one scale."""
     shown = [(each, each.work) for each in block_results(profile) if each.work]
     highest = max(max(block.forward, block.backward) for _, work in shown for block in work.blocks) * 1e3
     made = []
@@ -108,7 +108,7 @@ def time_by_block(profile: Profile) -> tuple[go.Figure, go.Figure]:
 
 
 def overhead(profile: Profile) -> go.Figure:
-    """The instrumented step of every variant, by what it was spent on."""
+    """The instrumented step of every method, by what it was spent on."""
     rows = [(each, each.work) for each in profile.results if each.work is not None]
     kinds = list(dict.fromkeys([*OVERHEAD_COLORS, *(kind for _, work in rows for kind in work.overhead)]))
     figure = go.Figure()
@@ -129,7 +129,7 @@ def overhead(profile: Profile) -> go.Figure:
                 hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
             )
     names = labels(profile)
-    name_rows(figure, [row_label(names[each.variant.spec]) for each, _ in rows])
+    name_rows(figure, [row_label(names[each.method.spec]) for each, _ in rows])
     figure.update_layout(layout(ROW_HEIGHT * len(rows) + 120), barmode="stack", bargap=0.3, showlegend=True)
     figure.update_layout(margin={"t": 8}, legend_traceorder="normal")
     figure.update_xaxes(title_text="seconds of the instrumented step")
@@ -169,7 +169,7 @@ def prediction_against_measurement(profile: Profile) -> go.Figure:
             hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
         )
     names = labels(profile)
-    name_rows(figure, [row_label(names[each.variant.spec]) for each, _, _ in rows])
+    name_rows(figure, [row_label(names[each.method.spec]) for each, _, _ in rows])
     figure.add_shape(type="line", x0=1, x1=1, y0=0, y1=1, yref="paper", line=LIMIT_LINE | {"color": MUTED})
     off = max(abs(ratio - 1) for _, *pair in rows for ratio in pair if isinstance(ratio, float))
     reach = max(0.1, 1.15 * off)
@@ -181,7 +181,7 @@ def prediction_against_measurement(profile: Profile) -> go.Figure:
 
 
 def sweep(profile: Profile, axis: str) -> go.Figure:
-    """The peak of every variant along `axis`; a cross where a size did not fit the budget. Both axes logarithmic."""
+    """The peak of every method along `axis`; a cross where a size did not fit the budget. Both axes logarithmic."""
     points = [point for point in profile.points if point.axis == axis]
     values = sorted({point.value for point in points})
     sizes = [point.peak_bytes for point in points if point.peak_bytes]
@@ -189,8 +189,8 @@ def sweep(profile: Profile, axis: str) -> go.Figure:
     unit = unit_for(sizes)
     names, look = labels(profile), looks(profile)
     figure = go.Figure()
-    for spec in dict.fromkeys(point.variant for point in points):
-        line = sorted((point for point in points if point.variant == spec and point.peak_bytes), key=_value)
+    for spec in dict.fromkeys(point.method for point in points):
+        line = sorted((point for point in points if point.method == spec and point.peak_bytes), key=_value)
         drawn = look[spec]
         figure.add_scatter(
             mode="lines+markers",
@@ -217,7 +217,7 @@ def sweep(profile: Profile, axis: str) -> go.Figure:
             name="did not fit",
             x=[point.value for point in stopped],
             y=[scaled(budget, unit)] * len(stopped),
-            customdata=[f"{escape(names[p.variant])}, {format_integer(p.value)}" for p in stopped],
+            customdata=[f"{escape(names[p.method])}, {format_integer(p.value)}" for p in stopped],
             marker={"symbol": "x-thin", "size": 9, "line": {"color": LIMIT_LINE["color"], "width": 1.5}},
             hovertemplate="%{customdata}: did not fit<extra></extra>",
         )
@@ -235,14 +235,14 @@ def _value(point: Point) -> int:
 
 
 def largest_batches(profile: Profile) -> list[tuple[str, int, float | None]]:
-    """(spec, largest batch, tokens or samples a second there) of every variant for which it was sought."""
-    specs = dict.fromkeys(point.variant for point in profile.points if point.axis == "batch")
+    """(spec, largest batch, tokens or samples a second there) of every method for which it was sought."""
+    specs = dict.fromkeys(point.method for point in profile.points if point.axis == "batch")
     found = [(spec, largest(profile, spec, "batch")) for spec in specs]
     return [(spec, *reached) for spec, reached in found if reached is not None]
 
 
 def throughput_at_largest_batch(profile: Profile) -> go.Figure:
-    """Tokens (or samples) a second at the largest batch that fits, one bar per variant."""
+    """Tokens (or samples) a second at the largest batch that fits, one bar per method."""
     rows = largest_batches(profile)
     names, look = labels(profile), looks(profile)
     figure = go.Figure()

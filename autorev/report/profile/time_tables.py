@@ -16,7 +16,7 @@ from autorev.profiler.readings import PHASES
 from autorev.profiler.record import Point, Profile, Status
 from autorev.report.profile.rows import (
     before_and_after,
-    by_strategy,
+    by_method,
     labels,
     largest,
     results,
@@ -35,7 +35,7 @@ def optional_seconds(seconds: float | None) -> str:
 
 def time_table(profile: Profile) -> Table:
     """Medians, their spread and what they come to."""
-    heads = ("Variant", "Step, median", "Quartiles apart", *PHASES, f"{profile.units.capitalize()}/s")
+    heads = ("Method", "Step, median", "Quartiles apart", *PHASES, f"{profile.units.capitalize()}/s")
     more = ("Work", "Utilisation", "Steps timed")
     made = []
     for each in results(profile):
@@ -61,7 +61,7 @@ def roofline_table(profile: Profile) -> Table:
         found = each.prediction
         cells = (format_flops(found.step_flops), format_seconds(found.step_seconds)) if found else (NOTHING,) * 2
         made.append(row(profile, each, cells))
-    return Table(("Variant", "Work", "Roofline time, a lower bound"), tuple(made))
+    return Table(("Method", "Work", "Roofline time, a lower bound"), tuple(made))
 
 
 def steps_table(profile: Profile) -> Table:
@@ -70,12 +70,12 @@ def steps_table(profile: Profile) -> Table:
     for each in results(profile):
         for number in each.rounds:
             times = ", ".join(format_seconds(seconds) for seconds in number.steps)
-            made.append(Row(f"{labels(profile)[each.variant.spec]}, round {number.number}", (times,)))
-    return Table(("Variant and round", "seconds of its steps"), tuple(made))
+            made.append(Row(f"{labels(profile)[each.method.spec]}, round {number.number}", (times,)))
+    return Table(("Method and round", "seconds of its steps"), tuple(made))
 
 
 def blocks_table(profile: Profile) -> Table:
-    """What every block keeps, and how long it takes, under plain, checkpoint and one reversible variant."""
+    """What every block keeps, and how long it takes, under plain, checkpoint and one reversible method."""
     names = labels(profile)
     kept = [(each, each.memory.block_bytes) for each in before_and_after(profile) if each.memory]
     timed = [(each, each.work.blocks) for each in block_results(profile) if each.work]
@@ -83,7 +83,7 @@ def blocks_table(profile: Profile) -> Table:
     count = max([len(sizes) for _, sizes in kept] + [len(blocks) for _, blocks in timed], default=0)
     heads = ["Block"]
     for title, found in (("kept", kept), ("forward", timed), ("backward", timed)):
-        heads += [f"{title}, {names[each.variant.spec]}" for each, _ in found]
+        heads += [f"{title}, {names[each.method.spec]}" for each, _ in found]
     made = []
     for i in range(count):
         cells = [format_bytes(sizes[i]) if i < len(sizes) else NOTHING for _, sizes in kept]
@@ -101,7 +101,7 @@ def overhead_table(profile: Profile) -> Table:
     for each, work in rows:
         cells = [_seconds_and_share(work.overhead.get(kind, 0.0), work.instrumented_seconds) for kind in kinds]
         made.append(row(profile, each, [*cells, format_seconds(work.instrumented_seconds)]))
-    return Table(("Variant", *map(clean, kinds), "whole instrumented step"), tuple(made))
+    return Table(("Method", *map(clean, kinds), "whole instrumented step"), tuple(made))
 
 
 def _seconds_and_share(seconds: float, whole: float) -> Cell:
@@ -109,8 +109,8 @@ def _seconds_and_share(seconds: float, whole: float) -> Cell:
 
 
 def sweep_table(profile: Profile, axis: str) -> Table:
-    """Peak, and throughput where it was timed, of every variant at every value of `axis`."""
-    points = {(point.value, point.variant): point for point in profile.points if point.axis == axis}
+    """Peak, and throughput where it was timed, of every method at every value of `axis`."""
+    points = {(point.value, point.method): point for point in profile.points if point.axis == axis}
     specs = list(dict.fromkeys(spec for _, spec in points))
     names = labels(profile)
     made = []
@@ -131,10 +131,10 @@ def _point_cell(profile: Profile, point: Point | None) -> Cell:
 
 
 def reach_table(profile: Profile, axis: str) -> Table:
-    """The largest value of `axis` that fits, and throughput there, per variant and against plain."""
-    specs = dict.fromkeys([each.variant.spec for each in results(profile)] + [p.variant for p in profile.points])
-    plain = by_strategy(profile, "plain")
-    most, fastest = (plain and largest(profile, plain.variant.spec, axis)) or (0, None)
+    """The largest value of `axis` that fits, and throughput there, per method and against plain."""
+    specs = dict.fromkeys([each.method.spec for each in results(profile)] + [p.method for p in profile.points])
+    plain = by_method(profile, "plain")
+    most, fastest = (plain and largest(profile, plain.method.spec, axis)) or (0, None)
     made = []
     for spec in specs:
         reached = largest(profile, spec, axis)
@@ -144,7 +144,7 @@ def reach_table(profile: Profile, axis: str) -> Table:
             notes = ("no largest value was sought",)
         else:
             value, rate = reached
-            peak = next(p.peak_bytes for p in profile.points if p.variant == spec and p.axis == axis and p.largest)
+            peak = next(p.peak_bytes for p in profile.points if p.method == spec and p.axis == axis and p.largest)
             cells = (
                 Cell(format_integer(value), strong=True),
                 f"{value / most:.1f} x" if most else NOTHING,

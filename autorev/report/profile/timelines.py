@@ -19,7 +19,7 @@ MOST_POINTS = 600
 
 
 def timelines(profile: Profile) -> dict[str, go.Figure]:
-    """Memory over the traced step of every variant that has a timeline, all on one scale; by id, the first ones first.
+    """Memory over the traced step of every method that has a timeline, all on one scale; by id, the first ones first.
 
     The ids are `timeline-N`, N counting through `with_timeline`'s two lists."""
     first, rest = with_timeline(profile)
