@@ -265,7 +265,7 @@ class Analysis(Record):
     versions: dict[str, str] = field(default_factory=dict)
     """autorev, torch and transformers."""
     kind: str = "analysis"
-    schema_version: int = 2
+    schema_version: int = 3
 
     def prediction(self, method: str) -> Prediction | None:
         """The prediction for `method`, if it was made."""

@@ -18,9 +18,9 @@ from autorev.conversion.convert import convert, revert
 from autorev.conversion.summary import Conversion
 from autorev.errors import ConversionError
 from autorev.host_store import HostStore
-from autorev.predict.methods import selective_policy
+from autorev.methods import Method, coupling_options
+from autorev.predict.baselines import selective_policy
 from autorev.predict.training import NO_LABELS
-from autorev.methods import Method, compile_budget, coupling_options
 from autorev.workload import Call
 
 
@@ -53,7 +53,7 @@ class InPlace:
 def in_place(
     model: nn.Module, method: Method, blocks: Blocks, call: Call, fraction_bits: dict[str, int] | None = None
 ) -> Iterator[InPlace]:
-    """While it lasts, `model` trains as `method`. Its modules, weights and `state_dict` keys stay what they are.
+    """While it lasts, `model` trains by `method`. Its modules, weights and `state_dict` keys stay what they are.
 
     `fraction_bits`: the grids of a coupling's chains by name, where they are known already.
 
@@ -80,21 +80,21 @@ def in_place(
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
         if method.name == "compile":
-            stack.enter_context(_compiled(model, blocks, compile_budget(method)))
+            stack.enter_context(_compiled(model, blocks, method.budget or 0.0))
         elif method.name in ("checkpoint", "sac", "offload"):
             stack.enter_context(_checkpointed(model, blocks, method.name, placed))
         yield placed
 
 
 @contextmanager
-def _checkpointed(model: nn.Module, blocks: Blocks, method: str, placed: InPlace) -> Iterator[None]:
+def _checkpointed(model: nn.Module, blocks: Blocks, name: str, placed: InPlace) -> Iterator[None]:
 
     if blocks.inline:
         raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
     run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
-    if method == "sac":
+    if name == "sac":
         run = partial(run, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
-    elif method == "offload":
+    elif name == "offload":
         placed.host = HostStore()
         run = partial(placed.host.around, run)
     modules = [model.get_submodule(path) for path in blocks.paths]

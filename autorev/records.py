@@ -110,6 +110,8 @@ def converter() -> Converter:
 
     made = Converter(forbid_extra_keys=True)
     rename = override(rename="class")
+    made.register_unstructure_hook_factory(_is_spelt, lambda cls: str)
+    made.register_structure_hook_factory(_is_spelt, lambda cls: lambda text, _: cls.parse(text))
     made.register_unstructure_hook_factory(
         _names_a_class, lambda cls: make_dict_unstructure_fn(cls, made, class_name=rename)
     )
@@ -118,6 +120,11 @@ def converter() -> Converter:
         lambda cls: make_dict_structure_fn(cls, made, class_name=rename, _cattrs_forbid_extra_keys=True),
     )
     return made
+
+
+def _is_spelt(cls: Any) -> bool:
+    """Is it written as text, which its `parse` reads?"""
+    return is_dataclass(cls) and hasattr(cls, "parse")
 
 
 def _names_a_class(cls: Any) -> bool:

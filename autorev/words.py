@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
 from autorev.format import clean, format_bytes, format_count, format_integer, plural
+from autorev.methods import BASELINES, METHODS
 
 CATEGORY_TITLES = {
     Category.PARAMETERS: "parameters",
@@ -33,33 +34,7 @@ CATEGORY_MEANINGS = {
     Category.OTHER: "Inputs, embeddings, masks, and the optimizer's temporaries.",
 }
 
-BASELINES = ("plain", "checkpoint", "sac", "compile", "offload")
-"""What PyTorch can do without a reversible coupling: each always has a row of its own."""
-
-_titles = {
-    "plain": "plain autograd",
-    "checkpoint": "activation checkpointing",
-    "sac": "selective activation checkpointing",
-    "compile": "torch.compile's memory budget",
-    "offload": "offloaded checkpointing",
-}
-
-METHOD_MEANINGS = {
-    "plain": "PyTorch as it is: every block keeps what its backward pass needs.",
-    "checkpoint": "Every block keeps only its input, and runs once more in the backward pass.",
-    "sac": "Checkpointing that also keeps what attention and every other matrix product computed.",
-    "compile": "Every block compiled by torch.compile, which decides within a memory budget what to keep.",
-    "offload": "Checkpointing, with the kept inputs in host memory.",
-    "momentum": (
-        "v = \u03b3v + c f(h), then h = h + v, with a small \u03b3. The bits that \u03b3 rounds off are kept."
-    ),
-    "leapfrog": "The same with \u03b3 = 1: nothing is rounded off.",
-    "midpoint": "The same with \u03b3 = \u22121.",
-    "midpoint_a": "The same with \u03b3 = \u2212a, a random and fixed for each layer.",
-    "bdia": "The same with \u03b3 = \u2212g and c = 1 + g.",
-    "hamiltonian": "Two streams: q = q + Attention(p), then p = p + MLP(q).",
-    "revnet": "Two streams, each updated from the other, as in RevNet and Reformer.",
-}
+METHOD_MEANINGS = {name: known.meaning for name, known in METHODS.items()}
 
 AGAINST = {"oracle": "the same coupling under ordinary autograd", "plain": "the model as it was"}
 """What a method's gradient is compared with."""
@@ -83,14 +58,14 @@ _losses = {"full": "full logits", "chunked": "chunked loss"}
 
 def method_title(method: str) -> str:
     """`activation checkpointing` for `checkpoint`; a coupling goes by its own name."""
-    return clean(_titles.get(method, method))
+    return clean(METHODS[method].title if method in METHODS else method)
 
 
 def headline(method: str | None) -> str:
     """A recommendation as an imperative; `None` where nothing is recommended."""
     if method is None:
         return "None"
-    coupling = method in METHOD_MEANINGS and method not in BASELINES
+    coupling = method in METHODS and method not in BASELINES
     return f"Use the {clean(method)} coupling" if coupling else f"Use {method_title(method)}"
 
 

@@ -21,13 +21,14 @@ from autorev.conversion.remember import forget, remember
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import notice_trainers, stop_noticing
+from autorev.couplings.presets import PRESETS
 from autorev.detection import example_call_of
 from autorev.engine.chain import ReversibleChain
-from autorev.errors import ConversionError
+from autorev.errors import ConversionError, SettingError
+from autorev.methods import Method, Numbers
 from autorev.rewrite.block_forward import ReversibleForward, replacements_of
 from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.loop_forward import install_loops
-from autorev.rewrite.request import Numbers, Request, check_request, in_pieces
 
 
 def convert(
@@ -73,8 +74,20 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"autorev.convert needs a torch.nn.Module, and got a {type(model).__name__}")
     blocks, exclude = patterns(blocks), patterns(exclude)
-    request = Request(coupling, gamma, c, arithmetic, blocks, exclude, keep_last, granularity, fraction_bits)
-    preset = check_request(request)
+    try:
+        method = Method(
+            coupling,
+            gamma=gamma,
+            c=c,
+            arithmetic=arithmetic,
+            granularity=granularity,
+            keep_last=keep_last,
+            fraction_bits=fraction_bits,
+        )
+    except SettingError as error:
+        raise ConversionError(str(error)) from None
+    if not method.reversible:
+        raise ConversionError(f"{coupling} is no coupling; choose one of {', '.join(PRESETS)}")
     if any(forwards_of(model)):
         raise ConversionError(
             f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
@@ -89,38 +102,38 @@ def convert(
             "trained; build or load the model outside of it"
         )
     args, kwargs = _example(model, example_args, example_kwargs)
-    chosen = choose(model, args, kwargs, request.blocks, request.exclude)
-    _check_patterns(request, chosen)
+    chosen = choose(model, args, kwargs, blocks, exclude)
+    _check_patterns(method, chosen)
     if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
-    stored = estimate.stored(request, in_pieces(request, preset))
+    stored = estimate.stored(method)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
-        built.append(BuiltChain(model, chain, kept, request, preset, taken={item.chain.name for item in built}))
+        built.append(BuiltChain(model, chain, kept, method, taken={item.chain.name for item in built}))
     names = list(model.state_dict())
     for item in built:
         item.install()
     install_loops(model, [(item.findings, item.chain) for item in built])
     try:
-        notes = choose_grids(model, [item.chain for item in built], request.fraction_bits, args, kwargs)
+        notes = choose_grids(model, [item.chain for item in built], method.fraction_bits, args, kwargs)
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         explain_checkpointing(model)
         notice_trainers(model)
-        remember(model, request, {item.chain.name: item.chain for item in built})
+        remember(model, method, blocks, exclude, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
     return Conversion(
-        coupling=preset.name,
-        arithmetic=request.arithmetic,
-        granularity=request.granularity,
+        coupling=method.name,
+        arithmetic=method.arithmetic,
+        granularity=method.granularity,
         chains=tuple(ConvertedChain.of(item, why) for item, why in zip(built, stored.why, strict=True)),
         not_converted=tuple(chosen.left_out),
         notes=tuple(notes),
-        simulated=partial(estimate.memory, request, stored.blocks),
+        simulated=partial(estimate.memory, method, stored.blocks),
     )
 
 
@@ -172,10 +185,10 @@ def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, A
     return example_call_of(model, "convert")
 
 
-def _check_patterns(request: Request, chosen: Chosen) -> None:
+def _check_patterns(method: Method, chosen: Chosen) -> None:
     paths = [finding.path for chain in chosen.chains for finding in chain]
     for name in ("gamma", "c"):
-        numbers = getattr(request, name)
+        numbers = getattr(method, name)
         for pattern in numbers if isinstance(numbers, Mapping) else ():
             if not any(fnmatchcase(path, pattern) for path in paths):
                 raise ConversionError(f"the pattern {pattern!r} of {name} matches none of the blocks to convert")

@@ -7,7 +7,7 @@ the summary compares with plain training and with checkpointing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain as joined
 from typing import Any
 
@@ -18,14 +18,13 @@ from autorev.capture.fake import fake_copy
 from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
 from autorev.errors import AutorevError, first_line, message_of
+from autorev.methods import Method
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
-from autorev.predict.methods import Method
 from autorev.predict.training import own_loss
-from autorev.rewrite.request import Request
 from autorev.workload import Call
 
-PLAIN, CHECKPOINT = Method("plain", "plain"), Method("checkpoint", "checkpoint")
+PLAIN, CHECKPOINT = Method("plain"), Method("checkpoint")
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,25 @@ class Estimate:
     unknown: str = ""
     """Why nothing could be simulated, if that is so."""
 
-    def stored(self, request: Request, in_pieces: bool) -> Stored:
-        """How many blocks are stored. `in_pieces`: a step is less than a block."""
-        if isinstance(request.keep_last, int):
-            return self._alike([min(request.keep_last, len(chain)) for chain in self.chains], "as asked for")
+    def stored(self, method: Method) -> Stored:
+        """How many blocks are stored."""
+        if isinstance(method.keep_last, int):
+            return self._alike([min(method.keep_last, len(chain)) for chain in self.chains], "as asked for")
         none = [0] * len(self.chains)
-        if in_pieces:
+        if method.in_pieces:
             return self._alike(none, "a step is less than a block, whose activations would raise the peak")
-        nothing, last = (self._step(_reversible(request, n)) for n in (0, 1))
+        nothing, last = (self._step(replace(method, keep_last=n)) for n in (0, 1))
         if nothing is None or last is None:
             return self._alike(none, "what storing one would cost is not known")
         blocks = blocks_to_store(nothing[1], last[1], nothing[0])
         lie_beside = "its activations would lie beside the peak of what comes behind the chain"
         return Stored(blocks, tuple("it is needed first, and raises no peak" if n else lie_beside for n in blocks))
 
-    def memory(self, request: Request, keep_last: tuple[int, ...]) -> Memory | str:
+    def memory(self, method: Method, keep_last: tuple[int, ...]) -> Memory | str:
         """The step under plain autograd, under checkpointing, and as converted; or why that is not known."""
         found = []
-        for method in (PLAIN, CHECKPOINT, _reversible(request, keep_last)):
-            step = self._step(method)
+        for compared in (PLAIN, CHECKPOINT, _storing(method, keep_last)):
+            step = self._step(compared)
             if step is None:
                 return self.unknown
             layout, trace = step
@@ -100,7 +99,7 @@ class Estimate:
             return layout, simulate(self.twin, call, layout, method, own_loss)
 
 
-def _reversible(request: Request, keep_last: int | tuple[int, ...]) -> Method:
+def _storing(method: Method, keep_last: int | tuple[int, ...]) -> Method:
     if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
         keep_last = keep_last[0]
-    return Method("as converted", "reversible", request, keep_last=keep_last)
+    return replace(method, keep_last=keep_last)

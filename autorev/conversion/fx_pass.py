@@ -28,8 +28,9 @@ from autorev.engine.chain import ReversibleChain, arrive
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
+from autorev.errors import ConversionError, SettingError
+from autorev.methods import Method
 from autorev.rewrite.built import arithmetic_for
-from autorev.rewrite.request import Request, check_request
 
 
 class ReversibleStep(nn.Module):
@@ -88,11 +89,19 @@ class ReverseChains(ResidualPass):
         fraction_bits: int | None = None,
     ) -> None:
         super().__init__(example_inputs)
-        self.request = Request(
-            coupling, gamma, c, arithmetic, keep_last=keep_last, granularity="sublayer", fraction_bits=fraction_bits
-        )
         self.keep_last = keep_last
-        self.preset = check_request(self.request)
+        try:
+            self.method = Method(
+                coupling,
+                gamma=gamma,
+                c=c,
+                arithmetic=arithmetic,
+                granularity="sublayer",
+                keep_last=keep_last,
+                fraction_bits=fraction_bits,
+            )
+        except SettingError as error:
+            raise ConversionError(str(error)) from None
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite; `modified` is False where there is no eligible chain, or the graph was rewritten before.
@@ -131,7 +140,7 @@ class ReverseChains(ResidualPass):
         return PassResult(graph_module, True)
 
     def _choose_grids(self, graph_module: fx.GraphModule, chains: list[ReversibleChain]) -> None:
-        bits = self.request.fraction_bits
+        bits = self.method.fraction_bits
         if self.example_inputs is not None:
             choose_grids(graph_module, chains, bits, tuple(self.example_inputs), {})
         elif isinstance(bits, int):
@@ -144,14 +153,14 @@ class ReverseChains(ResidualPass):
 
     def _chain(self, name: str, number: int, steps: int, double: bool) -> ReversibleChain:
         full = f"{name} (graph chain {number})"
-        gamma, c = self.request.gamma, self.request.c
+        gamma, c = self.method.gamma, self.method.c
         assert not isinstance(gamma, Mapping)
         assert not isinstance(c, Mapping)
-        couplings = [coupling_for(self.preset, full, n, steps, gamma, c) for n in range(steps)]
+        couplings = [coupling_for(self.method.preset, full, n, steps, gamma, c) for n in range(steps)]
         stored_from = max(steps - self.keep_last, 0)
-        arithmetic = arithmetic_for(self.request, couplings[:stored_from], [full] * steps, full, double)
+        arithmetic = arithmetic_for(self.method, couplings[:stored_from], [full] * steps, full, double)
         paths = [full] * steps
-        return ReversibleChain(full, couplings, arithmetic, stored_from, self.preset.averages, paths)
+        return ReversibleChain(full, couplings, arithmetic, stored_from, self.method.preset.averages, paths)
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.choose import check_dyadic
 from autorev.couplings.velocity import Bdia, Velocity, compensated
 from autorev.engine.chain import ReversibleChain
-from autorev.errors import ConversionError
-from autorev.rewrite.request import Numbers, check_numbers, number_for
+from autorev.errors import ConversionError, SettingError
+from autorev.methods import Numbers, check_numbers, number_for
 
 
 def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
@@ -38,8 +38,11 @@ def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
     if gamma is None:
         raise ConversionError("gamma is a number, or a dict from block patterns to numbers, not None")
-    check_numbers("gamma", gamma)
-    check_numbers("c", c)
+    try:
+        check_numbers("gamma", gamma)
+        check_numbers("c", c)
+    except SettingError as error:
+        raise ConversionError(str(error)) from None
     paths = [path for chain in chains for path in chain.paths]
     for name, numbers in (("gamma", gamma), ("c", c)):
         for pattern in numbers if isinstance(numbers, Mapping) else ():

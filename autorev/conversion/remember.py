@@ -21,14 +21,20 @@ from autorev.models.weights import load_weights
 
 if TYPE_CHECKING:
     from autorev.engine.chain import ReversibleChain
-    from autorev.rewrite.request import Request
+    from autorev.methods import Method
 
 KEY = "autorev"
 _PEFT = "base_model.model."
 """Where a PEFT model holds the model."""
 
 
-def remember(model: nn.Module, request: Request, chains: Mapping[str, ReversibleChain]) -> None:
+def remember(
+    model: nn.Module,
+    method: Method,
+    blocks: list[str] | None,
+    exclude: list[str] | None,
+    chains: Mapping[str, ReversibleChain],
+) -> None:
     """Write the conversion into the model's config, if it has one."""
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
@@ -36,8 +42,10 @@ def remember(model: nn.Module, request: Request, chains: Mapping[str, Reversible
     grids = {n: c.arithmetic.fraction_bits for n, c in chains.items() if isinstance(c.arithmetic, FixedPoint)}
     for chain in chains.values():
         chain.grids = grids  # a chain that coarsens its grid writes it there
-    entry = {name: _plain(getattr(request, name)) for name in request.__dataclass_fields__}
-    setattr(config, KEY, {**entry, "fraction_bits": grids or None})
+    numbers = {name: _plain(getattr(method, name)) for name in ("gamma", "c")}
+    how = {name: getattr(method, name) for name in ("arithmetic", "granularity", "keep_last")}
+    which = {"blocks": blocks, "exclude": exclude}
+    setattr(config, KEY, {"coupling": method.name, **numbers, **how, **which, "fraction_bits": grids or None})
 
 
 def remember_numbers(model: nn.Module, chains: Iterable[ReversibleChain]) -> None:

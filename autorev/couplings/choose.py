@@ -17,25 +17,19 @@ def coupling_for(preset: Preset, path: str, number: int, steps: int, gamma: floa
     """The coupling of step `number` of a chain of `steps`, in the block `path`.
 
     Raises:
-        ConversionError: the preset leaves no choice of gamma or c, or they make no step.
+        ConversionError: c makes no step.
     """
-    if preset.two_streams:
-        if gamma is not None or c is not None:
-            raise ConversionError(f"{preset.name} has neither gamma nor c; leave them out")
-        return Additive()
-    if gamma is None:
-        chosen = _drawn_gamma(number) if preset.gamma is None else preset.gamma
-    elif preset.gamma_is_free:
-        chosen = Fraction(gamma)
-    else:
-        raise ConversionError(f"{preset.name} has its own gamma; coupling='momentum' takes gamma={gamma:g}")
+    own = _drawn_gamma(number) if preset.gamma is None else preset.gamma
+    chosen = own if gamma is None else Fraction(gamma)
     if c is not None and not abs(c) > 0:
         raise ConversionError(f"c = {c} for {path}: the branches would be switched off; give a number other than 0")
     usual = preset.c(chosen)
     if preset.c_at_ends is not None and number in (0, steps - 1):
         usual = preset.c_at_ends
     factor = usual if c is None else float(c)
-    return Bdia(chosen, factor) if preset.name == "bdia" else Velocity(chosen, factor)
+    if preset.two_streams:
+        return Additive()
+    return Bdia(chosen, factor) if preset.family == "bdia" else Velocity(chosen, factor)
 
 
 def check_dyadic(gamma: Fraction, path: str) -> None:

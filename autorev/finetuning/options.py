@@ -12,9 +12,9 @@ from autorev.errors import SettingError
 from autorev.finetuning.data import TOPICS
 from autorev.finetuning.record import Asked, FineTuning
 from autorev.given import is_count, is_number
+from autorev.methods import Method
 from autorev.models.quantization import KINDS
 from autorev.models.resolve import EMBEDDED, recorded_model
-from autorev.methods import Method, coupling_options, parse_method
 
 DECAYS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -22,15 +22,13 @@ DECAYS = (
 )
 """Of the learning rate: those of `transformers` that need no numbers of their own."""
 _LEAST = {
-    "steps": 1, "sequence": 2, "batch": 1, "accumulate": 1, "lora": 1, "schedule_steps": 1, "warmup": 0, "seed": 0,
+    "steps": 1, "sequence": 2, "batch": 1, "accumulate": 1, "lora_rank": 1, "schedule_steps": 1, "warmup": 0, "seed": 0,
     "evaluate_every": 1, "save_every": 1, "validation_rows": 1,
 }  # fmt: skip
 """Whole numbers."""
-_PATHS = ("model", "data", "validation")
-_MAY_CHANGE = ("coupling", "learning_rate", "evaluate_every", "save_every")
-"""Between the beginning of a run and what goes on with it; of the coupling, the grid alone."""
-_TYPED = {"steps": "--steps"}
-"""Options that are called otherwise on the command line."""
+_PATHS = ("model", "text", "validation")
+_MAY_CHANGE = ("method", "learning_rate", "evaluate_every", "save_every")
+"""Between the beginning of a run and what goes on with it; of the method, the grid alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +36,10 @@ class Options:
     """By the names of `autorev.finetune`'s arguments; None: what follows from the others."""
 
     model: str | None = None
-    data: str | None = None
+    text: str | None = None
     validation: str | None = None
-    coupling: str = "momentum:k=3"
-    lora: int | None = None
+    method: str = "momentum:k=3"
+    lora_rank: int | None = None
     quantize: str | None = None
     distill: bool = False
     distill_weight: float | None = None
@@ -56,7 +54,7 @@ class Options:
     decay: str = "linear"
     warmup: int | None = None
     clip: float = 1.0
-    bf16: bool = False
+    autocast: str | None = None
     pack: bool = True
     seed: int = 0
     evaluate_every: int | None = None
@@ -93,16 +91,16 @@ def settled(given: dict[str, Any], before: FineTuning | None, record: Path) -> O
 def _check_same(begun: Options, said: dict[str, Any], folder: Path) -> None:
     """The model and the texts may be elsewhere now: what they hold is compared once it is read."""
     different = [
-        f"{_TYPED.get(name, '--' + name.replace('_', '-'))} {getattr(begun, name)}, not {value}"
+        f"{name} {getattr(begun, name)}, not {value}"
         for name, value in said.items()
         if name not in (*_PATHS, *_MAY_CHANGE) and value != getattr(begun, name)
     ]
     if different:
         raise SettingError(
-            f"the run in {folder} was begun with {', '.join(different)}; leave out what differs, --resume takes it "
+            f"the run in {folder} was begun with {', '.join(different)}; leave out what differs, `resume` takes it "
             "from the run"
         )
-    now, then = parse_method(said.get("coupling", begun.coupling)), parse_method(begun.coupling)
+    now, then = Method.parse(said.get("method", begun.method)), Method.parse(begun.method)
     if _without_grid(now) != _without_grid(then):
         raise SettingError(
             f"the run in {folder} trains as {then.title}, not as {now.title}; its checkpoints go on with the same "
@@ -111,28 +109,25 @@ def _check_same(begun: Options, said: dict[str, Any], folder: Path) -> None:
 
 
 def _without_grid(method: Method) -> Method:
-    """The method whatever its fraction bits."""
-    name, _, options = method.spec.partition(":")
-    kept = [option for option in options.split(",") if option and not option.startswith("fraction_bits=")]
-    return parse_method(":".join(filter(None, [name, ",".join(kept)])))
+    return replace(method, fraction_bits=None)
 
 
 def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
     """As the run was begun."""
     recipe, asked = before.recipe, before.asked
     if asked is None:  # of an earlier version, which wrote down less
-        if "data" not in said and before.corpus.source != TOPICS:
-            raise SettingError(f"{record} does not say by which file it was trained; give --text FILE")
+        if "text" not in said and before.corpus.source != TOPICS:
+            raise SettingError(f"{record} does not say by which file it was trained; give `text`")
         asked = Asked(pack=before.corpus.packed)
     model = None
     if "model" not in said and before.model.source != EMBEDDED:
         model = recorded_model(before.model.source, record, "MODEL")
     return Options(
         model=model,
-        data=asked.data,
+        text=asked.text,
         validation=asked.validation,
-        coupling=before.method.spec,
-        lora=recipe.lora_rank,
+        method=before.method.spec,
+        lora_rank=recipe.lora_rank,
         quantize=recipe.quantize,
         distill=recipe.distill_weight > 0,
         distill_weight=recipe.distill_weight or None,
@@ -147,7 +142,7 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
         decay=recipe.decay,
         warmup=recipe.warmup,
         clip=recipe.clip,
-        bf16=recipe.dtype == "bf16",
+        autocast="bf16" if recipe.dtype == "bf16" else None,
         pack=asked.pack,
         seed=recipe.seed,
         evaluate_every=asked.evaluate_every,
@@ -162,7 +157,7 @@ def check(asked: Options) -> Method:
     Raises:
         SettingError: they do not.
     """
-    method = parse_method(asked.coupling)
+    method = Method.parse(asked.method)
     for name, least in _LEAST.items():
         value = getattr(asked, name)
         if value is not None and not is_count(value, least):
@@ -174,13 +169,15 @@ def check(asked: Options) -> Method:
         raise SettingError(f"the learning rate is a number above 0, not {rate!r}")
     if not (is_number(asked.clip) and asked.clip >= 0):
         raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip!r}")
+    if asked.autocast not in (None, "bf16"):
+        raise SettingError(f"autocast is bf16 or none, not {asked.autocast!r}")
     if asked.decay not in DECAYS:
         raise SettingError(f"the decay of the learning rate is {', '.join(DECAYS)}, not {asked.decay!r}")
     if asked.quantize is not None and asked.quantize not in KINDS:
         raise SettingError(f"weights are quantised to {' or '.join(KINDS)}, not to {asked.quantize!r}")
-    if asked.quantize is not None and asked.lora is None:
+    if asked.quantize is not None and asked.lora_rank is None:
         raise SettingError(
-            f"--quantize {asked.quantize} leaves weights that do not train: give --lora-rank RANK, too, and adapters beside "
+            f"`quantize={asked.quantize}` leaves weights that do not train: give `lora_rank`, too, and adapters beside "
             "them do; or leave it out, and all weights train"
         )
     _check_distillation(asked, method)
@@ -191,7 +188,7 @@ def check(asked: Options) -> Method:
 def _check_distillation(asked: Options, method: Method) -> None:
     weight = asked.distill_weight
     if weight is not None and not asked.distill:
-        raise SettingError("--distill-weight is the share of --distill; give both, or leave it out")
+        raise SettingError("`distill_weight` is the share of `distill`; give both, or leave it out")
     if weight is not None and not (is_number(weight) and 0 < weight <= 1):
         raise SettingError(f"the weight of the distillation is above 0 and at most 1, not {weight!r}")
     if asked.distill and method.loss == "chunked":
@@ -200,18 +197,18 @@ def _check_distillation(asked: Options, method: Method) -> None:
 
 def _check_coupling(asked: Options, method: Method) -> None:
     schedule, budget = asked.schedule, asked.max_loss_increase
-    free = method.name == "momentum" and "arithmetic=float" not in method.spec
+    free = method.name == "momentum" and method.arithmetic == "exact"
     if (schedule or budget is not None) and not free:
         raise SettingError(
             f"{method.title} has no gamma that can be moved; start from momentum in exact arithmetic, or leave "
-            "--schedule and --max-loss-increase out"
+            "`schedule` and `max_loss_increase` out"
         )
     if schedule and budget is not None:
-        raise SettingError("--schedule moves every gamma, --max-loss-increase chooses them; give one of the two")
+        raise SettingError("`schedule` moves every gamma, `max_loss_increase` chooses them; give one of the two")
     if budget is not None and not (is_number(budget) and budget >= 0):
         raise SettingError(f"the loss may rise by 0 or more, not by {budget!r}")
     if asked.schedule_steps is not None and not schedule:
-        raise SettingError("--schedule-steps are those of a --schedule; name one, or leave it out")
+        raise SettingError("`schedule_steps` are those of a `schedule`; name one, or leave it out")
     if schedule:
-        start = Fraction(coupling_options(method)["gamma"])
+        start = Fraction(method.gamma_of("") or 0)
         Schedule(schedule, asked.schedule_steps or 1, blocks=2, start=abs(start))  # says what it does not like

@@ -11,9 +11,9 @@ from math import exp
 from statistics import median
 
 from autorev.analysis import ModelInfo
+from autorev.methods import Method
 from autorev.profiler.record import Environment
 from autorev.records import Record
-from autorev.methods import Method
 
 FILE = "run.json"
 """The record in its run's folder."""
@@ -83,7 +83,7 @@ class Recipe:
 class Asked:
     """What was asked for beside the recipe: whoever goes on with the run need not say it again."""
 
-    data: str | None = None
+    text: str | None = None
     """A file, as it was named; None: the language reference that CPython carries."""
     validation: str | None = None
     """Likewise; None: a part of the data."""
@@ -228,7 +228,7 @@ class FineTuning(Record):
     base: str = ""
     """A digest of the weights that it began with; empty where they were random."""
     kind: str = "fine-tuning"
-    schema_version: int = 2
+    schema_version: int = 3
 
     @property
     def zero_shot(self) -> Evaluation | None:

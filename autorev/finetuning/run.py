@@ -44,10 +44,10 @@ def finetune(
     model: str | None = None,
     *,
     out: str | Path,
-    data: str | Path | None = None,
+    text: str | Path | None = None,
     validation: str | Path | None = None,
-    coupling: str | None = None,
-    lora: int | None = None,
+    method: str | None = None,
+    lora_rank: int | None = None,
     distill: bool | None = None,
     distill_weight: float | None = None,
     quantize: str | None = None,
@@ -62,7 +62,7 @@ def finetune(
     decay: str | None = None,
     warmup: int | None = None,
     clip: float | None = None,
-    bf16: bool | None = None,
+    autocast: str | None = None,
     pack: bool | None = None,
     seed: int | None = None,
     evaluate_every: int | None = None,
@@ -82,10 +82,10 @@ def finetune(
     Args:
         model: what the command line calls MODEL; None: the embedded SmolLM2.
         out: the run's folder.
-        data: a text file, or JSONL (`autorev.finetuning.data`); None: the language reference that CPython carries.
-        validation: likewise; default: a tenth of the data.
-        coupling: a spec as `autorev.methods` has them: `momentum:k=3`, `leapfrog`, `plain`, `checkpoint`, ...
-        lora: rank of PEFT's adapters; None: all weights train.
+        text: a text file, or JSONL (`autorev.finetuning.data`); None: the language reference that CPython carries.
+        validation: likewise; default: a tenth of the text.
+        method: as `autorev.methods` spells them: `momentum:k=3`, `leapfrog`, `plain`, `checkpoint`, ...
+        lora_rank: of PEFT's adapters; None: all weights train.
         quantize: nf4 or int8: the weights beside the adapters, by bitsandbytes; None: as they are.
         distill: add KL(original, model) to the loss.
         distill_weight: its weight w, by default 1/2; the text has 1 - w.
@@ -100,7 +100,7 @@ def finetune(
         decay: of the learning rate, by `transformers`' names: linear, cosine, constant, ...
         warmup: steps in which it rises; default: a twentieth of all.
         clip: the largest norm of the gradients.
-        bf16: compute in bfloat16 under autocast.
+        autocast: bf16 to compute in bfloat16 under autocast; None: in the weights' dtype.
         pack: several documents in one row.
         seed: of the data's order, of dropout, and of random weights.
         evaluate_every: steps between evaluations; default: a sixth of all.
@@ -125,7 +125,7 @@ def finetune(
     with ExitStack() as stack:
         before = stack.enter_context(claimed(folder, resume))
         asked = settled(given, before, folder / FILE)
-        method = check(asked)
+        trained_by = check(asked)
         _check_installed()
         from transformers import set_seed
 
@@ -133,8 +133,8 @@ def finetune(
 
         set_seed(asked.seed)
         progress("loading the model and the text", 0.0)
-        texts = _path(asked.data), _path(asked.validation)
-        quantization = bitsandbytes_config(asked.quantize, asked.bf16)
+        texts = _path(asked.text), _path(asked.validation)
+        quantization = bitsandbytes_config(asked.quantize, asked.autocast == "bf16")
         found = set_up(
             asked.model, *texts, asked.sequence, asked.validation_rows, asked.pack, trust_remote_code, quantization
         )
@@ -143,7 +143,7 @@ def finetune(
             name=name or folder.resolve().name,
             model=found.info,
             pretrained=found.pretrained,
-            method=method,
+            method=trained_by,
             recipe=recipe,
             corpus=found.texts.corpus,
             command=command,
@@ -173,25 +173,25 @@ def finetune(
 
 def _recipe(asked: Options, found: Setup) -> Recipe:
     """How it is trained, with what follows from the rest."""
-    trains = "scratch" if not found.pretrained else "full" if asked.lora is None else "lora"
-    if trains == "scratch" and (asked.lora or asked.distill or asked.max_loss_increase is not None):
+    trains = "scratch" if not found.pretrained else "full" if asked.lora_rank is None else "lora"
+    if trains == "scratch" and (asked.lora_rank or asked.distill or asked.max_loss_increase is not None):
         raise SettingError(
-            f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave --lora-rank, "
-            "--distill and --max-loss-increase out"
+            f"{found.info.name} has no weights, so there is nothing to adapt, distil or preserve; leave `lora_rank`, "
+            "`distill` and `max_loss_increase` out"
         )
     if trains == "full" and found.quantised:
-        raise cannot_train(found.info.name, found.quantised, "--lora-rank 16")
+        raise cannot_train(found.info.name, found.quantised, "`lora_rank=16`")
     weight = DISTILL_WEIGHT if asked.distill_weight is None else asked.distill_weight
     return Recipe(
         trains=trains,
-        lora_rank=asked.lora,
+        lora_rank=asked.lora_rank,
         trained_parameters=found.info.parameters,
         sequence=asked.sequence,
         batch=asked.batch,
         accumulate=asked.accumulate,
         steps=asked.steps,
         learning_rate=RATES[trains] if asked.learning_rate is None else asked.learning_rate,
-        dtype="bf16" if asked.bf16 else "fp32",
+        dtype=asked.autocast or "fp32",
         optimizer="adamw",
         seed=asked.seed,
         distill_weight=weight if asked.distill else 0.0,

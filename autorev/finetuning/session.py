@@ -51,7 +51,6 @@ from autorev.models.load import load_model
 from autorev.profiler.passes.prepare import lora_config
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
-from autorev.methods import coupling_options
 
 Progress = Callable[[str, float], None]
 CALIBRATED_ON, CHECKED_ON = 4, 24
@@ -174,7 +173,7 @@ class Run:
         done = 0 if checkpoint is None else step_of(checkpoint)
         check_room(self.folder, self.record.run, sorted(step for step in saved if step > done))
         if checkpoint is not None:
-            if "fraction_bits" not in self.record.method.spec:
+            if self.record.method.fraction_bits is None:
                 trainer.take_up_grids(checkpoint)
             if step_of(checkpoint) >= recipe.steps:  # stopped after training
                 trainer.take_up_end(checkpoint)
@@ -192,7 +191,7 @@ class Run:
                 raise
             raise TrainingError(
                 f"step {trainer.state.global_step + 1} found no memory. {trainer.last_good()} A new run with a smaller "
-                "--batch and more --accumulate, a shorter --sequence, --lora-rank or loss=chunked needs less"
+                "`batch` and more `accumulate`, a shorter `sequence`, `lora_rank` or loss=chunked needs less"
             ) from error
         finally:
             config.use_cache = caches  # which the Trainer switched off, for whoever saves the model
@@ -279,7 +278,7 @@ class Run:
         recipe = self.record.recipe
         if recipe.schedule is None:
             return None
-        start = Fraction(coupling_options(self.record.method).get("gamma", Fraction(1, 8)))
+        start = Fraction(self.record.method.gamma_of("") or 0)
         blocks = max(len(chain.couplings) for chain in chains_of(self.model))
         return Schedule(recipe.schedule, recipe.schedule_steps, blocks, abs(start))
 

@@ -29,13 +29,13 @@ from autorev.finetuning.record import FILE, HELD_OUT, FineTuning
 from autorev.finetuning.setup import longest_sequence, read_texts
 from autorev.intact import FILE as MARK
 from autorev.intact import check_intact, read_mark
+from autorev.methods import coupling_options
 from autorev.models.fingerprint import fingerprint
 from autorev.models.load import load_model, tokenizer_of
 from autorev.models.quantization import bitsandbytes_config, quantised_by
 from autorev.models.resolve import recorded_model
 from autorev.models.trust import check_adapter_code
 from autorev.models.weights import check_adapters
-from autorev.methods import coupling_options
 
 _SEQUENCE, _ROWS = 256, 16
 """Of the text that a model without a run is compared on."""

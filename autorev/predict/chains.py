@@ -13,10 +13,10 @@ from autorev.detect.judge import Finding
 from autorev.engine.chain import arrive, pass_of
 from autorev.engine.step import RecomputedStep, open_step
 from autorev.engine.step import Site as Branch
-from autorev.predict.methods import Run, Method
+from autorev.methods import Method
+from autorev.predict.baselines import Run
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
-from autorev.rewrite.request import check_request
 
 if TYPE_CHECKING:
     from autorev.predict.simulate import Site
@@ -39,12 +39,11 @@ class Chains:
         """
         self.built: list[BuiltChain] = []
         self.forwards: dict[tuple[int, nn.Module], ReversibleForward] = {}
-        if method.request is None:
+        if not method.reversible:
             return
-        preset = check_request(method.request)
         for number, (chain, kept) in enumerate(zip(findings, stored, strict=True)):
             names = {item.chain.name for item in self.built}
-            item = BuiltChain(twin, chain, kept, method.request, preset, names)
+            item = BuiltChain(twin, chain, kept, method, names)
             self.built.append(item)
             self.forwards |= {(number, forward.block): forward for forward in item.forwards}
 

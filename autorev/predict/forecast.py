@@ -16,11 +16,11 @@ from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
+from autorev.methods import PREDICTED, Method
 from autorev.predict.compose import StepCost, compose
 from autorev.predict.scaling import ScaledTrace
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store
-from autorev.predict.methods import METHODS, Method
 from autorev.predict.training import loss_function, optimizer_bytes
 from autorev.workload import Call
 
@@ -56,21 +56,20 @@ class Forecaster:
 
     def methods(self) -> tuple[Method, ...]:
         """The methods that say something about this model, with `keep_last` chosen."""
-        chosen = METHODS if self.layout.sites else METHODS[:1]
-        if not self.reversible:
-            return tuple(s for s in chosen if s.kind != "reversible")
-        return tuple(self.settled(s) for s in chosen)
+        chosen = [Method(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        return tuple(self.settled(m) for m in chosen if self.reversible or not m.reversible)
 
     def settled(self, method: Method) -> Method:
         """A reversible method with the `keep_last` that `convert` chooses for a step of the setting's size."""
-        if method.kind != "reversible":
+        if not method.reversible or method.keep_last != "auto":
             return method
         if method.in_pieces:
-            return _storing(method, 0)
+            return replace(method, keep_last=0)
         nothing, last = (
             self.trace(replace(method, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
         )
-        return _storing(method, blocks_to_store(nothing, last, self.layout))
+        stored = blocks_to_store(nothing, last, self.layout)
+        return replace(method, keep_last=stored[0] if len(set(stored)) == 1 else stored)
 
     def trace(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
         """One simulated step; of a model that walks through long sequences, the polynomial through short ones."""
@@ -79,7 +78,7 @@ class Forecaster:
                 probes = tuple(self.trace(method, batch, probe) for probe in PROBES)
                 self.probed[method, batch] = ScaledTrace(PROBES, probes)
             return self.probed[method, batch].at(sequence)
-        known = replace(method, note=""), batch, sequence
+        known = method, batch, sequence
         if known not in self.simulated:
             self.simulated[known] = self._simulate(method, batch, sequence)
         return self.simulated[known]
@@ -103,7 +102,7 @@ class Forecaster:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
         layout = self.layout.under(method)
-        return compose(trace, layout, state, temporary, method.kind == "offload")
+        return compose(trace, layout, state, temporary, method.name == "offload")
 
     def optimizer(self) -> tuple[int, int, int]:
         """(state, temporary, moved) bytes of an update."""
@@ -125,9 +124,9 @@ class Forecaster:
             step_seconds=self.seconds(cost),
             side_bits=trace.side_bits,
             preserves_function=method.preserves_function,
-            note=method.note,
+            note=_note(method),
             keep_last=tuple(method.stored_of(chain) for chain in range(len(self.layout.lengths)))
-            if method.kind == "reversible"
+            if method.reversible
             else (),
         )
 
@@ -171,8 +170,8 @@ class _OperationCount(OwnMode):
         return func(*args, **(kwargs or {}))
 
 
-def _storing(method: Method, keep_last: int | tuple[int, ...]) -> Method:
-    if isinstance(keep_last, tuple) and len(set(keep_last)) == 1:
-        keep_last = keep_last[0]
-    shown = str(keep_last) if isinstance(keep_last, int) else ", ".join(map(str, keep_last))
-    return replace(method, keep_last=keep_last, note=f"{method.note}; keep_last={shown}")
+def _note(method: Method) -> str:
+    if not method.reversible:
+        return method.known.source
+    stored = method.keep_last if isinstance(method.keep_last, tuple) else (method.keep_last,)
+    return f"{method.preset.numbers}; keep_last={', '.join(map(str, stored))}"

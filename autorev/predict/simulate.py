@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -25,17 +25,13 @@ from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.hush import logs_hushed
 from autorev.capture.record import named_arguments, without_caches
+from autorev.couplings.choose import coupling_for
 from autorev.detect.ends import find_stream, put
 from autorev.detect.judge import Finding, argument_of, leaves
 from autorev.detect.outline import Outlined, outline
+from autorev.methods import Method
+from autorev.predict.baselines import Run, run_checkpointed, run_offloaded, run_selective
 from autorev.predict.chains import Chains
-from autorev.predict.methods import (
-    Run,
-    Method,
-    run_checkpointed,
-    run_offloaded,
-    run_selective,
-)
 from autorev.predict.tracker import MemoryTracker, Segment
 from autorev.rewrite.in_steps import by_steps
 from autorev.workload import Call
@@ -120,10 +116,17 @@ class Layout:
             if site.chain is not None:
                 length = len(layout.chains[site.chain])
                 last = site.from_end < stored[site.chain]
-                bits = method.side_bits(length - 1 - site.from_end, length)
+                bits = _side_bits(method, length - 1 - site.from_end, length)
                 kind = kind, last and stored[site.chain] > 1, bits  # the last block of a kind is run in any case
             sites.append(replace(site, kind=kind))
         return replace(layout, sites=tuple(sites), stored=stored)
+
+
+def _side_bits(method: Method, number: int, blocks: int) -> int:
+    """What block `number` of a chain of `blocks` keeps of an element, where a block is one step."""
+    if not method.reversible or method.in_pieces or isinstance(method.gamma, Mapping):
+        return 0
+    return coupling_for(method.preset, "", number, blocks, method.gamma, None).side_bits
 
 
 def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Module) -> Layout:
@@ -331,18 +334,13 @@ class _Steps:
         return returned
 
     def _under_method(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
-        kind = self.method.kind
         if not stream.requires_grad and not any(p.requires_grad for p in site.module.parameters()):
             return run(stream)  # nothing of it is ever kept
-        if kind == "plain" or (kind == "reversible" and site.chain is None):
-            return run(stream)
-        if kind == "checkpoint":
-            return run_checkpointed(run, stream)
-        if kind == "sac":
-            return run_selective(run, stream)
-        if kind == "offload":
-            return run_offloaded(run, stream)
-        return run(stream) if site.turn is None else self.chains.take_turn(site, run, stream)
+        if self.method.reversible:
+            in_chain = site.chain is not None and site.turn is not None
+            return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
+        runs = {"checkpoint": run_checkpointed, "sac": run_selective, "offload": run_offloaded}
+        return runs[self.method.name](run, stream) if self.method.name in runs else run(stream)
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET

@@ -13,9 +13,9 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
+from autorev.methods import Method
 from autorev.profiler.readings import Fidelity, Memory, Round, Work, are_times, check
 from autorev.records import Record, check_name
-from autorev.methods import Method
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +162,7 @@ class Profile(Record):
     complete: bool = False
     notes: tuple[str, ...] = ()
     kind: str = "profile"
-    schema_version: int = 2
+    schema_version: int = 3
 
     def __post_init__(self) -> None:
         specs = [result.method.spec for result in self.results]

@@ -15,6 +15,7 @@ from autorev.analysis import resolve_lora
 from autorev.errors import SettingError
 from autorev.files import path_of
 from autorev.lock import held
+from autorev.methods import Method, parse_methods
 from autorev.models.load import load_model
 from autorev.predict.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
@@ -25,7 +26,6 @@ from autorev.profiler.schedule import Progress, Schedule
 from autorev.profiler.scratch import scratch
 from autorev.profiler.subject import Subject, live_subject, named_subject
 from autorev.records import drop_parts
-from autorev.methods import Method, parse_methods
 
 RECORDS = Path("profiles/recorded")
 
@@ -62,7 +62,7 @@ def profile(
     Args:
         model: a model of yours, or what the command line calls MODEL; None: the embedded SmolLM2.
         batch: for a model of yours, what it is called with (a dict, a tuple, or one tensor); for MODEL, samples.
-        methods: specs as `autorev.methods` has them, `default` or `all`.
+        methods: methods as `autorev.methods` spells them, `default` or `all`.
         sequence: tokens per sample.
         dtype: fp32, bf16 or fp16; default fp32 on a CPU, bf16 on a GPU.
         optimizer: adamw, sgd or sgd-momentum.

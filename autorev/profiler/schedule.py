@@ -14,6 +14,7 @@ import torch
 
 from autorev.errors import AutorevError, first_line
 from autorev.format import format_bytes
+from autorev.methods import Method
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.job import Job, Outcome, Source, Sweep
 from autorev.profiler.launch import run_in_fresh_process
@@ -22,7 +23,6 @@ from autorev.profiler.passes.measure import measure
 from autorev.profiler.passes.predicted import predict_method
 from autorev.profiler.record import Profile, Result, Status
 from autorev.profiler.subject import Subject
-from autorev.methods import Method
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""

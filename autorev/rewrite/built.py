@@ -10,7 +10,6 @@ from torch import nn
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint, Floating
 from autorev.couplings.choose import check_dyadic, coupling_for
 from autorev.couplings.coupling import Coupling
-from autorev.couplings.presets import Preset
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
 from autorev.detect.judge import Finding, argument_of
@@ -18,41 +17,39 @@ from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import USUAL_FRACTION_BITS
 from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
+from autorev.methods import Method
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
-from autorev.rewrite.request import Request, in_pieces, number_for
 
 
 class BuiltChain:
     """A chain ready to be installed."""
 
-    def __init__(
-        self, model: nn.Module, findings: list[Finding], kept: int, request: Request, preset: Preset, taken: set[str]
-    ) -> None:
+    def __init__(self, model: nn.Module, findings: list[Finding], kept: int, method: Method, taken: set[str]) -> None:
         """`kept`: so many blocks are stored."""
-        pieces = in_pieces(request, preset)
+        pieces = method.in_pieces
         inline = findings[0].inline
         self.kept = kept
         if pieces and inline:
             kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
             findings = by_steps(findings)
-        self.findings, self.preset = findings, preset
+        self.findings, self.preset = findings, method.preset
         self.first: list[int] = []
         """Number of each block's first step."""
         paths: list[str] = []
         for finding in findings:
             self.first.append(len(paths))
             paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
-        couplings = couplings_of(request, preset, paths)
+        couplings = couplings_of(method, paths)
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
         stream = findings[0].stream_in
         double = stream is not None and stream.dtype is torch.float64
-        arithmetic = arithmetic_for(request, couplings[:stored_from], paths, chain_name(findings), double)
+        arithmetic = arithmetic_for(method, couplings[:stored_from], paths, chain_name(findings), double)
         name = plain_name = chain_name(findings)
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
-        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, preset.averages, paths)
+        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
         self.forwards = self._forwards(model, pieces)
 
     def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
@@ -98,23 +95,21 @@ class BuiltChain:
         return per_block * max((c.side_bits for c in chain.couplings[: chain.stored_from]), default=0)
 
 
-def couplings_of(request: Request, preset: Preset, paths: list[str]) -> list[Coupling]:
+def couplings_of(method: Method, paths: list[str]) -> list[Coupling]:
     """One for each step, of which `paths` are the blocks."""
     return [
-        coupling_for(preset, path, n, len(paths), number_for(request.gamma, path), number_for(request.c, path))
+        coupling_for(method.preset, path, n, len(paths), method.gamma_of(path), method.c_of(path))
         for n, path in enumerate(paths)
     ]
 
 
-def arithmetic_for(
-    request: Request, recomputed: list[Coupling], paths: list[str], name: str, double: bool
-) -> Arithmetic:
+def arithmetic_for(method: Method, recomputed: list[Coupling], paths: list[str], name: str, double: bool) -> Arithmetic:
     """The arithmetic of the chain `name`, of which the steps `recomputed` (in the blocks `paths`) are undone.
 
     Raises:
         ConversionError: a gamma is no n / 2^k, or float streams would drift too far.
     """
-    if request.arithmetic == "exact":
+    if method.arithmetic == "exact":
         for coupling, path in zip(recomputed, paths, strict=False):
             if isinstance(coupling, Velocity):
                 check_dyadic(coupling.gamma, path)

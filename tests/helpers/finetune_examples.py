@@ -49,16 +49,7 @@ GPT2 = ModelInfo("gpt2-shape", "GPT2LMHeadModel", 1_881_344, "runs/gpt2-shape")
 CORPUS = Corpus("CPython's pydoc_data.topics", 79, 109_825, 3_056, 2, packed=True)
 RECIPE = Recipe("full", None, SMOLLM2.parameters, 192, 1, 1, 40, 5e-5, "fp32", "adamw", 0)
 METHODS = {
-    "plain": Method("plain", "plain", "plain", "full", reversible=False, preserves_function=True),
-    "checkpoint": Method("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True),
-    "momentum:k=3": Method(
-        "momentum:k=3", "momentum", "momentum k=3", "full", reversible=True, preserves_function=True
-    ),
-    "leapfrog": Method("leapfrog", "leapfrog", "leapfrog", "full", reversible=True, preserves_function=False),
-    "midpoint": Method("midpoint", "midpoint", "midpoint", "full", reversible=True, preserves_function=False),
-    "hamiltonian": Method(
-        "hamiltonian", "hamiltonian", "hamiltonian", "full", reversible=True, preserves_function=False
-    ),
+    spec: Method.parse(spec) for spec in ("plain", "checkpoint", "momentum:k=3", "leapfrog", "midpoint", "hamiltonian")
 }
 
 
@@ -281,12 +272,10 @@ def hostile() -> FineTuning:
     done = calibrated()
     assert done.calibration is not None
     found = tuple(replace(each, block=f"{text}{each.block}") for each in done.calibration.sensitivities)
-    method = Method(text, text, text, text, reversible=True, preserves_function=True, note=text)
     return replace(
         done,
         name=text,
         model=ModelInfo(text, text, 1, text),
-        method=method,
         recipe=replace(done.recipe, trains=text, dtype=text, optimizer=text, schedule=text, schedule_steps=3),
         corpus=replace(CORPUS, source=text),
         command=text,

@@ -216,7 +216,6 @@ def hostile() -> Profile:
     text = f"{HOSTILE} {LONG}"
     results = []
     for each in base.results:
-        method = replace(each.method, title=text, note=text)
         memory, work, fidelity = each.memory, each.work, each.fidelity
         if memory is not None:
             named = tuple(replace(h, path=text if i % 2 else LONG) for i, h in enumerate(memory.holders))
@@ -226,7 +225,7 @@ def hostile() -> Profile:
         if fidelity is not None:
             fidelity = replace(fidelity, drift=dict.fromkeys(map(str, [text]), 0.0))
         reason = text if each.reason else ""
-        results.append(replace(each, method=method, reason=reason, memory=memory, work=work, fidelity=fidelity))
+        results.append(replace(each, reason=reason, memory=memory, work=work, fidelity=fidelity))
     return replace(
         base,
         model=ModelInfo(text, text, 1, text),

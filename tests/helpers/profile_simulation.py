@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sin
 
+from autorev import methods
 from autorev.analysis import Category, Prediction
 from autorev.profiler.readings import BlockTime, Fidelity, Holder, Memory, Round, Timeline, Work
-from autorev.methods import Method
 
 POINTS = {"forward": 100, "backward": 150, "optimizer": 50}
 HEAD = 0.1
@@ -45,7 +45,7 @@ class Model:
 class Method:
     """How a method stores what backward needs."""
 
-    method: Method
+    method: methods.Method
     kept: float
     """Of what plain autograd stores per block."""
     streams: float
@@ -67,14 +67,7 @@ class Method:
 
 def method(spec: str, kept: float, streams: float, again: float, **more: float | int) -> Method:
     """A method from its spec."""
-    method, _, options = spec.partition(":")
-    loss = "chunked" if "loss=chunked" in options else "full"
-    reversible = method not in ("plain", "checkpoint", "sac", "offload", "compile")
-    preserves = not reversible or (method == "momentum" and "k=2" not in options)
-    shown = ", ".join(option for option in options.split(",") if option != "loss=chunked")
-    title = f"{method} {shown}".strip() + (", chunked loss" if loss == "chunked" else "")
-    note = "" if preserves else "a pretrained model does not keep its function"
-    method = Method(spec, method, title, loss, reversible, preserves, note)
+    method = methods.Method.parse(spec)
     return Method(method, kept, streams, int(more.pop("side_bits", 0)), again, **more)  # type: ignore[arg-type]
 
 

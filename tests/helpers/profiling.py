@@ -6,10 +6,10 @@ from typing import Any
 
 from autorev.analysis import Setting
 from autorev.in_place import Blocks
+from autorev.methods import Method
 from autorev.profiler.job import Job, Source
 from autorev.profiler.record import Profile
 from autorev.profiler.run import profile
-from autorev.methods import parse_method
 
 
 def run(model: Any = "profiled_net:make", *specs: str, **options: Any) -> Profile:
@@ -22,4 +22,4 @@ def job_of(factory: str) -> Job:
     source = Source(f"profiled_net:{factory}", None, None, None, "cpu", 1)
     blocks = Blocks(tuple(f"blocks.{n}" for n in range(4)), inline=False, draws_random=False)
     setting = Setting(4, None, "fp32", "adamw", "full", None, "full", "this machine")
-    return Job(source, parse_method("plain"), blocks, setting, 0, 1, 1, passes=False)
+    return Job(source, Method.parse("plain"), blocks, setting, 0, 1, 1, passes=False)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autorev.analysis import Category, Setting
 from autorev.in_place import Blocks, in_place
+from autorev.methods import Method
 from autorev.pipeline import prepare
 from autorev.profiler.job import Source
 from autorev.profiler.passes.allocator import measure_memory
@@ -22,7 +23,6 @@ from autorev.profiler.passes.prepare import find_blocks, prepare_model
 from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes, tensors_of
 from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.readings import PHASES, Memory
-from autorev.methods import parse_method
 from autorev.workload import Call
 from tests.integration.test_prediction import FAMILIES, workload_of
 
@@ -83,7 +83,7 @@ def measured(
     model, call, blocks = model_and_call(family, sizes, batch, sequence)
     source = Source(None, None, None, None, "cpu", 1)
     prepared = prepare_model(source, setting_of(batch, sequence, trains), blocks, (model, call))
-    with in_place(prepared.model, parse_method(spec), blocks, prepared.call) as placed:
+    with in_place(prepared.model, Method.parse(spec), blocks, prepared.call) as placed:
         step = TrainingStep(prepared.model, prepared.call, optimizer_for(prepared.model, "adamw"))
         step.run()
         if placed.host:
@@ -257,7 +257,7 @@ def test_measured_is_what_was_predicted(spec: str, trains: str) -> None:
     _, forecaster = prepare(
         workload, batch=8, sequence=SEQUENCE, dtype="fp32", device="cpu", trains=trains, lora_rank=rank
     )
-    predicted = predict_method(forecaster, parse_method(spec))
+    predicted = predict_method(forecaster, Method.parse(spec))
     assert predicted is not None
     memory = measured(spec, sizes=WIDE, batch=8, trains=trains).memory
     assert predicted.peak_bytes == pytest.approx(memory.peak_bytes, rel=3e-3)
@@ -270,7 +270,7 @@ def test_torchs_own_tracker_finds_the_same_peak(spec: str) -> None:
     from torch.distributed._tools.mem_tracker import MemTracker
 
     model, call, blocks = model_and_call("llama", (), BATCH, SEQUENCE)
-    with in_place(model, parse_method(spec), blocks, call):
+    with in_place(model, Method.parse(spec), blocks, call):
         step = TrainingStep(model, call, optimizer_for(model, "adamw"))
         step.run()
         tracker = MemTracker()

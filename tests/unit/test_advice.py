@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from autorev.analysis import Category, Recommendation
+from autorev.methods import Method
 from autorev.plan import how
 from autorev.profiler.advice.advise import advise
 from autorev.profiler.readings import Memory, Round
 from autorev.profiler.record import Point, Profile, Result, Status
-from autorev.methods import Method
 from tests.helpers import profile_examples as examples
-from tests.helpers.profile_simulation import method
 
 GIB = 2**30
 HOW = how({}, "full")
@@ -22,7 +21,7 @@ HOW = how({}, "full")
 
 def method(spec: str) -> Method:
     """The method of that spec."""
-    return method(spec, 0, 0, 0).method
+    return Method.parse(spec)
 
 
 def measured(

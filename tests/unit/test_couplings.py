@@ -22,12 +22,13 @@ from autorev.couplings.additive import Additive
 from autorev.couplings.arithmetic import LIMIT, MOST_FRACTION_BITS, Arithmetic, FixedPoint, Floating, grid_for
 from autorev.couplings.choose import check_dyadic, coupling_for
 from autorev.couplings.coupling import Coupling, State
-from autorev.couplings.presets import PRESETS, preset_named
+from autorev.couplings.presets import PRESETS
 from autorev.couplings.side_bits import pack, unpack
 from autorev.couplings.velocity import Bdia, Velocity
 from autorev.engine.grid import advance, check_largest, grid_at_start, largest_of
 from autorev.engine.mode import running
-from autorev.errors import ConversionError, FixedPointRangeError
+from autorev.errors import ConversionError, FixedPointRangeError, SettingError
+from autorev.methods import Method
 from tests.helpers import handwritten as hand
 
 GAMMAS = [Fraction(n) for n in ("1", "-1", "1/8", "-3/8", "7/16", "11/8", "77/256")]
@@ -488,16 +489,16 @@ def test_a_gamma_beyond_the_exact_range_is_refused(gamma: float) -> None:
         converted(gamma=gamma)
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.gamma_is_free])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "momentum"])
 def test_gamma_is_refused_where_the_coupling_has_its_own(name: str) -> None:
     """leapfrog, midpoint and the rest say so, instead of ignoring the number."""
-    with pytest.raises(ConversionError, match=name):
-        coupling_for(preset_named(name), "blocks.0", 0, 4, 0.5, None)
+    with pytest.raises(SettingError, match=name):
+        Method(name, gamma=0.5)
 
 
 def test_gamma_for_leapfrog_is_refused_by_convert() -> None:
     """The message says which coupling takes one."""
-    with pytest.raises(ConversionError, match=r"leapfrog has its own gamma; coupling='momentum' takes gamma=0\.5"):
+    with pytest.raises(ConversionError, match=r"leapfrog has its own gamma; momentum takes gamma=0\.5"):
         converted(coupling="leapfrog", gamma=0.5)
 
 

@@ -65,8 +65,8 @@ def test_a_missing_or_unknown_field_is_named() -> None:
 
 def test_another_version_or_kind_is_refused() -> None:
     """An older schema is not guessed at, and a profile is no fine-tuning."""
-    now, old = '"schema_version": 2', '"schema_version": 1'
-    with pytest.raises(RecordError, match=r"has schema version 1, .* reads 2"):
+    now, old = '"schema_version": 3', '"schema_version": 1'
+    with pytest.raises(RecordError, match=r"has schema version 1, .* reads 3"):
         FineTuning.from_json(edited(examples.momentum(), now, old))
     with pytest.raises(RecordError, match="is no record of a fine-tuning"):
         FineTuning.from_json("{}")

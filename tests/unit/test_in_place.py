@@ -13,10 +13,10 @@ from torch import nn
 from autorev.conversion.convert import forwards_of
 from autorev.engine.mode import running
 from autorev.in_place import Blocks, NotApplicable, in_place
+from autorev.methods import ALL, Method
 from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
-from autorev.methods import ALL, parse_method
 from autorev.workload import Call
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import TOKENS, Results, assert_same, gradients_of, small
@@ -108,7 +108,7 @@ def run(*specs: str) -> pytest.MarkDecorator:
 @run(*ALL, "momentum:arithmetic=float", "leapfrog:granularity=sublayer")
 def test_a_method_trains_the_model_and_leaves_it_as_it_was(spec: str) -> None:
     """Gradients are those of plain training, or of the coupling under ordinary autograd; then nothing is left."""
-    method = parse_method(spec)
+    method = Method.parse(spec)
     model, call, blocks = language_model() if method.loss == "chunked" else stack()
     plain = gradients(model, call)
     with no_trace(model), in_place(model, method, blocks, call):
@@ -131,7 +131,7 @@ def test_an_error_inside_leaves_nothing_behind(spec: str) -> None:
     with (
         no_trace(model),
         pytest.raises(ZeroDivisionError),
-        in_place(model, parse_method(spec), blocks, call),
+        in_place(model, Method.parse(spec), blocks, call),
     ):
         raise ZeroDivisionError
 
@@ -143,7 +143,7 @@ def test_a_forward_of_the_users_own_comes_back() -> None:
     block.forward = lambda x: type(block).forward(block, 2 * x)
     own = block.forward
     changed = gradients(model, call)
-    with no_trace(model), in_place(model, parse_method("checkpoint"), blocks, call):
+    with no_trace(model), in_place(model, Method.parse("checkpoint"), blocks, call):
         assert_same(gradients(model, call), changed, 0.0)
     assert block.forward is own
 
@@ -156,7 +156,7 @@ def test_dropout_is_replayed_under_checkpointing() -> None:
     assert blocks.draws_random
     plain = gradients(model, call)
     for spec in ("checkpoint", "sac", "offload", "compile:budget=1"):
-        with no_trace(model), in_place(model, parse_method(spec), blocks, call):
+        with no_trace(model), in_place(model, Method.parse(spec), blocks, call):
             if not spec.startswith("compile"):  # which draws its own numbers
                 assert_same(gradients(model, call), plain, 1e-5)
 
@@ -167,7 +167,7 @@ def test_compile_below_a_full_budget_is_refused_with_dropout() -> None:
     with (
         no_trace(model),
         pytest.raises(NotApplicable, match=r"draw random numbers \(dropout\), which torch.compile replays wrongly"),
-        in_place(model, parse_method("compile"), blocks, call),
+        in_place(model, Method.parse("compile"), blocks, call),
     ):
         pass
 
@@ -180,10 +180,10 @@ def test_turns_of_a_loop_have_no_module_to_wrap(spec: str) -> None:
     with (
         no_trace(model),
         pytest.raises(NotApplicable, match="its blocks are turns of a loop: there is no module to"),
-        in_place(model, parse_method(spec), blocks, call),
+        in_place(model, Method.parse(spec), blocks, call),
     ):
         pass
-    with no_trace(model), in_place(model, parse_method("momentum"), blocks, call):
+    with no_trace(model), in_place(model, Method.parse("momentum"), blocks, call):
         assert list(forwards_of(model))
 
 
@@ -198,7 +198,7 @@ def test_turns_of_a_loop_have_no_module_to_wrap(spec: str) -> None:
 def test_what_cannot_be_had_says_why(spec: str, words: str) -> None:
     """A conversion that is refused is a method that does not apply, with the conversion's own words."""
     model, call, blocks = stack()
-    with no_trace(model), pytest.raises(NotApplicable, match=words), in_place(model, parse_method(spec), blocks, call):
+    with no_trace(model), pytest.raises(NotApplicable, match=words), in_place(model, Method.parse(spec), blocks, call):
         pass
 
 
@@ -208,7 +208,7 @@ def test_a_refused_coupling_takes_the_chunked_loss_with_it() -> None:
     with (
         no_trace(model),
         pytest.raises(NotApplicable, match="exact arithmetic needs"),
-        in_place(model, parse_method("momentum:gamma=0.3,loss=chunked"), blocks, call),
+        in_place(model, Method.parse("momentum:gamma=0.3,loss=chunked"), blocks, call),
     ):
         pass
 
@@ -216,7 +216,7 @@ def test_a_refused_coupling_takes_the_chunked_loss_with_it() -> None:
 def test_offloading_frees_the_host_with_the_graph() -> None:
     """Every byte that was moved is taken back after backward, also when backward never comes."""
     model, call, blocks = stack()
-    with in_place(model, parse_method("offload"), blocks, call) as placed:
+    with in_place(model, Method.parse("offload"), blocks, call) as placed:
         assert placed.host is not None
         loss = own_loss(model, call)
         stream = TOKENS.numel() * hand.WIDTH * 4
@@ -235,5 +235,5 @@ def test_side_bits_are_the_exponent_of_gamma() -> None:
     bits = {**{f"momentum:k={k}": k for k in range(1, 8)}, "momentum:gamma=0.375": 3, "momentum:gamma=-0.5": 1}
     bits |= {"momentum:gamma=1": 0, "leapfrog": 0, "hamiltonian": 0, "bdia": 1, "momentum:k=1,arithmetic=float": 0}
     for spec, most in bits.items():
-        with in_place(model, parse_method(spec), blocks, call) as placed:
+        with in_place(model, Method.parse(spec), blocks, call) as placed:
             assert placed.side_bits == most, spec

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     errors format given host_store
     capture couplings files lock packages workload
-    engine records methods
+    engine methods records
     analysis intact
     commands detect profiles words
     models offers rewrite

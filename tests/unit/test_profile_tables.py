@@ -126,18 +126,11 @@ class TestPeak:
         assert all(f'<th scope="row">{holder.path}</th>' in page for holder in holders)
 
 
-def test_two_methods_are_never_called_the_same() -> None:
-    """Where titles coincide, the spec tells them apart."""
-    base = examples.smollm2()
-    same = replace(base, results=tuple(replace(r, method=replace(r.method, title="same")) for r in base.results))
-    assert len(set(rows.labels(same).values())) == len(base.results)
-
-
 def test_plain_with_another_loss_is_not_what_others_are_compared_with() -> None:
     """`plain:loss=chunked` has a row like any other; shares are those of `plain`, whichever comes first."""
     base = examples.smollm2()
     plain = base.result("plain")
-    lean = replace(plain.method, spec="plain:loss=chunked", title="plain, chunked loss", loss="chunked")
+    lean = replace(plain.method, loss="chunked")
     other = replace(plain, method=lean, memory=replace(plain.memory, peak_bytes=plain.memory.peak_bytes // 2))
     rows = {row.head: row for row in glance(replace(base, results=(other, *base.results))).rows}
     assert (cell(rows["plain"], 1), cell(rows["plain, chunked loss"], 1)) == ("100 %", "50 %")

@@ -70,8 +70,8 @@ def test_a_missing_or_unknown_field_is_named() -> None:
 
 def test_another_version_is_refused_with_both_numbers() -> None:
     """An older schema is not guessed at."""
-    now, old = '"schema_version": 2', '"schema_version": 1'
-    with pytest.raises(RecordError, match=r"has schema version 1, .* reads 2"):
+    now, old = '"schema_version": 3', '"schema_version": 1'
+    with pytest.raises(RecordError, match=r"has schema version 1, .* reads 3"):
         Profile.from_json(edited(examples.unequal(), now, old))
 
 

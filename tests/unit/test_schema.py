@@ -29,7 +29,7 @@ def test_json_follows_the_schema(name: str) -> None:
     """What is printed validates against docs/analysis.schema.json."""
     text = EXAMPLES[name]().to_json()
     jsonschema.validate(json.loads(text), SCHEMA)
-    assert json.loads(text)["schema_version"] == 2
+    assert json.loads(text)["schema_version"] == 3
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -59,7 +59,7 @@ def damaged(**changes: Any) -> str:
         ('{"schema_version": 1, "model"', "not valid JSON"),
         ("[]", "is no record of an analysis"),
         (damaged(kind="profile"), "is no record of an analysis"),
-        (damaged(schema_version=3), "schema version 3"),
+        (damaged(schema_version=4), "schema version 4"),
         (damaged(notes=["made up"]), "was changed after it was written"),
         (damaged(model={"name": "x"}), "does not follow its schema"),
         (damaged(surprise=1), "surprise"),

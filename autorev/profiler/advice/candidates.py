@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from autorev.methods import Method
 from autorev.offers import FIXED
 from autorev.profiler.points import largest_points, point_per_second, point_spread
 from autorev.profiler.record import WIDE_SPREAD, Profile, Result, Status
-from autorev.methods import Method
 
 WORTH = 0.05
 """A peak has to be lower by this share to be worth a conversion."""

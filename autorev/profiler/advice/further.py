@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from autorev.analysis import Category
 from autorev.format import format_bytes as size
 from autorev.format import plural
+from autorev.methods import coupling_options
 from autorev.offers import CHUNKED, Possible, offers, smaller_step
 from autorev.plan import COMFORT, how
 from autorev.profiler.advice.candidates import Candidate, same_loss, with_chunks
 from autorev.profiler.record import Profile, Result, Status
-from autorev.methods import coupling_options
 from autorev.words import CATEGORY_TITLES
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from autorev.engine.eval_mode import eval_mode
 from autorev.in_place import Blocks, in_place
+from autorev.methods import Method
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import on_tokens
 from autorev.profiler.readings import Fidelity
-from autorev.methods import Method
 from autorev.verification import verify_call
 from autorev.workload import Call
 

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from autorev.analysis import Analysis, DeviceInfo, Sweep
 from autorev.format import ByteUnit, clean, format_bytes, format_integer, unit_for
-from autorev.report.analysis.rows import MethodRow, bar_scale, fits, shown_categories, method_rows, sweep_rows
+from autorev.report.analysis.rows import MethodRow, bar_scale, fits, method_rows, shown_categories, sweep_rows
 from autorev.report.palette import CATEGORY_COLORS, PHASE_COLORS, method_color
 from autorev.report.plotting import (
     BAD,

@@ -17,7 +17,7 @@ from autorev.format import (
     plural,
     sentence,
 )
-from autorev.report.analysis.rows import MethodRow, all_blocks, fits, identical_runs, reversible_count, method_rows
+from autorev.report.analysis.rows import MethodRow, all_blocks, fits, identical_runs, method_rows, reversible_count
 from autorev.words import device_facts, headline, model_facts, setting_facts
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from autorev.analysis import Analysis, Block, Category, Prediction, Reach, Sweep, Verdict
 from autorev.format import clean
-from autorev.words import BASELINES
+from autorev.methods import BASELINES
 
 _FARTHEST_CAPACITY = 3
 """In units of the highest peak: a capacity farther away would leave the bars too short to read."""

@@ -24,16 +24,16 @@ from autorev.format import (
     unit_for,
 )
 from autorev.report.analysis.rows import (
-    Run,
     MethodRow,
+    Run,
     all_blocks,
     bar_scale,
     fits,
+    method_rows,
     reversible_count,
     shown_categories,
     similar_groups,
     step_kinds,
-    method_rows,
 )
 from autorev.report.bars import CAPACITY_MARK, Bar, legend, uses_color
 from autorev.words import device_facts, headline, model_facts, setting_facts

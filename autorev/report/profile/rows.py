@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from autorev.analysis import Category
 from autorev.format import clean
+from autorev.methods import Method
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result, Status
 from autorev.report.palette import method_color
 from autorev.report.plotting import DASHES, SYMBOLS
-from autorev.methods import Method
 
-_NOT_ASKED_FOR = Method("checkpoint", "checkpoint", "checkpoint", "full", reversible=False, preserves_function=True)
+_NOT_ASKED_FOR = Method("checkpoint")
 _dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 

@@ -82,7 +82,7 @@ def _glance_row(profile: Profile, each: Result) -> Row:
         Cell(format_error(fidelity.gradient_error)) if fidelity else NO_FIGURE,
         Cell(f"{fidelity.loss - fidelity.original_loss:+.3f}") if fidelity else NO_FIGURE,
     ]
-    return row(profile, each, cells, [clean(each.method.note)])
+    return row(profile, each, cells, [clean(each.method.known.source)])
 
 
 def _peak_cell(profile: Profile, peak: int | None) -> Cell:

@@ -1,74 +1,19 @@
-"""The ways to train that are compared, and those of them that are PyTorch's own: what each keeps between forward and
-backward, and what it computes twice.
+"""PyTorch's own ways to keep less of a block between forward and backward, as predictions run them.
 
-Reversible ones are run by the engine itself (`simulate`).
+Reversible ones are run by the engine itself (`chains`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from autorev.couplings.choose import coupling_for
-from autorev.rewrite.request import Request, check_request, in_pieces
-
 Run = Callable[[torch.Tensor], Any]
 """Runs one block: stream in, whatever the block returns out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One row of the comparison."""
-
-    name: str
-    kind: str
-    """plain, checkpoint, sac, offload or reversible."""
-    request: Request | None = None
-    """What `convert` would be asked for, of a reversible one."""
-    preserves_function: bool = True
-    note: str = ""
-    keep_last: int | tuple[int, ...] = 0
-    """Blocks at the end of a reversible chain that are stored instead of recomputed: of all alike, or one by one."""
-
-    @property
-    def in_pieces(self) -> bool:
-        """Is a step less than a block?"""
-        return self.request is not None and in_pieces(self.request, check_request(self.request))
-
-    def side_bits(self, number: int, blocks: int) -> int:
-        """What block `number` of a chain of `blocks` keeps of an element, where a block is one step."""
-        if self.request is None or self.in_pieces or isinstance(self.request.gamma, Mapping):
-            return 0
-        preset = check_request(self.request)
-        return coupling_for(preset, "", number, blocks, self.request.gamma, None).side_bits
-
-    def stored_of(self, chain: int) -> int:
-        """Blocks at the end of the chain of that number that are stored."""
-        return self.keep_last if isinstance(self.keep_last, int) else self.keep_last[chain]
-
-
-def reversible(name: str, note: str, preserves_function: bool = False) -> Method:
-    """The coupling of that name as `convert` has it by default."""
-    return Method(name, "reversible", Request(name), preserves_function, note)
-
-
-METHODS: tuple[Method, ...] = (
-    Method("plain", "plain", note="torch autograd keeps every activation"),
-    Method("checkpoint", "checkpoint", note="torch.utils.checkpoint around every block"),
-    Method("offload", "offload", note="checkpoint, with the blocks' inputs kept in host memory"),
-    reversible("momentum", "gamma = 1/8, c = 15/16, exact", preserves_function=True),
-    reversible("bdia", "gamma = +-1/2, exact"),
-    reversible("leapfrog", "gamma = 1, c = 1"),
-    reversible("midpoint", "gamma = -1, c = 2"),
-    reversible("midpoint_a", "gamma = -a, a = n/8 per layer"),
-    reversible("hamiltonian", "two streams (q, p)"),
-    reversible("revnet", "two streams (x1, x2)"),
-)
 
 
 def run_checkpointed(run: Run, stream: torch.Tensor) -> Any:
