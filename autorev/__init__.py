@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from autorev.conversion.convert import convert as convert
     from autorev.conversion.convert import drift as drift
     from autorev.conversion.convert import revert as revert
-    from autorev.conversion.fx_pass import ReverseChains as ReverseChains
+    from autorev.conversion.load import load as load
     from autorev.conversion.recouple import recouple as recouple
-    from autorev.conversion.remember import load as load
     from autorev.conversion.summary import Conversion as Conversion
-    from autorev.detect.fx_pass import AnnotateResiduals as AnnotateResiduals
     from autorev.errors import AutorevError as AutorevError
     from autorev.finetuning.calibrate import calibrate as calibrate
     from autorev.finetuning.record import FineTuning as FineTuning
     from autorev.finetuning.run import finetune as finetune
+    from autorev.fx.annotate import AnnotateResiduals as AnnotateResiduals
+    from autorev.fx.reverse import ReverseChains as ReverseChains
     from autorev.pipeline import analyze as analyze
     from autorev.pipeline import forecast as forecast
     from autorev.profiler.record import Profile as Profile
@@ -43,7 +43,7 @@ _home = {
     "calibrate": "autorev.finetuning.calibrate",
     "FineTuning": "autorev.finetuning.record",
     "finetune": "autorev.finetuning.run",
-    "AnnotateResiduals": "autorev.detect.fx_pass",
+    "AnnotateResiduals": "autorev.fx.annotate",
     "analyze": "autorev.pipeline",
     "chunk_loss": "autorev.chunked_loss",
     "unchunk_loss": "autorev.chunked_loss",
@@ -54,8 +54,8 @@ _home = {
     "drift": "autorev.conversion.convert",
     "revert": "autorev.conversion.convert",
     "recouple": "autorev.conversion.recouple",
-    "load": "autorev.conversion.remember",
-    "ReverseChains": "autorev.conversion.fx_pass",
+    "load": "autorev.conversion.load",
+    "ReverseChains": "autorev.fx.reverse",
     "Conversion": "autorev.conversion.summary",
     "Verification": "autorev.verification",
     "verify": "autorev.verification",

@@ -21,6 +21,8 @@ from autorev.capture.quantised import is_quantised
 from autorev.detection import example_call_of
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import ConversionError
+from autorev.integrations.peft import base_model
+from autorev.integrations.transformers import decoder_inputs, output_head
 
 CHUNKS = 8
 LEAST_TOKENS = 64
@@ -118,7 +120,7 @@ _TOKENS = ("input_ids", "labels", "decoder_input_ids", "attention_mask")
 
 def head_of(model: nn.Module) -> nn.Linear | None:
     """The linear layer that makes the logits; None where there is none, it is quantised, or adapters wrap it."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     return head if type(head) is nn.Linear and not is_quantised(head) else None
 
 
@@ -178,11 +180,10 @@ def run_without_logits(
         return hidden[..., :1]
 
     without = {name: value for name, value in kwargs.items() if name != "labels"}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "labels" in kwargs:
-        # Which the model would derive from the labels.
-        derive = getattr(model, "prepare_decoder_input_ids_from_labels", lambda labels: labels)
-        if without.get("decoder_input_ids") is None and without.get("decoder_inputs_embeds") is None:
-            without["decoder_input_ids"] = derive(kwargs["labels"])
+    if "labels" in kwargs and without.get("decoder_input_ids") is None and without.get("decoder_inputs_embeds") is None:
+        read = decoder_inputs(model, kwargs["labels"])
+        if read is not None:
+            without["decoder_input_ids"] = read
     with _head_replaced(head, keep_input):
         out = forward(*args, **without)
     return out, seen.pop()
@@ -217,5 +218,4 @@ def linear_loss(head: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, red
 def _without_adapters(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"the loss of a model is chunked, and a {type(model).__name__} is none")
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT's method
-    return base
+    return base_model(model)

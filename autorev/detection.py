@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
-from autorev.capture.plain import fetched, refuse_flattened
+from autorev.capture.plain import refuse_flattened
 from autorev.capture.record import record
 from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
 from autorev.errors import AutorevError, CaptureError, first_line
-from autorev.models.example_call import example_call_for, is_transformers
+from autorev.integrations.accelerate import fetched
+from autorev.integrations.example_call import example_call_for
+from autorev.integrations.transformers import is_transformers
 from autorev.workload import Call
 
 

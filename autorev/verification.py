@@ -24,7 +24,7 @@ from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
 from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import ConversionError
-from autorev.workload import without_cache
+from autorev.integrations.transformers import without_cache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative gradient error that passes, by the narrowest dtype among the parameters."""

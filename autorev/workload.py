@@ -52,16 +52,6 @@ class Workload:
     """How its weights are quantised; None: they are not, or the built model has them quantised."""
 
 
-def without_cache(model: torch.nn.Module, call: Call) -> Call:
-    """`call` as in training, which fills no key-value cache; one that was asked for is left.
-
-    A `transformers` model makes one by default, and a block that is run a second time would append to it again.
-    """
-    args, kwargs = call
-    makes_one = getattr(getattr(model, "config", None), "use_cache", None) is True and hasattr(model, "main_input_name")
-    return (args, {**kwargs, "use_cache": False}) if makes_one and "use_cache" not in kwargs else call
-
-
 def check_step(batch: int | None, sequence: int | None) -> None:
     """Raise where a step would be larger than any there is.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.capture.transformers_quirks import quiet
+from autorev.integrations.quirks import quiet
 from autorev.models.resolve import embedded_file
 from tests.integration.test_prediction import highest
 

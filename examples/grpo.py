@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import autorev
-from autorev.integrations.transformers import ReversibleCallback
+from autorev.finetuning.callback import ReversibleCallback
 
 
 def letters(completions: list[str], **columns: object) -> list[float]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import autorev
-from autorev.integrations.transformers import ReversibleCallback
+from autorev.finetuning.callback import ReversibleCallback
 
 
 def main(

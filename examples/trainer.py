@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import autorev
-from autorev.integrations.transformers import ReversibleCallback
+from autorev.finetuning.callback import ReversibleCallback
 
 LENGTH = 128
 """Tokens in a row."""

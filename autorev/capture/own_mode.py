@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from autorev.capture.patching import patched_here
+from autorev.patching import patched_here
 
 
 class OwnMode(TorchDispatchMode):

@@ -8,16 +8,13 @@ accelerate a forward that fetches weights from another device, from memory or fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from autorev.errors import CaptureError
+from autorev.integrations.accelerate import HOOK, OWN_FORWARD, is_mover
 
-_MOVERS = frozenset({"AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook"})
-"""Hooks of accelerate that do nothing but move weights and activations."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAVING = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
@@ -43,7 +40,7 @@ def plain_state(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | N
     cls = _own_class(type(module))
     ours = {name: _without_distributed(home[name]) for name in (*_HOOKS, *_SAVING) if home.get(name)}
     theirs = [name for name in home if str(name).startswith("__composable_api_state_key")]
-    moved = is_mover(home.get("_hf_hook"))
+    moved = is_mover(home.get(HOOK))
     if (
         cls is type(module)
         and not (theirs or moved)
@@ -54,42 +51,12 @@ def plain_state(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | N
     for name in (*theirs, "_is_fsdp_managed_module", "_compiled_call_impl"):
         state.pop(name, None)
     if moved:
-        forward = home.get("_old_forward")
-        for name in ("_hf_hook", "_old_forward", "forward"):
+        forward = home.get(OWN_FORWARD)
+        for name in (HOOK, OWN_FORWARD, "forward"):
             state.pop(name, None)
         if getattr(forward, "__func__", None) is not cls.forward:
             state["forward"] = forward
     return cls, state
-
-
-def is_mover(hook: Any) -> bool:
-    """Is that one of accelerate's hooks, and one that moves weights?"""
-    if type(hook).__name__ == "SequentialHook":
-        return all(map(is_mover, hook.hooks))
-    return type(hook).__name__ in _MOVERS
-
-
-def fetched(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(path, tensor) of the parameters and buffers that a hook of accelerate fetches for every call, and that are on
-    the meta device until then."""
-    for path, module in model.named_modules():
-        hook = module.__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", [hook]):
-            if getattr(one, "offload", False) and is_mover(one):
-                deep = bool(getattr(one, "place_submodules", False))
-                named = [*module.named_parameters(recurse=deep), *module.named_buffers(recurse=deep)]
-                yield from ((".".join(filter(None, (path, name))), tensor) for name, tensor in named if tensor.is_meta)
-
-
-def execution_device(model: nn.Module) -> torch.device:
-    """The device that a call's arguments belong on; of a model whose weights are fetched, the one they come to."""
-    for module in model.modules():
-        hook = module.__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", [hook]):
-            if is_mover(one) and getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
-    first = next(iter(model.parameters()), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def _own_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -20,7 +20,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from autorev.capture.hush import warnings_hushed
+from autorev.hush import warnings_hushed
+from autorev.integrations.transformers import transposed_linear
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 _DEPTH = 3
@@ -80,10 +81,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if is_quantised(module):
         layer: Any = module  # of a library whose layers are no nn.Linear
         return int(layer.in_features), int(layer.out_features)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight transposed
-        rows, columns = module.weight.shape  # type: ignore[misc]  # two axes
-        return int(rows), int(columns)
-    return None
+    return transposed_linear(module)
 
 
 def packed(module: nn.Module) -> Packed | None:

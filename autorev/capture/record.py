@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.own_mode import OwnMode
-from autorev.capture.patching import patched_here
 from autorev.capture.source import caller_line
+from autorev.integrations.transformers import without_caches
+from autorev.patching import patched_here
 
 
 @dataclass(eq=False)
@@ -175,39 +175,6 @@ def _inside_of_hooks(model: nn.Module, stack: list[ModuleCall]) -> Iterator[None
             if not isinstance(module, torch.jit.ScriptModule):  # which takes none
                 hooks.callback(module.register_forward_hook(seen, with_kwargs=True, prepend=True).remove)
         yield
-
-
-@contextmanager
-def without_caches(model: nn.Module) -> Iterator[None]:
-    """A `transformers` model fills a key-value cache by default, in training too, where nobody reads it.
-
-    Switched off in copies of the configs, as a model that was copied or built may still share its config with another.
-    """
-    named = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    filling = {key: config for key, config in named.items() if getattr(config, "use_cache", None) is True}
-    copies = dict(zip(filling, copy.deepcopy(list(filling.values())), strict=True))
-    for config in copies.values():
-        config.use_cache = False
-    with ExitStack() as stack:
-        for module in model.modules():
-            attributes = vars(module)
-            held = {name: copies[id(value)] for name, value in attributes.items() if id(value) in copies}
-            if id(getattr(module, "config", None)) in copies:  # it may be the class that has it
-                held["config"] = copies[id(module.config)]
-            stack.callback(_set, attributes, {name: attributes.get(name, _nothing) for name in held})
-            _set(attributes, held)
-        yield
-
-
-_nothing = object()
-
-
-def _set(attributes: dict[str, Any], values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if value is _nothing:
-            del attributes[name]
-        else:
-            attributes[name] = value
 
 
 class _Watch(TorchFunctionMode):

@@ -30,7 +30,7 @@ def caller_place() -> tuple[str, int]:
     """`file.py:line`, and the instruction within the function: it tells two adds on one line apart."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_model_code(frame):
+        if is_model_code(frame.f_code.co_filename):
             return f"{short_path(frame.f_code.co_filename)}:{frame.f_lineno}", frame.f_lasti
         frame = frame.f_back
     return "unknown source", 0
@@ -40,17 +40,17 @@ def raised_line(error: BaseException) -> str:
     """`file.py:line` of the innermost frame of the model's code that `error` passed through."""
     found, trace = "unknown source", error.__traceback__
     while trace is not None:
-        if _is_model_code(trace.tb_frame):
+        if is_model_code(trace.tb_frame.f_code.co_filename):
             found = f"{short_path(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
 
 
-def _is_model_code(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    if name.startswith((*_libraries, *_machinery)):
-        return name in _torch_models
-    return not name.endswith(("/contextlib.py", "/functools.py", "/unittest/mock.py"))
+def is_model_code(filename: str) -> bool:
+    """Is it a file of the user's, or of torch's own blocks, and not of what runs them?"""
+    if filename.startswith((*_libraries, *_machinery)):
+        return filename in _torch_models
+    return not filename.endswith(("/contextlib.py", "/functools.py", "/unittest/mock.py"))
 
 
 def short_path(filename: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.own_mode import OwnMode
-from autorev.capture.patching import patched_here
+from autorev.patching import patched_here
 
 
 @contextmanager

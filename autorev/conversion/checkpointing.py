@@ -7,20 +7,18 @@ Trainers switch checkpointing on by an argument, so it is no error: the converte
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from autorev.integrations.transformers import CHECKPOINTING_METHODS, is_checkpointed, stop_checkpointing
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 
 SWITCH_OFF = (
     "call model.gradient_checkpointing_disable() (it is PEFT's prepare_model_for_kbit_training that switches it on, "
     "unless it is given use_gradient_checkpointing=False)"
 )
-METHODS = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
-"""What `transformers` has called it; the first is to go in its version 6."""
 
 
 @dataclass(eq=False)
@@ -38,8 +36,8 @@ class CheckpointingEnable:
         left_off = []
         for name, module in self.model.named_modules():
             reversible = any(isinstance(r, ReversibleForward) for r in module.__dict__.get(HANDLE, ()))
-            if reversible and getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False
+            if reversible and is_checkpointed(module):
+                stop_checkpointing(module)
                 left_off.append(name)
         if left_off and not self.told:
             self.told = True
@@ -54,22 +52,23 @@ class CheckpointingEnable:
 
 
 def checkpoints_itself(model: nn.Module) -> bool:
-    """Is checkpointing switched on in a `transformers` model?"""
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    """Is checkpointing switched on somewhere in the model?"""
+    return any(map(is_checkpointed, model.modules()))
 
 
-def explain_checkpointing(model: nn.Module) -> None:
-    """Put the explanation in the method's place, in `model` and in models inside it (adapters wrap them)."""
+def intercept_checkpointing_enable(model: nn.Module) -> None:
+    """Put `CheckpointingEnable` in the method's place, in `model` and in models inside it (adapters wrap them)."""
     for module, method in _pretrained(model):
         module.__dict__[method] = CheckpointingEnable(module, method)
 
 
-def stop_explaining(model: nn.Module) -> None:
-    """Undo `explain_checkpointing`."""
+def restore_checkpointing_enable(model: nn.Module) -> None:
+    """Undo `intercept_checkpointing_enable`."""
     for module, method in _pretrained(model):
         if isinstance(module.__dict__.get(method), CheckpointingEnable):
             del module.__dict__[method]
 
 
-def _pretrained(model: nn.Module) -> Iterable[tuple[nn.Module, str]]:
-    return [(m, method) for m in model.modules() for method in METHODS if callable(getattr(type(m), method, None))]
+def _pretrained(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    pairs = ((module, method) for module in model.modules() for method in CHECKPOINTING_METHODS)
+    return [(module, method) for module, method in pairs if callable(getattr(type(module), method, None))]

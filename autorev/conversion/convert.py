@@ -13,11 +13,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself, explain_checkpointing, stop_explaining
+from autorev.conversion import config_entry
+from autorev.conversion.checkpointing import (
+    SWITCH_OFF,
+    checkpoints_itself,
+    intercept_checkpointing_enable,
+    restore_checkpointing_enable,
+)
 from autorev.conversion.estimate import Estimate
 from autorev.conversion.notes import notes_on
 from autorev.conversion.probe import choose_grids
-from autorev.conversion.remember import forget, remember
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import notice_trainers, stop_noticing
@@ -120,9 +125,9 @@ def convert(
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
-        explain_checkpointing(model)
+        intercept_checkpointing_enable(model)
         notice_trainers(model)
-        remember(model, method, blocks, exclude, {item.chain.name: item.chain for item in built})
+        config_entry.write(model, method, blocks, exclude, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
@@ -145,9 +150,9 @@ def revert(model: nn.Module) -> int:
     found = list(replacements_of(model))
     for replacement in reversed(found):
         replacement.remove()
-    stop_explaining(model)
+    restore_checkpointing_enable(model)
     stop_noticing(model)
-    forget(model)
+    config_entry.remove(model)
     return sum(isinstance(replacement, ReversibleForward) for replacement in found)
 
 

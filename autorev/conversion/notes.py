@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from autorev.capture.plain import fetched
 from autorev.engine.chain import ReversibleChain
+from autorev.integrations.accelerate import fetched
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.compiled import IN_STEPS
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.capture.plain import fetched
 from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
 from autorev.engine.chain import Reach, ReversibleChain
 from autorev.engine.eval_mode import eval_mode
@@ -18,6 +17,7 @@ from autorev.engine.grid import COARSEST_FOR_INPUT, USUAL_FRACTION_BITS
 from autorev.engine.modules import is_fake
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import AutorevError, ConversionError
+from autorev.integrations.accelerate import fetched
 
 HEAD_ROOM = 16.0
 """Activations may become so many times as large as in the probe before they leave the grid."""

@@ -8,8 +8,8 @@ from fractions import Fraction
 
 from torch import nn
 
+from autorev.conversion import config_entry
 from autorev.conversion.convert import chains_of
-from autorev.conversion.remember import remember_numbers
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.choose import check_dyadic
 from autorev.couplings.velocity import Bdia, Velocity, compensated
@@ -51,7 +51,7 @@ def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
     new = [_couplings(chain, gamma, c) for chain in chains]
     for chain, couplings in zip(chains, new, strict=True):
         chain.couplings[:] = couplings
-    remember_numbers(model, chains)
+    config_entry.update(model, chains)
 
 
 def _couplings(chain: ReversibleChain, gamma: Numbers, c: Numbers) -> list[Velocity]:

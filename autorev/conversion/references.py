@@ -8,29 +8,29 @@ need nothing: that is the policy itself.
 from __future__ import annotations
 
 import logging
-import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 
+from autorev.conversion import config_entry
 from autorev.conversion.convert import chains_of, convert
-from autorev.conversion.remember import converted_as, for_base_model
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import AutorevError, ConversionError
+from autorev.integrations.peft import name_in_base
+from autorev.integrations.trainers import (
+    compares,
+    is_reference,
+    is_trainer,
+    precomputed_columns,
+    reference_log_probs,
+    reference_of,
+    servers_of,
+    unwrapped,
+)
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 
-_NAMES = re.compile(r"_?ref(erence)?(_|$)")
-"""What trainers call the attribute: ref_model, reference_model, ref_policy, ..."""
-_PRECOMPUTED = re.compile(r"ref(erence)?_.*log_?p")
-"""What they call the columns of a data set that hold the reference's log-probabilities."""
-_WITHIN = ("module", "_orig_mod", "_fsdp_wrapped_module")
-"""Where DDP, DeepSpeed, torch.compile and FSDP keep the model."""
-_SERVERS = re.compile(r"use_(vllm|sglang)$")
-_OF_ADAPTERS = (".base_layer", ".original_module")
 _SAME = 1e-3
 """Relative difference of two sums of log-probabilities of the same function."""
 _MOST_ROWS = 8
@@ -55,17 +55,18 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
             beforehand are not those of the coupled reference.
     """
     held = _modules_of(owner)
-    if policy is None:
+    references = {name: module for name, module in held.items() if is_reference(name)}
+    if policy is None or policy in references.values():
         policy = held.get("model")
-    references = {name: module for name, module in held.items() if _NAMES.match(name)}
-    trainer = _is_trainer(owner)
+    trainer = is_trainer(owner)
     if policy is None or not (trainer or references) or not _holds(held, policy):
         return trainer
-    if not any(HANDLE in module.__dict__ for module in policy.modules()):
+    if not _is_converted(policy):
+        _tell_of_plain_policy(owner, policy, references)
         return trainer
     for name, module in references.items():
         if policy not in (seen := _beside.setdefault(module, WeakSet())):
-            if _match(f"{type(owner).__name__}.{name}", module, _base(policy), convert_it=trainer):
+            if _match(f"{type(owner).__name__}.{name}", module, unwrapped(policy), convert_it=trainer):
                 _following.setdefault(module, WeakSet()).add(policy)
             seen.add(policy)
         elif policy in _following.get(module, ()):
@@ -80,14 +81,14 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
 
 def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -> bool:
     """Give the reference the policy's coupling, or say why not. Returns: whether it has that coupling now."""
-    reference = _base(module)
+    reference = unwrapped(module)
     # Some trainers put the policy beside a value head, into one module.
     policy = next((part for part in trained.modules() if _related(type(part), type(reference))), trained)
     if reference is policy:
         return False
-    settings, theirs = converted_as(policy), converted_as(reference)
+    settings, theirs = config_entry.read(policy), config_entry.read(reference)
     log = logging.getLogger("autorev")
-    if any(HANDLE in each.__dict__ for each in reference.modules()):
+    if _is_converted(reference):
         if _function_of(reference) == _function_of(policy):
             return True
         ours, other = settings or {}, theirs or {}
@@ -116,17 +117,35 @@ def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -
     if settings is None:
         raise ConversionError(f"{what} {_UNKNOWN}: the policy's config does not say how it was converted. {_BY_HAND}")
     try:
-        convert(reference, **for_base_model(settings))
+        convert(reference, **config_entry.for_base_model(settings))
     except AutorevError as error:
         raise ConversionError(f"{what} {_UNKNOWN}: {error}. {_BY_HAND}") from error
     log.warning("%s is converted like the policy, which it is compared with", what)
     return True
 
 
+def _is_converted(model: nn.Module) -> bool:
+    return any(HANDLE in module.__dict__ for module in model.modules())
+
+
+def _tell_of_plain_policy(owner: Any, policy: nn.Module, references: Mapping[str, nn.Module]) -> None:
+    """The other way round: it is the policy that would have to be converted, and that is up to who trains it."""
+    for name, module in references.items():
+        if _is_converted(module) and policy not in (seen := _beside.setdefault(module, WeakSet())):
+            seen.add(policy)
+            logging.getLogger("autorev").warning(
+                "%s.%s is converted, and the policy beside it computes the plain function: from the first step on they "
+                "differ by more than what was trained. Convert the policy with the same settings, before the trainer "
+                "is made, or autorev.revert the reference",
+                type(owner).__name__,
+                name,
+            )
+
+
 def _function_of(model: nn.Module) -> dict[str, Any]:
     """By converted block, the couplings of its chain and which of them is its own: what the model computes of it."""
     return {
-        _without_adapters(name): (found.numbers, found.chain.couplings, found.chain.averages)
+        name_in_base(name): (found.numbers, found.chain.couplings, found.chain.averages)
         for name, module in model.named_modules()
         for found in module.__dict__.get(HANDLE, ())
         if isinstance(found, ReversibleForward)
@@ -153,34 +172,17 @@ def _alike(reference: nn.Module, policy: nn.Module) -> bool:
     """The same class, with its blocks where the policy's are, and no weight that the policy lacks."""
     blocks = {name: type(module) for name, module in policy.named_modules() if HANDLE in module.__dict__}
     found = {name: type(module) for name, module in reference.named_modules()}
-    known = {_without_adapters(name) for name, _ in policy.named_parameters()}
+    known = {name_in_base(name) for name, _ in policy.named_parameters()}
     return (
         _related(type(reference), type(policy))
         and all(name in found and _related(found[name], kind) for name, kind in blocks.items())
-        and all(_without_adapters(name) in known for name, _ in reference.named_parameters())
+        and all(name_in_base(name) in known for name, _ in reference.named_parameters())
     )
 
 
 def _related(one: type, other: type) -> bool:
     """FSDP makes a class of its own of each class."""
     return (issubclass(one, other) or issubclass(other, one)) and nn.Module not in (one, other)
-
-
-def _without_adapters(name: str) -> str:
-    for part in _OF_ADAPTERS:
-        name = name.replace(part, "")
-    return name
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The model itself within what wraps it."""
-    while True:
-        inner = next((m for name in _WITHIN if isinstance(m := model._modules.get(name), nn.Module)), None)
-        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()  # type: ignore[operator]  # PEFT's method
-        if inner is None or inner is model:
-            return model
-        model = inner
 
 
 def _modules_of(owner: Any) -> dict[str, nn.Module]:
@@ -190,13 +192,9 @@ def _modules_of(owner: Any) -> dict[str, nn.Module]:
 
 
 def _holds(held: Mapping[str, nn.Module], policy: nn.Module) -> bool:
-    inside = _base(policy)
-    return any(inside is part for name, module in held.items() if not _NAMES.match(name) for part in module.modules())
-
-
-def _is_trainer(owner: Any) -> bool:
-    module = sys.modules.get("transformers.trainer")
-    return module is not None and isinstance(owner, module.Trainer)
+    inside = unwrapped(policy)
+    own = (module for name, module in held.items() if not is_reference(name))
+    return any(inside is part for module in own for part in module.modules())
 
 
 # -- what a trainer computes elsewhere
@@ -208,11 +206,12 @@ def _check_precomputed(trainer: Any) -> None:
     Raises:
         ConversionError: they are not the coupled reference's.
     """
-    columns = [name for name in getattr(trainer.train_dataset, "column_names", None) or () if _PRECOMPUTED.match(name)]
-    if not columns or trainer.state.global_step:
+    columns = precomputed_columns(trainer)
+    if not columns:
         return
     try:
-        found = _computed_anew(trainer)
+        with eval_mode(reference_of(trainer)):
+            found = reference_log_probs(trainer, _MOST_ROWS)
     except Exception as error:  # TRL's versions differ
         logging.getLogger("autorev").warning(
             "whether %s hold the coupled reference's log-probabilities could not be looked at (%s: %s); they do if the "
@@ -233,22 +232,10 @@ def _check_precomputed(trainer: Any) -> None:
                 )
 
 
-def _computed_anew(trainer: Any) -> list[list[float]]:
-    """Of the data set's first rows, in a batch like the one that they were computed in: it rounds the same."""
-    args = trainer.args
-    count = min(getattr(args, "precompute_ref_batch_size", None) or args.per_device_train_batch_size, _MOST_ROWS)
-    rows = [trainer.train_dataset[n] for n in range(min(count, len(trainer.train_dataset)))]
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    model = getattr(trainer, "ref_model", None) or trainer.model
-    with torch.no_grad(), eval_mode(model):
-        return [[] if v is None else v.tolist() for v in trainer.compute_ref_log_probs(model, batch)]
-
-
 def _tell_of_chance(trainer: Any, policy: nn.Module) -> None:
     """Couplings that are drawn for each call, where two calls are compared: the policy's and the reference's."""
     drawn = any(coupling.random for chain in chains_of(policy) for coupling in chain.couplings)
-    compared = any(_NAMES.match(name) for name in vars(trainer)) and getattr(trainer, "beta", None) != 0
-    if drawn and compared:
+    if drawn and compares(trainer):
         logging.getLogger("autorev").warning(
             "%s compares the policy with a reference, and a coupling whose signs are drawn for each call (bdia) makes "
             "the two differ before anything was trained; convert with one that draws nothing, such as momentum",
@@ -258,7 +245,7 @@ def _tell_of_chance(trainer: Any, policy: nn.Module) -> None:
 
 def _tell_of_servers(trainer: Any) -> None:
     """Samples that another program makes of the same weights."""
-    servers = [name for name, value in vars(trainer.args).items() if _SERVERS.match(name) and value is True]
+    servers = servers_of(trainer)
     if servers:
         logging.getLogger("autorev").warning(
             "%s generates with %s, which computes the plain function of the weights, while the policy is trained as "
@@ -266,5 +253,5 @@ def _tell_of_servers(trainer: Any) -> None:
             "(importance sampling) on and the coupling near the plain function (momentum with a small gamma), or "
             "generate with the model itself",
             type(trainer).__name__,
-            ", ".join(name.removeprefix("use_") for name in servers),
+            ", ".join(servers),
         )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from autorev.couplings.arithmetic import FixedPoint
@@ -47,6 +48,8 @@ class ConvertedChain:
     """Steps at the end that are stored instead of recomputed."""
     stored_blocks: int
     """The blocks they are: `keep_last`, as it was given or chosen."""
+    plain_blocks: int
+    """How many blocks before those are stored, too: with gamma = 0 nothing inverts them."""
     why_stored: str
     """Why so many, in words."""
     gamma: tuple[float, ...]
@@ -60,12 +63,15 @@ class ConvertedChain:
         """What there is to say of a chain that was built."""
         chain = built.chain
         velocities = [c for c in chain.couplings if isinstance(c, Velocity)]
+        steps = (chain.couplings[a:b] for a, b in pairwise([*built.first, len(chain.couplings)]))
+        recomputed = [any(c.invertible for c in of_block) for of_block in steps][: len(built.findings) - built.kept]
         return cls(
             name=chain.name,
             blocks=tuple(finding.path for finding in built.findings),
             steps=len(chain.couplings),
             stored_steps=len(chain.couplings) - chain.stored_from,
             stored_blocks=built.kept,
+            plain_blocks=recomputed.count(False),
             why_stored=why_stored,
             gamma=tuple(float(c.gamma) for c in velocities),
             c=tuple(c.c for c in velocities),
@@ -121,12 +127,11 @@ class Conversion:
 
     def __str__(self) -> str:
         lines = [
-            f"{chain.name}: {len(chain.blocks)} blocks reversible, {self.coupling}{_numbers(chain)}, "
-            f"{self.arithmetic}{_grid(chain)}"
+            f"{chain.name}: {_reversible(chain)}, {self.coupling}{_numbers(chain)}, {self.arithmetic}{_grid(chain)}"
             for chain in self.chains
         ]
         lines += _compared(self._found, self.chains, len(self.not_converted))
-        lines += dict.fromkeys(_stored(chain, len(self.chains)) for chain in self.chains)
+        lines += dict.fromkeys(line for chain in self.chains for line in _stored(chain, len(self.chains)))
         if self.preserves_function:
             lines.append(
                 "The pretrained function is nearly preserved (gamma is small): autorev.verify prints by how much"
@@ -140,7 +145,15 @@ class Conversion:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
-def _stored(chain: ConvertedChain, chains: int) -> str:
+def _reversible(chain: ConvertedChain) -> str:
+    count = len(chain.blocks)
+    recomputed = count - chain.stored_blocks - chain.plain_blocks
+    if recomputed <= 0:
+        return f"{plural(count, 'block')} converted, and none of them recomputed"
+    return f"{f'{count - chain.plain_blocks} of ' if chain.plain_blocks else ''}{plural(count, 'block')} reversible"
+
+
+def _stored(chain: ConvertedChain, chains: int) -> Iterator[str]:
     if chain.stored_blocks == 0:
         what = "No block is"
     elif chain.stored_blocks == 1:
@@ -148,7 +161,9 @@ def _stored(chain: ConvertedChain, chains: int) -> str:
     else:
         what = f"The last {chain.stored_blocks} blocks are"
     where = f" of {chain.name}" if chains > 1 else ""
-    return f"{what} stored{where} (keep_last={chain.stored_blocks}): {chain.why_stored}"
+    yield f"{what} stored{where} (keep_last={chain.stored_blocks}): {chain.why_stored}"
+    if chain.plain_blocks:
+        yield f"With gamma = 0 nothing inverts a block: {plural(chain.plain_blocks, 'more block')}{where} stored"
 
 
 def _compared(memory: Memory | str, chains: tuple[ConvertedChain, ...], left_out: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ from autorev.detect.obstacles import Obstacle
 MOST_STEPS = 4
 """A module with more residual steps than this, found inside its own sub-modules, is a container of blocks."""
 
-_torch_blocks = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+TORCH_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -100,7 +100,7 @@ def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
 def _is_candidate(child: ModuleCall, parent: ModuleCall) -> bool:
     """Repeated modules: items of a container, a class that occurs again among its siblings, one module called twice."""
     module = child.module
-    if isinstance(module, _torch_blocks):
+    if isinstance(module, TORCH_BLOCKS):
         return True
     if type(module).__module__.startswith("torch.nn"):
         return False

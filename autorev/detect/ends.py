@@ -8,24 +8,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from autorev.capture.tracer import CapturedBlock
-from autorev.detect.stream import reaches
+from autorev.detect.stream import is_stream_like, reaches
 
 
-def leaves(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def flatten_with_path(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """(place, leaf) of every leaf in nested tuples, lists, dicts and dataclasses; () for a bare value."""
     if isinstance(structure, list | tuple):
         for i, item in enumerate(structure):
-            yield from leaves(item, (*at, i))
+            yield from flatten_with_path(item, (*at, i))
     elif isinstance(structure, Mapping):
         for key, item in structure.items():
-            yield from leaves(item, (*at, key))
+            yield from flatten_with_path(item, (*at, key))
     elif is_dataclass(structure) and not isinstance(structure, type):
         for f in fields(structure):
-            yield from leaves(getattr(structure, f.name), (*at, f.name))
+            yield from flatten_with_path(getattr(structure, f.name), (*at, f.name))
     else:
         yield at, structure
 
@@ -67,13 +66,9 @@ def starts_of(captured: CapturedBlock) -> list[fx.Node]:
 def outputs_of(captured: CapturedBlock) -> list[tuple[tuple[Any, ...], fx.Node]]:
     return [
         (at, leaf)
-        for at, leaf in leaves(captured.output)
+        for at, leaf in flatten_with_path(captured.output)
         if isinstance(leaf, fx.Node) and is_stream_like(leaf.meta.get("val"))
     ]
-
-
-def is_stream_like(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
 
 
 def most_likely_start(starts: list[fx.Node], output: fx.Node) -> fx.Node:
@@ -105,20 +100,20 @@ def find_stream(
     return place, value
 
 
-def put(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
+def replace_leaf(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
     """`structure` with the leaf at `at` replaced; containers on the way are copied."""
     if not at:
         return value
     key, rest = at[0], at[1:]
     if isinstance(structure, tuple):
-        items = [(put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
+        items = [(replace_leaf(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
         return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
     if isinstance(structure, list):
-        return [(put(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
+        return [(replace_leaf(item, rest, value) if i == key else item) for i, item in enumerate(structure)]
     if isinstance(structure, dict):
         copied = structure.copy()
-        copied[key] = put(structure[key], rest, value)
+        copied[key] = replace_leaf(structure[key], rest, value)
         return copied
     twin = copy.copy(structure)
-    setattr(twin, key, put(getattr(structure, key), rest, value))
+    setattr(twin, key, replace_leaf(getattr(structure, key), rest, value))
     return twin

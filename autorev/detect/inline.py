@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import fx
-
 from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
-from autorev.detect.around import Question
-from autorev.detect.judge import Finding, drop_unread_items, path_nodes
+from autorev.detect.ends import drop_unread_items
+from autorev.detect.graph_queries import BlockView
+from autorev.detect.judge import Finding
 from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
-from autorev.detect.stream import ResidualStep, Stream, add_operands, follow, reaches
+from autorev.detect.runs import Run, residual_runs, stream_like_sums
+from autorev.detect.stream import ResidualStep, follow, is_stream_like, reaches
 
 
 def inline_blocks(call: ModuleCall, alone: bool = False) -> list[Finding]:
@@ -33,13 +32,7 @@ def inline_blocks(call: ModuleCall, alone: bool = False) -> list[Finding]:
     captured = _captured(call)
     if captured is None:
         return []
-    findings: list[Finding] = []
-    taken: set[fx.Node] = set()
-    while (longest := _longest_stream(captured, taken)) is not None:
-        stream, steps = longest
-        taken |= path_nodes(stream, steps[-1].after)
-        findings += _blocks_of(call, captured, stream, steps)
-    return findings
+    return [finding for run in residual_runs(captured.graph) for finding in _blocks_of(call, captured, run)]
 
 
 def _captured(call: ModuleCall) -> CapturedBlock | None:
@@ -53,41 +46,12 @@ def _captured(call: ModuleCall) -> CapturedBlock | None:
     return captured
 
 
-def _sums(captured: CapturedBlock) -> list[fx.Node]:
-    return [n for n in captured.graph.nodes if add_operands(n) is not None and _is_wide(n)]
-
-
-def _is_wide(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
-
-
-def _longest_stream(captured: CapturedBlock, taken: set[fx.Node]) -> tuple[Stream, list[ResidualStep]] | None:
-    """The stream with the most steps (two at least) among the sums that are not `taken` yet."""
-    best: tuple[Stream, list[ResidualStep]] | None = None
-    covered: set[fx.Node] = set(taken)
-    for node in _sums(captured):
-        for operand in node.all_input_nodes:
-            if operand in covered or not _is_wide(operand) or node in taken:
-                continue
-            stream = follow(operand)
-            for end in reversed(stream.nodes):
-                steps = stream.steps_to(end)
-                if not all(step.reads_stream() for step in steps) or len(steps) < 2:
-                    continue
-                if best is None or len(steps) > len(best[1]):
-                    best = stream, steps
-                break
-            covered |= set(stream.nodes) - {operand} if best and best[0] is stream else set()
-    return best
-
-
-def _blocks_of(call: ModuleCall, captured: CapturedBlock, stream: Stream, steps: list[ResidualStep]) -> list[Finding]:
-    period = _period([step.after.meta["place"] for step in steps])
-    obstacles = obstacles_on_stream(captured, stream, path_nodes(stream, steps[-1].after))
+def _blocks_of(call: ModuleCall, captured: CapturedBlock, run: Run) -> list[Finding]:
+    period = _period([step.after.meta["place"] for step in run.steps])
+    obstacles = obstacles_on_stream(captured, run.stream, run.path)
     findings = []
-    for number, first in enumerate(range(0, len(steps), period)):
-        group = steps[first : first + period]
+    for number, first in enumerate(range(0, len(run.steps), period)):
+        group = run.steps[first : first + period]
         finding = Finding(call, captured, group[0].before, group, list(obstacles), end=group[-1].after, inline=True)
         finding.path = _path(call, group, number)
         findings.append(finding)
@@ -127,13 +91,13 @@ def _refused_loop(call: ModuleCall) -> list[Finding]:
     if captured is None:
         return []
     findings: list[Finding] = []
-    for node in _sums(captured):
+    for node in stream_like_sums(captured.graph):
         for skip in node.all_input_nodes:
             others = [n for n in node.all_input_nodes if n is not skip]
-            if not (_is_wide(skip) and others and all(reaches(skip, other) for other in others)):
+            if not (is_stream_like(skip.meta.get("val")) and others and all(reaches(skip, other) for other in others)):
                 continue
             stream = follow(skip)
-            obstacle: Obstacle | None = between_sums(Question(captured, stream, node), node)
+            obstacle: Obstacle | None = between_sums(BlockView(captured, stream, node), node)
             if node in stream and obstacle is not None:
                 finding = Finding(call, captured, skip, [], [obstacle], end=node, inline=True)
                 finding.path = _path(call, stream.steps_to(node), len(findings))

@@ -14,14 +14,19 @@ from autorev.capture.fake import DATA_DEPENDENT
 from autorev.capture.record import ModuleCall
 from autorev.capture.source import definition_line, raised_line
 from autorev.capture.tracer import CapturedBlock, capture
-from autorev.detect.around import Question, is_single_input_layer, sum_operands_before
-from autorev.detect.ends import argument_of as argument_of
-from autorev.detect.ends import drop_unread_items as drop_unread_items
-from autorev.detect.ends import is_read, most_likely_start, outputs_of, starts_of
-from autorev.detect.ends import leaves as leaves
+from autorev.detect.ends import (
+    argument_of,
+    drop_unread_items,
+    flatten_with_path,
+    is_read,
+    most_likely_start,
+    outputs_of,
+    starts_of,
+)
+from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_operands_before
 from autorev.detect.kinds import public_step
-from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_on_stream, obstacles_to_stream
-from autorev.detect.stream import Add, ResidualStep, Stream, follow, keeps_order
+from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
+from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order
 from autorev.errors import first_line
 
 MOST_OPENED = 8
@@ -70,7 +75,7 @@ class Finding:
         if self.inline and self.end is not None:
             value: torch.Tensor = self.end.meta["val"]
             return value
-        return dict(leaves(self.call.output)).get(self.output_at)
+        return dict(flatten_with_path(self.call.output)).get(self.output_at)
 
     def block(self) -> Block:
         """The finding as frozen data."""
@@ -154,7 +159,7 @@ def judge(call: ModuleCall) -> Finding:
         opened |= hidden
     at, output = outputs[0]
     start = most_likely_start(starts, output)
-    obstacles = obstacles_to_stream(Question(captured, streams[start], output))
+    obstacles = obstacles_to_stream(BlockView(captured, streams[start], output))
     return Finding(call, captured, start, [], obstacles, output_at=at, path=call.path)
 
 
@@ -196,7 +201,7 @@ def _on_stream(
     at: tuple[Any, ...],
     output: fx.Node,
 ) -> Finding:
-    path = path_nodes(stream, output)
+    path = stream.path_to(output)
     obstacles = obstacles_on_stream(captured, stream, path) + _aux_obstacles(captured, path, at)
     if not keeps_order(stream, output):
         text = "the skip comes out with its axes permuted, so the block adds to a rearranged stream"
@@ -214,20 +219,10 @@ def _on_stream(
     return finding
 
 
-def path_nodes(stream: Stream, end: fx.Node) -> set[fx.Node]:
-    """The stream nodes from start to `end`."""
-    nodes, node = {end}, end
-    while node is not stream.start:
-        made = stream.nodes[node]
-        node = made.skip if isinstance(made, Add) else made
-        nodes.add(node)
-    return nodes
-
-
-def _aux_obstacles(captured: CapturedBlock, path: set[fx.Node], at: tuple[Any, ...]) -> list[Obstacle]:
+def _aux_obstacles(captured: CapturedBlock, path: list[fx.Node], at: tuple[Any, ...]) -> list[Obstacle]:
     found = []
     where = definition_line(captured.module)
-    for other, leaf in leaves(captured.output):
+    for other, leaf in flatten_with_path(captured.output):
         name = "".join(f"[{key!r}]" for key in other)
         if other == at or leaf is None or isinstance(leaf, bool | int | float):
             continue
@@ -245,40 +240,22 @@ def _aux_obstacles(captured: CapturedBlock, path: set[fx.Node], at: tuple[Any, .
     return found
 
 
-def _caveats(finding: Finding, path: set[fx.Node]) -> list[Obstacle]:
-    captured, start = finding.captured, finding.start
-    assert captured is not None and start is not None
+def _caveats(finding: Finding, path: list[fx.Node]) -> list[Obstacle]:
+    captured = finding.captured
+    assert captured is not None
     where = definition_line(captured.module)
     found = []
     if finding.call.buffers_written:
         names = ", ".join(finding.call.buffers_written[:3]) + (", ..." if len(finding.call.buffers_written) > 3 else "")
         text = f"it updates buffers while it runs ({names}); a second run in backward must not update them again"
         found.append(Obstacle("buffer-write", text, where))
-    end = finding.end
-    assert end is not None
-    before, after = (str(n.meta["val"].dtype).removeprefix("torch.") for n in (start, end))
-    narrow = [n for n in path if n.meta["val"].dtype.itemsize < start.meta["val"].dtype.itemsize]
-    if before != after:
-        found.append(Obstacle("stream-cast", f"it turns a {before} stream into a {after} one", end.meta["source"]))
-    elif narrow:
-        between = str(narrow[0].meta["val"].dtype).removeprefix("torch.")
-        text = f"it rounds its {before} stream to {between} on the way"
-        found.append(Obstacle("stream-cast", text, narrow[0].meta["source"]))
-    for node in path:
-        overwritten = [m for m in node.meta["mutates"] if isinstance(m.meta.get("val"), torch.Tensor)]
-        if any(_same(m.meta["val"], start.meta["val"]) for m in overwritten):
-            text = "it adds to its input in place; a converted block returns a new tensor instead"
-            found.append(Obstacle("in-place-add", text, node.meta["source"]))
+    found += caveats_on_stream(path)
     for name, tensor in captured.constants.items():
         if tensor.requires_grad and name:
             text = "its branch reads a tensor with gradient that is neither an argument nor a parameter"
             found.append(Obstacle("closure", text, where))
             break
     return found
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.Node) -> frozenset[str]:
@@ -290,7 +267,7 @@ def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.
             continue
         module = captured.module.get_submodule(str(node.target))
         value = node.meta["val"]
-        first = value if isinstance(value, torch.Tensor) else next((v for _, v in leaves(value)), None)
+        first = value if isinstance(value, torch.Tensor) else next((v for _, v in flatten_with_path(value)), None)
         plain = (
             type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
         ) or is_single_input_layer(node, module)

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from autorev.analysis import Step
-from autorev.detect.around import is_norm_module
+from autorev.detect.graph_queries import is_norm_module
 from autorev.detect.stream import ResidualStep
 
 _kinds = (

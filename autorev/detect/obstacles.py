@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from autorev.capture.tracer import CapturedBlock
-from autorev.detect.around import Question as Question
-from autorev.detect.around import (
+from autorev.detect.graph_queries import (
+    BlockView,
     adds_below,
     carries,
     is_activation,
@@ -32,7 +32,7 @@ from autorev.detect.around import (
     tail,
     title,
 )
-from autorev.detect.stream import Add, Stream, add_operands
+from autorev.detect.stream import Add, Stream, add_operands, storage_of
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Obstacle:
         return f"{self.code}: {self.text} ({self.source})"
 
 
-def obstacles_to_stream(question: Question) -> list[Obstacle]:
+def obstacles_to_stream(view: BlockView) -> list[Obstacle]:
     """Why the block's output is not the stream; most telling reason first, never empty."""
-    found = [obstacle for check in _checks if (obstacle := check(question)) is not None]
+    found = [obstacle for check in _checks if (obstacle := check(view)) is not None]
     if found and found[0].code == "post-norm":
         # The norm itself scales the sum, and every later skip starts behind one: the same fact told again.
         told = {"normed-shortcut", "scaled-shortcut", "broadcast"}
         found = [obstacle for obstacle in found if obstacle.code not in told]
-    return found or [_not_residual(question)]
+    return found or [_not_residual(view)]
 
 
 GENERIC = {"not-residual"}
@@ -64,12 +64,12 @@ GENERIC = {"not-residual"}
 # -- each reason
 
 
-def post_norm(question: Question) -> Obstacle | None:
+def post_norm(view: BlockView) -> Obstacle | None:
     """`norm(h + f(h))`: BERT, the original Transformer, OPT-350m."""
-    for node in tail(question.output):
+    for node in tail(view.output):
         written_out = is_written_out_norm(node)
-        if (written_out or is_norm(node, question.block)) and adds_below(node, question):
-            name = "a norm written out" if written_out and not node.meta["inside"] else title(node, question.block)
+        if (written_out or is_norm(node, view.block)) and adds_below(node, view):
+            name = "a norm written out" if written_out and not node.meta["inside"] else title(node, view.block)
             return Obstacle(
                 "post-norm",
                 f"the residual sum passes through {name} before it leaves the block, so the skip is not free",
@@ -78,70 +78,70 @@ def post_norm(question: Question) -> Obstacle | None:
     return None
 
 
-def post_activation(question: Question) -> Obstacle | None:
+def post_activation(view: BlockView) -> Obstacle | None:
     """`relu(h + f(h))`: ResNet v1."""
-    for node in tail(question.output):
-        if is_activation(node, question.block) and adds_below(node, question):
+    for node in tail(view.output):
+        if is_activation(node, view.block) and adds_below(node, view):
             return Obstacle(
                 "post-activation",
-                f"the residual sum passes through {title(node, question.block)} before it leaves the block, "
+                f"the residual sum passes through {title(node, view.block)} before it leaves the block, "
                 "which cannot be undone",
                 node.meta["source"],
             )
     return None
 
 
-def shape_change(question: Question) -> Obstacle | None:
+def shape_change(view: BlockView) -> Obstacle | None:
     """The block returns another shape than it received."""
-    before, after = question.stream.start.meta["val"], question.output.meta["val"]
-    if before.shape == after.shape or not sums(question):
+    before, after = view.stream.start.meta["val"], view.output.meta["val"]
+    if before.shape == after.shape or not sums(view):
         return None
     return Obstacle(
         "shape-change",
         f"the block turns {tuple(before.shape)} into {tuple(after.shape)}, so its input is no summand of its output",
-        question.output.meta["source"],
+        view.output.meta["source"],
     )
 
 
-def scaled_shortcut(question: Question) -> Obstacle | None:
+def scaled_shortcut(view: BlockView) -> Obstacle | None:
     """`a * h + f(h)`, `f(h) - h`, `lerp`, a gate on the skip."""
-    for node in sums(question):
+    for node in sums(view):
         for operand, factor in operands(node):
-            if operand in question.stream and factor != 1:
+            if operand in view.stream and factor != 1:
                 return Obstacle(
                     "scaled-shortcut",
                     f"the skip enters its sum with the factor {factor}, not as it is",
                     node.meta["source"],
                 )
-            scaled = scaling_of_carrier(operand, question)
+            scaled = scaling_of_carrier(operand, view)
             if scaled is not None:
                 return Obstacle(
                     "scaled-shortcut",
-                    f"the skip is multiplied (`{title(scaled, question.block)}`) before the branch is added, "
+                    f"the skip is multiplied (`{title(scaled, view.block)}`) before the branch is added, "
                     "so undoing a layer would divide by that factor",
                     scaled.meta["source"],
                 )
-    last = strip(question.output)
-    if is_lerp(last) and any(carries(n, question) for n in last.all_input_nodes):
+    last = strip(view.output)
+    if is_lerp(last) and any(carries(n, view) for n in last.all_input_nodes):
         return Obstacle(
             "scaled-shortcut",
-            f"`{title(last, question.block)}` weighs the skip against the branch, so the skip is scaled",
+            f"`{title(last, view.block)}` weighs the skip against the branch, so the skip is scaled",
             last.meta["source"],
         )
-    if is_scaling(last) and adds_below(last, question):
+    if is_scaling(last) and adds_below(last, view):
         return Obstacle(
             "scaled-shortcut",
-            f"the residual sum itself is multiplied (`{title(last, question.block)}`) before it leaves the block",
+            f"the residual sum itself is multiplied (`{title(last, view.block)}`) before it leaves the block",
             last.meta["source"],
         )
     return None
 
 
-def doubled_stream(question: Question) -> Obstacle | None:
+def doubled_stream(view: BlockView) -> Obstacle | None:
     """`h + h + f(h)`."""
-    for node in sums(question):
+    for node in sums(view):
         added = [operand for operand, _ in operands(node)]
-        if len(added) == 2 and all(operand in question.stream for operand in added):
+        if len(added) == 2 and all(operand in view.stream for operand in added):
             return Obstacle(
                 "scaled-shortcut",
                 "the stream is added to itself, which doubles the skip",
@@ -150,41 +150,41 @@ def doubled_stream(question: Question) -> Obstacle | None:
     return None
 
 
-def projected_shortcut(question: Question) -> Obstacle | None:
+def projected_shortcut(view: BlockView) -> Obstacle | None:
     """`W h + f(h)`: a convolution, linear map or pooling on the skip."""
-    for node in sums(question):
-        for through in shortcut(node, question):
-            if is_projection(through, question.block):
+    for node in sums(view):
+        for through in shortcut(node, view):
+            if is_projection(through, view.block):
                 return Obstacle(
                     "projected-shortcut",
-                    f"the skip runs through {title(through, question.block)} before the branch is added",
+                    f"the skip runs through {title(through, view.block)} before the branch is added",
                     through.meta["source"],
                 )
     return None
 
 
-def normed_shortcut(question: Question) -> Obstacle | None:
+def normed_shortcut(view: BlockView) -> Obstacle | None:
     """`norm(h) + f(norm(h))`: the skip starts behind the norm (BLOOM's post-layernorm residual)."""
-    for node in sums(question):
-        way = shortcut(node, question)
-        for through in way if not any(is_projection(n, question.block) for n in way) else ():
-            if is_norm(through, question.block):
+    for node in sums(view):
+        way = shortcut(node, view)
+        for through in way if not any(is_projection(n, view.block) for n in way) else ():
+            if is_norm(through, view.block):
                 return Obstacle(
                     "normed-shortcut",
-                    f"the skip is taken behind {title(through, question.block)}, not from the stream itself",
+                    f"the skip is taken behind {title(through, view.block)}, not from the stream itself",
                     node.meta["source"],
                 )
     return None
 
 
-def broadcast(question: Question) -> Obstacle | None:
+def broadcast(view: BlockView) -> Obstacle | None:
     """The branch and the stream have different shapes and one is broadcast onto the other."""
-    for node in sums(question):
+    for node in sums(view):
         parts = add_operands(node)
         added = [parts[0], *parts[1]] if parts else []
         for skip in added:
             for other in added:
-                if skip is other or skip not in question.stream or not isinstance(other, fx.Node):
+                if skip is other or skip not in view.stream or not isinstance(other, fx.Node):
                     continue
                 mine, theirs = skip.meta["val"].shape, other.meta["val"].shape
                 if mine != theirs:
@@ -196,10 +196,10 @@ def broadcast(question: Question) -> Obstacle | None:
     return None
 
 
-def stream_dropout(question: Question) -> Obstacle | None:
+def stream_dropout(view: BlockView) -> Obstacle | None:
     """`dropout(h + f(h))`: what is dropped from the stream cannot be reconstructed."""
-    for node in [*tail(question.output), *(strip(o) for s in sums(question) for o, _ in operands(s))]:
-        if is_dropout(node, question.block) and any(carries(n, question) for n in node.all_input_nodes):
+    for node in [*tail(view.output), *(strip(o) for s in sums(view) for o, _ in operands(s))]:
+        if is_dropout(node, view.block) and any(carries(n, view) for n in node.all_input_nodes):
             return Obstacle(
                 "stream-dropout",
                 "dropout acts on the residual stream itself, and what it drops cannot be reconstructed; "
@@ -209,13 +209,13 @@ def stream_dropout(question: Question) -> Obstacle | None:
     return None
 
 
-def overwritten(question: Question) -> Obstacle | None:
+def overwritten(view: BlockView) -> Obstacle | None:
     """`h.relu_()` before `h + f(h)`: what is added is no longer what came in."""
-    for node in sums(question):
+    for node in sums(view):
         for operand, _ in operands(node):
             inner = strip(operand)
-            if add_operands(inner) is None and any(n in question.stream for n in inner.meta["mutates"]):
-                return _in_place(inner, question.block)
+            if add_operands(inner) is None and any(n in view.stream for n in inner.meta["mutates"]):
+                return _in_place(inner, view.block)
     return None
 
 
@@ -224,9 +224,9 @@ def _in_place(node: fx.Node, block: CapturedBlock) -> Obstacle:
     return Obstacle("in-place", text, node.meta["source"])
 
 
-def detached(question: Question) -> Obstacle | None:
+def detached(view: BlockView) -> Obstacle | None:
     """The skip is cut off from autograd."""
-    for node in sums(question):
+    for node in sums(view):
         for operand, _ in operands(node):
             if operand.target in ("detach", torch.detach) or (operand.target is getattr and operand.args[1] == "data"):
                 return Obstacle(
@@ -237,7 +237,7 @@ def detached(question: Question) -> Obstacle | None:
     return None
 
 
-_checks: tuple[Callable[[Question], Obstacle | None], ...] = (
+_checks: tuple[Callable[[BlockView], Obstacle | None], ...] = (
     post_norm,
     post_activation,
     normed_shortcut,
@@ -252,21 +252,21 @@ _checks: tuple[Callable[[Question], Obstacle | None], ...] = (
 )
 
 
-def _not_residual(question: Question) -> Obstacle:
-    last = strip(question.output)
+def _not_residual(view: BlockView) -> Obstacle:
+    last = strip(view.output)
     return Obstacle(
         "not-residual",
-        f"the output comes from {title(last, question.block)} and does not contain the input as a summand",
+        f"the output comes from {title(last, view.block)} and does not contain the input as a summand",
         last.meta["source"],
     )
 
 
-def between_sums(question: Question, total: fx.Node) -> Obstacle | None:
+def between_sums(view: BlockView, total: fx.Node) -> Obstacle | None:
     """What a hand-written loop does to the residual sum `total` before it adds again; None when nothing."""
     for user in total.users:
-        if is_norm(user, question.block) and len(total.users) == 1:
+        if is_norm(user, view.block) and len(total.users) == 1:
             code, what = "post-norm", "passes through"
-        elif is_activation(user, question.block) and len(total.users) == 1:
+        elif is_activation(user, view.block) and len(total.users) == 1:
             code, what = "post-activation", "passes through"
         elif is_scaling(user) and len(total.users) == 1:
             code, what = "scaled-shortcut", "is scaled by"
@@ -274,7 +274,7 @@ def between_sums(question: Question, total: fx.Node) -> Obstacle | None:
             continue
         return Obstacle(
             code,
-            f"the residual sum {what} {title(user, question.block)} before the next one",
+            f"the residual sum {what} {title(user, view.block)} before the next one",
             user.meta["source"],
         )
     return None
@@ -283,7 +283,7 @@ def between_sums(question: Question, total: fx.Node) -> Obstacle | None:
 # -- obstacles of a block whose output is the stream
 
 
-def obstacles_on_stream(block: CapturedBlock, stream: Stream, path: set[fx.Node]) -> list[Obstacle]:
+def obstacles_on_stream(block: CapturedBlock, stream: Stream, path: list[fx.Node]) -> list[Obstacle]:
     """What forbids reversing a block although its output is the stream; empty when nothing does.
 
     `path` holds the stream nodes between start and output.
@@ -304,11 +304,13 @@ def unseen_code(block: CapturedBlock) -> list[Obstacle]:
     return [Obstacle("unseen-code", text, source) for source in block.lost]
 
 
-def _overwritten_values(block: CapturedBlock, stream: Stream, path: set[fx.Node]) -> Iterator[Obstacle]:
-    own = {_storage(n) for n in stream.nodes}
-    given = {_storage(n): n for n in block.graph.nodes if "argument" in n.meta and n is not stream.start}
+def _overwritten_values(block: CapturedBlock, stream: Stream, path: list[fx.Node]) -> Iterator[Obstacle]:
+    own = {storage_of(n.meta.get("val")) for n in stream.nodes}
+    given = {
+        storage_of(n.meta.get("val")): n for n in block.graph.nodes if "argument" in n.meta and n is not stream.start
+    }
     for node in block.graph.nodes:
-        changed = {_storage(target) for target in node.meta.get("mutates", ())} - {None}
+        changed = {storage_of(target.meta.get("val")) for target in node.meta.get("mutates", ())} - {None}
         if changed & own and not (node in path and isinstance(stream.nodes[node], Add)):
             yield _in_place(node, block)
         for argument in (given[storage] for storage in changed - own if storage in given):
@@ -317,6 +319,25 @@ def _overwritten_values(block: CapturedBlock, stream: Stream, path: set[fx.Node]
             yield Obstacle("argument-write", text, node.meta["source"])
 
 
-def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+# -- what to know of a stream that can be reversed
+
+
+def caveats_on_stream(path: list[fx.Node]) -> Iterator[Obstacle]:
+    """Casts, roundings and writes to the caller's tensor, of the stream nodes from the first to the last."""
+    start, end = path[0], path[-1]
+    entering, leaving = (n.meta["val"].dtype for n in (start, end))
+    narrow = [n for n in path if n.meta["val"].dtype.itemsize < entering.itemsize]
+    if entering != leaving:
+        text = f"it turns a {_short(entering)} stream into a {_short(leaving)} one"
+        yield Obstacle("stream-cast", text, end.meta["source"])
+    elif narrow:
+        text = f"it rounds its {_short(entering)} stream to {_short(narrow[0].meta['val'].dtype)} on the way"
+        yield Obstacle("stream-cast", text, narrow[0].meta["source"])
+    for node in path[1:]:
+        if any(storage_of(n.meta.get("val")) == storage_of(start.meta["val"]) for n in node.meta["mutates"]):
+            text = "it adds to its input in place; a converted block returns a new tensor instead"
+            yield Obstacle("in-place-add", text, node.meta["source"])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

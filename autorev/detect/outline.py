@@ -1,4 +1,4 @@
-"""Give the turns of an inline loop a function of their own.
+"""Give some nodes of a graph a function of their own, on the live sub-modules: the turns of an inline loop, above all.
 
 A block that is a module can be wrapped where it is called. A turn of `x = x + f(x)` in somebody's forward cannot: so
 the forward's captured graph is rebuilt with every turn as one call `turn(stream, *further inputs) -> stream`.
@@ -6,16 +6,53 @@ the forward's captured graph is rebuilt with every turn as one call `turn(stream
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from autorev.capture.tracer import CapturedBlock
 from autorev.detect.judge import Finding
-from autorev.detect.pieces import LiveGraph
+
+
+class LiveGraph(fx.GraphModule):
+    """A graph that finds the block's sub-modules at call time, and registers none of them as its own."""
+
+    def __init__(self, block: nn.Module, constants: Mapping[str, torch.Tensor], graph: fx.Graph) -> None:
+        # Attributes that `fx.GraphModule` finds in place already are not copied.
+        self.__dict__["block"] = block
+        self.__dict__["constants"] = SimpleNamespace(**constants)
+        holder = nn.Module()
+        holder.__dict__.update(block=block, constants=self.__dict__["constants"])
+        super().__init__(holder, graph)
+
+
+def subgraph(
+    nodes: list[fx.Node], start: fx.Node, end: fx.Node, constants: Collection[str] = ()
+) -> tuple[fx.Graph, list[fx.Node]]:
+    """`(start, *further inputs) -> end` for a `LiveGraph`, and the nodes whose values the further inputs are."""
+    own = set(nodes)
+    read = (i for n in nodes for i in n.all_input_nodes if i not in own and i is not start)
+    outer = list(dict.fromkeys(read))
+    graph = fx.Graph()
+    copied = {start: graph.placeholder("stream")}
+    for node in outer:
+        copied[node] = graph.placeholder(node.name)
+    for node in nodes:
+        copied[node] = _live_copy(graph, node, copied, constants)
+    graph.output(copied[end])
+    return graph, outer
+
+
+def _live_copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node], constants: Collection[str]) -> fx.Node:
+    """A copy of `node` that finds modules, parameters and constants where `LiveGraph` has them."""
+    new = graph.node_copy(node, lambda n: copied[n])
+    if node.op in ("get_attr", "call_module"):
+        new.target = f"{'constants' if node.target in constants else 'block'}.{node.target}"
+    return new
 
 
 @dataclass(eq=False)
@@ -52,16 +89,15 @@ def outline(captured: CapturedBlock, findings: list[Finding]) -> Outlined:
     copied: dict[fx.Node, fx.Node] = {}
     for node in captured.graph.nodes:
         if node not in inner:
-            copied[node] = _live_copy(captured, graph, node, copied)
+            copied[node] = _live_copy(graph, node, copied, captured.constants)
             continue
         finding = outlined.blocks[inner[node]]
         if node is finding.end:
             start, end = finding.start, finding.end
             assert start is not None and end is not None
             nodes = [n for n in captured.graph.nodes if inner.get(n) == inner[end]]
-            read = (i for n in nodes for i in n.all_input_nodes if i not in nodes and i is not start)
-            outer = list(dict.fromkeys(read))
-            outlined.turns.append(_turn(captured, nodes, start, outer))
+            turn, outer = subgraph(nodes, start, end, captured.constants)
+            outlined.turns.append(LiveGraph(captured.module, captured.constants, turn))
             inputs = [copied[i] for i in outer]
             copied[end] = graph.call_function(call_turn, (inner[end], copied[start], *inputs))
     outlined.forward = LiveGraph(captured.module, captured.constants, graph)
@@ -93,22 +129,3 @@ def _downstream(start: fx.Node) -> set[fx.Node]:
             seen.add(node)
             pending += list(node.users)
     return seen
-
-
-def _turn(captured: CapturedBlock, nodes: list[fx.Node], start: fx.Node, outer: list[fx.Node]) -> fx.GraphModule:
-    graph = fx.Graph()
-    copied = {start: graph.placeholder("stream")}
-    for number, node in enumerate(outer):
-        copied[node] = graph.placeholder(f"input_{number}")
-    for node in nodes:
-        copied[node] = _live_copy(captured, graph, node, copied)
-    graph.output(copied[nodes[-1]])
-    return LiveGraph(captured.module, captured.constants, graph)
-
-
-def _live_copy(captured: CapturedBlock, graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A copy of `node` that finds modules, parameters and constants where `LiveGraph` has them."""
-    new = graph.node_copy(node, lambda n: copied[n])
-    if node.op in ("get_attr", "call_module"):
-        new.target = f"{'constants' if node.target in captured.constants else 'block'}.{node.target}"
-    return new

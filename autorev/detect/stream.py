@@ -82,18 +82,17 @@ class Stream:
     def __contains__(self, node: object) -> bool:
         return node in self.nodes
 
+    def path_to(self, end: fx.Node) -> list[fx.Node]:
+        """The stream's nodes from `start` to the stream node `end`, along the skips."""
+        path = [end]
+        while path[-1] is not self.start:
+            made = self.nodes[path[-1]]
+            path.append(made.skip if isinstance(made, Add) else made)
+        return path[::-1]
+
     def steps_to(self, end: fx.Node) -> list[ResidualStep]:
         """The residual steps between `start` and the stream node `end`, first one first."""
-        adds: list[Add] = []
-        node = end
-        while node is not self.start:
-            made = self.nodes[node]
-            if isinstance(made, Add):
-                adds.append(made)
-                node = made.skip
-            else:
-                node = made
-        adds.reverse()
+        adds = [made for node in self.path_to(end) if isinstance(made := self.nodes[node], Add)]
         steps: list[ResidualStep] = []
         pending: list[Add] = []
         before = self.start
@@ -129,20 +128,14 @@ def keeps_order(stream: Stream, end: fx.Node) -> bool:
     Shapes do not tell: a transpose that is never undone adds the branch to a permuted skip. So the views on the way are
     taken of a tensor that holds each element's number.
     """
-    way: list[fx.Node] = []
-    node = end
-    while node is not stream.start:
-        made = stream.nodes[node]
-        if not isinstance(made, Add):
-            way.append(node)
-        node = made.skip if isinstance(made, Add) else made
+    way = [node for node in stream.path_to(end)[1:] if not isinstance(stream.nodes[node], Add)]
     if not any(_name(n) in _moves or (n.target is getattr and n.args[1] in _moves) for n in way):
         return True
     shape = stream.start.meta["val"].shape
     with unset_fake_temporarily():
         before = torch.arange(shape.numel(), dtype=torch.int32).reshape(shape)
         places = before
-        for step in reversed(way):
+        for step in way:
             if _name(step) in _moves or step.target is getattr or _name(step) in _views:
                 places = _moved(step, places)
             else:
@@ -183,7 +176,7 @@ def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
     origin: torch.Tensor = source.meta["val"]
     if value.numel() != origin.numel() or not value.is_floating_point():
         return None
-    if value is origin or _same_storage(value, origin) or (node.op != "call_module" and name in _copies):
+    if value is origin or storage_of(value) == storage_of(origin) or (node.op != "call_module" and name in _copies):
         return source
     if name is F.dropout and value is origin:
         return source
@@ -257,5 +250,11 @@ def _depends(item: Any, start: fx.Node) -> bool:
     return isinstance(item, fx.Node) and reaches(start, item)
 
 
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+def storage_of(value: Any) -> int | None:
+    """What two tensors that share memory have in common; None for anything else."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def is_stream_like(value: Any) -> bool:
+    """Could it be a stream: a floating-point tensor with an axis to spare?"""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2

@@ -13,9 +13,9 @@ from math import inf
 
 from torch import nn
 
+from autorev.conversion.config_entry import KEY
 from autorev.conversion.convert import chains_of
 from autorev.conversion.recouple import recouple
-from autorev.conversion.remember import KEY
 from autorev.couplings.velocity import Bdia, Velocity
 from autorev.errors import ConversionError, FixedPointRangeError
 from autorev.finetuning.record import Assignment, Calibration, Sensitivity

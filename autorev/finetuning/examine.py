@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from autorev.capture.transformers_quirks import quiet_files
-from autorev.conversion.remember import KEY
+from autorev.conversion.config_entry import KEY
 from autorev.errors import SettingError, UnreadableError
 from autorev.files import path_of, read_json
 from autorev.finetuning.evaluate import evaluate, logits_of
@@ -19,6 +18,7 @@ from autorev.finetuning.setup import predicts_tokens
 from autorev.finetuning.tasks import run_tasks
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trained import held_out, record_in, trained_model
+from autorev.integrations.quirks import quiet_files
 from autorev.models.load import load_model, tokenizer_of
 
 

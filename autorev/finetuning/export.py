@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from autorev.capture.transformers_quirks import quiet_files
+from autorev.conversion import config_entry
 from autorev.conversion.convert import revert
-from autorev.conversion.remember import forget
 from autorev.errors import AutorevError, ExportError, SettingError, message_of
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import EXPORT_LIMIT, HELD_OUT
 from autorev.finetuning.session import vanilla_logits
 from autorev.finetuning.trained import held_out, record_in, trained_model, unquantised_model
+from autorev.integrations.quirks import quiet_files
 from autorev.lock import held
 from autorev.models.load import load_model
 from autorev.models.quantization import quantised_by
@@ -105,7 +105,7 @@ def export(
                 f"autorev.load({str(folder)!r}), fine-tune it at a smaller gamma, or export it with --force"
             )
         revert(model)
-        forget(model)
+        config_entry.remove(model)
         if hasattr(model, "merge_and_unload"):
             merge: Any = model.merge_and_unload
             model = merge()

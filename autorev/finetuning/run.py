@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import SettingError
 from autorev.files import path_of
 from autorev.finetuning.folder import claimed
 from autorev.finetuning.options import Options, check, settled
 from autorev.finetuning.record import FILE, FineTuning, Recipe
 from autorev.finetuning.setup import set_up
+from autorev.integrations.quirks import quiet_files
 from autorev.models.quantization import bitsandbytes_config, cannot_train
 from autorev.packages import require
 from autorev.profiler.environment import environment

@@ -29,6 +29,7 @@ from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
 from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, message_of
 from autorev.finetuning.calibrate import calibrate
+from autorev.finetuning.callback import ReversibleCallback
 from autorev.finetuning.checkpoints import (
     check_room,
     checkpoints_of,
@@ -46,9 +47,9 @@ from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.in_place import NotApplicable, in_place
-from autorev.integrations.transformers import ReversibleCallback
+from autorev.integrations.peft import lora_config, wrap
 from autorev.models.load import load_model
-from autorev.profiler.passes.prepare import lora_config
+from autorev.profiler.passes.prepare import linear_layers
 from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
 
@@ -323,9 +324,4 @@ def _logged(row: dict[str, Any]) -> Logged:
 
 
 def _with_adapters(model: nn.Module, found: Setup, rank: int) -> nn.Module:
-
-    config = lora_config(model, found.blocks, rank, task_type="CAUSAL_LM")
-    from peft import get_peft_model
-
-    wrapped: nn.Module = get_peft_model(model, config)
-    return wrapped
+    return wrap(model, lora_config(linear_layers(model, found.blocks), rank, task_type="CAUSAL_LM"))

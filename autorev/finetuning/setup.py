@@ -17,6 +17,7 @@ from autorev.finetuning.evaluate import logits_of
 from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
 from autorev.finetuning.record import Corpus
 from autorev.in_place import Blocks
+from autorev.integrations.transformers import known_tokens, output_head
 from autorev.models.fingerprint import fingerprint
 from autorev.models.load import Loaded, load_model, tokenizer_of
 from autorev.models.quantization import quantised_by
@@ -67,7 +68,7 @@ class Setup:
     @property
     def vocabulary(self) -> int:
         """Tokens that the model chooses from."""
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]  # transformers' method
+        head: Any = output_head(self.model)
         return int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 
@@ -176,7 +177,7 @@ def read_texts(
     else:
         training, held = examples, tokenize(read_documents(validation, tokenizer)[0], tokenizer)
     notes: list[str] = []
-    known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers' method
+    known = known_tokens(model)
     largest = max(token for example in (*training, *held) for token in example.ids)
     if largest >= known:
         raise SettingError(

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import nn
 from autorev.engine.eval_mode import eval_mode
 from autorev.engine.mode import ORIGINAL, running
 from autorev.finetuning.data import IGNORED
+from autorev.integrations.peft import adapters_off
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,7 @@ def as_original(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(running(ORIGINAL))
         stack.enter_context(eval_mode(model))
-        if hasattr(model, "disable_adapter"):
-            off: Any = model.disable_adapter()  # type: ignore[operator]  # PEFT's method
-            stack.enter_context(off)
+        stack.enter_context(adapters_off(model))
         yield
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.capture.transformers_quirks import quiet_files
 from autorev.conversion.convert import chains_of, convert
+from autorev.conversion.load import load
 from autorev.conversion.recouple import recouple
-from autorev.conversion.remember import load
 from autorev.errors import (
     DamagedError,
     DataError,
@@ -29,6 +28,9 @@ from autorev.finetuning.record import FILE, HELD_OUT, FineTuning
 from autorev.finetuning.setup import longest_sequence, read_texts
 from autorev.intact import FILE as MARK
 from autorev.intact import check_intact, read_mark
+from autorev.integrations.peft import load_adapters, merged
+from autorev.integrations.quirks import quiet_files
+from autorev.integrations.transformers import known_tokens
 from autorev.methods import coupling_options
 from autorev.models.fingerprint import fingerprint
 from autorev.models.load import load_model, tokenizer_of
@@ -149,8 +151,7 @@ def unquantised_model(
                 f"({one_line(error)}), and merged into them they would be rounded away; load {source}, and the "
                 "adapters by peft.PeftModel.from_pretrained"
             ) from error
-    merged: nn.Module = _with_adapters(model, folder).merge_and_unload()  # type: ignore[operator]  # PEFT's method
-    return merged
+    return merged(_with_adapters(model, folder))
 
 
 def _unpacked(model: Any) -> Any:
@@ -162,14 +163,12 @@ def _unpacked(model: Any) -> Any:
 
 
 def _with_adapters(base: nn.Module, folder: Path) -> nn.Module:
-    from peft import PeftModel
-
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():  # PEFT would look for it on the hub
             raise ModelNotFoundError(f"{folder} holds no adapters ({name} is missing); train them once more")
     check_adapter_code(folder)
     try:
-        model: nn.Module = PeftModel.from_pretrained(base, str(folder))
+        model = load_adapters(base, folder)
     except Exception as error:  # safetensors and PEFT each have errors of their own
         raise ModelBuildError(f"PEFT cannot load the adapters in {folder}: {one_line(error)}") from error
     check_adapters(model, folder)
@@ -198,7 +197,7 @@ def held_out(
             raise DataError(f"{path}, the text that the run held out, is damaged; give another one by --text") from None
         held = None
     if text is None and held is not None:
-        known: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers' method
+        known = known_tokens(model)
         largest = max(token for row in held.rows for example in row for token in example.ids)
         if largest >= known:
             raise DataError(

@@ -23,6 +23,7 @@ from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
 from autorev.intact import Mark, read_mark, stored
+from autorev.integrations.peft import has_adapters
 from autorev.models.weights import check_adapters, take_up_weights
 
 GENTLER = "Lower the learning rate, or clip gradients"
@@ -146,7 +147,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         into = self.model if model is None else model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif hasattr(into, "peft_config"):
+        elif has_adapters(into):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             check_adapters(into, resume_from_checkpoint)
         else:

@@ -1,131 +1,131 @@
-"""For `transformers.Trainer` and everything built on it: gamma's schedule, and memory, speed and drift in its logs.
+"""What is known of models of `transformers`: they are recognised by what they have, and never by the name of a family.
 
-callback = ReversibleCallback(schedule=Schedule("leapfrog", steps=200, blocks=30))
-trainer = Trainer(model, args, train_dataset=dataset)
-callback.attach(trainer)
+Nothing is imported: a model of another kind is asked for attributes that it lacks, and is none.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
-from autorev.capture.quantised import held_by
-from autorev.conversion.convert import chains_of, drift
-from autorev.conversion.recouple import recouple
-from autorev.conversion.references import match_references
-from autorev.conversion.schedule import Schedule
-from autorev.couplings.velocity import Velocity
-from autorev.engine.chain import ReversibleChain
-from autorev.profiler.passes.watch import PeakWatch
+from autorev.workload import Call
 
-_WARM = 1
-"""Steps before memory is looked at: the first one makes the optimiser's state."""
+CHECKPOINTING_METHODS = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
+"""What switches checkpointing on; the first is to go in its version 6."""
 
 
-class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Adds to every log entry with a loss: `seconds`, `tokens` (where the Trainer counts them,
-    `include_num_input_tokens_seen`), `gamma` and `side_bits` (means over the chains' steps), `drift`, and `peak_bytes`
-    of the latest step since the entry before in which memory was looked at: on a GPU in all of them; on a CPU, where
-    looking slows a step, in the second one and in the first after each move of gamma.
+def is_transformers(model: Any) -> bool:
+    """Is it a model of `transformers`, or one that an adapter wraps, so that a call of it follows from its config?"""
+    try:
+        return hasattr(model.config, "get_text_config") and isinstance(model.main_input_name, str)
+    except Exception:  # nothing of that name, or a property of the user's own that raises
+        return False
+
+
+# -- layers
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits; None where there is none, or `model` is of another kind."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head if isinstance(head, nn.Module) else None
+
+
+def known_tokens(model: nn.Module) -> int:
+    """How many tokens the model has an embedding of."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]  # its method
+
+
+def transposed_linear(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of GPT-2's linear layer, whose weight lies the other way round; None for any other."""
+    weight = module._parameters.get("weight")
+    if hasattr(module, "nf") and hasattr(module, "nx") and weight is not None and weight.dim() == 2:
+        return int(weight.shape[0]), int(weight.shape[1])
+    return None
+
+
+def decoder_inputs(model: nn.Module, labels: Any) -> Any | None:
+    """What an encoder-decoder model makes its decoder read when it is given `labels`; None for any other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return getattr(model, "prepare_decoder_input_ids_from_labels", lambda labels: labels)(labels)
+
+
+# -- key-value caches
+
+
+def is_cache(value: Any) -> bool:
+    """Is it a key-value cache?"""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def is_asked_for(cache: Any, call: Call) -> bool:
+    """Is the cache among the arguments of `call`, or does it ask for one?"""
+    args, kwargs = call
+    return kwargs.get("use_cache") is True or any(value is cache for value in (*args, *kwargs.values()))
+
+
+def without_cache(model: nn.Module, call: Call) -> Call:
+    """`call` as in training, which fills no key-value cache; one that was asked for is left.
+
+    A model makes one by default, and a block that is run a second time would append to it again.
     """
-
-    def __init__(self, schedule: Schedule | None = None, beside: tuple[torch.Tensor, ...] = ()) -> None:
-        """`beside`: tensors that live beside the model, such as a teacher's, and count for its peak."""
-        self.schedule = schedule
-        self.beside = beside
-        self._now: dict[str, Any] = {}
-        self._began = 0.0
-        self._tokens = 0
-        self._taken = 0
-        self._looked_at: Any = None
-        self._watch: PeakWatch | None = None
-
-    def attach(self, trainer: Trainer) -> None:
-        """Before the callbacks that report (W&B, TensorBoard), so that they see these figures too.
-
-        A reference model that the trainer holds beside a converted policy (`trl`'s DPO, GRPO, ...) is converted alike.
-
-        Raises:
-            ConversionError: it cannot be.
-        """
-        match_references(trainer)
-        trainer.callback_handler.callbacks.insert(0, self)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing of an earlier run counts for this one."""
-        self._taken, self._tokens, self._looked_at = 0, int(state.num_input_tokens_seen), None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Move gamma; begin to measure."""
-        if self.schedule is not None:
-            gamma = self.schedule.gamma(state.global_step)
-            if any(g.gamma != gamma for chain in chains_of(model) for g in _velocities(chain)):
-                recouple(model, gamma=float(gamma))
-        device = next(model.parameters()).device
-        stage = [c for chain in chains_of(model) for c in chain.couplings]
-        if self._taken >= _WARM and (device.type == "cuda" or stage != self._looked_at):
-            self._looked_at = stage
-            self._watch = PeakWatch(device)
-            self._watch.begin([*held_by(model), *_state(kwargs.get("optimizer")), *self.beside])
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Read off what the step took."""
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        unlogged = {"peak_bytes": self._now["peak_bytes"]} if "peak_bytes" in self._now else {}
-        self._now = {"seconds": time.perf_counter() - self._began, **unlogged}
-        if self._watch is not None:
-            self._now["peak_bytes"] = self._watch.end()
-            self._watch = None
-        seen = int(state.num_input_tokens_seen)
-        if seen > self._tokens:
-            self._now["tokens"] = seen - self._tokens
-        self._tokens = seen
-        self._taken += 1
-        self._now |= chain_figures(model)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing is measured any more."""
-        self.release()
-
-    def release(self) -> None:
-        """End what an exception in a step left running."""
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Put the figures of the last step beside its loss."""
-        if isinstance(logs, dict) and "loss" in logs and self._now:
-            logs.update(self._now)
-            state.log_history[-1].update(self._now)
-            self._now = {}
+    args, kwargs = call
+    makes_one = getattr(getattr(model, "config", None), "use_cache", None) is True and hasattr(model, "main_input_name")
+    return (args, {**kwargs, "use_cache": False}) if makes_one and "use_cache" not in kwargs else call
 
 
-def chain_figures(model: nn.Module) -> dict[str, float]:
-    """`gamma` and `side_bits` (means over steps) of a converted model, and its last `drift`; none for any other."""
-    found: dict[str, float] = {}
-    couplings = [coupling for chain in chains_of(model) for coupling in chain.couplings]
-    if couplings:
-        found["side_bits"] = sum(coupling.side_bits for coupling in couplings) / len(couplings)
-        gammas = [float(coupling.gamma) for coupling in couplings if isinstance(coupling, Velocity)]
-        if gammas:
-            found["gamma"] = sum(gammas) / len(gammas)
-    left = drift(model)
-    return found | ({"drift": max(left.values())} if left else {})
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """A model fills a key-value cache by default, in training too, where nobody reads it.
+
+    Switched off in copies of the configs, as a model that was copied or built may still share its config with another.
+    """
+    named = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    filling = {key: config for key, config in named.items() if getattr(config, "use_cache", None) is True}
+    copies = dict(zip(filling, copy.deepcopy(list(filling.values())), strict=True))
+    for config in copies.values():
+        config.use_cache = False
+    with ExitStack() as stack:
+        for module in model.modules():
+            attributes = vars(module)
+            held = {name: copies[id(value)] for name, value in attributes.items() if id(value) in copies}
+            if id(getattr(module, "config", None)) in copies:  # it may be the class that has it
+                held["config"] = copies[id(module.config)]
+            stack.callback(_set, attributes, {name: attributes.get(name, _nothing) for name in held})
+            _set(attributes, held)
+        yield
 
 
-def _velocities(chain: ReversibleChain) -> list[Velocity]:
-    return [coupling for coupling in chain.couplings if isinstance(coupling, Velocity)]
+_nothing = object()
 
 
-def _state(optimizer: Any) -> list[torch.Tensor]:
-    held = optimizer.state.values() if optimizer is not None else ()
-    return [t for state in held if isinstance(state, Mapping) for t in state.values() if isinstance(t, torch.Tensor)]
+def _set(attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is _nothing:
+            del attributes[name]
+        else:
+            attributes[name] = value
+
+
+# -- checkpointing and the config
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """Is checkpointing switched on in this very module?"""
+    return getattr(module, "gradient_checkpointing", False) is True
+
+
+def stop_checkpointing(module: nn.Module) -> None:
+    """Switch it off there."""
+    module.gradient_checkpointing = False  # type: ignore[assignment]  # its flag
+
+
+def saved_config(model: nn.Module) -> Any | None:
+    """The config that `save_pretrained` writes beside the weights; None where the model has none."""
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "to_dict") else None

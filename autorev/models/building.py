@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from autorev.capture.patching import patched_here
-from autorev.capture.transformers_quirks import quiet
 from autorev.errors import ModelBuildError
+from autorev.integrations.quirks import quiet
+from autorev.patching import patched_here
 from autorev.workload import Call
 
 Build = Callable[[torch.dtype], nn.Module]

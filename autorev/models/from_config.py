@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError, one_line
-from autorev.models.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
-from autorev.models.pictures import picture, towers_left_out
+from autorev.integrations.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
+from autorev.integrations.pictures import picture, towers_left_out
 from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
 from autorev.packages import require
@@ -74,7 +74,7 @@ def transformers_workload(
     from autorev.models.building import in_one_dtype
 
     has_text = has_sequence(config, model_cls)
-    limit = sequence_limit(config) if has_text else None
+    limit = sequence_limit(config, model_cls) if has_text else None
     shown = picture(config, model_cls, 1, torch.empty, live=False)
     if shown is not None:
         notes = (*notes, shown.note)
@@ -117,7 +117,7 @@ def parse_config(data: Any, source: str, depth: int | None = None, code_from: st
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from autorev.capture.transformers_quirks import quiet
+    from autorev.integrations.quirks import quiet
 
     kind = data.get("model_type") if isinstance(data, dict) else None
     if not isinstance(kind, str):

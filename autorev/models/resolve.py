@@ -147,7 +147,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
     keys = check_whole(path)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    from autorev.capture.transformers_quirks import quiet
+    from autorev.integrations.quirks import quiet
 
     try:
         with quiet():

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.capture.patching import patched_here
-from autorev.capture.transformers_quirks import quiet_files
 from autorev.errors import ModelBuildError, UnreadableError, one_line
 from autorev.files import read_json
 from autorev.intact import check_intact
+from autorev.integrations.quirks import quiet_files
+from autorev.patching import patched_here
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "module")
 """What torch.compile, FSDP, activation checkpointing and DDP put into the names of a model's weights."""

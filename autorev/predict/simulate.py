@@ -23,12 +23,13 @@ from torch.autograd.graph import _engine_run_backward
 
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.hush import logs_hushed
-from autorev.capture.record import named_arguments, without_caches
+from autorev.capture.record import named_arguments
 from autorev.couplings.choose import coupling_for
-from autorev.detect.ends import find_stream, put
-from autorev.detect.judge import Finding, argument_of, leaves
+from autorev.detect.ends import argument_of, find_stream, flatten_with_path, replace_leaf
+from autorev.detect.judge import Finding
 from autorev.detect.outline import Outlined, outline
+from autorev.hush import logs_hushed
+from autorev.integrations.transformers import without_caches
 from autorev.methods import Method
 from autorev.predict.baselines import Run, run_checkpointed, run_offloaded, run_selective
 from autorev.predict.chains import Chains
@@ -181,7 +182,7 @@ def _kind(finding: Finding) -> Any:
     inputs = tuple(
         (name, tuple(leaf.shape))
         for name, value in finding.call.inputs().items()
-        for _, leaf in leaves(value)
+        for _, leaf in flatten_with_path(value)
         if isinstance(leaf, torch.Tensor)
     )
     graph = tuple(str(n.target) for n in finding.captured.graph.nodes) if finding.captured else ()
@@ -223,7 +224,7 @@ def simulate(
         chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)
-        for _, leaf in leaves(call):
+        for _, leaf in flatten_with_path(call):
             if isinstance(leaf, torch.Tensor):
                 tracker.see(leaf, Category.OTHER)
         start = tracker.total()
@@ -285,11 +286,11 @@ class _Steps:
                 return forward(*args, **kwargs)
             place, stream = find_stream(named_arguments(site.module, args, kwargs), site.stream, args, kwargs)
             # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
-            blank = put((args, kwargs), place, None)
+            blank = replace_leaf((args, kwargs), place, None)
             del args, kwargs
 
             def run(value: torch.Tensor) -> Any:
-                args, kwargs = put(blank, place, value)
+                args, kwargs = replace_leaf(blank, place, value)
                 return (self.chains.forward_of(site) or forward)(*args, **kwargs)
 
             return self._block(site, run, stream)
@@ -315,17 +316,17 @@ class _Steps:
 
     def _block(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
         if site.number not in self.active:
-            return put(self.returned[site.chain, site.kind], site.output_at, stream)
+            return replace_leaf(self.returned[site.chain, site.kind], site.output_at, stream)
         self.tracker.begin("forward", site.number, Category.WORKING_SET)
         self.stream_bytes[site.number] = stream.numel() * stream.element_size()
         if stream.requires_grad and stream is not self.last_output():
             stream.register_hook(lambda grad: self._enter_backward(None))
         returned = self._under_method(site, run, stream)
-        out = dict(leaves(returned))[site.output_at]
+        out = dict(flatten_with_path(returned))[site.output_at]
         if out.requires_grad:
             out.register_hook(lambda grad: self._enter_backward(site.number))
         self.last_output = weakref.ref(out)
-        self.returned[site.chain, site.kind] = put(returned, site.output_at, None)
+        self.returned[site.chain, site.kind] = replace_leaf(returned, site.output_at, None)
         self._name_state(site)
         self.tracker.settle(Category.STORED_ACTIVATIONS)
         last = site.number == max(self.active)

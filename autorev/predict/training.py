@@ -11,8 +11,9 @@ from torch import nn
 from autorev.analysis import Setting
 from autorev.capture.quantised import linear_sizes
 from autorev.chunked_loss import head_of, linear_loss, run_without_logits
-from autorev.detect.judge import leaves
+from autorev.detect.ends import flatten_with_path
 from autorev.errors import SettingError
+from autorev.integrations.transformers import output_head
 from autorev.workload import Call
 
 NO_LABELS = "the batch holds no labels, so there is no loss to compute in chunks"
@@ -65,10 +66,10 @@ def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes the model's outputs: `transformers`' output embeddings, else a last linear layer."""
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(output_embeddings, nn.Module):
-        return output_embeddings
+    """The layer that makes the model's outputs: its vocabulary head, else a last linear layer."""
+    head = output_head(model)
+    if head is not None:
+        return head
     last: nn.Module | None = None
     for child in model.children():
         if any(True for _ in child.parameters()):
@@ -123,7 +124,7 @@ def own_loss(model: nn.Module, call: Call) -> torch.Tensor:
         return loss
     tensors = [
         leaf
-        for _, leaf in leaves(out)
+        for _, leaf in flatten_with_path(out)
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.requires_grad
     ]
     if not tensors:

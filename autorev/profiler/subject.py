@@ -18,6 +18,7 @@ from autorev.detection import detect_in, example_call_of
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
 from autorev.in_place import Blocks
+from autorev.integrations.transformers import without_cache
 from autorev.models.load import has_weights, tokenizer_of
 from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
@@ -26,7 +27,7 @@ from autorev.predict.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile
-from autorev.workload import Call, Workload, without_cache
+from autorev.workload import Call, Workload
 
 
 @dataclass(frozen=True, eq=False)

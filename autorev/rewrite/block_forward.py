@@ -19,12 +19,13 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autorev.detect.ends import find_stream, leaves, put
+from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.engine.chain import ReversibleChain, arrive, pass_of
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
 from autorev.errors import ConversionError
+from autorev.integrations.transformers import is_asked_for, is_cache, is_checkpointed
 from autorev.rewrite.compiled import CompiledBlock, compiler_of, inside_of, never_compiled
 from autorev.rewrite.told import say
 
@@ -228,7 +229,7 @@ class ReversibleForward(Replacement):
                 "keeps whole ones; let the blocks hand on local tensors (use_local_output=True), or call "
                 "autorev.revert(model)"
             )
-        if getattr(self.block, "gradient_checkpointing", False) and self.block.training and torch.is_grad_enabled():
+        if is_checkpointed(self.block) and self.block.training and torch.is_grad_enabled():
             raise ConversionError(
                 f"{self.path} is reversible and keeps no activations, and gradient checkpointing around it would store "
                 "its input and run it once more; call model.gradient_checkpointing_disable()"
@@ -245,16 +246,16 @@ class ReversibleForward(Replacement):
         A cache that the caller handed over, or asked for by `use_cache=True`, is filled, and the block is stored. One
         that the model makes by itself in training is left out: nobody reads it, and a second run would fill it again.
         """
-        inputs: Any = (args, kwargs) if place is None else put((args, kwargs), place, None)
+        inputs: Any = (args, kwargs) if place is None else replace_leaf((args, kwargs), place, None)
         if not torch.is_grad_enabled():
             return inputs, False
         once = False
         for where, value in [*(((0, i), v) for i, v in enumerate(args)), *(((1, k), v) for k, v in kwargs.items())]:
-            if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
+            if not is_cache(value):
                 continue
             given = pass_of(self.chain).given
-            if self.block.training and given is not None and not _asked_for(value, given):
-                inputs = put(inputs, where, None)
+            if self.block.training and given is not None and not is_asked_for(value, given):
+                inputs = replace_leaf(inputs, where, None)
                 _left_empty[value] = True
                 say(self.chain, "fill no key-value cache that the model makes by itself in training")
             elif value in _left_empty:
@@ -303,17 +304,17 @@ class WholeBlock(ReversibleForward):
             step.runs_again_by(lambda x: self._branch(forward, place, tree_map(without_history, kept), x))
         with step.running():
             (at, rest), out = self._branch(forward, place, inputs, step.given())
-        return put(rest, at, step.close(out))
+        return replace_leaf(rest, at, step.close(out))
 
     def _branch(
         self, forward: Callable[..., Any], place: tuple[Any, ...], inputs: Any, x: torch.Tensor
     ) -> tuple[Any, torch.Tensor]:
         """The block's own forward: ((where the stream is in what it returns, the rest of that), x + f(x))."""
-        args, kwargs = put(inputs, place, x)
+        args, kwargs = replace_leaf(inputs, place, x)
         returned = forward(*args, **kwargs)
         at = self._output_place(returned)
-        out = dict(leaves(returned))[at]
-        return (at, put(returned, at, None)), out
+        out = dict(flatten_with_path(returned))[at]
+        return (at, replace_leaf(returned, at, None)), out
 
     def _output_place(self, returned: Any) -> tuple[Any, ...]:
         """Where the stream is; a block that returns a tuple or a tensor as it is asked has it first."""
@@ -327,16 +328,10 @@ class WholeBlock(ReversibleForward):
             found = None
         if isinstance(found, torch.Tensor) and found.dim():
             return self.output_at
-        place = next((at for at, leaf in leaves(returned) if isinstance(leaf, torch.Tensor)), None)
+        place = next((at for at, leaf in flatten_with_path(returned) if isinstance(leaf, torch.Tensor)), None)
         if place is None:
             raise ConversionError(f"{self.path} returned no tensor, so it has no stream; exclude it")
         return place
-
-
-def _asked_for(cache: Any, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
-    """Is the cache among the arguments that the loop was called with, or was one asked for?"""
-    args, kwargs = call
-    return kwargs.get("use_cache") is True or any(value is cache for value in (*args, *kwargs.values()))
 
 
 _left_empty: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -12,7 +12,8 @@ from autorev.couplings.choose import check_dyadic, coupling_for
 from autorev.couplings.coupling import Coupling
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
-from autorev.detect.judge import Finding, argument_of
+from autorev.detect.ends import argument_of
+from autorev.detect.judge import Finding
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import USUAL_FRACTION_BITS
 from autorev.engine.tape import TOLERANCE

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from autorev.capture.fake import fake_copy, new_fake_mode
 from autorev.capture.record import RecordedCall, record
 from autorev.detect.chains import detect
-from autorev.detect.ends import put
+from autorev.detect.ends import replace_leaf
 from autorev.detect.judge import Finding, judge
 from autorev.engine.chain import ReversibleChain, one_pass
 from autorev.engine.step import Site
@@ -41,13 +41,13 @@ class StepsOfBlock(ReversibleForward):
         self.compiling.say_how(self.chain, in_steps=True)
         place, stream = self._stream(args, kwargs)
         inputs, once = self._inputs(args, kwargs, place)
-        like = tree_map_only(torch.Tensor, _shape_of, put(inputs, place, stream))
+        like = tree_map_only(torch.Tensor, _shape_of, replace_leaf(inputs, place, stream))
         site = Site(None, self.path, self.block.training, self._writes(), once=once)
         watch = Watch(
             self.block, self.path, self.chain, self.numbers, self.steps, self.adds, site, lambda: self._analyse(like)
         )
         with watch.watching():
-            args, kwargs = put(inputs, place, watch.begin(stream))
+            args, kwargs = replace_leaf(inputs, place, watch.begin(stream))
             del inputs, stream
             returned = self.original(*args, **kwargs)
         return watch.end(returned)
@@ -123,7 +123,7 @@ class StepsOfLoop(ReversibleForward):
             if start.argument is not None:
                 self.argument = start.argument
                 place, stream = self._stream(args, kwargs)
-                return put((args, kwargs), place, watch.begin(stream))
+                return replace_leaf((args, kwargs), place, watch.begin(stream))
         return args, kwargs
 
     def _analyse(self, like: tuple[tuple[Any, ...], dict[str, Any]]) -> None:

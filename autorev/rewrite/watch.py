@@ -19,13 +19,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from autorev.capture.patching import patched_here
 from autorev.capture.source import caller_place
-from autorev.detect.ends import put
+from autorev.detect.ends import replace_leaf
 from autorev.engine.chain import ReversibleChain, arrive
 from autorev.engine.modules import Owned
 from autorev.engine.step import RecomputedStep, Site, Step, StoredStep, open_step
 from autorev.errors import ConversionError
+from autorev.patching import patched_here
 from autorev.rewrite.adds import KnownAdds, Place, Start
 from autorev.rewrite.layout import Form, Reshaped, layout_of
 from autorev.rewrite.recording import Recording
@@ -285,7 +285,7 @@ class Watch(TorchFunctionMode):
             except (KeyError, IndexError, TypeError):
                 continue
             if isinstance(stream, torch.Tensor) and stream.is_floating_point():
-                return put(result, start.items, self.begin(stream))
+                return replace_leaf(result, start.items, self.begin(stream))
         return result
 
     # -- the stream, among the code's tensors

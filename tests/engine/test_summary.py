@@ -194,6 +194,25 @@ def test_a_conversion_that_saves_nothing_is_said_to_save_nothing() -> None:
     assert "No block is stored (keep_last=0): its activations would lie beside the peak" in deep
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gamma": 0}, "blocks: 6 blocks converted, and none of them recomputed, momentum"),
+        ({"keep_last": 9}, "blocks: 6 blocks converted, and none of them recomputed, momentum"),
+        ({"gamma": {"blocks.[01]": 0}, "keep_last": 1}, "blocks: 4 of 6 blocks reversible, momentum"),
+        ({"gamma": {"blocks.5": 0}, "keep_last": 1}, "blocks: 6 blocks reversible, momentum"),
+        ({"gamma": 0.125}, "blocks: 6 blocks reversible, momentum"),
+    ],
+    ids=str,
+)
+def test_a_block_that_is_stored_is_not_said_to_be_reversible(options: dict[str, Any], said: str) -> None:
+    """With gamma = 0 nothing is inverted, and what `keep_last` covers is not run again."""
+    done = autorev.convert(WideHead(), example_args=(torch.randn(ROWS, WIDTH),), **options)
+    assert str(done).startswith(said)
+    stored = done.chains[0].plain_blocks
+    assert ("With gamma = 0 nothing inverts a block" in str(done)) == (stored > 0)
+
+
 def test_ranges_of_one_number_are_that_number() -> None:
     """Two blocks have no inner steps; a number is shown once, whatever lies beyond what is shown."""
     x = torch.randn(ROWS, WIDTH)

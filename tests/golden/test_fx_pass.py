@@ -14,8 +14,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
 
 from autorev.analysis import Verdict
-from autorev.detect.fx_pass import AnnotateResiduals, Role
 from autorev.errors import CaptureError
+from autorev.fx.annotate import AnnotateResiduals, Role
 
 LINES = Path(__file__).read_text().splitlines()
 WIDTH = 8

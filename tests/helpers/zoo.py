@@ -166,7 +166,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 def recorder(name: str, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
     """A function that records one call of the family's model on real tensors."""
     from autorev.capture.record import record
-    from autorev.models.example_call import example_call_for
+    from autorev.integrations.example_call import example_call_for
 
     model = build(name, dtype)
     args, kwargs = example_call_for(model, 2, 16)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import autorev
 from autorev.errors import ConversionError
-from autorev.models.example_call import example_call_for
+from autorev.integrations.example_call import example_call_for
 from tests.helpers import zoo
 from tests.helpers.one_step import gap, one_step
 
@@ -56,7 +56,7 @@ def test_a_training_step_has_the_oracles_loss_and_gradients(name: str, keep_last
 )
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_training_step_in_pieces_has_the_oracles_loss_and_gradients(name: str, options: dict[str, Any]) -> None:
-    """The same with a step for each residual add, where every block's graph is cut and run on its live modules."""
+    """The same with a step for each residual add."""
     model = zoo.build(name)
     _, call = example_call_for(model, 2, 16)
     autorev.convert(model, **options, **EXAMPLES.get(name, {}))
@@ -66,6 +66,19 @@ def test_a_training_step_in_pieces_has_the_oracles_loss_and_gradients(name: str,
     assert torch.equal(loss, expected_loss)
     assert gap(found, expected) < 1e-5
     assert {d for forward in converted_blocks(model) for d in forward.chain.drifts.values()} == {0.0}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_without_velocity_the_steps_compute_what_the_model_computes(name: str) -> None:
+    """With gamma = 0 the update is the residual sum itself: loss and gradients tell whether the steps are those."""
+    model = zoo.build(name)
+    _, call = example_call_for(model, 2, 16)
+    expected_loss, expected = one_step(model, **call)
+    options = {"gamma": 0, "c": 1, "arithmetic": "float", "granularity": "sublayer"}
+    autorev.convert(model, **options, **EXAMPLES.get(name, {}))
+    loss, found = one_step(model, **call)
+    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    assert gap(found, expected) < 1e-3
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -16,7 +16,7 @@ import autorev
 from autorev.conversion.convert import chains_of
 from autorev.conversion.references import match_references
 from autorev.errors import ConversionError
-from autorev.integrations.transformers import ReversibleCallback
+from autorev.finetuning.callback import ReversibleCallback
 from tests.helpers.tiny_llm import tiny_llm
 
 trl = pytest.importorskip("trl", reason="the trainers are trl's")
@@ -295,6 +295,21 @@ def test_a_plain_policy_beside_a_plain_reference(folder: Path, tmp_path: Path, c
     trainer = trainer_of("DPO", loaded(folder), folder, tmp_path)
     ReversibleCallback().attach(trainer)
     assert not chains_of(trainer.ref_model) and caplog.text == ""
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_plain_policy_beside_a_converted_reference(folder: Path, tmp_path: Path, attached: bool, caplog: Any) -> None:
+    """The policy is its user's to convert; it is said once that the two are different functions."""
+    model, reference = loaded(folder), loaded(folder)
+    autorev.convert(reference)
+    trainer = trainer_of("DPO", model, folder, tmp_path, ref_model=reference)
+    if attached:
+        ReversibleCallback().attach(trainer)
+    reference.eval()
+    first_log(trainer)
+    said = "DPOTrainer.ref_model is converted, and the policy beside it computes the plain function"
+    assert caplog.text.count(said) == 1
+    assert not chains_of(model)
 
 
 class Loop:

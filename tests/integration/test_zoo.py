@@ -15,8 +15,6 @@ pytest.importorskip("transformers")
 
 
 import autorev
-from autorev.detect.chains import detect
-from autorev.detect.cut import cut, reproduces
 from tests.helpers import zoo
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -216,14 +214,3 @@ def test_a_model_in_eval_mode_is_looked_at_as_in_training() -> None:
     (chain,) = autorev.analyze(zoo.build("opt-pre").eval()).chains
     assert codes(chain.blocks[0]) == ["layer-drop"]
     assert chain.blocks[0].draws_random
-
-
-@both_dtypes
-@pytest.mark.parametrize("name", CHAINS)
-def test_the_cut_block_computes_what_the_block_computes(name: str, dtype: torch.dtype) -> None:
-    """Prologue, branches and epilogue give the block's own output bit for bit, dropout included."""
-    detection = detect(zoo.recorder(name, dtype)())
-    for finding in (finding for chain in detection.chains for finding in chain):
-        cut_block = cut(finding)
-        assert len(cut_block.branches) == len(finding.steps)
-        assert reproduces(cut_block, finding.call.module, finding.call.args, finding.call.kwargs), finding.path

@@ -30,11 +30,11 @@ import autorev
 from autorev.capture import patching, streams
 from autorev.capture.fake import KEPT, every_layer_kept, fake_copy, fused_attention_dropout, new_fake_mode
 from autorev.capture.own_mode import OwnMode
-from autorev.capture.patching import patched_here
 from autorev.capture.record import RecordedCall, record
-from autorev.capture.transformers_quirks import quiet
 from autorev.errors import CaptureError
+from autorev.integrations.quirks import quiet
 from autorev.models.building import default_dtype
+from autorev.patching import patched_here
 
 X = torch.randn(2, 8)
 WAIT = 60
@@ -738,7 +738,7 @@ def test_a_backward_in_autograds_own_threads_is_the_callers() -> None:
     """An override also holds where autograd runs part of a backward pass in another thread, as it does on a GPU."""
     code = """
 import os, random, threading, torch
-from autorev.capture.patching import patched_here
+from autorev.patching import patched_here
 
 class Deep(torch.autograd.Function):
     @staticmethod

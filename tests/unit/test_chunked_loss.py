@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import autorev
 from autorev.chunked_loss import ChunkedForward, chunk_loss, unchunk_loss
 from autorev.errors import ConversionError
-from autorev.models.example_call import example_call_for
+from autorev.integrations.example_call import example_call_for
 from tests.helpers.one_step import gap, gradients_of, one_step
 from tests.helpers.zoo import FAMILIES, GPT2, HEADS, build
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autorev.errors import ModelBuildError
-from autorev.models.example_call import (
+from autorev.integrations.example_call import (
     example_call,
     example_call_for,
     has_images,
@@ -184,7 +184,7 @@ def test_speech_models_hear_a_second_of_sound() -> None:
     wav2vec2 = transformers.Wav2Vec2Config(
         vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
     )
-    assert sequence_limit(whisper) == 32
+    assert sequence_limit(whisper, model_class(whisper)) == 32
     assert torch.isfinite(run(whisper, model_class(whisper)).loss)
     assert not has_sequence(wav2vec2, model_class(wav2vec2))
     assert torch.isfinite(run(wav2vec2, model_class(wav2vec2), None).loss)
@@ -197,14 +197,14 @@ def test_only_models_that_read_tokens_have_a_sequence(family: str) -> None:
     model_cls = model_class(config)
     assert has_sequence(config, model_cls) == (family not in IMAGES)
     assert has_images(model_cls) == (family in IMAGES | {"clip"})
-    assert (sequence_limit(config) is None) == (family in UNLIMITED)
+    assert (sequence_limit(config, model_class(config)) is None) == (family in UNLIMITED)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "roberta", "bart", "clip"])
 def test_the_limit_is_the_longest_sequence_that_runs(family: str) -> None:
     """With learned positions the limit itself runs, and one token more does not."""
     config = tiny_config(family)
-    limit = sequence_limit(config)
+    limit = sequence_limit(config, model_class(config))
     assert limit is not None
     run(config, model_class(config), limit)
     with pytest.raises((IndexError, ValueError, RuntimeError)):
@@ -213,7 +213,8 @@ def test_the_limit_is_the_longest_sequence_that_runs(family: str) -> None:
 
 def test_a_stray_key_is_no_limit() -> None:
     """T5's published config.json still says n_positions 512, which its relative positions do not know."""
-    assert sequence_limit(tiny_config("t5", n_positions=512)) is None
+    config = tiny_config("t5", n_positions=512)
+    assert sequence_limit(config, model_class(config)) is None
 
 
 def test_sequence_none_stands_for_as_many_tokens_as_the_model_takes() -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from autorev.conversion.convert import forwards_of
 from autorev.engine.mode import running
 from autorev.in_place import Blocks, NotApplicable, in_place
+from autorev.integrations.example_call import example_call_for
 from autorev.methods import ALL, Method
-from autorev.models.example_call import example_call_for
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
 from autorev.workload import Call

@@ -11,8 +11,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
-    errors format given host_store
-    capture couplings files lock packages workload
+    errors format given host_store patching
+    couplings files hush lock packages workload
+    integrations
+    capture
     engine methods records
     analysis intact
     commands detect profiles words
@@ -23,12 +25,22 @@ LAYERS = """
     conversion pipeline
     in_place verification
     profiler
-    integrations
+    fx
     finetuning
     report
     cli
 """
 """From the ground up; the parts of one line know nothing of each other."""
+LIBRARIES = {"transformers", "peft", "trl", "accelerate", "bitsandbytes", "torchao", "optimum"}
+THEIR_WORDS = {
+    *("get_seq_length", "get_output_embeddings", "get_input_embeddings", "get_text_config", "is_encoder_decoder"),
+    *("gradient_checkpointing", "prepare_decoder_input_ids_from_labels", "main_input_name", "Conv1D", "model_type"),
+    *("get_base_model", "disable_adapter", "peft_config", "merge_and_unload", "base_model.model.", "base_layer"),
+    *("_hf_hook", "_old_forward", "AlignDevicesHook", "ref_model", "compute_ref_log_probs"),
+}
+"""What `autorev.integrations` asks of other people's libraries."""
+KNOW_THEM = ("integrations", "models", "finetuning")
+"""Models are loaded by transformers, and trained by its Trainer."""
 SHOWN = ("analysis.py", "profiler/record.py", "finetuning/record.py")
 """`print` of a record shows what the terminal report shows: these ask for it where they are printed, and only there."""
 
@@ -64,3 +76,20 @@ def test_nothing_knows_what_stands_above_it() -> None:
         if part != own and height[part] >= height[own]
     }
     assert sorted(upwards) == []
+
+
+def test_only_integrations_know_other_libraries() -> None:
+    """The core imports none of them, and asks a model for nothing by their names: it calls `autorev.integrations`."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        own = file.relative_to(PACKAGE)
+        if own.parts[0] in KNOW_THEM:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            imported = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            word = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+            named = isinstance(node, ast.Attribute | ast.Constant) and isinstance(word, str) and word in THEIR_WORDS
+            if named or LIBRARIES & {name.partition(".")[0] for name in imported}:
+                found.add(f"{own}:{node.lineno}: {word or imported}")
+    assert sorted(found) == []

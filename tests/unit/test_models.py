@@ -15,8 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autorev.capture.fake import new_fake_mode
-from autorev.capture.transformers_quirks import quirks
 from autorev.errors import MissingPackageError, ModelBuildError, ModelNotFoundError
+from autorev.integrations.quirks import quirks
 from autorev.models import resolve as models
 from autorev.models.resolve import resolve
 from autorev.profiles import model_names

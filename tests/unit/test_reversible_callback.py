@@ -15,7 +15,7 @@ import autorev
 from autorev.conversion.convert import chains_of
 from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import side_bits_of
-from autorev.integrations.transformers import ReversibleCallback, chain_figures
+from autorev.finetuning.callback import ReversibleCallback, chain_figures
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep
 from autorev.workload import Call

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from autorev.analysis import Category
-from autorev.capture.patching import patched_here
 from autorev.engine.chain import tape_of
 from autorev.engine.tape import Tape
+from autorev.patching import patched_here
 from autorev.predict.tracker import Live, MemoryTracker, Segment
 from autorev.profiler.passes.step import TrainingStep, tensors_of
 from autorev.profiler.readings import Holder, Memory, Timeline

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ from autorev.capture.quantised import linear_sizes
 from autorev.detection import detect_in
 from autorev.errors import SettingError
 from autorev.in_place import Blocks
+from autorev.integrations.peft import inject, lora_config
 from autorev.models.load import load_model
-from autorev.packages import require
 from autorev.predict.training import DTYPES, choose_trained
 from autorev.profiler.job import Source
 from autorev.workload import Call
@@ -122,31 +121,25 @@ def in_order(model: nn.Module, paths: list[str]) -> tuple[str, ...]:
 
 
 def _add_adapters(model: nn.Module, blocks: Blocks, rank: int) -> None:
-    """PEFT's LoRA beside every linear layer of the blocks; everything else is frozen."""
-    config = lora_config(model, blocks, rank)
-    from peft import inject_adapter_in_model
-
-    inject_adapter_in_model(config, model)
+    """LoRA beside every linear layer of the blocks; everything else is frozen."""
+    inject(model, lora_config(linear_layers(model, blocks), rank))
 
 
-def lora_config(model: nn.Module, blocks: Blocks, rank: int, **more: Any) -> Any:
-    """PEFT's `LoraConfig` for every linear layer of the blocks.
+def linear_layers(model: nn.Module, blocks: Blocks) -> list[str]:
+    """The names of the linear layers of the blocks, to put adapters beside.
 
     Raises:
-        SettingError: PEFT is not installed, or there is no such layer.
+        SettingError: there is none.
     """
-    require("training LoRA", "peft")
-    from peft import LoraConfig
-
-    targets = [
+    found = [
         f"{path}.{name}"
         for path in blocks.paths
         for name, module in model.get_submodule(path).named_modules()
         if linear_sizes(module) is not None
     ]
-    if not targets:
+    if not found:
         raise SettingError("LoRA needs linear layers inside the blocks, and this model has none there")
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **more)
+    return found
 
 
 def _stretches(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 import autorev.couplings.arithmetic as arithmetic
-from autorev.capture.patching import patched_here
 from autorev.couplings.additive import Additive
 from autorev.couplings.velocity import Velocity
 from autorev.engine.replay import Replay
 from autorev.in_place import Blocks
+from autorev.patching import patched_here
 from autorev.profiler.passes.step import TrainingStep, synchronize, tensors_of
 from autorev.profiler.readings import BlockTime, Work
 

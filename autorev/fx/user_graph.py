@@ -13,7 +13,6 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +22,14 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
 from autorev.capture.record import ModuleCall, named_arguments
-from autorev.capture.source import short_path
+from autorev.capture.source import is_model_code, short_path
 from autorev.capture.tracer import CapturedBlock
+from autorev.detect.chains import TORCH_BLOCKS
 from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
 from autorev.errors import CaptureError, first_line
 
 REMEDY = "pass example inputs, example_inputs=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
-
-
-_torch_blocks = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(eq=False)
@@ -199,7 +196,7 @@ class _ValueRun(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf module; one of the user's own classes may be a whole block, and is judged as such."""
         module = self.fetch_attr(target)
-        own = not type(module).__module__.startswith("torch.") or isinstance(module, _torch_blocks)
+        own = not type(module).__module__.startswith("torch.") or isinstance(module, TORCH_BLOCKS)
         if own and not isinstance(module, fx.GraphModule):
             finding = judge(ModuleCall(str(target), module, 0, None, args, dict(kwargs)))
             if finding.residual and finding.obstacles:
@@ -308,15 +305,13 @@ def _rename_operator(node: fx.Node) -> None:
 
 
 _frame = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in ', re.MULTILINE)
-_torch = str(Path(torch.__file__).resolve().parent)
-_torch_models = str(Path(_torch) / "nn" / "modules" / "transformer.py")
 
 
 def _source(node: fx.Node) -> str:
     """`file.py:line` of the newest frame of the user's code; where the tracer kept none, the module."""
     for match in reversed(list(_frame.finditer(node.meta.get("stack_trace") or ""))):
         file = match["file"]
-        if not file.startswith((_torch, "<")) or file == _torch_models:
+        if is_model_code(file):
             return f"{short_path(file)}:{match['line']}"
     path, name = _innermost(node)
     return f"{path} ({name})" if path else f"{'input' if node.op == 'placeholder' else 'node'} {node.name}"

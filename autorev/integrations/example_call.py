@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import ModelBuildError, one_line
-from autorev.models.pictures import Picture, kinds_of_tokens, picture, towers_left_out
+from autorev.integrations.accelerate import execution_device
+from autorev.integrations.peft import base_model
+from autorev.integrations.pictures import Picture, kinds_of_tokens, picture, towers_left_out
 
 if TYPE_CHECKING:
     import torch
@@ -43,27 +45,9 @@ _OWN = (
 
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
-# These number their positions from `pad_token_id + 1`: a table of 514 rows serves 512 tokens.
-_POSITIONS_START_AFTER_PADDING = frozenset(
-    {
-        "camembert",
-        "clap_text_model",
-        "data2vec-text",
-        "esm",
-        "ibert",
-        "layoutlmv3",
-        "lilt",
-        "longformer",
-        "luke",
-        "markuplm",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    }
-)
+_AFTER_PADDING = "create_position_ids_from_input_ids"
+"""What models call the function by which they number positions from `pad_token_id + 1`, as RoBERTa does: a table of 514
+rows then serves 512 tokens."""
 
 _SOUND_SAMPLES = 16_000
 """One second at the rate every speech model of `transformers` listens at."""
@@ -131,11 +115,8 @@ def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | 
 def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
     """Arguments for one call of a live `transformers` model, on its device and in its dtype; adapters and
     `torch.compile` may wrap it."""
-    from autorev.capture.plain import execution_device
-
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):  # peft forwards the attributes of what it wraps, but its class has none
-        model = model.get_base_model()
+    # PEFT forwards the attributes of what it wraps, but its class has none.
+    model = base_model(getattr(model, "_orig_mod", model))
     device = execution_device(model)
     call = _Maker(model.config, type(model), batch, sequence, model.dtype, device, live=True).keywords()
     left_out = towers_left_out(type(model), call)
@@ -143,14 +124,6 @@ def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
         _said.add(left_out)
         logging.getLogger("autorev").warning("%s", left_out)
     return (), call
-
-
-def is_transformers(model: Any) -> bool:
-    """Is it a model of `transformers`, or one that an adapter wraps, so that a call of it follows from its config?"""
-    try:
-        return hasattr(model.config, "get_text_config") and isinstance(model.main_input_name, str)
-    except Exception:  # nothing of that name, or a property of the user's own that raises
-        return False
 
 
 def has_sequence(config: Any, model_cls: type[Any]) -> bool:
@@ -166,8 +139,8 @@ def has_images(model_cls: type[Any]) -> bool:
     return "pixel_values" in accepted and (model_cls.main_input_name == "pixel_values" or "return_loss" in accepted)
 
 
-def sequence_limit(config: Any) -> int | None:
-    """The most tokens that the model has positions for; None where positions are relative or absent."""
+def sequence_limit(config: Any, model_cls: type[Any]) -> int | None:
+    """The most tokens that a `model_cls` has positions for; None where positions are relative or absent."""
     text = config.get_text_config()
     if getattr(text, "alibi", False):
         return None
@@ -177,9 +150,16 @@ def sequence_limit(config: Any) -> int | None:
     for name in _LIMITS:
         limit = getattr(text, name, None) if name in declared else None
         if isinstance(limit, int) and limit > 0:
-            skipped = text.model_type in _POSITIONS_START_AFTER_PADDING
-            return limit - (text.pad_token_id or 0) - 1 if skipped else limit
+            return limit - (text.pad_token_id or 0) - 1 if _positions_start_after_padding(model_cls) else limit
     return None
+
+
+def _positions_start_after_padding(model_cls: type[Any]) -> bool:
+    module = inspect.getmodule(model_cls)
+    try:
+        return module is not None and _AFTER_PADDING in inspect.getsource(module)
+    except (OSError, TypeError):  # a class made by hand
+        return False
 
 
 def _accepted(model_cls: type[Any]) -> frozenset[str]:
@@ -293,7 +273,7 @@ class _Maker:
     def length(self) -> int:
         """Tokens of text, beside a picture's."""
         beside = 0 if self.shown is None else len(self.shown.ids)
-        return self.sequence or max(min((sequence_limit(self.config) or 128 + beside) - beside, 128), 1)
+        return self.sequence or max(min((sequence_limit(self.config, self.model_cls) or 128 + beside) - beside, 128), 1)
 
     @cached_property
     def shown(self) -> Picture | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from autorev.capture.patching import patched_here, this_thread
+from autorev.patching import patched_here, this_thread
 
 
 @contextmanager

@@ -28,7 +28,7 @@ _weighted = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase,
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class BlockView:
     """What an obstacle function is asked about."""
 
     block: CapturedBlock
@@ -94,10 +94,10 @@ def size(node: fx.Node) -> int:
     return value.numel() if isinstance(value, torch.Tensor) else 0
 
 
-def sums(question: Question) -> list[fx.Node]:
+def sums(view: BlockView) -> list[fx.Node]:
     """The last additions before the output, nearest first: the output's own, and those it adds up."""
-    behind = tail(question.output)
-    pending, found = [question.output, *reversed(behind)], []
+    behind = tail(view.output)
+    pending, found = [view.output, *reversed(behind)], []
     seen: set[fx.Node] = set()
     if behind:
         pending += [strip(n) for n in behind[-1].all_input_nodes]
@@ -111,7 +111,7 @@ def sums(question: Question) -> list[fx.Node]:
             found.append(node)
             pending += [operand for operand in (parts[0], *parts[1]) if isinstance(operand, fx.Node)]
     # A module that merely adds two of its arguments holds no branch, and is no block.
-    return [n for n in found if adds_two_of_the_stream(n, question)]
+    return [n for n in found if adds_two_of_the_stream(n, view)]
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
@@ -130,34 +130,34 @@ def operands(node: fx.Node) -> list[tuple[fx.Node, Any]]:
     return [(operand, scale) for operand, scale in pairs if isinstance(operand, fx.Node)]
 
 
-def adds_below(node: fx.Node, question: Question) -> bool:
+def adds_below(node: fx.Node, view: BlockView) -> bool:
     """Is there a residual sum right below `node`? One operand must carry the input without having been a branch."""
     for operand in node.all_input_nodes:
         candidates = [strip(operand), *(strip(n) for t in tail(operand) for n in t.all_input_nodes)]
-        if any(adds_two_of_the_stream(candidate, question) for candidate in candidates):
+        if any(adds_two_of_the_stream(candidate, view) for candidate in candidates):
             return True
     return False
 
 
-def adds_two_of_the_stream(node: fx.Node, question: Question) -> bool:
+def adds_two_of_the_stream(node: fx.Node, view: BlockView) -> bool:
     """Is it a sum of which two operands depend on the stream?"""
-    return sum(reaches(question.stream.start, o) for o in tensor_operands(node)) >= 2
+    return sum(reaches(view.stream.start, o) for o in tensor_operands(node)) >= 2
 
 
-def carries(node: fx.Node, question: Question) -> bool:
+def carries(node: fx.Node, view: BlockView) -> bool:
     """Is `node` the stream, or a residual sum that is not one only because its own skip was spoilt?"""
     inner = strip(node)
-    if node in question.stream or inner in question.stream:
+    if node in view.stream or inner in view.stream:
         return True
-    return adds_two_of_the_stream(inner, question)
+    return adds_two_of_the_stream(inner, view)
 
 
-def scaling_of_carrier(operand: fx.Node, question: Question) -> fx.Node | None:
+def scaling_of_carrier(operand: fx.Node, view: BlockView) -> fx.Node | None:
     node = strip(operand)
     if not is_scaling(node):
         return None
     first = node.args[0] if node.args else None
-    carriers = [n for n in node.all_input_nodes if carries(n, question)]
+    carriers = [n for n in node.all_input_nodes if carries(n, view)]
     return node if carriers and (first in carriers or node.target not in (operator.truediv, "div")) else None
 
 
@@ -170,22 +170,22 @@ def is_scaling(node: fx.Node) -> bool:
     return node.target in _scalings or (node.op != "call_module" and name in _scaling_names)
 
 
-def shortcut(node: fx.Node, question: Question) -> list[fx.Node]:
+def shortcut(node: fx.Node, view: BlockView) -> list[fx.Node]:
     """What stands between the sum `node` and the stream on the skip's way: of two ways, the shorter one is the skip."""
-    ways = [way for o in tensor_operands(node) if (way := _path_to_stream(o, question)) is not None]
+    ways = [way for o in tensor_operands(node) if (way := _path_to_stream(o, view)) is not None]
     shortest = min(map(len, ways), default=0)
     return [through for way in ways if len(way) == shortest for through in way]
 
 
-def _path_to_stream(operand: fx.Node, question: Question) -> list[fx.Node] | None:
+def _path_to_stream(operand: fx.Node, view: BlockView) -> list[fx.Node] | None:
     """The nodes between `operand` and the stream when the way is short and unbranched, as a shortcut's is."""
     path: list[fx.Node] = []
     node = strip(operand)
-    while not carries(node, question):
+    while not carries(node, view):
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if is_projection(node, question.block):
+        if is_projection(node, view.block):
             # `A @ h`, with a matrix that may be computed from h too (hyper-connections)
-            inputs = [n for n in inputs if carries(n, question)][:1] or inputs
+            inputs = [n for n in inputs if carries(n, view)][:1] or inputs
         if len(path) == 4 or len(inputs) != 1:
             return None
         path.append(node)

@@ -20,15 +20,15 @@ from torch.fx.passes.infra.pass_base import PassResult
 from autorev.conversion.probe import choose_grids
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.choose import coupling_for
-from autorev.detect.fx_pass import ResidualPass
-from autorev.detect.pieces import LiveGraph
-from autorev.detect.runs import Run, graph_chain, longest_runs
-from autorev.detect.user_graph import UserGraph, read_user_graph
+from autorev.detect.outline import LiveGraph, subgraph
+from autorev.detect.runs import Run, residual_runs
 from autorev.engine.chain import ReversibleChain, arrive
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
 from autorev.engine.step import RecomputedStep, Site, open_step
 from autorev.errors import ConversionError, SettingError
+from autorev.fx.annotate import ResidualPass, graph_chain
+from autorev.fx.user_graph import UserGraph, read_user_graph
 from autorev.methods import Method
 from autorev.rewrite.built import arithmetic_for
 
@@ -114,7 +114,7 @@ class ReverseChains(ResidualPass):
             return PassResult(graph_module, False)
         graph = read_user_graph(graph_module, self.example_inputs)
         chains: list[tuple[ReversibleChain, list[_Unit]]] = []
-        for run in longest_runs(graph.block.graph):
+        for run in residual_runs(graph.block.graph):
             public = graph_chain(graph, run)
             units = [] if public.verdict == "refused" else _units(graph, graph_module, run)
             if len(units) > 1:
@@ -173,17 +173,7 @@ class _Unit:
 
     def install(self, gm: fx.GraphModule, chain: ReversibleChain, name: str, number: int) -> None:
         """Put one `ReversibleStep` in the nodes' place."""
-        graph = fx.Graph()
-        copied = {self.start: graph.placeholder("stream")}
-        read = (i for n in self.nodes for i in n.all_input_nodes if i not in self.nodes and i is not self.start)
-        outer = list(dict.fromkeys(read))
-        for node in outer:
-            copied[node] = graph.placeholder(node.name)
-        for node in self.nodes:
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-            if node.op in ("call_module", "get_attr"):
-                copied[node].target = f"block.{node.target}"
-        graph.output(copied[self.end])
+        graph, outer = subgraph(self.nodes, self.start, self.end)
         gm.add_submodule(name, ReversibleStep(gm, graph, chain, number))
         with gm.graph.inserting_after(self.end):
             new = gm.graph.call_module(name, (self.start, *outer))
@@ -196,7 +186,7 @@ class _Unit:
 def _units(graph: UserGraph, gm: fx.GraphModule, run: Run) -> list[_Unit]:
     """The run in the user's own nodes, step by step; empty where a value inside a step is read from outside."""
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    path = run.path()
+    path = run.path
     units: list[_Unit] = []
     pending: set[fx.Node] = set()
     start = graph.origin[run.steps[0].before]

@@ -187,7 +187,7 @@ def _asked(config: Any, model_cls: type[Any], shape: tuple[int, ...], sizes: Any
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from autorev.capture.transformers_quirks import quiet
+    from autorev.integrations.quirks import quiet
 
     small = copy.deepcopy(config)
     text = small.get_text_config()

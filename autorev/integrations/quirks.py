@@ -28,8 +28,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from autorev.capture.hush import logs_hushed, warnings_hushed
-from autorev.capture.patching import patched_here
+from autorev.hush import logs_hushed, warnings_hushed
+from autorev.patching import patched_here
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autorev.capture.fake import new_fake_mode
-from autorev.capture.transformers_quirks import quirks
+from autorev.integrations.quirks import quirks
 
 pytest.importorskip("transformers")
 
@@ -77,7 +77,7 @@ def test_quirks_does_not_import_transformers() -> None:
     """For a user's own model nothing is patched, and transformers is not loaded for it."""
     code = (
         "import sys\n"
-        "from autorev.capture.transformers_quirks import quirks\n"
+        "from autorev.integrations.quirks import quirks\n"
         "with quirks(): pass\n"
         "sys.exit('transformers' in sys.modules)"
     )

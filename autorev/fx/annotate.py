@@ -23,16 +23,17 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from autorev.detect.around import Question
-from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_to_stream
-from autorev.detect.runs import GraphChain as GraphChain
-from autorev.detect.runs import Run, graph_chain, is_wide, longest_runs, sums_of
-from autorev.detect.stream import follow, reaches
-from autorev.detect.user_graph import REMEDY, UserGraph, missing_values, read_user_graph
+from autorev.analysis import Verdict
+from autorev.detect.graph_queries import BlockView, size
+from autorev.detect.inline import common_start
+from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
+from autorev.detect.runs import Run, residual_runs, stream_like_sums
+from autorev.detect.stream import follow, is_stream_like, reaches
 from autorev.errors import CaptureError
+from autorev.fx.user_graph import REMEDY, UserGraph, missing_values, read_user_graph
 
 KEY = "autorev"
 """Where the findings are in `gm.meta` and `node.meta`."""
@@ -69,6 +70,19 @@ class NodeRole:
     """`code: sentence (file.py:line)` for a refused sum; docs/obstacles.md explains the codes."""
 
 
+@dataclass(frozen=True, slots=True)
+class GraphChain:
+    """One item of `gm.meta["autorev"]`."""
+
+    name: str
+    """The module path that all its nodes share: `model.layers`."""
+    steps: int
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    sources: tuple[str, ...]
+    """Where each step's sum is written."""
+
+
 class ResidualPass(PassBase):
     """A pass that reads a graph's residual chains.
 
@@ -99,7 +113,7 @@ class AnnotateResiduals(ResidualPass):
             CaptureError: the graph cannot be run on fake tensors with these inputs.
         """
         graph = read_user_graph(graph_module, self.example_inputs)
-        runs = longest_runs(graph.block.graph)
+        runs = residual_runs(graph.block.graph)
         roles = _roles(graph, runs)
         chains = [graph_chain(graph, run) for run in runs]
         modified = graph_module.meta.get(KEY) != chains
@@ -125,6 +139,48 @@ class AnnotateResiduals(ResidualPass):
             assert last[i] == chain.steps - 1, f"{chain.name}: {chain.steps} steps, the last cut is {last[i]}"
 
 
+# -- the verdict on a chain
+
+
+def graph_chain(graph: UserGraph, run: Run) -> GraphChain:
+    """The run in public words."""
+    obstacles = obstacles_on_stream(graph.block, run.stream, run.path)
+    reasons = obstacles or _caveats(graph, run)
+    verdict = Verdict.REFUSED if obstacles else Verdict.CAVEAT if reasons else Verdict.ELIGIBLE
+    return GraphChain(
+        name=_name(run),
+        steps=len(run.steps),
+        verdict=verdict,
+        reasons=tuple(dict.fromkeys(map(str, reasons))),
+        sources=tuple(step.source for step in run.steps),
+    )
+
+
+def _name(run: Run) -> str:
+    """The path that the modules of all branches share, as a chain of blocks is named."""
+    paths = [n.meta["module"].split(".") for branch in run.branches for n in branch if n.meta["module"]]
+    return ".".join(common_start(paths)) or "(the model itself)"
+
+
+def _caveats(graph: UserGraph, run: Run) -> list[Obstacle]:
+    text = "it updates buffers while it runs; a second run in backward must not update them again"
+    writers = [node for branch in run.branches for node in branch if _writes_buffers(graph, node)]
+    writes = [Obstacle("buffer-write", text, node.meta["source"]) for node in writers]
+    return [*writes, *caveats_on_stream(run.path)]
+
+
+def _writes_buffers(graph: UserGraph, node: fx.Node) -> bool:
+    if any(target.op == "get_attr" for target in node.meta["mutates"]):
+        return True
+    if node.op == "call_module":
+        modules = graph.block.module.get_submodule(str(node.target)).modules()
+        norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+        return any(norm.training and norm.track_running_stats for norm in norms)
+    # batch_norm(x, weight, bias, mean, var, training, ...) updates statistics without a word in its schema.
+    name = getattr(node.target, "__name__", node.target)
+    return name == "batch_norm" and node.kwargs.get("training", *node.args[5:6]) is True
+
+
 # -- residual sums outside any chain
 
 
@@ -141,7 +197,7 @@ def _refused(graph: UserGraph, taken: set[fx.Node]) -> dict[fx.Node, Obstacle]:
 
     A lone sum is no sign of a residual network: nothing is said about it.
     """
-    candidates = [_as_sum(total) for total in sums_of(graph.block.graph) if total not in taken]
+    candidates = [_as_sum(total) for total in stream_like_sums(graph.block.graph) if total not in taken]
     sums = {one.total: one for one in candidates if one is not None}
     found: dict[fx.Node, Obstacle] = {}
     last: list[_Sum] = []
@@ -154,7 +210,7 @@ def _refused(graph: UserGraph, taken: set[fx.Node]) -> dict[fx.Node, Obstacle]:
     order = list(graph.block.graph.nodes)
     for one in last:
         begin = order.index(one.total) + 1
-        after = [n for n in order[begin : begin + WALK] if is_wide(n) and one.total in _walk(n)]
+        after = [n for n in order[begin : begin + WALK] if _is_wide(n) and one.total in _walk(n)]
         obstacle = _obstacle(graph, one, after)
         if one.total not in found and obstacle is not None:
             found[one.total] = obstacle
@@ -169,7 +225,7 @@ def _as_sum(total: fx.Node) -> _Sum | None:
         for operand, way in zip(operands, ways, strict=True):
             others = [n for n in operands if n is not operand]
             node = way[distance] if distance < len(way) else None
-            if node is not None and others and is_wide(node) and all(reaches(node, n) for n in others):
+            if node is not None and others and _is_wide(node) and all(reaches(node, n) for n in others):
                 return _Sum(total, node)
     return None
 
@@ -185,12 +241,11 @@ def _walk(node: fx.Node | None) -> Iterator[fx.Node]:
         yield node
         computed = [n for n in node.all_input_nodes if n.op != "get_attr"]
         tensors = [n for n in computed if isinstance(n.meta.get("val"), torch.Tensor | tuple)]
-        node = max(sorted(tensors), key=_size, default=None)
+        node = max(sorted(tensors), key=size, default=None)
 
 
-def _size(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return value.numel() if isinstance(value, torch.Tensor) else 0
+def _is_wide(node: fx.Node) -> bool:
+    return is_stream_like(node.meta.get("val"))
 
 
 def _sum_before(graph: UserGraph, one: _Sum, sums: dict[fx.Node, _Sum]) -> _Sum | None:
@@ -210,7 +265,7 @@ def _obstacle(graph: UserGraph, one: _Sum, ends: list[fx.Node]) -> Obstacle | No
     """What spoils the sum's skip; where nothing does, what happens to the sum on the way to one of `ends`."""
     stream = follow(one.start)
     for end in ends if one.total in stream else [one.total]:
-        obstacle = obstacles_to_stream(Question(graph.block, stream, end))[0]
+        obstacle = obstacles_to_stream(BlockView(graph.block, stream, end))[0]
         if obstacle.code not in GENERIC:
             return obstacle
     return None
@@ -235,7 +290,7 @@ def _roles(graph: UserGraph, runs: list[Run]) -> dict[fx.Node, NodeRole]:
         taken |= run.nodes()
         cuts = {step.after: k for k, step in enumerate(run.steps)}
         k = 0
-        for node in run.path():
+        for node in run.path:
             write(node, Role.CUT if node in cuts else Role.STREAM, i, k)
             k += node in cuts
         for k, branch in enumerate(run.branches):
