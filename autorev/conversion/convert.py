@@ -160,7 +160,7 @@ def drift(model: nn.Module) -> dict[str, float]:
     """By chain, what the integrity check of the last backward pass found: 0.0 in exact arithmetic; in float arithmetic
     the largest leftover of the first partner stream, relative to the stream.
 
-    A chain that began anew within the forward pass has an entry for each piece. Chains whose last backward pass did
+    Where a new chain started within the forward pass, each piece has an entry. Chains whose last backward pass did
     not reach their beginning are missing: of them nothing is known.
     """
     return {label: drift for chain in chains_of(model) for label, drift in chain.drifts.items()}

@@ -18,7 +18,7 @@ def notes_on(
     """Of a model that was converted just now: its `chains`, and the `forwards` of their blocks."""
     for chain in chains:
         for path, why in chain.restarts.items():
-            yield f"{chain.name} begins anew at {path}, with velocity 0: {why}; each piece keeps two streams"
+            yield f"{chain.name} starts a new chain at {path}, with velocity 0: {why}; each piece keeps two streams"
     compiled = {f.chain.name: isinstance(f, WholeBlock) for f in forwards if f.is_compiled}
     for name, whole in compiled.items():
         yield f"the blocks of {name} were compiled, and {'their branches are' if whole else IN_STEPS}"

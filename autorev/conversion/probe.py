@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
-from autorev.engine.chain import Reach, ReversibleChain
+from autorev.engine.chain import Magnitudes, ReversibleChain
 from autorev.engine.eval_mode import eval_mode
 from autorev.engine.grid import COARSEST_FOR_INPUT, USUAL_FRACTION_BITS
 from autorev.engine.modules import is_fake
@@ -56,7 +56,7 @@ def choose_grids(
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS)
         return [f"the model has no weights yet, so the grid was not fitted to them: 2^-{USUAL_FRACTION_BITS}"]
     for chain in unknown:
-        chain.arithmetic, chain.reach = Floating(), Reach()
+        chain.arithmetic, chain.magnitudes = Floating(), Magnitudes()
     try:
         with _in_eval_mode(model):
             try:
@@ -68,24 +68,24 @@ def choose_grids(
                     f"the converted {type(model).__name__} could not be run on the example call in eval mode without "
                     f"gradients ({type(error).__name__}: {error}); give fraction_bits, or use arithmetic='float'"
                 ) from error
-        unseen = [chain.name for chain in unknown if chain.reach is not None and chain.reach.largest == 0]
+        unseen = [chain.name for chain in unknown if chain.magnitudes is not None and chain.magnitudes.largest == 0]
         for chain in unknown:
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain))
     finally:
         for chain in unknown:
-            chain.reach = None
+            chain.magnitudes = None
     return [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
 
 
 def _bits_for(chain: ReversibleChain) -> int:
-    reach = chain.reach
-    assert reach is not None
-    if not math.isfinite(reach.largest):
+    sizes = chain.magnitudes
+    assert sizes is not None
+    if not math.isfinite(sizes.largest):
         raise ConversionError(f"the activations of {chain.name} are not finite in the example call; check the weights")
-    bits = grid_for(reach.largest, HEAD_ROOM)
-    if 2.0**-bits > COARSEST_FOR_INPUT * reach.size_behind:
+    bits = grid_for(sizes.largest, HEAD_ROOM)
+    if 2.0**-bits > COARSEST_FOR_INPUT * sizes.size_behind:
         raise ConversionError(
-            f"the stream of {chain.name} reaches {reach.largest:.3g} and then shrinks to {reach.size_behind:.3g}: a "
+            f"the stream of {chain.name} reaches {sizes.largest:.3g} and then shrinks to {sizes.size_behind:.3g}: a "
             f"grid with room for the one (2^{-bits}) rounds the other away. Give fraction_bits yourself, exclude the "
             "blocks that make it so large, or use a coupling with |gamma| = 1 in arithmetic='float'"
         )

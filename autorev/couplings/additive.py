@@ -29,7 +29,7 @@ from autorev.couplings.coupling import Coupling, Gradient, State
 class Additive(Coupling):
     """One step of one branch."""
 
-    def begin(self, stream: torch.Tensor) -> State:
+    def initial_state(self, stream: torch.Tensor) -> State:
         """q_0 = p_0."""
         return State(stream, stream.clone())
 
@@ -37,27 +37,25 @@ class Additive(Coupling):
         """The same input."""
         return stream
 
-    def residue(self, state: State) -> torch.Tensor:
+    def initial_residual(self, state: State) -> torch.Tensor:
         """p - q."""
         return state.stream - state.partner
 
-    def advance(
-        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
-    ) -> torch.Tensor | None:
+    def step(self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor | None:
         """(x, p) -> (p + f(x), x)."""
         total = arithmetic.add(state.partner, arithmetic.increment(out, value, 1.0))
         state.stream, state.partner = total, state.stream
         return None
 
-    def reopen(self, state: State, arithmetic: Arithmetic) -> None:
+    def recover_input(self, state: State, arithmetic: Arithmetic) -> None:
         """The branch's input is the partner, as it stands."""
         state.stream, state.partner = state.partner, state.stream
 
-    def close(self, state: State, arithmetic: Arithmetic) -> None:
+    def recover_output(self, state: State, arithmetic: Arithmetic) -> None:
         """They change places again."""
-        self.reopen(state, arithmetic)
+        self.recover_input(state, arithmetic)
 
-    def retreat(
+    def recover_partner(
         self,
         state: State,
         out: torch.Tensor,
@@ -74,7 +72,7 @@ class Additive(Coupling):
             return grad_partner, None, None
         return (-grad_stream if grad_partner is None else grad_partner - grad_stream), grad_stream, grad_stream
 
-    def plain(
+    def equations(
         self, stream: torch.Tensor, partner: torch.Tensor | None, out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The equations, written down."""

@@ -2,6 +2,9 @@
 
 Both offer the same operations to the couplings, and work in place: a state's tensors are never handed to anybody, what
 the model is given is decoded from them.
+
+Upper-case letters are int32 grid points, lower-case ones are values: h = H 2^-s, with s = `fraction_bits`. Streams have
+the shape of the model's own, (batch, time, width) as a rule; H_BTD below stands for any.
 """
 
 from __future__ import annotations
@@ -45,16 +48,19 @@ class FixedPoint:
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """A floating tensor, rounded to the grid: int32, in the tensor's memory format."""
-        return _to_integers(_wide(value).mul(2.0**self.fraction_bits).round_())
+        scaled = _wide(value).mul(2.0**self.fraction_bits)  # h_BTD float; a power of two changes the exponent alone
+        return _to_integers(scaled.round_())  # H_BTD int32; from here on, sums are exact
 
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """An int32 stream as a new floating tensor of `dtype`."""
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        return stream.to(wide).mul_(2.0**-self.fraction_bits).to(dtype)
+        # |H| < 2^29 has more bits than a float32 holds: the branch reads a rounded h, the same one in both runs.
+        return stream.to(wide).mul_(2.0**-self.fraction_bits).to(dtype)  # H_BTD int32 -> h_BTD dtype
 
     def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
         """round(c * (out - h) * 2^s), int32: what a branch `out = h + f(h)` adds to the velocity."""
-        change = _wide(out) - stream
+        # Both are what the branch read and returned, in the model's dtype, so that both runs find the same integers.
+        change = _wide(out) - stream  # f_BTD float32
         return _to_integers(change.mul_(factor * 2.0**self.fraction_bits).round_())
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -72,9 +78,11 @@ class FixedPoint:
             velocity.neg_()
         elif gamma.numerator != 1:
             _check_product(velocity, gamma.numerator)
-            velocity.mul_(gamma.numerator)
+            velocity.mul_(gamma.numerator)  # V n, int32
         if not bits:
             return velocity, None
+        # In two's complement the low k bits are r = V n mod 2^k with 0 <= r < 2^k, of negative numbers, too, and the
+        # arithmetic shift rounds down: -5 = -2 * 4 + 3. So q and r hold V n to the last bit.
         side = pack(velocity, bits)
         return velocity.bitwise_right_shift_(bits), side
 
@@ -82,11 +90,11 @@ class FixedPoint:
         """The V that `scale` was given, from what it returned, in q's memory."""
         bits = side_bits_of(gamma)
         if side is not None:
-            velocity.bitwise_left_shift_(bits)
-            velocity.bitwise_or_(unpack(side, bits, velocity.shape))
+            velocity.bitwise_left_shift_(bits)  # q 2^k, whose low k bits are zero
+            velocity.bitwise_or_(unpack(side, bits, velocity.shape))  # + r
         if gamma.numerator == -1:
             return velocity.neg_()
-        if gamma.numerator != 1:
+        if gamma.numerator != 1:  # V n is a multiple of n: nothing is rounded
             return torch.div(velocity, gamma.numerator, rounding_mode="trunc", out=velocity)
         return velocity
 
@@ -130,7 +138,7 @@ Arithmetic = FixedPoint | Floating
 
 def side_bits_of(gamma: Fraction) -> int:
     """k of gamma = n / 2^k."""
-    return gamma.denominator.bit_length() - 1
+    return gamma.denominator.bit_length() - 1  # 8 is 0b1000: four bits, k = 3
 
 
 def grid_for(largest: float, head_room: float) -> int:
@@ -147,7 +155,7 @@ def _check_product(velocity: torch.Tensor, factor: int) -> None:
     """
     if velocity.is_meta or hasattr(velocity, "fake_mode") or not velocity.numel():
         return
-    low, high = torch.aminmax(velocity)
+    low, high = torch.aminmax(velocity)  # `abs` would make a copy, and keep -2^31 as it is
     if max(-int(low), int(high)) * abs(factor) >= 2**31:
         raise FixedPointRangeError(f"a velocity times {factor}, the numerator of gamma, left the fixed-point grid")
 

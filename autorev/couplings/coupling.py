@@ -1,10 +1,11 @@
 """What every coupling is: a state of two streams, and a step that can be undone once its branch is known again.
 
-    advance     (x, p), f(x)  ->  (x', p')      forward
-    reopen      (x', p')      ->  x             the branch's input, before the branch has run again
-    retreat     x, f(x)       ->  p             with the branch's output, the rest of the state before
+    step               (x, p), f(x)  ->  (x', p')      forward
+    recover_input      (x', p')      ->  x             the branch's input, before the branch has run again
+    recover_partner    x, f(x)       ->  p             with the branch's output, the rest of the state before
 
-`reopen` needs no branch: that is why one evaluation of f in backward serves both the reconstruction and the gradient.
+The two halves of the inverse are apart because `recover_input` needs no branch: one evaluation of f in backward then
+serves both the reconstruction and the gradient.
 `vjp` is the same step as autograd sees it, a linear map that needs none of the values.
 """
 
@@ -22,7 +23,7 @@ Gradient = torch.Tensor | None
 
 @dataclass(eq=False)
 class State:
-    """A chain's two streams in their arithmetic: int32 grid points, or floats."""
+    """A chain's two streams in their arithmetic: int32 grid points, or floats; in the shape of the model's stream."""
 
     stream: torch.Tensor
     """x: what the next branch reads, and what the model's own loop carries from block to block."""
@@ -57,8 +58,8 @@ class Coupling(ABC):
         """Is it drawn anew for each forward pass in training?"""
         return False
 
-    def drawn(self, training: bool, draw: int) -> Coupling:
-        """The coupling of one call; another than this where it is random. `draw`: any integer, the same for a forward
+    def sample(self, training: bool, seed: int) -> Coupling:
+        """The coupling of one call; another than this where it is random. `seed`: any integer, the same for a forward
         pass that is run again."""
         return self
 
@@ -67,33 +68,31 @@ class Coupling(ABC):
         return None
 
     @abstractmethod
-    def begin(self, stream: torch.Tensor) -> State:
+    def initial_state(self, stream: torch.Tensor) -> State:
         """The chain's first state."""
 
     @abstractmethod
-    def residue(self, state: State) -> torch.Tensor:
+    def initial_residual(self, state: State) -> torch.Tensor:
         """What is zero in the first state, and so again after a whole backward pass: the integrity check."""
 
-    def reach(self, state: State) -> float:
+    def max_abs(self, state: State) -> float:
         """The largest value that the grid has to hold for this state and the next step."""
         return max(float(state.stream.abs().max()), float(state.partner.abs().max()) / 2)
 
     @abstractmethod
-    def advance(
-        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
-    ) -> torch.Tensor | None:
+    def step(self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor | None:
         """Take the step whose branch gave `out = value + f(value)`; returns the packed side bits, if any."""
 
     @abstractmethod
-    def reopen(self, state: State, arithmetic: Arithmetic) -> None:
+    def recover_input(self, state: State, arithmetic: Arithmetic) -> None:
         """Make `state.stream` the input of the last step's branch again."""
 
     @abstractmethod
-    def close(self, state: State, arithmetic: Arithmetic) -> None:
-        """Undo `reopen`."""
+    def recover_output(self, state: State, arithmetic: Arithmetic) -> None:
+        """Undo `recover_input`."""
 
     @abstractmethod
-    def retreat(
+    def recover_partner(
         self,
         state: State,
         out: torch.Tensor,
@@ -101,14 +100,14 @@ class Coupling(ABC):
         side: torch.Tensor | None,
         arithmetic: Arithmetic,
     ) -> None:
-        """Undo the rest of the reopened step."""
+        """Undo the rest of the step whose input was recovered."""
 
     @abstractmethod
     def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:
         """Gradients of (x', p') -> gradients of (x, p, out), where `out = x + f(x)` is an input of its own."""
 
     @abstractmethod
-    def plain(
+    def equations(
         self, stream: torch.Tensor, partner: torch.Tensor | None, out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x', p') by ordinary differentiable operations: the oracle. `partner` is None in the first state."""

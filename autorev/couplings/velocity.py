@@ -55,40 +55,38 @@ class Velocity(Coupling):
         """1 / |gamma|."""
         return math.inf if self.gamma == 0 else 1 / abs(float(self.gamma))
 
-    def begin(self, stream: torch.Tensor) -> State:
+    def initial_state(self, stream: torch.Tensor) -> State:
         """v_0 = 0."""
         return State(stream, torch.zeros_like(stream))
 
-    def reach(self, state: State) -> float:
+    def max_abs(self, state: State) -> float:
         """V n has to fit into an int32, too."""
         return max(float(state.stream.abs().max()), float(state.partner.abs().max()) * abs(self.gamma.numerator) / 2)
 
-    def residue(self, state: State) -> torch.Tensor:
+    def initial_residual(self, state: State) -> torch.Tensor:
         """v."""
         return state.partner
 
-    def advance(
-        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
-    ) -> torch.Tensor | None:
+    def step(self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor | None:
         """v' = gamma v + c f; h' = h + v'."""
-        change = arithmetic.increment(out, value, self.c)
+        change = arithmetic.increment(out, value, self.c)  # c f_BTD, int32 in exact arithmetic
         if self.gamma == 0:
             state.partner, side = change, None
         else:
-            velocity, side = arithmetic.scale(state.partner, self.gamma)
-            state.partner = arithmetic.add(velocity, change)
-        state.stream = arithmetic.add(state.stream, state.partner)
+            velocity, side = arithmetic.scale(state.partner, self.gamma)  # gamma v_BTD, and its remainder
+            state.partner = arithmetic.add(velocity, change)  # v'_BTD
+        state.stream = arithmetic.add(state.stream, state.partner)  # h'_BTD
         return side
 
-    def reopen(self, state: State, arithmetic: Arithmetic) -> None:
+    def recover_input(self, state: State, arithmetic: Arithmetic) -> None:
         """h = h' - v'."""
         state.stream = arithmetic.subtract(state.stream, state.partner)
 
-    def close(self, state: State, arithmetic: Arithmetic) -> None:
+    def recover_output(self, state: State, arithmetic: Arithmetic) -> None:
         """h' = h + v'."""
         state.stream = arithmetic.add(state.stream, state.partner)
 
-    def retreat(
+    def recover_partner(
         self,
         state: State,
         out: torch.Tensor,
@@ -97,9 +95,9 @@ class Velocity(Coupling):
         arithmetic: Arithmetic,
     ) -> None:
         """v = (v' - c f) / gamma."""
-        change = arithmetic.increment(out, value, self.c)
-        scaled = arithmetic.subtract(state.partner, change)
-        state.partner = arithmetic.unscale(scaled, self.gamma, side)
+        change = arithmetic.increment(out, value, self.c)  # the very integers of the forward pass
+        scaled = arithmetic.subtract(state.partner, change)  # gamma v_BTD, without its remainder
+        state.partner = arithmetic.unscale(scaled, self.gamma, side)  # v_BTD
 
     def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:
         """With w = dh' + dv': dout = c w, dv = gamma w, dh = dh' - c w; h also reaches the loss through `out`."""
@@ -113,7 +111,7 @@ class Velocity(Coupling):
         grad_velocity = total if self.gamma == 1 else total * float(self.gamma)
         return grad_in, grad_velocity, grad_out
 
-    def plain(
+    def equations(
         self, stream: torch.Tensor, partner: torch.Tensor | None, out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The equations, written down."""
@@ -132,11 +130,11 @@ class Bdia(Velocity):
         """In its sign."""
         return True
 
-    def drawn(self, training: bool, draw: int) -> Coupling:
+    def sample(self, training: bool, seed: int) -> Coupling:
         """The coupling of one call."""
         if not training:
             return Velocity(Fraction(0), 1.0)
-        sign = 2 * (draw & 1) - 1
+        sign = 2 * (seed & 1) - 1
         return Velocity(sign * self.gamma, 1 - float(sign * self.gamma))
 
 

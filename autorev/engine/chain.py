@@ -4,7 +4,7 @@ input.
 The model's own loop carries the stream from block to block. The rest of the state travels beside it, and follows the
 stream by what it is: by its memory (the tensor object may change on the way: FSDP and backward hooks hand on an alias;
 `detach` another history), and, where a hook, a cast or another device has made a copy of it, by its values. A stream
-that is neither (replaced, written to, or read a second time) begins a new chain, with velocity 0; that is said once,
+that is neither (replaced, written to, or read a second time) starts a new chain, with velocity 0; that is said once,
 with the place.
 """
 
@@ -24,24 +24,19 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint
-from autorev.couplings.coupling import Coupling, State
-from autorev.engine.digest import digest, looked_at
+from autorev.couplings.coupling import Coupling
+from autorev.engine.digest import looked_at
 from autorev.engine.grid import say_coarsened
-from autorev.engine.mode import ORACLE as ORACLE
-from autorev.engine.mode import ORIGINAL as ORIGINAL
-from autorev.engine.mode import REVERSIBLE as REVERSIBLE
-from autorev.engine.mode import mode
-from autorev.engine.mode import running as running
+from autorev.engine.mode import REVERSIBLE, mode
 from autorev.engine.modules import version_of
+from autorev.engine.seeds import Seeds
 from autorev.engine.tape import Tape
 from autorev.errors import ConversionError
 
-MOST_SEEDS = 256
-
 
 @dataclass(eq=False)
-class Reach:
-    """How far the streams of a chain go in one forward pass."""
+class Magnitudes:
+    """How large the streams of a chain become in one forward pass."""
 
     largest: float = 0.0
     """The largest value that the grid has to hold."""
@@ -73,37 +68,33 @@ class ReversibleChain:
     paths: list[str]
     """The block of each step."""
     drifts: dict[str, float] = field(default_factory=dict)
-    """What was left of the integrity check in the last backward pass: 0 when exact. By the chain's name; where it began
-    anew within a forward pass, each further piece has an entry of its own."""
-    reach: Reach | None = None
-    """While a grid is being chosen: how far the streams went so far."""
+    """What was left of the integrity check in the last backward pass: 0 when exact. By the chain's name; where a
+    new chain started within a forward pass, each further piece has an entry of its own."""
+    magnitudes: Magnitudes | None = None
+    """While a grid is being chosen: how large the streams were so far."""
     grids: dict[str, int] = field(default_factory=dict)
     """The config's entry of fraction bits by chain, kept up to date."""
-    seeds: dict[int, int] = field(default_factory=dict)
-    """Of the latest forward passes, by their inputs; see `seed_for`."""
+    seeds: Seeds = field(default_factory=Seeds)
+    """What its couplings are drawn from, where they are random."""
     restarts: dict[str, str] = field(default_factory=dict)
-    """Blocks at which the chain began anew within a forward pass, with the reason; each was said once."""
+    """Blocks at which a new chain started within a forward pass, with the reason; each was said once."""
+    warned: set[str] = field(default_factory=set)
+    """What the user was told; see `warn_once`."""
+    carried: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """Storage of a stream that is between two blocks -> the `Carried` that goes with it."""
 
-    def seed_for(self, stream: torch.Tensor) -> int:
-        """What a forward pass draws its couplings from. A pass that is run again in backward (an outer checkpoint, with
-        or without `preserve_rng_state`) has the same input, and is given the same seed.
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has no part in the calls of the original."""
+        return {name: value for name, value in vars(self).items() if name != "carried"}
 
-        Raises:
-            ConversionError: it is run again, and its first run is not remembered.
-        """
-        drawn = int(torch.randint(2**62, (), device="cpu")) if looked_at() else 0
-        found = digest(stream, exact=True)
-        key = int(found) if isinstance(found, int | torch.Tensor) else 0
-        if torch._C._current_graph_task_id() == -1:
-            self.seeds[key] = drawn
-            if len(self.seeds) > MOST_SEEDS:
-                del self.seeds[next(iter(self.seeds))]
-        elif key not in self.seeds:
-            raise ConversionError(
-                f"{self.name} is run again in backward, and its signs of the first run are not known any more (the "
-                f"latest {MOST_SEEDS} are); call backward sooner, or remove the checkpoint around it"
-            )
-        return self.seeds[key]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, carried=WeakIdKeyDictionary())
+
+    def warn_once(self, what: str) -> None:
+        """Log that the blocks are reversible and `what`, unless that was said."""
+        if what not in self.warned:
+            self.warned.add(what)
+            logging.getLogger("autorev").warning("the blocks of %s are reversible and %s", self.name, what)
 
     def coarsen(self, before: Arithmetic, after: Arithmetic, path: str) -> None:
         """A stream outgrew its grid: further forward passes begin with the coarser one."""
@@ -120,34 +111,22 @@ class ReversibleChain:
 
 @dataclass(eq=False)
 class Carried:
-    """The rest of the state, beside the stream that a step returned."""
+    """What goes with a stream from one step to the next."""
 
-    chain: ReversibleChain
     number: int
+    """The step that returned the stream."""
     memory: tuple[Any, ...]
+    """See `memory_of`."""
     dtype: torch.dtype
     """In which the stream was handed on."""
     requires_grad: bool
     partner: torch.Tensor | None
     """The partner as autograd knows it; without values, but for the oracle. None: no gradient goes there."""
-    state: State | None
-    """The state, where no tape holds it."""
-    tape: Tape | None
+    tape: Tape
+    """It holds the state: after `position` of its steps."""
     position: int
-    arithmetic: Arithmetic
     seed: int | None
     """What this pass draws its couplings from, where they are random."""
-
-    def now(self) -> State:
-        """The state."""
-        if self.state is not None:
-            return self.state
-        assert self.tape is not None
-        return self.tape.state
-
-
-_carried: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Storage of a stream -> what travels with it."""
 
 
 def memory_of(stream: torch.Tensor) -> tuple[Any, ...]:
@@ -200,23 +179,11 @@ def pass_of(chain: ReversibleChain) -> Pass:
 # -- a stream arrives at a block
 
 
-@dataclass(eq=False)
-class Arrival:
-    """A stream that reaches a block, and the state that goes with it."""
+def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int]) -> tuple[Carried | None, int, str]:
+    """`stream` reaches a block that may be one of the steps `numbers` (several: shared weights).
 
-    stream: torch.Tensor
-    number: int
-    """The step that comes next."""
-    carried: Carried | None
-    """None: the chain begins here."""
-    cut: bool
-    """Was it detached since the step that returned it? Then the velocity's gradient ends here, too."""
-    label: str
-    """The name of the piece of the chain that begins here."""
-
-
-def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int]) -> Arrival:
-    """Find the state of `stream`. `numbers`: steps that the block which it reaches may be (several: shared weights).
+    Returns: what goes with it (None: a chain starts here), the step that it is, and what a chain that starts here is
+        called.
 
     Raises:
         ConversionError: the state cannot be known, as under a checkpoint around a single block.
@@ -230,7 +197,7 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
     label = chain.name
     if found is None:
         if here.latest is not None and number > here.latest.number:
-            label = f"{chain.name}, anew from {chain.paths[number]}"
+            label = f"{chain.name} from {chain.paths[number]}"
             _say_restart(chain, here.latest, number, stream)
         elif number and torch._C._current_graph_task_id() != -1:
             raise ConversionError(
@@ -240,28 +207,12 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
             )
         elif torch.is_grad_enabled() and mode() == REVERSIBLE:
             chain.drifts.clear()  # of an earlier forward pass
-    cut = found is not None and found.requires_grad and (not stream.requires_grad or stream.is_leaf)
-    return Arrival(stream, number, found, cut, label)
-
-
-def leave(chain: ReversibleChain, arrival: Arrival, new: torch.Tensor, carried: Carried | None) -> None:
-    """A step returned `new`; `carried` goes on with it (None: the chain has ended)."""
-    if arrival.carried is not None:
-        _carried.pop(arrival.stream.untyped_storage(), None)  # whoever reads this stream once more begins anew
-    pass_of(chain).latest = carried
-    if carried is not None:
-        _carried[new.untyped_storage()] = carried
-
-
-def tape_of(stream: torch.Tensor) -> Tape | None:
-    """The tape behind a stream that a step returned, for whoever wants to know what it holds."""
-    found: Carried | None = _carried.get(stream.untyped_storage())
-    return None if found is None else found.tape
+    return found, number, label
 
 
 def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
-    found: Carried | None = _carried.get(stream.untyped_storage())
-    if found is None or found.chain is not chain or found.memory != memory_of(stream):
+    found: Carried | None = chain.carried.get(stream.untyped_storage())
+    if found is None or found.memory != memory_of(stream):
         return None
     if stream.is_inference() and not _is_copy(found, stream):
         return None  # these do not count how often they are written to
@@ -276,21 +227,19 @@ def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
 def _is_copy(latest: Carried, stream: torch.Tensor) -> bool:
     """Does `stream` hold what the last step returned, in another tensor, dtype or on another device?"""
     tape = latest.tape
-    if tape is not None and tape.position != latest.position:
+    if tape.position != latest.position:
         tape.go_to_end()
-    state = latest.now()
-    if state.stream.shape != stream.shape:
+    if tape.state.stream.shape != stream.shape:
         return False
     if not looked_at() or stream.is_meta:
         return True  # without values, what is of the same shape is taken for the same
-    arithmetic = latest.arithmetic if tape is None else tape.arithmetic
-    same: torch.Tensor = arithmetic.decode(state.stream, latest.dtype).to(stream.device, stream.dtype)
+    same: torch.Tensor = tape.arithmetic.decode(tape.state.stream, latest.dtype).to(stream.device, stream.dtype)
     return bool(torch.equal(same, stream.detach()))
 
 
 def _still_there(found: Carried | None) -> Carried | None:
     """The state, unless another reader of the same stream went on with it; the tape goes forward to it again."""
-    if found is None or found.tape is None or found.tape.position == found.position:
+    if found is None or found.tape.position == found.position:
         return found
     if found.position != len(found.tape.steps):
         return None
@@ -310,7 +259,7 @@ def _say_restart(chain: ReversibleChain, latest: Carried, number: int, stream: t
     )
     chain.restarts[path] = f"the stream that reaches it is not what {before} returned ({what})"
     logging.getLogger("autorev").warning(
-        "%s: the stream that reaches %s is not what %s returned (%s). The chain begins anew there, with velocity 0: "
+        "%s: the stream that reaches %s is not what %s returned (%s). It starts a new chain there, with velocity 0: "
         "that is part of the function that is trained, and each further piece keeps two streams more. Exclude the "
         "blocks behind it, or change the stream inside of a block",
         chain.name,

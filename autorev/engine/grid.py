@@ -43,6 +43,7 @@ class Dropped:
     @classmethod
     def from_state(cls, state: State, bits: int) -> Dropped:
         """Coarsen `state` by `bits`, in place."""
+        # As in a product with gamma: the low bits are kept, packed, and the shift rounds down.
         dropped = cls(bits, pack(state.stream, bits), pack(state.partner, bits))
         state.stream.bitwise_right_shift_(bits)
         state.partner.bitwise_right_shift_(bits)
@@ -65,14 +66,8 @@ def _refined(coarse: torch.Tensor, low: torch.Tensor, bits: int) -> torch.Tensor
     return coarse.bitwise_left_shift_(bits).bitwise_or_(unpack(low, bits, coarse.shape))
 
 
-@dataclass(eq=False)
-class Taken:
-    """How a step was taken."""
-
-    arithmetic: Arithmetic
-    side: torch.Tensor | None
-    dropped: Dropped | None = None
-    """What the state lost just before the step, where it had to be coarsened for it."""
+Taken = tuple[Arithmetic, torch.Tensor | None, Dropped | None]
+"""How a step was taken: with which arithmetic, its side bits, and what the state lost just before it."""
 
 
 def grid_at_start(usual: Arithmetic, stream: torch.Tensor, name: str) -> Arithmetic:
@@ -98,7 +93,7 @@ def grid_at_start(usual: Arithmetic, stream: torch.Tensor, name: str) -> Arithme
     return FixedPoint(min(math.ceil(-math.log2(FINE_FOR_INPUT * size)), grid_for(largest, HEAD_ROOM)))
 
 
-def advance(
+def step_on_grid(
     coupling: Coupling,
     state: State,
     out: torch.Tensor,
@@ -107,7 +102,7 @@ def advance(
     path: str,
     at_once: bool,
 ) -> Taken:
-    """`coupling.advance`, coarsening the grid where the step needs it.
+    """`coupling.step`, coarsening the grid where the step needs it.
 
     `at_once`: look at the new stream now. On a GPU that waits for the device, and steps on a tape do without
     (`largest_of`, once per backward pass).
@@ -116,13 +111,13 @@ def advance(
         FixedPointRangeError: the branch returned something that is not a number.
     """
     if not isinstance(arithmetic, FixedPoint):
-        return Taken(arithmetic, coupling.advance(state, out, value, arithmetic))
+        return arithmetic, coupling.step(state, out, value, arithmetic), None
     try:
-        side = coupling.advance(state, out, value, arithmetic)
+        side = coupling.step(state, out, value, arithmetic)
         if not at_once or not _outgrown(state.stream):
-            return Taken(arithmetic, side)
-        coupling.reopen(state, arithmetic)  # exact even where the sum wrapped round: so does the difference
-        coupling.retreat(state, out, value, side, arithmetic)
+            return arithmetic, side, None
+        coupling.recover_input(state, arithmetic)  # exact even where the sum wrapped round: so does the difference
+        coupling.recover_partner(state, out, value, side, arithmetic)
     except FixedPointRangeError:
         pass  # a product left the grid, before anything was written
     return _coarsened(coupling, state, out, value, arithmetic, path)
@@ -131,6 +126,7 @@ def advance(
 def _coarsened(
     coupling: Coupling, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: FixedPoint, path: str
 ) -> Taken:
+    """The step on a coarser grid: as coarse as its largest value needs, then by two bits more at each try."""
     largest = max(float(out.abs().amax()), float(value.abs().amax()))
     if not math.isfinite(largest):
         raise FixedPointRangeError(
@@ -145,9 +141,9 @@ def _coarsened(
         before = state.clone()
         dropped = Dropped.from_state(state, bits)
         try:
-            side = coupling.advance(state, out, value, coarse)
+            side = coupling.step(state, out, value, coarse)
             if not _outgrown(state.stream):
-                return Taken(coarse, side, dropped)
+                return coarse, side, dropped
         except FixedPointRangeError:
             pass
         state.stream, state.partner = before.stream, before.partner
@@ -174,7 +170,7 @@ def say_coarsened(name: str, path: str, before: FixedPoint, after: FixedPoint) -
 def _outgrown(stream: torch.Tensor) -> bool:
     if not stream.numel() or stream.device.type == "meta" or not looked_at():
         return False
-    low, high = torch.aminmax(stream)
+    low, high = torch.aminmax(stream)  # Python's integers: -(-2^31) is 2^31
     return max(-int(low), int(high)) >= LIMIT
 
 

@@ -9,36 +9,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from autorev.couplings.arithmetic import Arithmetic
+from autorev.couplings.coupling import State
 from autorev.engine.digest import looked_at
 from autorev.engine.mode import REVERSIBLE, running
 from autorev.engine.modules import ModuleStates, version_of
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
 from autorev.errors import ReconstructionError
 
-Branch = Callable[[torch.Tensor], tuple[Any, torch.Tensor]]
-"""x -> (everything else that the block returns, x + f(x))."""
+
+@dataclass(frozen=True)
+class InputLike:
+    """What the input of a branch is like, besides its values."""
+
+    device: torch.device
+    dtype: torch.dtype
+    through: torch.dtype
+    """The dtype in which the step before handed the stream on; another where the model casts it between blocks."""
+    requires_grad: bool
+    stride: tuple[int, ...]
+    """Kernels sum in another order where the memory is laid out in another way."""
+
+    def made(self, state: State, arithmetic: Arithmetic) -> torch.Tensor:
+        """The input, from a state whose stream it is; a new tensor without history."""
+        value = arithmetic.decode(state.stream, self.through).to(self.dtype)
+        if value.stride() != self.stride and 0 not in self.stride:
+            laid_out = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device)
+            value = laid_out.copy_(value)
+        return value.detach().requires_grad_(self.requires_grad)
 
 
 class Replay:
     """What one run of a branch depended on; made before that run."""
 
-    def __init__(self, path: str, like: torch.Tensor) -> None:
-        """`path`: the block's full name; `like`: the branch's input."""
+    def __init__(self, path: str, x: torch.Tensor, through: torch.dtype, mutates_input: bool) -> None:
+        """`path`: the block's full name; `x`: the branch's input; `through`: see `InputLike`."""
         self.path = path
+        self.input = InputLike(x.device, x.dtype, through, x.requires_grad, x.stride())
+        self.mutates_input = mutates_input
+        """Does the branch write to its input? Then it is given a copy."""
         self.modules = ModuleStates()
         self.roots: list[nn.Module] = []
         self.arguments: list[tuple[torch.Tensor, int]] = []
         self.random: RandomStates | None = None
         self.settings: Settings | None = None
-        self.like = [like]
-        self.again: Branch | None = None
-        """The branch, for later runs; holds neither its input nor a history."""
+        self.again: Callable[[torch.Tensor], tuple[Any, torch.Tensor]] | None = None
+        """The branch, for later runs: x -> (everything else that the block returns, x + f(x)). It holds neither its
+        input nor a history."""
 
     def add_module(self, module: nn.Module, path: str, writes: Callable[[nn.Module, str], bool]) -> None:
         """`module` is about to run as part of the branch."""
@@ -53,9 +77,8 @@ class Replay:
 
     def begins(self) -> None:
         """Called when the first run is about to begin."""
-        owned = (owned.tensor for owned in self.modules.owned)
-        devices = devices_of([*self.like, *(t for t, _ in self.arguments), *owned])
-        self.like.clear()  # the input is what the tape rebuilds
+        read = (*(tensor for tensor, _ in self.arguments), *(owned.tensor for owned in self.modules.owned))
+        devices = devices_of(self.input.device, *(tensor.device for tensor in read))
         self.settings = Settings(devices)
         self.random = RandomStates(devices) if looked_at() else None
 
@@ -81,7 +104,7 @@ class Replay:
             stack.enter_context(self.modules.restored())
             stack.enter_context(self.settings.restored())
             stack.enter_context(running(REVERSIBLE))  # whatever this thread runs at the moment
-            return self.again(value)
+            return self.again(value.clone() if self.mutates_input else value)
 
     def check(self) -> None:
         """Are parameters and arguments what they were?

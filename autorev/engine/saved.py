@@ -22,14 +22,13 @@ from autorev.errors import ReconstructionError
 
 
 class SavedTensors:
-    """The tensors that one run of a branch saved, dropped and made again by `again`."""
+    """The tensors that one run of a branch saved, dropped and made again."""
 
-    def __init__(self, path: str, again: Callable[[], object], comparison: Comparison, modules: ModuleStates) -> None:
-        """`again` runs the branch once more, under the hooks of a frame that takes what it saves. What
-        `modules` compares (parameters), or the branch writes to after it saved it (running statistics, which backward
-        does not read), is left out here."""
+    def __init__(self, path: str, comparison: Comparison, modules: ModuleStates) -> None:
+        """What `modules` compares (parameters), or the branch writes to after it saved it (running statistics, which
+        backward does not read), is left out of the `comparison`."""
         # The frame must not refer to this object, which refers to it: only the garbage collector would free them.
-        self.frame = frame = _CheckpointFrame(again, False, partial(_explain, path), None)
+        self.frame = frame = _CheckpointFrame(partial(_still_running, path), False, partial(_explain, path), None)
         reference = weakref.ref(frame)
 
         def look(tensor: torch.Tensor) -> _Look:
@@ -37,6 +36,10 @@ class SavedTensors:
             return _Look(tensor, comparison, modules, first=frame is not None and not frame.forward_completed)
 
         frame.metadata_fn = look
+
+    def made_by(self, again: Callable[[], object]) -> None:
+        """`again` runs the branch once more, under the hooks of the frame, which takes what it saves."""
+        self.frame.recompute_fn = again
 
     @property
     def any(self) -> bool:
@@ -49,6 +52,13 @@ class SavedTensors:
         with _checkpoint_hook(self.frame):
             yield
         self.frame.forward_completed = True
+
+
+def _still_running(path: str) -> None:
+    raise ReconstructionError(
+        f"a gradient was taken through {path} while it was running (`torch.autograd.grad` in its forward, or in a "
+        "hook), before the step that it is could be completed; exclude it from the conversion"
+    )
 
 
 def _explain(path: str, error: CheckpointError) -> None:

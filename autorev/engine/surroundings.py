@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,10 +20,9 @@ Device = tuple[str, int]
 """Type and index, as in ("cuda", 0)."""
 
 
-def devices_of(tensors: Iterable[torch.Tensor]) -> list[Device]:
-    """The accelerators that the tensors are on: each has a random generator of its own."""
-    found = {(t.device.type, t.device.index or 0) for t in tensors if t.device.type not in ("cpu", "meta")}
-    return sorted(found)
+def devices_of(*devices: torch.device) -> list[Device]:
+    """The accelerators among them: each has a random generator of its own."""
+    return sorted({(d.type, d.index or 0) for d in devices if d.type not in ("cpu", "meta")})
 
 
 class RandomStates:

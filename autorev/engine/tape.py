@@ -1,24 +1,13 @@
-"""The tape of a reversible chain: its last state, and how to get from there to any other.
+"""The tape of a reversible chain: its state, and how to get from there to any earlier one.
 
-NOTE [ Reconstruction ]
+One forward pass through a chain makes one tape; the Rules are those of NOTE [ Reconstruction ] in `step`. It holds a
+single state, at first the last one, and one entry per step with what a step cannot do without: its coupling, its side
+bits, and how its branch is run again. Steps whose activations are stored leave no entry.
 
-One forward pass through a chain makes one tape. It holds a single state, at first the last one, and one entry per step
-with what a step cannot do without: its coupling, its side bits, and how its branch is run again.
-
-Rule 1. A branch is run under a checkpoint without its input: PyTorch's own graph of the branch stays, and only what
-        that graph saved is dropped. When autograd asks for it, the branch runs again on the input that the tape
-        reconstructs (`evaluate_again`), and what it saves is compared with what it saved the first time (`saved`).
-Rule 2. That one run serves twice: its saved tensors go to autograd, its output undoes the step. So steps are undone in
-        the order in which autograd asks, which is backwards.
-Rule 3. Steps that autograd never asks for (nothing before them needs a gradient of theirs) are undone on the way to
-        the next one it does ask for, without a gradient. Grad mode is on all the same, as attention kernels are
-        chosen by it, and the exact arithmetic needs the same bits.
-Rule 4. A step that was undone may be asked for again (`retain_graph`, two losses from one forward), and a forward pass
-        may go on behind a gradient that was taken half-way. Then the tape advances from where it stands, making new
-        side bits.
-Rule 5. The tape refers to no node of autograd's graph, while that graph refers to the tape; otherwise a forward whose
-        backward never runs would never be freed.
-Rule 6. Back at its first state, the tape checks that this is the state it began with.
+        H_0 --> H_1 --> H_2 --> ... --> H_n       steps[0], ..., steps[n - 1]
+                         ^
+                         position = 2: `state` is here. Side bits are kept of the steps before it, and are made
+                         again by going forward.
 """
 
 from __future__ import annotations
@@ -34,7 +23,7 @@ import torch
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
 from autorev.engine.digest import Comparison, Digest, looked_at
-from autorev.engine.grid import Dropped, advance, check_largest, largest_of
+from autorev.engine.grid import Dropped, check_largest, largest_of, step_on_grid
 from autorev.engine.replay import Replay, hooks_of_others_off
 from autorev.errors import FixedPointRangeError, ReconstructionError
 
@@ -69,51 +58,20 @@ def observing() -> Iterator[Observed]:
         _observed.reset(token)
 
 
-@dataclass(frozen=True)
-class InputLike:
-    """What the input of a branch is like, besides its values."""
-
-    device: torch.device
-    dtype: torch.dtype
-    through: torch.dtype
-    """The dtype in which the step before handed the stream on; another where the model casts it between blocks."""
-    requires_grad: bool
-    stride: tuple[int, ...]
-    """Kernels sum in another order where the memory is laid out in another way."""
-
-    @classmethod
-    def of(cls, x: torch.Tensor, through: torch.dtype) -> InputLike:
-        """What `x` is like."""
-        return cls(x.device, x.dtype, through, x.requires_grad, x.stride())
-
-    def made(self, state: State, arithmetic: Arithmetic) -> torch.Tensor:
-        """The input, from a state whose stream it is; a new tensor without history."""
-        value = arithmetic.decode(state.stream, self.through).to(self.dtype)
-        if value.stride() != self.stride and 0 not in self.stride:
-            laid_out = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device)
-            value = laid_out.copy_(value)
-        return value.detach().requires_grad_(self.requires_grad)
-
-
 @dataclass(eq=False)
 class TapedStep:
     """One step of one forward pass."""
 
     coupling: Coupling
     replay: Replay
-    like: InputLike
-    overwrites: bool
-    """Does the block add to its input in place? Then it is given a copy."""
     out: Digest | None
     """Digest of what the branch returned."""
     arithmetic: Arithmetic
+    """Of the state behind the step."""
     side: torch.Tensor | None = None
+    """Its packed side bits, uint8, while `position` is behind the step."""
     dropped: Dropped | None = None
-
-    @property
-    def path(self) -> str:
-        """The module's full name."""
-        return self.replay.path
+    """What the state lost just before the step, where its grid had to be coarsened."""
 
     @property
     def arithmetic_before(self) -> Arithmetic:
@@ -124,16 +82,9 @@ class TapedStep:
 
 
 class Tape:
-    """See NOTE [ Reconstruction ]."""
+    """The state of one forward pass, and the steps that it can be taken back over."""
 
-    def __init__(
-        self,
-        chain: ReversibleChain,
-        state: State,
-        arithmetic: Arithmetic,
-        label: str | None,
-        comparison: Comparison,
-    ) -> None:
+    def __init__(self, chain: ReversibleChain, state: State, arithmetic: Arithmetic, label: str | None = None) -> None:
         """`label`: the name that the integrity check's result goes by; None: `state` is not the chain's first one."""
         self.chain = chain
         self.arithmetic = arithmetic
@@ -142,38 +93,57 @@ class Tape:
         self.steps: list[TapedStep] = []
         self.position = 0
         """Number of steps that `state` lies behind."""
-        self.reopened = False
+        self.halfway = False
         """Is `state` half-way back: the last step's input known, its partner not yet?"""
         self.label = label
         self.exact = isinstance(arithmetic, FixedPoint)
-        self.comparison = comparison
+        self.comparison = Comparison(self.exact)
         self.observed = _observed.get()
-        self.origin = None if label is not None else _fingerprint(state)
+        self.origin: tuple[float, ...] | None = None
+        """What the first state is known by, where it is not the chain's first one."""
         self.peak: torch.Tensor | None = None
         """Largest |H| so far, on devices where looking at it would stall."""
 
+    def fork(self) -> Tape:
+        """The state alone, on a tape of its own."""
+        return Tape(self.chain, self.state.clone(), self.arithmetic)
+
     # -- forward
+
+    def step(self, coupling: Coupling, value: torch.Tensor, out: torch.Tensor, path: str) -> None:
+        """Take a step that nobody will go back over: `out` is what the branch returned of `value`."""
+        assert not self.steps
+        self.label = None
+        self._take(coupling, value, out, path, at_once=True)
 
     def append(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Take a step; returns the new stream, in `out`'s dtype."""
         assert self.position == len(self.steps)
-        self._advance(step, value, out)
+        if not self.steps and self.label is None:
+            self.origin = _fingerprint(self.state)
+        self._forward(step, value, out)
         self.steps.append(step)
         if self.exact and self.state.stream.device.type != "cpu":
             self.peak = largest_of(self.state.stream, self.peak)
         return self.arithmetic.decode(self.state.stream, out.dtype)
 
-    def _advance(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> None:
-        self._bring(step.like.device)
+    def _forward(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> None:
+        self.bring(step.replay.input.device)
         at_once = self.state.stream.device.type == "cpu"
-        taken = advance(step.coupling, self.state, out, value, self.arithmetic, step.path, at_once)
-        step.side, step.dropped, step.arithmetic = taken.side, taken.dropped, taken.arithmetic
-        if taken.dropped is not None:
-            self.chain.coarsen(self.arithmetic, taken.arithmetic, step.path)
-        self.arithmetic = taken.arithmetic
+        step.side, step.dropped = self._take(step.coupling, value, out, step.replay.path, at_once)
+        step.arithmetic = self.arithmetic
         self.position += 1
 
-    def _bring(self, device: torch.device) -> None:
+    def _take(
+        self, coupling: Coupling, value: torch.Tensor, out: torch.Tensor, path: str, at_once: bool
+    ) -> tuple[torch.Tensor | None, Dropped | None]:
+        arithmetic, side, dropped = step_on_grid(coupling, self.state, out, value, self.arithmetic, path, at_once)
+        if dropped is not None:
+            self.chain.coarsen(self.arithmetic, arithmetic, path)
+        self.arithmetic = arithmetic
+        return side, dropped
+
+    def bring(self, device: torch.device) -> None:
         """The model may be spread over devices: a step is taken, and undone, on its own."""
         if self.state.stream.device != device:
             self.state.stream = self.state.stream.to(device)
@@ -181,7 +151,7 @@ class Tape:
 
     # -- backward
 
-    def evaluate_again(self, index: int) -> None:
+    def run_again(self, index: int) -> None:
         """Run step `index`'s branch on its reconstructed input, for autograd, and undo the step with the result."""
         self._check_peak()
         if index + 1 >= self.position:  # a backward pass begins, or goes on: it has not reached the beginning yet
@@ -189,75 +159,78 @@ class Tape:
         self._go_to(index + 1)
         self._undo(self.steps[index], asked=True)
 
-    def evaluate_last(self, replay: Replay, like: InputLike, overwrites: bool) -> None:
+    def run_reader_again(self, replay: Replay) -> None:
         """Run, for autograd, what reads the state behind the last step without being a step itself."""
         self.go_to_end()
-        self._bring(like.device)
-        value = like.made(self.state, self.arithmetic)
-        replay.run(value.clone() if overwrites else value, asked_by_autograd=True)
+        self.bring(replay.input.device)
+        replay.run(replay.input.made(self.state, self.arithmetic), asked_by_autograd=True)
 
     def go_to_end(self) -> None:
         """The state behind the last step: a forward pass goes on (Rule 4)."""
         self._go_to(len(self.steps))
-        if self.reopened:
-            self._close(self.steps[-1])
+        if self.halfway:
+            self._recover_output(self.steps[-1])
 
     def _undo(self, step: TapedStep, asked: bool) -> None:
-        self._bring(step.like.device)
-        if not self.reopened:
-            step.coupling.reopen(self.state, step.arithmetic)
+        """(x', p') -> (x, p), by one run of the branch (Rule 2)."""
+        self.bring(step.replay.input.device)
+        if not self.halfway:
+            step.coupling.recover_input(self.state, step.arithmetic)
             if step.dropped is not None:
                 step.dropped.refine_stream(self.state)
-            self.reopened = True
-        out, plain = self._run(step, step.arithmetic_before, asked)
+            self.halfway = True
+        # out_BTD and value_BTD are floats in the model's dtype; the state is H_BTD, V_BTD int32 (or float32).
+        out, value = self._run(step, step.arithmetic_before, asked)  # an error leaves the tape half-way
         if self.observed is not None:
             self.observed.rebuilt[self.chain.name] = self.observed.rebuilt.get(self.chain.name, 0) + 1
         with torch.no_grad():
-            step.coupling.retreat(self.state, out, plain, step.side, step.arithmetic)
+            # The partner is still on the grid of the state behind the step.
+            step.coupling.recover_partner(self.state, out, value, step.side, step.arithmetic)
         if step.dropped is not None:
             step.dropped.refine_partner(self.state)
         self.arithmetic = step.arithmetic_before
         step.side = step.dropped = None
-        self.reopened = False
+        self.halfway = False
         self.position -= 1
         if self.position == 0:
-            self._check_origin()
+            self._check_origin()  # Rule 6
 
-    def _close(self, step: TapedStep) -> None:
+    def _recover_output(self, step: TapedStep) -> None:
         if step.dropped is not None:
             step.dropped.coarsen_stream(self.state)
-        step.coupling.close(self.state, step.arithmetic)
-        self.reopened = False
+        step.coupling.recover_output(self.state, step.arithmetic)
+        self.halfway = False
 
     def _run(self, step: TapedStep, arithmetic: Arithmetic, asked: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the branch returns, its input) of a state whose stream is that input."""
-        value = step.like.made(self.state, arithmetic)
-        _, out = step.replay.run(value.clone() if step.overwrites else value, asked)
+        value = step.replay.input.made(self.state, arithmetic)
+        _, out = step.replay.run(value, asked)
         out = out.detach()
         if self.comparison.says_other(step.out, out):
-            raise self._not_reconstructed(f"{step.path} returned something else", float("nan"))
+            raise self._not_reconstructed(f"{step.replay.path} returned something else", float("nan"))
         return out, value.detach()
 
     def _go_to(self, position: int) -> None:
+        """Undo steps that autograd does not ask for (Rule 3), or take undone ones again (Rule 4)."""
         if position == self.position:
             return
         with torch.enable_grad(), hooks_of_others_off():
             while self.position > position:
                 self._undo(self.steps[self.position - 1], asked=False)
-            if self.reopened:
-                self._close(self.steps[self.position - 1])
+            if self.halfway:
+                self._recover_output(self.steps[self.position - 1])
             while self.position < position:
                 step = self.steps[self.position]
-                self._bring(step.like.device)
+                self.bring(step.replay.input.device)
                 out, value = self._run(step, self.arithmetic, asked=False)
                 with torch.no_grad():
-                    self._advance(step, value, out)
+                    self._forward(step, value, out)
 
     # -- checks
 
     def _check_peak(self) -> None:
         """Once per backward pass: no activation left the grid, and nothing differed in the last one."""
-        at_the_end = self.position == len(self.steps) and not self.reopened
+        at_the_end = self.position == len(self.steps) and not self.halfway
         if not at_the_end or self.state.stream.device.type == "cpu":
             return
         torch.autograd.Variable._execution_engine.queue_callback(self._settle)
@@ -291,7 +264,7 @@ class Tape:
     def _left_over(self) -> float:
         """Of the first partner: exact, its largest value; float, relative to the stream, channel by channel."""
         with torch.no_grad():
-            left, stream = self.steps[0].coupling.residue(self.state).abs(), self.state.stream
+            left, stream = self.steps[0].coupling.initial_residual(self.state).abs(), self.state.stream
             if isinstance(self.arithmetic, FixedPoint):
                 return float(left.amax()) * 2.0**-self.arithmetic.fraction_bits
             channels = left.flatten(0, -2).amax(0) if left.dim() > 1 else left

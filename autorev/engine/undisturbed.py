@@ -34,7 +34,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     attributes = [(owned.tensor, value) for _, _, owned, value in states.small]
     tensors = [*model.parameters(), *model.buffers()]
-    streams = RandomStates(devices_of(tensors)) if looked_at() and not any(map(is_fake, tensors)) else None
+    streams = (
+        RandomStates(devices_of(*(t.device for t in tensors)))
+        if looked_at() and not any(map(is_fake, tensors))
+        else None
+    )
     before = [(held.home, dict(held.home)) for held in states.held]
     fresh: dict[int, tuple[Any, Any]] = {}
     try:

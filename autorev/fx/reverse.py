@@ -22,10 +22,10 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.choose import coupling_for
 from autorev.detect.outline import LiveGraph, subgraph
 from autorev.detect.runs import Run, residual_runs
-from autorev.engine.chain import ReversibleChain, arrive
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
-from autorev.engine.step import RecomputedStep, Site, open_step
+from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError, SettingError
 from autorev.fx.annotate import ResidualPass, graph_chain
 from autorev.fx.user_graph import UserGraph, read_user_graph
@@ -59,15 +59,15 @@ class ReversibleStep(nn.Module):
             return result
         path = f"step {self.number} of {self.chain.name}"
         modules = _modules_of(turn, self.__dict__["gm"])
-        site = Site(modules, path, modules.training, lambda module, name: False, overwrites=True)
-        step = open_step(self.chain, arrive(self.chain, stream, (self.number,)), site)
-        if isinstance(step, RecomputedStep):
+        branch = Branch(modules, path, modules.training, lambda module, name: False, mutates_input=True)
+        step = Step(self.chain, stream, (self.number,), branch)
+        if step.replay is not None:
             kept = tuple(without_history(i) if isinstance(i, torch.Tensor) else i for i in inputs)
             step.replay.add_arguments(kept)
-            step.runs_again_by(lambda x: (None, turn(x, *kept)))
+            step.replay.again = lambda x: (None, turn(x, *kept))
         with step.running():
             out = turn(step.given(), *inputs)
-        return step.close(out)
+        return step.take(out)
 
 
 class ReverseChains(ResidualPass):

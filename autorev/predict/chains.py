@@ -10,9 +10,8 @@ from torch import nn
 
 from autorev.analysis import Category
 from autorev.detect.judge import Finding
-from autorev.engine.chain import arrive, pass_of
-from autorev.engine.step import RecomputedStep, open_step
-from autorev.engine.step import Site as Branch
+from autorev.engine.chain import pass_of
+from autorev.engine.step import Branch, Step
 from autorev.methods import Method
 from autorev.predict.baselines import Run
 from autorev.rewrite.block_forward import ReversibleForward
@@ -65,20 +64,19 @@ class Chains:
         chain = self.built[site.chain].chain
         number = len(chain.couplings) - 1 - site.from_end
         branch = Branch(None, chain.paths[number], True, lambda module, name: False)
-        step = open_step(chain, arrive(chain, stream, (number,)), branch)
-        if isinstance(step, RecomputedStep):
-            step.runs_again_by(lambda x: (None, turn(x)))
+        step = Step(chain, stream, (number,), branch)
+        if step.replay is not None:
+            step.replay.again = lambda x: (None, turn(x))
         with step.running():
             out = turn(step.given())
-        return step.close(out)
+        return step.take(out)
 
     def kept(self, site: Site) -> Iterator[tuple[Category, torch.Tensor]]:
         """What the engine holds of the site's chain: its state, and side bits."""
         latest = pass_of(self.built[site.chain].chain).latest if self.built and site.chain is not None else None
         if latest is None:
             return
-        state = latest.now()
-        yield Category.STREAMS, state.stream
-        yield Category.STREAMS, state.partner
-        if latest.tape is not None:
-            yield from ((Category.SIDE_BITS, step.side) for step in latest.tape.steps if step.side is not None)
+        tape = latest.tape
+        yield Category.STREAMS, tape.state.stream
+        yield Category.STREAMS, tape.state.partner
+        yield from ((Category.SIDE_BITS, step.side) for step in tape.steps if step.side is not None)

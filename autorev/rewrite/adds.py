@@ -71,12 +71,11 @@ class KnownAdds:
         captured = finding.captured
         assert captured is not None
         ending = set(ends)
-        self.opened |= captured.opened
-        for node in captured.graph.nodes:
-            if node in ending:
-                self.closing.add(node.meta["place"])
-            elif add_operands(node) is not None:
-                self.others.add(node.meta["place"])
+        nodes = list(captured.graph.nodes)
+        # New sets: the code may be running in another thread, which goes through those that are here now.
+        self.opened = self.opened | captured.opened
+        self.closing = self.closing | {node.meta["place"] for node in nodes if node in ending}
+        self.others = self.others | {n.meta["place"] for n in nodes if n not in ending and add_operands(n) is not None}
         both = self.closing & self.others
         if both:
             raise ConversionError(
@@ -84,7 +83,7 @@ class KnownAdds:
                 "at another; use granularity='block', or write the two adds apart"
             )
         if start is not None:
-            self.starts.add(_start(start))
+            self.starts = self.starts | {_start(start)}
 
     def knows(self, place: Place) -> bool:
         """Has an analysis seen it?"""

@@ -20,14 +20,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
-from autorev.engine.chain import ReversibleChain, arrive, pass_of
+from autorev.engine.chain import ReversibleChain, pass_of
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.modules import without_history
-from autorev.engine.step import RecomputedStep, Site, open_step
+from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import is_asked_for, is_cache, is_checkpointed
 from autorev.rewrite.compiled import CompiledBlock, compiler_of, inside_of, never_compiled
-from autorev.rewrite.told import say
 
 HANDLE = "_autorev_replacements"
 """Where a module keeps its replaced forwards, the first one first: other libraries may wrap `forward` afterwards."""
@@ -167,7 +166,7 @@ class ReversibleForward(Replacement):
     output_at: tuple[Any, ...]
     """Where the stream is in what the block returns."""
     written: tuple[str, ...]
-    overwrites: bool
+    mutates_input: bool
     compiling: CompiledBlock = field(init=False)
     positional: tuple[str, ...] = field(init=False)
     """The names of the block's positional parameters."""
@@ -199,7 +198,7 @@ class ReversibleForward(Replacement):
 
     def own(self) -> Callable[..., Any]:
         """The block's own forward, compiled where the block is."""
-        if self.chain.reach is not None:
+        if self.chain.magnitudes is not None:
             # A grid is being chosen: once, without gradients, as training will never run it.
             return getattr(self.original, "_torchdynamo_orig_callable", self.original)
         return self.compiling.compiled(self.original)
@@ -211,16 +210,18 @@ class ReversibleForward(Replacement):
                 "derivatives cannot follow the state that it keeps beside autograd; call autorev.revert(model) first"
             )
 
-    def _stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], torch.Tensor]:
-        """Where the stream is among the arguments, and the stream."""
+    def _stream(
+        self, argument: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], torch.Tensor]:
+        """Where the stream is among the arguments, and the stream, which is the one called `argument`."""
         self._refuse_transforms()
         try:
-            place, stream = find_stream(self._named(args, kwargs), self.argument, args, kwargs)
+            place, stream = find_stream(self._named(args, kwargs), argument, args, kwargs)
         except (KeyError, IndexError, TypeError, ValueError):
             place, stream = (), None
         if not isinstance(stream, torch.Tensor) or not stream.is_floating_point():
             raise ConversionError(
-                f"{self.path} was analysed with its stream in the argument {self.argument}, and is called without it; "
+                f"{self.path} was analysed with its stream in the argument {argument}, and is called without it; "
                 "convert again with example arguments like this call's"
             )
         if hasattr(stream, "placements"):
@@ -241,15 +242,15 @@ class ReversibleForward(Replacement):
         return [*zip(names, args, strict=False), *kwargs.items()]
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[Any, ...] | None) -> tuple[Any, bool]:
-        """The call without its stream, and whether it can only be run once, as it fills a key-value cache.
+        """The call without its stream, and whether it can be run again: not if it fills a key-value cache.
 
         A cache that the caller handed over, or asked for by `use_cache=True`, is filled, and the block is stored. One
         that the model makes by itself in training is left out: nobody reads it, and a second run would fill it again.
         """
         inputs: Any = (args, kwargs) if place is None else replace_leaf((args, kwargs), place, None)
         if not torch.is_grad_enabled():
-            return inputs, False
-        once = False
+            return inputs, True
+        recomputable = True
         for where, value in [*(((0, i), v) for i, v in enumerate(args)), *(((1, k), v) for k, v in kwargs.items())]:
             if not is_cache(value):
                 continue
@@ -257,7 +258,7 @@ class ReversibleForward(Replacement):
             if self.block.training and given is not None and not is_asked_for(value, given):
                 inputs = replace_leaf(inputs, where, None)
                 _left_empty[value] = True
-                say(self.chain, "fill no key-value cache that the model makes by itself in training")
+                self.chain.warn_once("fill no key-value cache that the model makes by itself in training")
             elif value in _left_empty:
                 raise ConversionError(
                     f"the key-value cache that {self.path} is given was left empty by the call that returned it, as "
@@ -265,9 +266,9 @@ class ReversibleForward(Replacement):
                     "use_cache=True, or with a cache of your own, from the first segment on"
                 )
             else:
-                once = True
-                say(self.chain, "store their activations, as they are given a key-value cache; use_cache=False")
-        return inputs, once
+                recomputable = False
+                self.chain.warn_once("store their activations, as they are given a key-value cache; use_cache=False")
+        return inputs, recomputable
 
     def _writes(self) -> Callable[[nn.Module, str], bool]:
         """(module, name): is that a buffer which the block was seen to update?"""
@@ -287,24 +288,24 @@ class WholeBlock(ReversibleForward):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step."""
-        place, stream = self._stream(args, kwargs)
-        inputs, once = self._inputs(args, kwargs, place)
+        place, stream = self._stream(self.argument, args, kwargs)
+        inputs, recomputable = self._inputs(args, kwargs, place)
         forward = self.own()
         self.compiling.say_how(self.chain, in_steps=False)
-        arrival = arrive(self.chain, stream, self.numbers)
+        writes = self._writes()
+        branch = Branch(self.block, self.path, self.block.training, writes, self.mutates_input, recomputable)
+        step = Step(self.chain, stream, self.numbers, branch)
         del args, kwargs, stream
-        site = Site(self.block, self.path, self.block.training, self._writes(), self.overwrites, once)
-        step = open_step(self.chain, arrival, site)
-        if isinstance(step, RecomputedStep):
+        if step.replay is not None:
             # Of the inputs, only values are needed again. Kept with their history, one that an earlier block of the
             # chain returned (T5's position bias) would close a circle through autograd's graph that no one collects.
             kept = tree_map(without_history, inputs)
             step.replay.add_arguments(kept)
             # Containers are made anew for each run: the block may write to a dict or a context that it is given.
-            step.runs_again_by(lambda x: self._branch(forward, place, tree_map(without_history, kept), x))
+            step.replay.again = lambda x: self._branch(forward, place, tree_map(without_history, kept), x)
         with step.running():
             (at, rest), out = self._branch(forward, place, inputs, step.given())
-        return replace_leaf(rest, at, step.close(out))
+        return replace_leaf(rest, at, step.take(out))
 
     def _branch(
         self, forward: Callable[..., Any], place: tuple[Any, ...], inputs: Any, x: torch.Tensor

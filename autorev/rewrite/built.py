@@ -73,7 +73,7 @@ class BuiltChain:
                 "argument": argument_of(finding.start),
                 "output_at": finding.output_at,
                 "written": finding.call.buffers_written,
-                "overwrites": any(o.code == "in-place-add" for o in finding.caveats),
+                "mutates_input": any(o.code == "in-place-add" for o in finding.caveats),
             }
             if pieces:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))

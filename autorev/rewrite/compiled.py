@@ -19,7 +19,6 @@ from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from autorev.engine.chain import ReversibleChain
-from autorev.rewrite.told import say
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes a compiled function of a function."""
@@ -79,10 +78,9 @@ class CompiledBlock:
         if self.compiler is None and _around.get() is None:
             return
         if in_steps:
-            say(chain, IN_STEPS)
+            chain.warn_once(IN_STEPS)
         elif self.compiler is None:
-            say(
-                chain,
+            chain.warn_once(
                 "run outside of the graph that torch.compile makes of the model: their branches are compiled, each by "
                 "itself, and the loop around them runs eagerly",
             )
@@ -92,9 +90,10 @@ class CompiledBlock:
         compiler = self.compiler or _around.get()
         if compiler is None:
             return forward
-        if self.last is None or self.last[0] is not compiler:
-            self.last = compiler, compiler(forward)
-        return self.last[1]
+        last = self.last  # another thread may compile by another
+        if last is None or last[0] is not compiler:
+            self.last = last = compiler, compiler(forward)
+        return last[1]
 
 
 def compiler_of(compiled: Any) -> Compiler | None:

@@ -22,7 +22,7 @@ from autorev.detect.chains import detect
 from autorev.detect.ends import replace_leaf
 from autorev.detect.judge import Finding, judge
 from autorev.engine.chain import ReversibleChain, one_pass
-from autorev.engine.step import Site
+from autorev.engine.step import Branch
 from autorev.errors import AutorevError, ConversionError
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward
@@ -39,12 +39,12 @@ class StepsOfBlock(ReversibleForward):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """All steps of the block."""
         self.compiling.say_how(self.chain, in_steps=True)
-        place, stream = self._stream(args, kwargs)
-        inputs, once = self._inputs(args, kwargs, place)
+        place, stream = self._stream(self.argument, args, kwargs)
+        inputs, recomputable = self._inputs(args, kwargs, place)
         like = tree_map_only(torch.Tensor, _shape_of, replace_leaf(inputs, place, stream))
-        site = Site(None, self.path, self.block.training, self._writes(), once=once)
+        branch = Branch(None, self.path, self.block.training, self._writes(), recomputable=recomputable)
         watch = Watch(
-            self.block, self.path, self.chain, self.numbers, self.steps, self.adds, site, lambda: self._analyse(like)
+            self.block, self.path, self.chain, self.numbers, self.steps, self.adds, branch, lambda: self._analyse(like)
         )
         with watch.watching():
             args, kwargs = replace_leaf(inputs, place, watch.begin(stream))
@@ -78,7 +78,7 @@ class StepsOfLoop(ReversibleForward):
             argument="",
             output_at=(),
             written=findings[0].call.buffers_written,
-            overwrites=False,
+            mutates_input=False,
             adds=KnownAdds.of_loop(findings),
             in_steps=in_steps,
         )
@@ -88,9 +88,9 @@ class StepsOfLoop(ReversibleForward):
         self._refuse_transforms()
         self.compiling.say_how(self.chain, in_steps=True)
         with one_pass([self.chain], (args, kwargs)):
-            inputs, once = self._inputs(args, kwargs, None)
+            inputs, recomputable = self._inputs(args, kwargs, None)
             like = tree_map_only(torch.Tensor, _shape_of, inputs)
-            site = Site(None, self.path, self.block.training, self._writes(), once=once)
+            branch = Branch(None, self.path, self.block.training, self._writes(), recomputable=recomputable)
             watch = Watch(
                 self.block,
                 self.block_path,
@@ -98,7 +98,7 @@ class StepsOfLoop(ReversibleForward):
                 self.numbers,
                 len(self.numbers),
                 self.adds,
-                site,
+                branch,
                 lambda: self._analyse(like),
             )
             with watch.watching():
@@ -121,8 +121,7 @@ class StepsOfLoop(ReversibleForward):
         """The call's arguments; where one of them is the loop's stream, the first step begins with it."""
         for start in self.adds.starts:
             if start.argument is not None:
-                self.argument = start.argument
-                place, stream = self._stream(args, kwargs)
+                place, stream = self._stream(start.argument, args, kwargs)
                 return replace_leaf((args, kwargs), place, watch.begin(stream))
         return args, kwargs
 

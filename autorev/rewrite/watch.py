@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map_only
 
 from autorev.capture.source import caller_place
 from autorev.detect.ends import replace_leaf
-from autorev.engine.chain import ReversibleChain, arrive
-from autorev.engine.modules import Owned
-from autorev.engine.step import RecomputedStep, Site, Step, StoredStep, open_step
+from autorev.engine.chain import ReversibleChain
+from autorev.engine.replay import Replay
+from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError
 from autorev.patching import patched_here
 from autorev.rewrite.adds import KnownAdds, Place, Start
@@ -49,14 +49,14 @@ class Watch(TorchFunctionMode):
         numbers: tuple[int, ...],
         total: int,
         known: KnownAdds,
-        site: Site,
+        branch: Branch,
         analyse: Callable[[], None],
     ) -> None:
         """`numbers`: steps of the chain that the call may begin with; `total`: how many it takes; `analyse` adds what
         this very call does to `known`."""
         super().__init__()
         self.module, self.path, self.chain, self.numbers, self.total = module, path, chain, numbers, total
-        self.known, self.site, self.analyse = known, site, analyse
+        self.known, self.branch, self.analyse = known, branch, analyse
         self.name = path or "the model itself"
         self.paths = {id(child): name for name, child in module.named_modules()}
         self.paused = 0
@@ -113,11 +113,10 @@ class Watch(TorchFunctionMode):
             self.paused -= 1
 
     def _begin(self, stream: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
-        arrival = arrive(self.chain, stream, numbers)
-        self.number = arrival.number
-        self.step = open_step(self.chain, arrival, self.site)
+        self.step = Step(self.chain, stream, numbers, self.branch)
+        self.number = self.step.number
         given = self.step.given()
-        self.recording = Recording(given) if isinstance(self.step, RecomputedStep) else None
+        self.recording = Recording(given) if self.step.replay is not None else None
         self.running = self.step.running()
         self.running.__enter__()
         self.forms = {}
@@ -134,13 +133,12 @@ class Watch(TorchFunctionMode):
         for layout in reversed(form):
             out = self._leaf(layout.back, (out,), {}, in_place=False)
         if self.recording is not None:
-            assert isinstance(self.step, RecomputedStep)
-            result = self.recording.slot_of(out)
-            self._hand_over(self.step, self.recording, result)
+            assert self.step.replay is not None
+            _hand_over(self.recording, self.step.replay, self.recording.slot_of(out))
         self.running.__exit__(None, None, None)
         self.running = self.recording = None
         step, self.step = self.step, None
-        new = step.close(out)
+        new = step.take(out)
         self.taken += 1
         if self.taken < self.total:
             new = self.begin(new, (self.number + 1,))
@@ -154,11 +152,6 @@ class Watch(TorchFunctionMode):
             self.renamed[id(args[0])] = weakref.ref(args[0]), new
             self._rename_in(self.module)
         return new
-
-    def _hand_over(self, step: RecomputedStep, recording: Recording, result: int | None) -> None:
-        step.overwrites = recording.writes_to_input
-        step.replay.add_arguments(recording.arguments())
-        step.runs_again_by(recording.finish(result))
 
     def end(self, returned: Any) -> Any:
         """The forward has returned; what it returned, with the coupled stream in it.
@@ -175,12 +168,11 @@ class Watch(TorchFunctionMode):
                 )
             assert self.running is not None
             if self.recording is not None:
-                assert isinstance(self.step, RecomputedStep)
-                self._hand_over(self.step, self.recording, None)
+                assert self.step.replay is not None
+                _hand_over(self.recording, self.step.replay, None)
             self.running.__exit__(None, None, None)
             self.running = None
-            if isinstance(self.step, RecomputedStep):
-                self.step.leave_open()
+            self.step.leave_open()
         if not self.renamed:
             return returned
         for child in self.module.modules():
@@ -227,10 +219,8 @@ class Watch(TorchFunctionMode):
         if self.renamed:
             args, kwargs = tree_map_only(torch.Tensor, self._current, (args, kwargs))
         full = ".".join(filter(None, (self.path, path or type(module).__name__)))
-        if isinstance(self.step, RecomputedStep):
-            self.step.replay.add_module(module, full, self.site.writes)
-        elif isinstance(self.step, StoredStep) and torch.is_grad_enabled():
-            self.step.owned += [Owned.found(f"{full}.{name}", p) for name, p in module.named_parameters()]
+        if self.step is not None:
+            self.step.add_module(module, full)
         result = self._leaf(partial(run, module), args, kwargs, in_place=False)
         if not self.begun:
             return self._looked_for_start(result)
@@ -350,6 +340,13 @@ class Watch(TorchFunctionMode):
                     and one.untyped_storage()._cdata == source.untyped_storage()._cdata
                 ):
                     self._mark(one, (*form, Reshaped(source.shape, one.shape)))
+
+
+def _hand_over(recording: Recording, replay: Replay, result: int | None) -> None:
+    """What the code did is how the step is run again; `result`: the recording's slot of what it returns."""
+    replay.mutates_input = recording.writes_to_input
+    replay.add_arguments(recording.arguments())
+    replay.again = recording.finish(result)
 
 
 def _in_place(name: str) -> bool:

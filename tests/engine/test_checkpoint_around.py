@@ -5,6 +5,9 @@ python -m pytest tests/engine/test_checkpoint_around.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from autorev.errors import AutorevError
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import (
+    EXACT,
     Chain,
     Results,
     Setting,
@@ -44,6 +48,28 @@ def test_checkpointing_around_the_whole_model(reentrant: bool, setting: Setting)
         return {"loss": loss.detach(), "x": x.grad.clone(), **gradients_of(model)}
 
     assert_like_oracle(model, setting, run)
+
+
+@pytest.mark.parametrize("preserved", [True, False])
+def test_two_passes_of_one_input_under_checkpoints(preserved: bool) -> None:
+    """As in R-Drop, with signs that are drawn (bdia): each pass has its own again in backward, or that is refused."""
+    model = converted(EXACT, lambda: Chain(*(hand.Block() for _ in range(4))), states(EXACT), coupling="bdia")
+    x = states(EXACT, 3)
+
+    def run(forward: Callable[[torch.Tensor], torch.Tensor]) -> Results:
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        loss = mean_square(forward(x)) + forward(x).pow(3).mean()
+        loss.backward()
+        return {"loss": loss.detach(), **gradients_of(model)}
+
+    expected = run(model)
+    again = partial(checkpoint, model, use_reentrant=False, preserve_rng_state=preserved)
+    if preserved:
+        assert_same(run(again), expected, 0)
+        return
+    with pytest.raises(AutorevError, match="2 passes had this input"):
+        run(again)
 
 
 class CheckpointingSome(Chain):

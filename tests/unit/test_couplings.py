@@ -25,7 +25,7 @@ from autorev.couplings.coupling import Coupling, State
 from autorev.couplings.presets import PRESETS
 from autorev.couplings.side_bits import pack, unpack
 from autorev.couplings.velocity import Bdia, Velocity
-from autorev.engine.grid import advance, check_largest, grid_at_start, largest_of
+from autorev.engine.grid import check_largest, grid_at_start, largest_of, step_on_grid
 from autorev.engine.mode import running
 from autorev.errors import ConversionError, FixedPointRangeError, SettingError
 from autorev.methods import Method
@@ -59,10 +59,10 @@ def branch_of(x: torch.Tensor) -> torch.Tensor:
 def there_and_back(coupling: Coupling, state: State, arithmetic: Arithmetic, dtype: torch.dtype) -> State:
     """The state after a step was taken and undone."""
     value = arithmetic.decode(state.stream, dtype)
-    side = coupling.advance(state, branch_of(value), value, arithmetic)
-    coupling.reopen(state, arithmetic)
+    side = coupling.step(state, branch_of(value), value, arithmetic)
+    coupling.recover_input(state, arithmetic)
     again = arithmetic.decode(state.stream, dtype)
-    coupling.retreat(state, branch_of(again), again, side, arithmetic)
+    coupling.recover_partner(state, branch_of(again), again, side, arithmetic)
     return state
 
 
@@ -83,17 +83,19 @@ def test_a_step_is_undone_to_the_bit(coupling: Coupling, seed: int, shape: list[
 
 @each_coupling
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_reopen_gives_the_branch_input_and_close_undoes_it(coupling: Coupling, shape: tuple[int, ...]) -> None:
-    """`reopen` finds the last branch's input without any branch, and `close` goes back to the state after the step."""
+def test_recover_input_gives_the_branch_input_and_recover_output_undoes_it(
+    coupling: Coupling, shape: tuple[int, ...]
+) -> None:
+    """`recover_input` finds the last branch's input without any branch; `recover_output` goes back behind the step."""
     state = random_state(coupling, shape, 1)
     read = state.stream.clone()
     value = GRID.decode(state.stream, torch.float32)
-    coupling.advance(state, branch_of(value), value, GRID)
+    coupling.step(state, branch_of(value), value, GRID)
     after = state.clone()
 
-    coupling.reopen(state, GRID)
+    coupling.recover_input(state, GRID)
     assert torch.equal(read, state.stream)
-    coupling.close(state, GRID)
+    coupling.recover_output(state, GRID)
 
     assert torch.equal(after.stream, state.stream)
     assert torch.equal(after.partner, state.partner)
@@ -103,7 +105,7 @@ def test_reopen_gives_the_branch_input_and_close_undoes_it(coupling: Coupling, s
 def test_a_strided_stream_is_undone_too(coupling: Coupling) -> None:
     """A chain may begin with a transposed tensor."""
     stream = torch.randn(5, 3, 7).transpose(0, 2)
-    state = coupling.begin(GRID.encode(stream))
+    state = coupling.initial_state(GRID.encode(stream))
     before = state.clone()
     there_and_back(coupling, state, GRID, torch.float32)
 
@@ -122,15 +124,15 @@ def test_floating_steps_are_undone_up_to_rounding(coupling: Coupling) -> None:
 
 
 @each_coupling
-def test_the_first_state_has_no_residue(coupling: Coupling) -> None:
+def test_the_first_state_has_no_residual(coupling: Coupling) -> None:
     """What the integrity check looks at is zero where a chain begins, and not zero one step later."""
-    state = coupling.begin(GRID.encode(torch.linspace(-1, 1, 20)))
-    assert not coupling.residue(state).any()
+    state = coupling.initial_state(GRID.encode(torch.linspace(-1, 1, 20)))
+    assert not coupling.initial_residual(state).any()
 
     value = GRID.decode(state.stream, torch.float32)
-    coupling.advance(state, branch_of(value), value, GRID)
+    coupling.step(state, branch_of(value), value, GRID)
 
-    assert coupling.residue(state).any()
+    assert coupling.initial_residual(state).any()
 
 
 def test_a_flipped_bit_of_the_side_information_is_seen() -> None:
@@ -139,11 +141,11 @@ def test_a_flipped_bit_of_the_side_information_is_seen() -> None:
     state = random_state(coupling, (16,), 3)
     before = state.partner.clone()
     value = GRID.decode(state.stream, torch.float32)
-    side = coupling.advance(state, branch_of(value), value, GRID)
+    side = coupling.step(state, branch_of(value), value, GRID)
     assert side is not None
     side[0, 0] ^= 1
-    coupling.reopen(state, GRID)
-    coupling.retreat(state, branch_of(value), value, side, GRID)
+    coupling.recover_input(state, GRID)
+    coupling.recover_partner(state, branch_of(value), value, side, GRID)
 
     assert not torch.equal(before, state.partner)
 
@@ -163,11 +165,11 @@ def test_a_chain_is_rebuilt_bit_for_bit(depth: int, bits: int, dtype: torch.dtyp
     def branch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x + torch.tanh(x @ weight) / 4
 
-    state = coupling.begin(GRID.encode(torch.randn(3, 5, 8)))
+    state = coupling.initial_state(GRID.encode(torch.randn(3, 5, 8)))
     states, sides = [state.clone()], []
     for weight in layers:
         value = GRID.decode(state.stream, dtype)
-        sides.append(coupling.advance(state, branch(value, weight), value, GRID))
+        sides.append(coupling.step(state, branch(value, weight), value, GRID))
         states.append(state.clone())
     assert int(state.stream.abs().max()) < LIMIT
 
@@ -175,12 +177,12 @@ def test_a_chain_is_rebuilt_bit_for_bit(depth: int, bits: int, dtype: torch.dtyp
         expected = states.pop()
         assert torch.equal(expected.stream, state.stream)
         assert torch.equal(expected.partner, state.partner)
-        coupling.reopen(state, GRID)
+        coupling.recover_input(state, GRID)
         value = GRID.decode(state.stream, dtype)
-        coupling.retreat(state, branch(value, weight), value, sides.pop(), GRID)
+        coupling.recover_partner(state, branch(value, weight), value, sides.pop(), GRID)
 
     assert torch.equal(states[0].stream, state.stream)
-    assert not coupling.residue(state).any()
+    assert not coupling.initial_residual(state).any()
 
 
 # -- side bits
@@ -202,11 +204,11 @@ def test_side_bits_are_k_bytes_for_eight_elements(bits: int, shape: tuple[int, .
 
 @pytest.mark.parametrize("gamma", GAMMAS, ids=str)
 def test_a_step_keeps_as_many_side_bits_as_it_says(gamma: Fraction) -> None:
-    """`side_bits` is what `advance` returns per element: k of gamma = n / 2^k."""
+    """`side_bits` is what `step` returns per element: k of gamma = n / 2^k."""
     coupling = Velocity(gamma, 1.0)
     state = random_state(coupling, (4, 8), 0)
     value = GRID.decode(state.stream, torch.float32)
-    side = coupling.advance(state, branch_of(value), value, GRID)
+    side = coupling.step(state, branch_of(value), value, GRID)
 
     assert gamma.denominator == 2**coupling.side_bits
     assert (0 if side is None else side.numel() * 8) == coupling.side_bits * 32
@@ -233,7 +235,7 @@ def test_what_is_no_number_is_an_error_that_names_the_block(value: float, size: 
     values[-1] = value
     state = State(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
     with pytest.raises(FixedPointRangeError, match=r"layers\.3\.mlp returned values that are not numbers"):
-        advance(Velocity(Fraction(1), 1.0), state, values, torch.zeros(size), GRID, "layers.3.mlp", at_once=True)
+        step_on_grid(Velocity(Fraction(1), 1.0), state, values, torch.zeros(size), GRID, "layers.3.mlp", at_once=True)
     with pytest.raises(FixedPointRangeError, match="not numbers"):
         grid_at_start(GRID, values, "layers")
 
@@ -249,17 +251,17 @@ def test_a_step_that_leaves_the_grid_is_taken_on_a_coarser_one_and_undone_exactl
     before = state.clone()
     value_in = GRID.decode(state.stream, torch.float32)
     out = value_in + value
-    taken = advance(coupling, state, out, value_in, GRID, "block", at_once=True)
+    arithmetic, side, dropped = step_on_grid(coupling, state, out, value_in, GRID, "block", at_once=True)
 
-    assert taken.dropped is not None
-    expected, _ = coupling.plain(value_in.double(), GRID.decode(before.partner, torch.float64), out.double())
-    found = taken.arithmetic.decode(state.stream, torch.float64)
+    assert dropped is not None
+    expected, _ = coupling.equations(value_in.double(), GRID.decode(before.partner, torch.float64), out.double())
+    found = arithmetic.decode(state.stream, torch.float64)
     assert float((found - expected).abs().max()) <= abs(value) * 1e-6
-    coupling.reopen(state, taken.arithmetic)
-    taken.dropped.refine_stream(state)
+    coupling.recover_input(state, arithmetic)
+    dropped.refine_stream(state)
     assert torch.equal(state.stream, before.stream)
-    coupling.retreat(state, out, value_in, taken.side, taken.arithmetic)
-    taken.dropped.refine_partner(state)
+    coupling.recover_partner(state, out, value_in, side, arithmetic)
+    dropped.refine_partner(state)
     assert torch.equal(state.partner, before.partner)
 
 
@@ -284,7 +286,7 @@ def test_no_overflow_hides_behind_the_integers_wrapping_round(start: int, change
     coupling = Velocity(Fraction(sign), 1.0)
     velocity = max(-(2**30) + 1, min(2**30 - 1, 2 * start))
     state = State(torch.tensor([start], dtype=torch.int32), torch.tensor([velocity], dtype=torch.int32))
-    coupling.advance(state, torch.tensor([change]), torch.zeros(1), GRID)
+    coupling.step(state, torch.tensor([change]), torch.zeros(1), GRID)
     float_change = torch.tensor([change]).mul(2.0**16).round().item()
     true = start + sign * velocity + float_change
     if math.isfinite(true) and abs(true) < LIMIT:
@@ -407,7 +409,7 @@ def test_vjp_is_autograd_of_the_plain_equations(coupling: Coupling, received: tu
     """The step's gradients, written by hand, are those of the step written down."""
     x, p, out = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     grads = [_some(torch.randn(3, 5, dtype=torch.float64), is_there) for is_there in received]
-    results = coupling.plain(x, p, out)
+    results = coupling.equations(x, p, out)
     pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     expected = torch.autograd.grad([r for r, _ in pairs], (x, p, out), [g for _, g in pairs], allow_unused=True)
 
@@ -417,14 +419,14 @@ def test_vjp_is_autograd_of_the_plain_equations(coupling: Coupling, received: tu
 
 
 @each_coupling
-def test_advance_computes_the_plain_equations(coupling: Coupling) -> None:
+def test_step_computes_the_equations(coupling: Coupling) -> None:
     """The values of a step are those of the step written down, in floats and on the grid."""
     stream, partner = torch.randn(2, 4, 6, dtype=torch.float64)
     out = branch_of(stream)
-    expected = coupling.plain(stream, partner, out)
+    expected = coupling.equations(stream, partner, out)
     for arithmetic, tolerance in ((Floating(), 1e-14), (FixedPoint(20), 2.0**-18)):
         state = State(arithmetic.encode(stream.clone()), arithmetic.encode(partner.clone()))
-        coupling.advance(state, out, stream, arithmetic)
+        coupling.step(state, out, stream, arithmetic)
         for mine, written in zip((state.stream, state.partner), expected, strict=True):
             torch.testing.assert_close(arithmetic.decode(mine, torch.float64), written, rtol=0, atol=tolerance)
 
@@ -437,7 +439,7 @@ def test_the_first_partner_of_the_oracle_is_the_first_partner(coupling: Coupling
     partner = torch.zeros_like(x) if first is None else first
 
     def gradient(given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        new = coupling.plain(x, given, branch_of(x))
+        new = coupling.equations(x, given, branch_of(x))
         (grad,) = torch.autograd.grad(new[0].square().sum() + new[1].sum(), x)
         return new[0], grad
 
@@ -455,7 +457,7 @@ def converted(**options: object) -> object:
 
 @pytest.mark.parametrize("ask", [lambda g: check_dyadic(Fraction(g), "blocks.0"), lambda g: converted(gamma=g)])
 def test_a_gamma_that_is_not_dyadic_is_told_which_would_do(ask: Callable[[float], object]) -> None:
-    """The message names numbers near it, all of which are taken."""
+    """The message names numbers near it, all of which are"""
     with pytest.raises(ConversionError, match=r"gamma = 0\.1 for blocks\.0.*near it are") as error:
         ask(0.1)
     near = [Fraction(number) for number in str(error.value).rsplit("are ", 1)[1].split(", ")]
@@ -477,7 +479,7 @@ def test_what_is_named_beside_a_gamma_would_do(gamma: float) -> None:
 
 
 def test_a_gamma_is_shown_with_all_its_digits() -> None:
-    """Rounded, it would read as one that is taken."""
+    """Rounded, it would read as one that is"""
     with pytest.raises(ConversionError, match=r"gamma = 0\.125000001 for"):
         check_dyadic(Fraction(0.125000001), "blocks.0")
 
@@ -538,10 +540,10 @@ def test_bdia_is_the_residual_step_in_eval_mode() -> None:
     """In training gamma is 1/2 or -1/2, with c = 1 - gamma; in eval mode the network is as it was."""
     coupling = coupling_for(PRESETS["bdia"], "", 0, 4, None, None)
     assert isinstance(coupling, Bdia)
-    draws = {coupling.drawn(True, draw) for draw in range(4)}
+    draws = {coupling.sample(True, seed) for seed in range(4)}
     assert draws == {Velocity(Fraction(1, 2), 0.5), Velocity(Fraction(-1, 2), 1.5)}
 
-    still = coupling.drawn(False, 1)
+    still = coupling.sample(False, 1)
     x = torch.randn(4)
     assert not still.invertible
-    torch.testing.assert_close(still.plain(x, torch.randn(4), branch_of(x))[0], branch_of(x))
+    torch.testing.assert_close(still.equations(x, torch.randn(4), branch_of(x))[0], branch_of(x))

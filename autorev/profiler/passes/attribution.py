@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from autorev.analysis import Category
-from autorev.engine.chain import tape_of
+from autorev.engine.chain import pass_of
 from autorev.engine.tape import Tape
 from autorev.patching import patched_here
 from autorev.predict.tracker import Live, MemoryTracker, Segment
 from autorev.profiler.passes.step import TrainingStep, tensors_of
 from autorev.profiler.readings import Holder, Memory, Timeline
+from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 
 MOST_POINTS = 300
 """Of a time line; each is the highest of the events that it stands for."""
@@ -192,7 +193,7 @@ class _Watcher:
             return
         self.calling.pop()
         if self.phase == "forward" and path in self.number_of:
-            self._end_block(self.number_of[path], returned)
+            self._end_block(self.number_of[path], module)
         if self.phase in ("forward", "backward"):
             _hook_first(returned, partial(self._gradient_came, path))
         self.ledger.owner = self.calling[-1] if self.calling else self.behind
@@ -201,11 +202,11 @@ class _Watcher:
         self.ledger.begin("forward", number, Category.WORKING_SET)
         self.block_of.append((self.ledger.current, number))
 
-    def _end_block(self, number: int, returned: Any) -> None:
-        stream = _first(returned)
-        tape = None if stream is None else tape_of(stream)
-        if tape is not None and all(known() is not tape for known in self.tapes):
-            self.tapes.append(weakref.ref(tape))
+    def _end_block(self, number: int, block: nn.Module) -> None:
+        for forward in block.__dict__.get(HANDLE, ()):
+            latest = pass_of(forward.chain).latest if isinstance(forward, ReversibleForward) else None
+            if latest is not None and latest.tape.steps and all(known() is not latest.tape for known in self.tapes):
+                self.tapes.append(weakref.ref(latest.tape))
         self._relabel()
         self.ledger.settle(Category.STORED_ACTIVATIONS)
         last = number == len(self.paths) - 1

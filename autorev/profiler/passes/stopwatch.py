@@ -25,7 +25,7 @@ from autorev.patching import patched_here
 from autorev.profiler.passes.step import TrainingStep, synchronize, tensors_of
 from autorev.profiler.readings import BlockTime, Work
 
-_COUPLING = ("advance", "reopen", "close", "retreat")
+_COUPLING = ("step", "recover_input", "recover_output", "recover_partner")
 
 
 def measure_work(step: TrainingStep, blocks: Blocks, flops: int) -> Work:

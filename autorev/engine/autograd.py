@@ -1,7 +1,11 @@
 """The coupling as a node of autograd's graph: it computes values with the chain's arithmetic and saves none of them.
 
-The partner stream has its values on the tape; in the graph it is a tensor of the right shape and no memory (one zero,
-expanded), which exists for its gradient.
+        x ----------+------------------------> couple --> x'     the stream, in the model's dtype
+                    +--> branch --> out ---/          \
+        p -------------------------------/             -> p'     the partner
+
+The partner's values are on the tape; in the graph it is a tensor of the right shape and no memory (one zero, expanded),
+which exists for its gradient. That is float32 at least: it is summed over the depth of the chain.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ from autorev.couplings.coupling import Coupling, State
 
 def couple(
     coupling: Coupling,
-    advance: Callable[[], torch.Tensor],
+    step: Callable[[], torch.Tensor],
     stream: torch.Tensor,
     partner: torch.Tensor | None,
     out: torch.Tensor,
     check: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x', p') with the gradients of `Coupling.vjp`; `advance()` computes x', `check()` is asked before backward."""
-    new: tuple[torch.Tensor, torch.Tensor] = _apply(_Couple, coupling, advance, stream, partner, out, check)
+    """(x', p') with the gradients of `Coupling.vjp`; `step()` computes x', `check()` is asked before backward."""
+    new: tuple[torch.Tensor, torch.Tensor] = _apply(_Couple, coupling, step, stream, partner, out, check)
     return new
 
 
@@ -38,7 +42,7 @@ class _Couple(torch.autograd.Function):
     def forward(
         ctx: Any,
         coupling: Coupling,
-        advance: Callable[[], torch.Tensor],
+        step: Callable[[], torch.Tensor],
         stream: torch.Tensor,
         partner: torch.Tensor | None,
         out: torch.Tensor,
@@ -46,7 +50,7 @@ class _Couple(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.coupling, ctx.check = coupling, check
         ctx.set_materialize_grads(False)
-        new = advance()
+        new = step()
         return new, _valueless(new)
 
     @staticmethod
@@ -59,7 +63,6 @@ class _Couple(torch.autograd.Function):
 
 
 def _valueless(like: torch.Tensor) -> torch.Tensor:
-    """Gradients of the partner are summed over the depth of the chain: float32 at least."""
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
 
@@ -101,3 +104,8 @@ class _ReadOut(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         half = grads[0] / 2
         return half, half if ctx.needs_input_grad[1] else None, None, None
+
+
+def straight_through(value: torch.Tensor, formula: torch.Tensor) -> torch.Tensor:
+    """`value`, with the gradient of `formula`."""
+    return value.detach() + (formula - formula.detach())
