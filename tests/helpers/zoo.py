@@ -5,9 +5,10 @@ Each entry is a config of `transformers` with three layers or so; `hand.py` besi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -152,6 +153,14 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
 }
+
+TYPICAL = ("llama", "gpt2", "gptj", "opt-pre", "mixtral", "t5", "swin", "convnext", "bert", "resnet-basic")
+"""One of each kind of block."""
+
+
+def others_slow(names: Iterable[str]) -> list[Any]:
+    """Values for `parametrize`: what is checked on a typical family is checked on the others by the slow tests."""
+    return [pytest.param(name, marks=() if name in TYPICAL else pytest.mark.slow) for name in names]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

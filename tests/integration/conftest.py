@@ -7,13 +7,17 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from autorev import pipeline
+from autorev.analysis import Analysis
 from autorev.profiler import schedule
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.passes.measure import measure
+from autorev.workload import Workload
 from tests.helpers.zoo import HEADS
 
 NET = """
@@ -74,6 +78,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) ->
     with torch.random.fork_rng():
         yield tmp_path
     sys.modules.pop("profiled_net", None)
+
+
+@pytest.fixture
+def without_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`analyze` and `forecast` find the blocks, and do not simulate a hundred steps to compare methods."""
+
+    def analyze_workload(workload: Workload, **asked: Any) -> Analysis:
+        setting = {name: value for name, value in asked.items() if name not in ("named", "progress")}
+        return pipeline.prepare(workload, **setting)[0]
+
+    monkeypatch.setattr(pipeline, "analyze_workload", analyze_workload)
 
 
 @pytest.fixture

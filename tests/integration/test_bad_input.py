@@ -253,6 +253,7 @@ def test_gguf_files(folder: Path, content: bytes) -> None:
         refused(*command, "x.gguf")
 
 
+@pytest.mark.usefixtures("without_predictions")
 def test_what_a_config_leaves_open_is_said(folder: Path) -> None:
     """It is no 7 B model in silence; what says its sizes gets no note."""
     (folder / "bare.json").write_text('{"model_type": "gpt2", "n_layer": 2}')

@@ -277,6 +277,7 @@ def test_nothing_eligible_is_an_answer() -> None:
     assert all(block["verdict"] == "refused" and block["reasons"] for block in data["refused"])
 
 
+@pytest.mark.usefixtures("without_predictions")
 def test_reports_are_written_where_they_are_said_to_be(folder: Path) -> None:
     """The HTML report goes to reports/ unless a path is given, and Markdown only where one is."""
     result = autorev("user_net:make")

@@ -25,6 +25,7 @@ import autorev
 from autorev.engine.mode import running
 from autorev.errors import ConversionError
 from tests.helpers import zoo
+from tests.helpers.copied import copied
 from tests.helpers.one_step import gap, loss_of, one_step
 
 TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -37,6 +38,11 @@ pads_on_each_side = pytest.mark.parametrize("side", ["left", "right"])
 
 def converted(name: str, **settings: Any) -> Any:
     """A tiny model, converted."""
+    return copied(convert_anew, name, **settings)
+
+
+def convert_anew(name: str, **settings: Any) -> Any:
+    """A tiny model, converted here and now."""
     model = zoo.build(name)
     autorev.convert(model, **settings)
     return model
@@ -259,7 +265,7 @@ def adapted_then_converted_inside(name: str, **settings: Any) -> Any:
 
 def converted_then_adapted(name: str, **settings: Any) -> Any:
     """Adapters last."""
-    return lora(converted(name), **settings)
+    return lora(convert_anew(name), **settings)
 
 
 either_order = pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def test_adapters_have_the_oracles_gradients_and_base_weights_none(name: str, bu
     """LoRA with dropout trains in a converted model, whichever came first, and keeps its names."""
     model = build(name)
     plain = lora(zoo.build(name))
-    assert autorev.revert(build(name)) == 3, "the blocks are not converted"
+    assert autorev.revert(copied(build, name)) == 3, "the blocks are not converted"
     assert list(model.state_dict()) == list(plain.state_dict())
     assert adapter_keys(model) == adapter_keys(plain)
 
@@ -296,7 +302,7 @@ def test_adapters_have_the_oracles_gradients_and_base_weights_none(name: str, bu
 @either_order
 def test_adapters_on_one_layer_have_the_oracles_gradients(name: str, build: Callable[..., Any]) -> None:
     """Blocks before the only adapter need no gradient, and the blocks behind it pass theirs on."""
-    model = build(name, layers_to_transform=[1])
+    model = copied(build, name, layers_to_transform=[1])
     _, expected = one_step(model, mode="oracle", **CALL)
     _, found = one_step(model, **CALL)
     assert gap(found, expected) < 1e-5
@@ -307,7 +313,7 @@ def test_adapters_on_one_layer_have_the_oracles_gradients(name: str, build: Call
 @either_order
 def test_inputs_that_require_gradients_do_no_harm(name: str, build: Callable[..., Any]) -> None:
     """`enable_input_require_grads` makes the frozen embedding's output require a gradient."""
-    model = build(name)
+    model = copied(build, name)
     _, expected = one_step(model, **CALL)
     model.enable_input_require_grads()
     _, found = one_step(model, **CALL)
@@ -321,7 +327,7 @@ def test_adapters_are_saved_as_by_the_plain_model(name: str, build: Callable[...
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    model = build(name)
+    model = copied(build, name)
     model.save_pretrained(tmp_path / "converted")
     lora(zoo.build(name)).save_pretrained(tmp_path / "plain")
     file = "adapter_model.safetensors"
@@ -337,7 +343,7 @@ def test_adapters_are_saved_as_by_the_plain_model(name: str, build: Callable[...
 @either_order
 def test_merged_adapters_stay_converted_and_can_be_loaded(name: str, build: Callable[..., Any], tmp_path: Path) -> None:
     """The usual end of fine-tuning: merge, save, load; the blocks, the grid and the outputs are the same."""
-    model = build(name).merge_and_unload().eval()
+    model = copied(build, name).merge_and_unload().eval()
     with torch.no_grad():
         merged = model(**CALL).logits
     model.save_pretrained(tmp_path)
@@ -352,7 +358,7 @@ def test_checkpointing_a_model_with_adapters_is_explained(
     build: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """So it is where the model is wrapped by PEFT, before or after its conversion."""
-    model = build("llama")
+    model = copied(build, "llama")
     _, expected = one_step(model, **CALL)
     with explained(caplog):
         model.gradient_checkpointing_enable()
@@ -664,6 +670,7 @@ def real() -> tuple[Any, dict[str, Any]]:
     return model.eval(), {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_keeps_its_loss_and_trains_exactly(real: tuple[Any, dict[str, Any]]) -> None:
     """SmolLM2 with the default momentum: 0.02 nats from the original, and one step has the oracle's gradients.
 

@@ -26,7 +26,7 @@ REFUSED = {
     "resnet-basic": "post-activation",
     "resnet-bottleneck": "post-activation",
 }
-CONVERTED = [name for name in zoo.FAMILIES if name not in REFUSED]
+CONVERTED = zoo.others_slow(name for name in zoo.FAMILIES if name not in REFUSED)
 # A recurrence in Python takes a second for 128 tokens; the others are converted without an example.
 EXAMPLES: dict[str, dict[str, Any]] = {"mamba": {"example_kwargs": {"input_ids": torch.arange(3, 19)[None]}}}
 

@@ -26,6 +26,7 @@ import autorev
 from autorev.engine.mode import running
 from autorev.errors import AutorevError, ConversionError
 from tests.helpers import handwritten as hand
+from tests.helpers.copied import copied
 from tests.helpers.one_step import gap, gradients_of, loss_of, one_step
 
 pytest.importorskip("transformers")
@@ -34,6 +35,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from tests.helpers import zoo
 
+pytestmark = pytest.mark.slow  # each check in both processes, and in one
 RANKS = 2
 ROWS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,6 +67,18 @@ def build(model: str, wrapper: str = "") -> nn.Module:
         built = zoo.build("llama") if model == "llama" else hand.stack_of(hand.Block).train()
         if "unused" in wrapper:
             built.unused = nn.Linear(3, 3)
+    return built
+
+
+def converted(model: str, wrapper: str, settings: dict[str, Any]) -> Any:
+    """The same, converted."""
+    return copied(convert_anew, model, wrapper if "unused" in wrapper else "", **settings)
+
+
+def convert_anew(model: str, wrapper: str, **settings: Any) -> nn.Module:
+    """The same, converted here and now."""
+    built = build(model, wrapper)
+    autorev.convert(built, **example(model), **settings)
     return built
 
 
@@ -138,16 +152,12 @@ def one_training_step(model: str, wrapper: str, settings: dict[str, Any]) -> dic
     """The gap to the oracle on the whole batch in one process, and the collectives of the third step."""
     counts = []
     for convert in (False, True):
-        bare = build(model, wrapper)
-        if convert:
-            autorev.convert(bare, **example(model), **settings)
-        parallel = wrapped(bare, wrapper)
+        parallel = wrapped(converted(model, wrapper, settings) if convert else build(model, wrapper), wrapper)
         for _ in range(2):  # DDP arranges its buckets in the first step
             step(parallel, batch(model))
             parallel.zero_grad()
         counts.append(collectives(partial(step, parallel, batch(model))))
-    single = build(model, wrapper)
-    autorev.convert(single, **example(model), **settings)
+    single = converted(model, wrapper, settings)
     _, expected = one_step(single, mode="oracle", **batch(model))
     return {"gap": gap(whole_gradients(parallel), expected), "plain": counts[0], "converted": counts[1]}
 
@@ -156,10 +166,7 @@ def accumulated(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str,
     """Two batches, of which only the second collects gradients."""
     counts = []
     for convert in (False, True):
-        bare = build(model, wrapper)
-        if convert:
-            autorev.convert(bare, **example(model), **settings)
-        parallel = wrapped(bare, wrapper)
+        parallel = wrapped(converted(model, wrapper, settings) if convert else build(model, wrapper), wrapper)
 
         def both(parallel: nn.Module = parallel) -> None:
             parallel.zero_grad()
@@ -168,8 +175,7 @@ def accumulated(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str,
 
         both()
         counts.append(collectives(both))
-    single = build(model, wrapper)
-    autorev.convert(single, **example(model), **settings)
+    single = converted(model, wrapper, settings)
     first, second = (one_step(single, mode="oracle", **batch(model, number))[1] for number in range(2))
     expected = {name: first[name] + second[name] for name in first}
     return {"gap": gap(whole_gradients(parallel), expected), "plain": counts[0], "converted": counts[1]}
@@ -177,10 +183,8 @@ def accumulated(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str,
 
 def trained(wrapper: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Losses of four steps of AdamW, here and in one process."""
-    bare, single = build("llama"), build("llama")
-    autorev.convert(bare, **settings)
-    autorev.convert(single, **settings)
-    parallel = wrapped(bare, wrapper)
+    parallel = wrapped(converted("llama", wrapper, settings), wrapper)
+    single = converted("llama", wrapper, settings)
     losses, expected = [], []
     for model, into in ((parallel, losses), (single, expected)):
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -220,10 +224,8 @@ def out_of_order(wrapper: str, how: str, settings: dict[str, Any]) -> dict[str, 
         else:
             states[int(how)].square().mean().backward()
 
-    bare, single = build("llama"), build("llama")
-    autorev.convert(bare, **settings)
-    autorev.convert(single, **settings)
-    parallel = wrapped(bare, wrapper)
+    parallel = wrapped(converted("llama", wrapper, settings), wrapper)
+    single = converted("llama", wrapper, settings)
     call = batch("llama")
     half = {"input_ids": call["input_ids"], "labels": call["labels"], "use_cache": False}
     run(parallel, half)  # the same rows on both ranks: gradients are averaged
@@ -241,8 +243,7 @@ def in_bfloat16(settings: dict[str, Any]) -> dict[str, Any]:
 
     found = []
     for mode in ("oracle", "reversible"):
-        model: Any = build("llama")
-        autorev.convert(model, **settings)
+        model = converted("llama", "fsdp", settings)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         mesh = init_device_mesh("cpu", (RANKS,))
         for block in model.model.layers:
@@ -297,9 +298,7 @@ def in_tensor_parallel(first: bool) -> dict[str, Any]:
     if first:
         autorev.convert(model)
     loss_of(model(**batch("llama"))).backward()
-    single = build("llama")
-    autorev.convert(single)
-    _, expected = one_step(single, mode="oracle", **batch("llama"))
+    _, expected = one_step(converted("llama", "", {}), mode="oracle", **batch("llama"))
     return {"gap": gap(whole_gradients(model), expected), "drift": list(autorev.drift(model).values())}
 
 

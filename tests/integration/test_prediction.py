@@ -27,6 +27,7 @@ from autorev.predict.forecast import Forecaster
 from autorev.predict.frontier import explore
 from autorev.profiles import load_device
 from autorev.workload import Workload
+from tests.helpers import zoo
 from tests.helpers.zoo import BART, GPT2, HEADS, IMAGE, SIZES
 
 DEEP = {"num_hidden_layers": 7, "hidden_size": 64, "intermediate_size": 128}
@@ -78,7 +79,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], int, int | None]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", zoo.others_slow(FAMILIES))
 def test_peak_agrees_with_the_allocator(family: str) -> None:
     """The categories of a plain and of a checkpointed AdamW step sum to what the allocator really reached."""
     model_cls, config_cls, sizes, batch, sequence = FAMILIES[family]

@@ -98,6 +98,7 @@ def test_code_beside_a_config_is_not_run(folder: Path, command: tuple[str, ...])
     refused(run(*command, answer="y\n" * 9), "--trust-remote-code")
 
 
+@pytest.mark.usefixtures("without_predictions")
 def test_code_beside_a_config_runs_when_it_is_trusted(folder: Path) -> None:
     """With the option, and with the keyword in Python, its own class is analysed and verified."""
     own_model(folder)
