@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autorev.capture.quantised import is_quantised
-from autorev.detection import example_call_of
+from autorev.detection import call_of
 from autorev.engine.eval_mode import eval_mode
 from autorev.errors import ConversionError
 from autorev.integrations.peft import base_model
@@ -90,7 +90,7 @@ def _kind_of_loss(model: nn.Module, head: nn.Linear) -> tuple[bool, bool]:
             return float(model(**call, **more).loss)
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model):
-        _, call = example_call_of(model, "convert")
+        _, call = call_of(model, None, "convert")
         call = {k: v[:, :_CHECKED_TOKENS] if k in _TOKENS else v for k, v in call.items()}
         labels = call["labels"]
         drawn = torch.randn(*labels.shape, head.out_features, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,28 +22,42 @@ from autorev.integrations.transformers import is_transformers
 from autorev.workload import Call
 
 
-def example_call_of(model: nn.Module, function: str) -> Call:
-    """A call of a `transformers` model, derived from its config; `function` is the one that the user called.
+def call_of(model: nn.Module, batch: Any, function: str) -> Call:
+    """What `model` is called with on `batch`; `function` is the one of autorev's that the user called.
+
+    Args:
+        model: of any kind; a `transformers` model needs no batch, which is then derived from its config.
+        batch: a dict of keyword arguments, a tuple (or list) of positional ones, a pair `(args, kwargs)` of both, one
+            tensor, or None.
 
     Raises:
-        CaptureError: it is a model of another kind, or FSDP1 has flattened its parameters.
+        CaptureError: there is no batch and it is a model of another kind, FSDP1 has flattened its parameters, or the
+            names of keyword arguments are no text.
     """
+    if batch is not None:
+        return _given(batch, function)
 
     refuse_flattened(model)
     if is_transformers(model):
         return example_call_for(model, 1, None)
     raise CaptureError(
-        f"autorev.{function}({type(model).__name__}) needs example arguments: pass what you would pass to the model "
-        f"itself, {_PASSING[function]}"
+        f"autorev.{function}({type(model).__name__}) needs a batch: pass what you would pass to the model itself, "
+        f"autorev.{function}(model, batch), as a dict of keyword arguments, a tuple of positional ones, or one tensor"
     )
 
 
-_PASSING = {
-    "analyze": "autorev.analyze(model, *args, **kwargs)",
-    "convert": "autorev.convert(model, example_args=(...), example_kwargs={...})",
-    "verify": "autorev.verify(model, batch)",
-    "profile": "autorev.profile(model, batch)",
-}
+def _given(batch: Any, function: str) -> Call:
+    args: tuple[Any, ...]
+    if isinstance(batch, Mapping):
+        args, kwargs = (), dict(batch)
+    elif isinstance(batch, tuple | list):
+        both = len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict)
+        args, kwargs = batch if both else (tuple(batch), {})
+    else:
+        args, kwargs = (batch,), {}
+    if not all(isinstance(name, str) for name in kwargs):
+        raise CaptureError(f"a batch of keyword arguments for autorev.{function} has names, not {[*kwargs]!r}")
+    return args, kwargs
 
 
 def detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.Module]:

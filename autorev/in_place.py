@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from autorev.conversion.convert import convert, revert
 from autorev.conversion.summary import Conversion
 from autorev.errors import ConversionError
 from autorev.host_store import HostStore
-from autorev.methods import Method, coupling_options
+from autorev.methods import Method
 from autorev.predict.baselines import selective_policy
 from autorev.predict.training import NO_LABELS
 from autorev.workload import Call
@@ -69,10 +69,8 @@ def in_place(
                 chunk_loss(model)
                 stack.callback(unchunk_loss, model)
             if method.reversible:
-                how = coupling_options(method)
-                if fraction_bits:
-                    how["fraction_bits"] = fraction_bits
-                done = convert(model, example_args=call[0], example_kwargs=call[1], **how)
+                how = replace(method, loss="full", fraction_bits=fraction_bits or method.fraction_bits)
+                done = convert(model, call, method=how)
                 stack.callback(revert, model)
                 placed.conversion = done
                 if done.arithmetic == "exact":

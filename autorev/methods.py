@@ -121,6 +121,8 @@ class Method:
             if getattr(self, option) not in values:
                 one = " or ".join(map(repr, values))
                 raise SettingError(f"{option} of {self.name} is {one}, not {getattr(self, option)!r}")
+        if isinstance(self.keep_last, list):  # of a config
+            object.__setattr__(self, "keep_last", tuple(self.keep_last))
         if self.name == "momentum" and self.gamma is None:
             object.__setattr__(self, "gamma", float(self.preset.gamma or 0))
         if self.name == "compile":
@@ -319,12 +321,3 @@ def _shortest(value: Any) -> str:
         return str(value)
     text = f"{value:g}"
     return text if float(text) == value else repr(value)
-
-
-def coupling_options(method: Method) -> dict[str, Any]:
-    """What `autorev.convert` is called with for a reversible method: the options that are not what they usually are."""
-    said = {"coupling": method.name, "gamma": method.gamma, "keep_last": method.keep_last}
-    more = ("c", "arithmetic", "granularity", "fraction_bits")
-    usual = {field.name: field.default for field in fields(method)}
-    said |= {name: getattr(method, name) for name in more if getattr(method, name) != usual[name]}
-    return {name: value for name, value in said.items() if value is not None}

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from autorev import __version__
+from autorev.advice.case import Possible
+from autorev.advice.predicted import recommend_for
 from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.quantised import linear_sizes
@@ -19,13 +21,11 @@ from autorev.capture.source import raised_line
 from autorev.chunked_loss import head_of
 from autorev.commands import training_command
 from autorev.detect.chains import Detection, detect
-from autorev.detection import detect_in, example_call_of, forward_failed
+from autorev.detection import call_of, detect_in, forward_failed
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError, first_line
 from autorev.models.load import has_weights
 from autorev.models.quantization import predicted_quantised
 from autorev.models.resolve import resolve
-from autorev.offers import Possible
-from autorev.plan import recommend
 from autorev.predict.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.predict.frontier import Exploration, explore, sweeps
 from autorev.predict.simulate import layout_of
@@ -37,21 +37,21 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done."""
 
 
-def analyze(model: nn.Module, /, *args: Any, **kwargs: Any) -> Analysis:
+def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     """Find the residual blocks of `model` and say which of them can be made reversible.
 
-    `model(*args, **kwargs)` is run once on fake tensors: nothing is computed, and `model`, its buffers, its weights and
-    the random streams stay as they are. A `transformers` model needs no arguments: a call is derived from its config.
+    `model` is run once on fake tensors in the place of `batch` (a dict of keyword arguments, a tuple of positional
+    ones, or one tensor): nothing is computed, and `model`, its buffers, its weights and
+    the random streams stay as they are. A `transformers` model needs no batch: a call is derived from its config.
     What training would do is analysed: a model in eval mode is looked at as after `.train()`.
 
     Raises:
-        CaptureError: the model cannot be copied, or its forward raises on these arguments.
+        CaptureError: the model cannot be copied, or its forward raises on this batch.
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise CaptureError(f"autorev.analyze needs a torch.nn.Module instance, and got {what}")
-    if not args and not kwargs:
-        args, kwargs = example_call_of(model, "analyze")
+    args, kwargs = call_of(model, batch, "analyze")
     detection, twin = detect_in(model, args, kwargs)  # whose quantised weights have their own number of elements
     return _analysis(detection, twin, type(model).__name__, "a model in user code")
 
@@ -246,7 +246,7 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, pro
         sweeps=tuple(sweeps(forecaster, explored)),
         notes=(*analysis.notes, *dict.fromkeys(problems)),
     )
-    return replace(analysis, recommendation=recommend(analysis, _possible(analysis, forecaster, named)))
+    return replace(analysis, recommendation=recommend_for(analysis, _possible(analysis, forecaster, named)))
 
 
 def _possible(analysis: Analysis, forecaster: Forecaster, named: str | None) -> Possible:

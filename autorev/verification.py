@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from autorev.conversion.convert import chains_of
-from autorev.detection import example_call_of
+from autorev.detection import call_of
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
 from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
@@ -84,7 +84,7 @@ class Verification:
 def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.Tensor] | None = None) -> Verification:
     """Check the gradients of a converted model against the oracle, on `batch`; print the verdict and return it.
 
-    `batch` is what the model is called with: a dict of keyword arguments, a tuple of positional ones, or one tensor; a
+    `batch` is what the model is called with, as `autorev.detection.call_of` has it: a dict, a tuple, one tensor; a
     `transformers` model needs none. `loss` takes what the model returns to a scalar; by default its `.loss`, or the
     mean square of every floating tensor that it returns.
 
@@ -93,7 +93,7 @@ def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.T
         ReconstructionError: the reconstruction itself noticed that it went wrong.
     """
     _check_converted(model)
-    found = verify_call(model, *_call(model, batch), loss=loss)
+    found = verify_call(model, *call_of(model, batch, "verify"), loss=loss)
     print(found)
     return found
 
@@ -179,14 +179,6 @@ def _compared(
         tolerance=tolerance,
         rebuilt=rebuilt,
     )
-
-
-def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if batch is None:
-        return example_call_of(model, "verify")
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
 def _check_converted(model: nn.Module) -> None:

@@ -69,7 +69,7 @@ Run = Any
 def autorev_run(stack: Stack, **how: Any) -> Run:
     """A converted copy."""
     own = copy.deepcopy(stack)
-    autorev.convert(own, example_args=(torch.zeros(4, WIDTH),), **how)
+    autorev.convert(own, batch=(torch.zeros(4, WIDTH),), **how)
     return own
 
 
@@ -173,7 +173,7 @@ def main() -> None:
         ("torch.utils.checkpoint", checkpointed, None),
         (
             "autorev, hamiltonian, float",
-            lambda s: autorev_run(s, coupling="hamiltonian", arithmetic="float"),
+            lambda s: autorev_run(s, method="hamiltonian", arithmetic="float"),
             "two streams",
         ),
         ("memcnn 1.5.2, additive", memcnn_run, "two streams"),

@@ -30,7 +30,7 @@ def methods(plain: Any, ids: Any) -> dict[str, Any]:
         models[name].gradient_checkpointing_enable()
     for name, how in {
         "momentum 1/8, exact": {},
-        "leapfrog, exact": {"coupling": "leapfrog"},
+        "leapfrog, exact": {"method": "leapfrog"},
     }.items():
         models[name] = twin_of(plain)
         autorev.convert(models[name], **how)

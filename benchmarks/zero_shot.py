@@ -26,12 +26,12 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("momentum 1/2", {"gamma": 1 / 2}),
     ("momentum 1/8, per sub-layer", {"granularity": "sublayer"}),
     *((f"momentum {gamma}, c compensated", {"compensated": gamma}) for gamma in ("1/8", "1/4", "1/2", "3/4", "1")),
-    ("bdia", {"coupling": "bdia"}),
-    ("midpoint_a", {"coupling": "midpoint_a"}),
-    ("leapfrog", {"coupling": "leapfrog"}),
-    ("midpoint", {"coupling": "midpoint"}),
-    ("hamiltonian", {"coupling": "hamiltonian"}),
-    ("revnet", {"coupling": "revnet"}),
+    ("bdia", {"method": "bdia"}),
+    ("midpoint_a", {"method": "midpoint_a"}),
+    ("leapfrog", {"method": "leapfrog"}),
+    ("midpoint", {"method": "midpoint"}),
+    ("hamiltonian", {"method": "hamiltonian"}),
+    ("revnet", {"method": "revnet"}),
 ]
 
 

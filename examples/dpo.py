@@ -1,6 +1,6 @@
 """Train on preferences reversibly with trl's DPOTrainer, all weights or LoRA adapters; save the model as a plain one.
 
-python examples/dpo.py MODEL [--lora-rank]        a folder that save_pretrained wrote, or a name on the Hub
+python examples/dpo.py MODEL [--lora]        a folder that save_pretrained wrote, or a name on the Hub
 """
 
 import sys
@@ -63,6 +63,6 @@ def main(
 
 if __name__ == "__main__":
     options = sys.argv[1:]
-    if not options or options[1:] not in ([], ["--lora-rank"]):
+    if not options or options[1:] not in ([], ["--lora"]):
         sys.exit(__doc__)
-    main(options[0], lora="--lora-rank" in options, learning_rate=1e-5 if "--lora-rank" in options else 1e-6)
+    main(options[0], lora="--lora" in options, learning_rate=1e-5 if "--lora" in options else 1e-6)

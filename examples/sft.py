@@ -1,6 +1,6 @@
 """Fine-tune reversibly with trl's SFTTrainer, all weights or LoRA adapters, and save the model as a plain one.
 
-python examples/sft.py MODEL [--lora-rank]        a folder that save_pretrained wrote, or a name on the Hub
+python examples/sft.py MODEL [--lora]        a folder that save_pretrained wrote, or a name on the Hub
 """
 
 import sys
@@ -57,6 +57,6 @@ def main(
 
 if __name__ == "__main__":
     options = sys.argv[1:]
-    if not options or options[1:] not in ([], ["--lora-rank"]):
+    if not options or options[1:] not in ([], ["--lora"]):
         sys.exit(__doc__)
-    main(options[0], lora="--lora-rank" in options, learning_rate=2e-4 if "--lora-rank" in options else 2e-5)
+    main(options[0], lora="--lora" in options, learning_rate=2e-4 if "--lora" in options else 2e-5)

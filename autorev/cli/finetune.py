@@ -29,7 +29,7 @@ from autorev.cli.report import show_fine_tunings
     help="What `profile --method` takes: momentum:k=2, leapfrog, ..., and for comparison plain or checkpoint; each "
     "with :option=value (loss=chunked, keep_last=4).",
 )
-@click.option("--lora-rank", type=COUNT, metavar="RANK", help="Train adapters of this rank.  [default: all weights]")
+@click.option("--lora-rank", type=COUNT, metavar="INT", help="Train adapters of this rank.  [default: all weights]")
 @click.option(
     "--quantize",
     type=click.Choice(["nf4", "int8"]),
@@ -49,7 +49,7 @@ from autorev.cli.report import show_fine_tunings
     metavar="NATS",
     help="Choose each block's side bits such that the loss before training rises by no more.",
 )
-@click.option("--steps", "steps", type=COUNT, default=100, show_default=True, metavar="INT")
+@click.option("--steps", type=COUNT, default=100, show_default=True, metavar="INT")
 @click.option("--sequence", "--seq", type=COUNT, default=256, show_default=True, metavar="INT", help="Tokens in a row.")
 @click.option("--batch", type=COUNT, default=1, show_default=True, metavar="INT", help="Rows in a forward pass.")
 @click.option("--accumulate", type=COUNT, default=1, show_default=True, metavar="INT", help="Passes in a step.")
@@ -61,14 +61,14 @@ from autorev.cli.report import show_fine_tunings
 @click.option(
     "--clip", type=Finite(), default=1.0, show_default=True, metavar="NORM", help="Largest norm of the gradients."
 )
-@click.option("--autocast", "bf16", is_flag=True, help="Compute in bfloat16 under autocast.")
+@click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in it; the weights stay in fp32.")
 @click.option("--pack/--pad", default=True, show_default=True, help="Several documents in a row, or one and padding.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="INT")
 @click.option("--evaluate-every", type=COUNT, metavar="INT", help="Steps.  [default: 1/6 of all]")
 @click.option("--save-every", type=COUNT, metavar="INT", help="Steps between checkpoints.  [default: 1/4 of all]")
 @click.option("--validation-rows", type=COUNT, default=16, show_default=True, metavar="INT")
 @click.option("--name", metavar="NAME", help="Of the record.  [default: the folder's]")
-@click.option("--out", type=FOLDER, metavar="DIR", help="The run's folder.  [default: runs/MODEL-COUPLING]")
+@click.option("--out", type=FOLDER, metavar="DIR", help="The run's folder.  [default: runs/MODEL-METHOD]")
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR, by its own options, from its last checkpoint.")
 @trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
@@ -94,7 +94,7 @@ def finetune(
       autorev finetune --resume --out runs/my_llm-momentum-k-3
     """
     command = ctx.meta[COMMAND]
-    folder = out or Path("runs") / file_name(f"{model or 'smollm2'}-{options['coupling']}")
+    folder = out or Path("runs") / file_name(f"{model or 'smollm2'}-{options['method']}")
     for name in options:  # the defaults are for --help: a run that goes on has its own
         if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name not in ("resume", "trust_remote_code"):
             options[name] = None

@@ -94,7 +94,6 @@ _QUICK_TOKENS = 128
 @click.option("--name", metavar="NAME", help="Of the record.  [default: made of model and setting]")
 @click.option(
     "--out",
-    "folder",
     type=FOLDER,
     default=_RECORDS,
     show_default=True,
@@ -151,6 +150,6 @@ def profile(
         html = Path("reports") / f"profile-{record.name}.html"
     show([record], command, as_json, html)
     if not as_json:
-        say(f"Record: {Path(options['folder']) / record.name}.json")
+        say(f"Record: {Path(options['out']) / record.name}.json")
     if record.why_empty:
         raise click.ClickException(f"no method of {record.model.name} has a result: {record.why_empty}")

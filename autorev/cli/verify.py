@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
-from typing import Any
 
 import click
 
-from autorev.cli.group import COUNT, COUNT_OR_NONE, Finite, main, progress, trust_remote_code
+from autorev.cli.group import COUNT, main, progress, trust_remote_code
 from autorev.cli.output import say
 
 
@@ -17,19 +16,11 @@ from autorev.cli.output import say
 @click.argument("model", required=False)
 @click.option(
     "--method",
-    type=click.Choice(["momentum", "leapfrog", "midpoint", "midpoint_a", "bdia", "hamiltonian", "revnet"]),
-    default="momentum",
+    metavar="SPEC",
+    default="momentum:k=3",
     show_default=True,
-)
-@click.option("--gamma", type=Finite(), metavar="FLOAT", help="Of momentum: n / 2^k.  [default: 0.125]")
-@click.option("--c", type=Finite(), metavar="FLOAT", help="Factor of the branches.  [default: the coupling's own]")
-@click.option("--arithmetic", type=click.Choice(["exact", "float"]), default="exact", show_default=True)
-@click.option("--granularity", type=click.Choice(["block", "sublayer"]), default="block", show_default=True)
-@click.option(
-    "--keep-last",
-    type=COUNT_OR_NONE,
-    metavar="INT",
-    help="Blocks at the end of each chain that are stored.  [default: 1 where that raises no peak, else 0]",
+    help="A coupling: momentum:k=2, leapfrog, midpoint, midpoint_a, bdia, hamiltonian, revnet, each with :option=value "
+    "(keep_last=4, arithmetic=float, granularity=sublayer, c=1).",
 )
 @click.option("--batch", type=COUNT, default=1, show_default=True, metavar="INT")
 @click.option(
@@ -51,9 +42,8 @@ def verify(
     sequence: int | None,
     dtype: str,
     trust_remote_code: bool,
-    keep_last: int | None,
+    method: str,
     as_json: bool,
-    **how: Any,
 ) -> None:
     """Convert MODEL, and check its gradients on one batch of random tokens or images.
 
@@ -63,7 +53,7 @@ def verify(
     \b
     Examples:
       autorev verify
-      autorev verify my_folder --method leapfrog --arithmetic float
+      autorev verify my_folder --method leapfrog:arithmetic=float
       autorev verify my_package.model:make --json
     """
     with progress() as tell, redirect_stdout(sys.stderr):
@@ -77,12 +67,10 @@ def verify(
 
         precision = {**DTYPES, "fp64": torch.float64}[dtype]
         loaded = load_model(model, precision, batch, sequence, trust_remote_code=trust_remote_code)
-        args, kwargs = loaded.call
         tell("converting", 0.3)
-        how["keep_last"] = "auto" if keep_last is None else keep_last
-        conversion = convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
+        conversion = convert(loaded.model, loaded.call, method=method)
         tell("running both ways", 0.6)
-        found = verify_call(loaded.model, args, kwargs)
+        found = verify_call(loaded.model, *loaded.call)
     if as_json:
         fields = {"model": loaded.name, "pretrained": loaded.pretrained}
         parts = {"conversion": json.loads(conversion.to_json()), "verification": json.loads(found.to_json())}

@@ -40,7 +40,7 @@ def write(
     numbers = {name: _plain(getattr(method, name)) for name in ("gamma", "c")}
     how = {name: getattr(method, name) for name in ("arithmetic", "granularity", "keep_last")}
     which = {"blocks": blocks, "exclude": exclude}
-    setattr(config, KEY, {"coupling": method.name, **numbers, **how, **which, "fraction_bits": grids or None})
+    setattr(config, KEY, {"method": method.name, **numbers, **how, **which, "fraction_bits": grids or None})
 
 
 def update(model: nn.Module, chains: Iterable[ReversibleChain]) -> None:
@@ -56,7 +56,7 @@ def update(model: nn.Module, chains: Iterable[ReversibleChain]) -> None:
             gamma.setdefault(path, float(coupling.gamma))
             c.setdefault(path, coupling.c)
     # Momentum is the coupling whose gamma is free; with gamma = 1 it is leapfrog.
-    setattr(model.config, KEY, {**entry, "coupling": "momentum", "gamma": _plain(gamma), "c": _plain(c)})
+    setattr(model.config, KEY, {**entry, "method": "momentum", "gamma": _plain(gamma), "c": _plain(c)})
 
 
 def remove(model: nn.Module) -> None:

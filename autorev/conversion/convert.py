@@ -7,6 +7,7 @@ has to run the converted model, the probe that chooses the grid, undoes the conv
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import notice_trainers, stop_noticing
 from autorev.couplings.presets import PRESETS
-from autorev.detection import example_call_of
+from autorev.detection import call_of
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError, SettingError
 from autorev.methods import Method, Numbers
@@ -38,61 +39,58 @@ from autorev.rewrite.loop_forward import install_loops
 
 def convert(
     model: nn.Module,
+    batch: Any = None,
     *,
-    coupling: str = "momentum",
+    method: str | Method = "momentum",
     gamma: Numbers = None,
     c: Numbers = None,
-    arithmetic: str = "exact",
+    arithmetic: str | None = None,
+    granularity: str | None = None,
+    keep_last: int | Literal["auto"] | None = None,
+    fraction_bits: int | Mapping[str, int] | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    keep_last: int | Literal["auto"] = "auto",
-    granularity: str = "block",
-    fraction_bits: int | Mapping[str, int] | None = None,
-    example_args: tuple[Any, ...] | None = None,
-    example_kwargs: dict[str, Any] | None = None,
 ) -> Conversion:
     """Make the residual chains of `model` reversible, in place.
 
     The class, the module tree, the `state_dict` keys, hooks and the optimiser's parameters stay; `revert` undoes it.
-    A `transformers` model needs no example call.
+    A `transformers` model needs no batch.
 
     Args:
-        coupling: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet; `autorev.couplings.presets`.
+        batch: what the model is called with in the probe that chooses the grid: a dict of keyword arguments, a tuple of
+            positional ones, or one tensor (`autorev.detection.call_of`).
+        method: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet, with options
+            (`momentum:k=2,keep_last=4`) as `autorev.methods` spells them. The arguments that follow are these options,
+            and take what no text says: numbers by block, grids by chain.
         gamma: for momentum: a number n / 2^k, or a dict from block patterns to numbers. Default 1/8.
         c: the factor of the branches, likewise. Default: the coupling's own (for momentum 1 - gamma / 2, and 1
             in the first and the last step).
-        arithmetic: "exact" (int32 fixed point and side bits: reconstruction without any error) or "float".
+        arithmetic: "exact" (int32 fixed point and side bits: reconstruction without any error; default) or "float".
+        granularity: "block" (default), or "sublayer" for a step per residual add.
+        keep_last: number of blocks at the end of each chain whose activations are stored instead of recomputed. "auto"
+            (default): the last one, where that does not raise the peak of a training step of the batch (its
+            proportions count, not its size).
+        fraction_bits: the fixed-point grid is 2^-fraction_bits, for all chains or by chain name; default: chosen per
+            chain by a probe of the batch.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
-        keep_last: so many blocks at the end of each chain are stored instead of recomputed. "auto": the last one, where
-            that does not raise the peak of a training step of the example (its proportions count, not its size).
-        granularity: "block", or "sublayer" for a step per residual add.
-        fraction_bits: the fixed-point grid is 2^-fraction_bits, for all chains or by chain name; default: chosen per
-            chain by a probe of the example.
-        example_args: positional arguments of a call of the model.
-        example_kwargs: keyword arguments of that call.
 
     Raises:
         ConversionError: nothing can be converted that way; says why, and the model is as it was.
-        CaptureError: the model cannot be called with the example arguments.
+        CaptureError: the model cannot be called on the batch.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"autorev.convert needs a torch.nn.Module, and got a {type(model).__name__}")
     blocks, exclude = patterns(blocks), patterns(exclude)
-    try:
-        method = Method(
-            coupling,
-            gamma=gamma,
-            c=c,
-            arithmetic=arithmetic,
-            granularity=granularity,
-            keep_last=keep_last,
-            fraction_bits=fraction_bits,
-        )
-    except SettingError as error:
-        raise ConversionError(str(error)) from None
-    if not method.reversible:
-        raise ConversionError(f"{coupling} is no coupling; choose one of {', '.join(PRESETS)}")
+    how = _coupling(
+        method,
+        gamma=gamma,
+        c=c,
+        arithmetic=arithmetic,
+        granularity=granularity,
+        keep_last=keep_last,
+        fraction_bits=fraction_bits,
+    )
     if any(forwards_of(model)):
         raise ConversionError(
             f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
@@ -106,39 +104,39 @@ def convert(
             f"the weights of {type(model).__name__} were made under torch.inference_mode, and such tensors cannot be "
             "trained; build or load the model outside of it"
         )
-    args, kwargs = _example(model, example_args, example_kwargs)
+    args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
-    _check_patterns(method, chosen)
+    _check_patterns(how, chosen)
     if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
-    stored = estimate.stored(method)
+    stored = estimate.stored(how)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
-        built.append(BuiltChain(model, chain, kept, method, taken={item.chain.name for item in built}))
+        built.append(BuiltChain(model, chain, kept, how, taken={item.chain.name for item in built}))
     names = list(model.state_dict())
     for item in built:
         item.install()
     install_loops(model, [(item.findings, item.chain) for item in built])
     try:
-        notes = choose_grids(model, [item.chain for item in built], method.fraction_bits, args, kwargs)
+        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         intercept_checkpointing_enable(model)
         notice_trainers(model)
-        config_entry.write(model, method, blocks, exclude, {item.chain.name: item.chain for item in built})
+        config_entry.write(model, how, blocks, exclude, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
     return Conversion(
-        coupling=method.name,
-        arithmetic=method.arithmetic,
-        granularity=method.granularity,
+        coupling=how.name,
+        arithmetic=how.arithmetic,
+        granularity=how.granularity,
         chains=tuple(ConvertedChain.of(item, why) for item, why in zip(built, stored.why, strict=True)),
         not_converted=tuple(chosen.left_out),
         notes=tuple(notes),
-        simulated=partial(estimate.memory, method, stored.blocks),
+        simulated=partial(estimate.memory, how, stored.blocks),
     )
 
 
@@ -179,15 +177,25 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 # -- arguments
 
 
-def _example(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
-    if args is not None and not isinstance(args, tuple | list):
-        raise ConversionError(f"example_args is a tuple of positional arguments, not a {type(args).__name__}")
-    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)):
-        raise ConversionError(f"example_kwargs is a dict of arguments by their names, not {kwargs!r}")
-    if args or kwargs:
-        return tuple(args or ()), dict(kwargs or {})
-
-    return example_call_of(model, "convert")
+def _coupling(method: str | Method, **options: Any) -> Method:
+    """`method` with the options that are given beside it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        said = Method.parse(method) if isinstance(method, str) else method
+        if not isinstance(said, Method):
+            raise SettingError(f"a method is named by text, such as momentum:k=3, not {method!r}")
+        usual = Method(said.name)
+        for name in given:
+            if getattr(said, name) != getattr(usual, name):
+                raise SettingError(f"{name} is given in {said.spec} and beside it; give one of the two")
+        how = replace(said, **given)
+    except SettingError as error:
+        raise ConversionError(str(error)) from None
+    if not how.reversible:
+        raise ConversionError(f"{how.name} is no coupling; choose one of {', '.join(PRESETS)}")
+    if how.loss != "full":
+        raise ConversionError("a conversion leaves the loss as it is: call autorev.chunk_loss(model), too")
+    return how
 
 
 def _check_patterns(method: Method, chosen: Chosen) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from autorev.capture.fake import fake_copy
 from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
-from autorev.errors import AutorevError, first_line, message_of
+from autorev.errors import AutorevError, ConversionError, first_line, message_of
 from autorev.methods import Method
 from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
@@ -52,6 +52,14 @@ class Estimate:
 
     def stored(self, method: Method) -> Stored:
         """How many blocks are stored."""
+        if isinstance(method.keep_last, tuple):
+            if len(method.keep_last) != len(self.chains):
+                raise ConversionError(
+                    f"keep_last has {len(method.keep_last)} numbers, and there are {len(self.chains)} chains to "
+                    "convert; give one for each, or one for all"
+                )
+            alike = zip(method.keep_last, self.chains, strict=True)
+            return self._alike([min(number, len(chain)) for number, chain in alike], "as asked for")
         if isinstance(method.keep_last, int):
             return self._alike([min(method.keep_last, len(chain)) for chain in self.chains], "as asked for")
         none = [0] * len(self.chains)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from autorev.intact import check_intact, read_mark
 from autorev.integrations.peft import load_adapters, merged
 from autorev.integrations.quirks import quiet_files
 from autorev.integrations.transformers import known_tokens
-from autorev.methods import coupling_options
 from autorev.models.fingerprint import fingerprint
 from autorev.models.load import load_model, tokenizer_of
 from autorev.models.quantization import bitsandbytes_config, quantised_by
@@ -121,9 +121,7 @@ def trained_model(
         )
     if record.chains:
         grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
-        args, kwargs = loaded.call
-        how = {**coupling_options(record.method), "fraction_bits": grids or None}
-        convert(loaded.model, example_args=args, example_kwargs=kwargs, **how)
+        convert(loaded.model, loaded.call, method=replace(record.method, loss="full", fraction_bits=grids or None))
         if record.recipe.schedule or record.calibration is not None:
             _recoupled(loaded.model, record)
     return _with_adapters(loaded.model, folder), tokenizer

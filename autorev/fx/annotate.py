@@ -1,6 +1,6 @@
 """The detection as an fx pass, for people who transform graphs themselves.
 
-    AnnotateResiduals(example_inputs=(x,))(gm)
+    AnnotateResiduals(batch=(x,))(gm)
 
 `gm` may come from `torch.fx.symbolic_trace`, from `torch.export.export(...).module()` or from a tracer of
 your own. Its code and its weights stay as they are; afterwards
@@ -86,11 +86,11 @@ class GraphChain:
 class ResidualPass(PassBase):
     """A pass that reads a graph's residual chains.
 
-    `example_inputs` are needed where the graph's inputs carry no shapes.
+    `batch` are needed where the graph's inputs carry no shapes.
     """
 
-    def __init__(self, example_inputs: Sequence[Any] | None = None) -> None:
-        self.example_inputs = example_inputs
+    def __init__(self, batch: Sequence[Any] | None = None) -> None:
+        self.batch = batch
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Every input that is read has a value or a shape.
@@ -99,12 +99,12 @@ class ResidualPass(PassBase):
             CaptureError: one has not, and there are no example inputs.
         """
         missing = missing_values(graph_module)
-        if missing and self.example_inputs is None:
+        if missing and self.batch is None:
             raise CaptureError(f"the shape of input {', '.join(missing)} is not known; {REMEDY}")
 
 
 class AnnotateResiduals(ResidualPass):
-    """Write into a graph which of its nodes form residual chains; of `example_inputs` only shapes and dtypes count."""
+    """Write into a graph which of its nodes form residual chains; of `batch` only shapes and dtypes count."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Annotate; `modified` is False where the same annotations were there already.
@@ -112,7 +112,7 @@ class AnnotateResiduals(ResidualPass):
         Raises:
             CaptureError: the graph cannot be run on fake tensors with these inputs.
         """
-        graph = read_user_graph(graph_module, self.example_inputs)
+        graph = read_user_graph(graph_module, self.batch)
         runs = residual_runs(graph.block.graph)
         roles = _roles(graph, runs)
         chains = [graph_chain(graph, run) for run in runs]

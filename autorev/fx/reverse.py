@@ -1,6 +1,6 @@
 """The conversion as an fx pass, for people who transform graphs themselves.
 
-    ReverseChains(coupling="momentum", example_inputs=(x,))(gm)
+    ReverseChains(method="momentum", batch=(x,))(gm)
 
 Every residual chain that `AnnotateResiduals` calls eligible is rewritten: the nodes of a step become one `call_module`
 of a `ReversibleStep`, which runs them on `gm`'s own live modules and parameters. `gm`'s `state_dict` keys stay.
@@ -73,26 +73,26 @@ class ReversibleStep(nn.Module):
 class ReverseChains(ResidualPass):
     """Rewrite the residual chains of a graph reversibly, in place.
 
-    `coupling`, `gamma`, `c`, `arithmetic`, `keep_last` and `fraction_bits` are those of `autorev.convert`, and
-    `keep_last` counts steps; `example_inputs` are those of `AnnotateResiduals`, and choose the fixed-point grid.
+    `method`, `gamma`, `c`, `arithmetic`, `keep_last` and `fraction_bits` are those of `autorev.convert`, and
+    `keep_last` counts steps; `batch` are those of `AnnotateResiduals`, and choose the fixed-point grid.
     """
 
     def __init__(
         self,
-        example_inputs: Sequence[Any] | None = None,
+        batch: Sequence[Any] | None = None,
         *,
-        coupling: str = "momentum",
+        method: str = "momentum",
         gamma: float | None = None,
         c: float | None = None,
         arithmetic: str = "exact",
         keep_last: int = 1,
         fraction_bits: int | None = None,
     ) -> None:
-        super().__init__(example_inputs)
+        super().__init__(batch)
         self.keep_last = keep_last
         try:
             self.method = Method(
-                coupling,
+                method,
                 gamma=gamma,
                 c=c,
                 arithmetic=arithmetic,
@@ -112,7 +112,7 @@ class ReverseChains(ResidualPass):
         """
         if any(isinstance(module, ReversibleStep) for module in graph_module.modules()):
             return PassResult(graph_module, False)
-        graph = read_user_graph(graph_module, self.example_inputs)
+        graph = read_user_graph(graph_module, self.batch)
         chains: list[tuple[ReversibleChain, list[_Unit]]] = []
         for run in residual_runs(graph.block.graph):
             public = graph_chain(graph, run)
@@ -141,8 +141,8 @@ class ReverseChains(ResidualPass):
 
     def _choose_grids(self, graph_module: fx.GraphModule, chains: list[ReversibleChain]) -> None:
         bits = self.method.fraction_bits
-        if self.example_inputs is not None:
-            choose_grids(graph_module, chains, bits, tuple(self.example_inputs), {})
+        if self.batch is not None:
+            choose_grids(graph_module, chains, bits, tuple(self.batch), {})
         elif isinstance(bits, int):
             for chain in chains:
                 chain.arithmetic = FixedPoint(bits)

@@ -29,7 +29,7 @@ from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
 from autorev.errors import CaptureError, first_line
 
-REMEDY = "pass example inputs, example_inputs=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
+REMEDY = "pass example inputs, batch=(...), or run torch.fx.passes.shape_prop.ShapeProp on the graph first"
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class UserGraph:
     """The user's `call_module` nodes that hold a residual block which cannot be reversed."""
 
 
-def read_user_graph(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> UserGraph:
+def read_user_graph(gm: fx.GraphModule, batch: Sequence[Any] | None = None) -> UserGraph:
     """Copy `gm`'s graph, give every node a value, and put it into the detection's words.
 
     Raises:
@@ -67,7 +67,7 @@ def read_user_graph(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = N
             "module": _module_path(node),
         }
     run = _ValueRun(root, graph, origin)
-    inputs = fake_copy(_inputs(gm, example_inputs), mode)
+    inputs = fake_copy(_inputs(gm, batch), mode)
     with mode, torch.enable_grad():
         run.run(*inputs, enable_io_processing=False)
     placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
@@ -117,12 +117,12 @@ def _shell(gm: fx.GraphModule) -> nn.Module:
 # -- inputs
 
 
-def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> list[Any]:
+def _inputs(gm: fx.GraphModule, batch: Sequence[Any] | None) -> list[Any]:
     """One value for each placeholder, in order."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    if example_inputs is None:
+    if batch is None:
         return [_described_value(node) for node in placeholders]
-    given = list(gm.graph.process_inputs(*example_inputs))
+    given = list(gm.graph.process_inputs(*batch))
     optional = [node.args[0] for node in placeholders[len(given) :] if node.args]
     if len(given) + len(optional) != len(placeholders):
         names = ", ".join(str(n.target) for n in placeholders)

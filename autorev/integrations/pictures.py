@@ -84,7 +84,7 @@ def towers_left_out(model_cls: type[Any], call: dict[str, Any]) -> str:
     return (
         f"{model_cls.__name__} was called with text alone, as autorev cannot make up its other inputs here: its "
         f"{' and '.join(idle)} tower was not run, and is in no figure and no chain. Give the loaded model and a batch "
-        "that has them (autorev.analyze(model, **batch), autorev.convert(model, example_kwargs=batch)); what "
+        "that has them (autorev.analyze(model, batch), autorev.convert(model, batch)); what "
         "they cost is measured by autorev.profile(model, batch)"
     )
 

@@ -42,7 +42,7 @@ class SweepRequest:
         return cls(axis, tuple(sorted(set(numbers))))
 
 
-def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: str, longest_step: float) -> None:
+def check_options(optimizer: str, goal: str, rounds: int, timed_steps: int, trains: str, longest_step: float) -> None:
     """Raises:
     SettingError: an option of `profile` makes no sense, whatever the model.
     """
@@ -50,8 +50,8 @@ def check_options(optimizer: str, goal: str, rounds: int, steps: int, trains: st
         raise SettingError(f"the optimizers that are measured are {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     if goal not in GOALS:
         raise SettingError(f"a goal is one of {', '.join(GOALS)}, not {goal!r}")
-    if not is_count(rounds) or not is_count(steps):
-        raise SettingError(f"rounds and steps are whole numbers, 1 or more, not {rounds!r} and {steps!r}")
+    if not is_count(rounds) or not is_count(timed_steps):
+        raise SettingError(f"rounds and timed_steps are whole numbers, 1 or more, not {rounds!r} and {timed_steps!r}")
     if not (is_number(longest_step) and longest_step > 0):
         raise SettingError(f"longest_step is a number of seconds above 0, not {longest_step!r}")
     if trains not in CHOICES["trains"]:

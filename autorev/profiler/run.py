@@ -43,7 +43,7 @@ def profile(
     depth: int | None = None,
     text: str | Path | None = None,
     rounds: int = 2,
-    steps: int = 3,
+    timed_steps: int = 3,
     sweeps: Iterable[str] = (),
     memory: str | None = None,
     longest_step: float = 60.0,
@@ -51,7 +51,7 @@ def profile(
     device: str | None = None,
     predict: bool = False,
     name: str | None = None,
-    folder: str | Path | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
     command: str = "autorev.profile(...)",
@@ -71,7 +71,7 @@ def profile(
         depth: so many blocks, with random weights.
         text: a file whose tokens are trained on; default: CPython's language reference, where there is a tokenizer.
         rounds: fresh processes per method, which take turns.
-        steps: timed steps in each, after two that are not.
+        timed_steps: in each process, after two that are not.
         sweeps: `batch`, `sequence` (up to the largest that fits), `batch=1,2,4`, `depth=8,16`.
         memory: the budget: `2GiB`, or `+128MiB` beside parameters, gradients and optimiser state.
         longest_step: seconds at which a sweep's search ends.
@@ -79,7 +79,7 @@ def profile(
         device: a device profile that utilisation and predictions are relative to; default: this machine's.
         predict: predict every method, and measure none.
         name: of the record; default: made of model and setting.
-        folder: where the record is written after every process; None: nowhere.
+        out: the folder where the record is written after every process; None: nowhere.
         resume: go on with the record of the same name; what it holds is not measured again.
         trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
         command: what the record says made it.
@@ -94,7 +94,7 @@ def profile(
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
     trains, lora_rank = resolve_lora(trains, lora_rank)
-    check_options(optimizer, goal, rounds, steps, trains, longest_step)
+    check_options(optimizer, goal, rounds, timed_steps, trains, longest_step)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = device_profile(on, device)
@@ -123,18 +123,18 @@ def profile(
         _check_weights(model, subject, trust_remote_code)
     blank = _blank(subject, wanted, name, depth, goal, memory, limit, command, environment(on, torch.get_num_threads()))
     with ExitStack() as stack:
-        if folder is not None:
-            what, instead = f"the record {Path(folder) / blank.name}.json", "give this one another --name"
-            stack.enter_context(held(Path(folder), blank.name, what, instead))
-            drop_parts(Path(folder) / f"{blank.name}.json")
-        record = _resumed(blank, folder, resume)
-        place = stack.enter_context(scratch(folder, blank.name))
+        if out is not None:
+            what, instead = f"the record {Path(out) / blank.name}.json", "give this one another --name"
+            stack.enter_context(held(Path(out), blank.name, what, instead))
+            drop_parts(Path(out) / f"{blank.name}.json")
+        record = _resumed(blank, out, resume)
+        place = stack.enter_context(scratch(out, blank.name))
         named = model if isinstance(model, str) else None
-        run = Schedule(subject, record, place, folder, on, depth, named, progress, trust_remote_code)
+        run = Schedule(subject, record, place, out, on, depth, named, progress, trust_remote_code)
         run.predict()
         run.write()
         if not predict:
-            run.measure(rounds, steps)
+            run.measure(rounds, timed_steps)
             for request in requests:
                 run.sweep(request, limit, longest_step)
         return run.finish(predict)

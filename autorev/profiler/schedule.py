@@ -15,7 +15,7 @@ import torch
 from autorev.errors import AutorevError, first_line
 from autorev.format import format_bytes
 from autorev.methods import Method
-from autorev.profiler.advice.advise import advise
+from autorev.profiler.advise import advise
 from autorev.profiler.job import Job, Outcome, Source, Sweep
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.options import SweepRequest

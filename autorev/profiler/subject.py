@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from autorev.analysis import DeviceInfo, ModelInfo, Setting
 from autorev.capture.fake import fake_copy
 from autorev.capture.quantised import parameters_of
 from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself
-from autorev.detection import detect_in, example_call_of
+from autorev.detection import call_of, detect_in
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
 from autorev.in_place import Blocks
@@ -112,7 +111,7 @@ def live_subject(model: nn.Module, batch: Any, profile: DeviceProfile, wanted: d
     Raises:
         AutorevError: the model cannot be called with that batch.
     """
-    call = _call(model, batch)
+    call = without_cache(model, call_of(model, batch, "profile"))
     if wanted["sequence"] is not None:
         raise SettingError("a model in user code is profiled on the batch that it is given; leave sequence out")
     if checkpoints_itself(model):
@@ -195,16 +194,6 @@ def _is_module(twin: nn.Module, path: str, inline: set[int]) -> bool:
         return id(twin.get_submodule(path)) not in inline
     except AttributeError:
         return False
-
-
-def _call(model: nn.Module, batch: Any) -> Call:
-    if batch is None:
-        return example_call_of(model, "profile")
-    if isinstance(batch, Mapping):
-        call: Call = (), dict(batch)
-    else:
-        call = (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
-    return without_cache(model, call)
 
 
 def _workload_of(model: nn.Module, call: Call, wanted: dict[str, Any]) -> Workload:

@@ -53,7 +53,7 @@ def test_checkpointing_around_the_whole_model(reentrant: bool, setting: Setting)
 @pytest.mark.parametrize("preserved", [True, False])
 def test_two_passes_of_one_input_under_checkpoints(preserved: bool) -> None:
     """As in R-Drop, with signs that are drawn (bdia): each pass has its own again in backward, or that is refused."""
-    model = converted(EXACT, lambda: Chain(*(hand.Block() for _ in range(4))), states(EXACT), coupling="bdia")
+    model = converted(EXACT, lambda: Chain(*(hand.Block() for _ in range(4))), states(EXACT), method="bdia")
     x = states(EXACT, 3)
 
     def run(forward: Callable[[torch.Tensor], torch.Tensor]) -> Results:

@@ -97,7 +97,7 @@ def make() -> Model:
 
 
 def converted(model: nn.Module, **how: Any) -> nn.Module:
-    autorev.convert(model, example_args=(X,), **how)
+    autorev.convert(model, batch=(X,), **how)
     return model
 
 
@@ -222,13 +222,13 @@ def test_a_block_is_compiled_again_when_it_is_reverted(backend: Backend) -> None
 
 def test_the_conversion_notes_that_blocks_were_compiled(backend: Backend) -> None:
     """And that blocks in steps are not."""
-    notes = autorev.convert(_compile_blocks(make(), backend), example_args=(X,)).notes
+    notes = autorev.convert(_compile_blocks(make(), backend), batch=(X,)).notes
     assert notes == ("the blocks of blocks were compiled, and their branches are",)
-    notes = autorev.convert(_compile_blocks(make(), backend), example_args=(X,), granularity="sublayer").notes
+    notes = autorev.convert(_compile_blocks(make(), backend), batch=(X,), granularity="sublayer").notes
     assert "compile the modules that they call" in notes[0]
 
 
-@pytest.mark.parametrize("how", [{"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
+@pytest.mark.parametrize("how", [{"granularity": "sublayer"}, {"method": "hamiltonian"}], ids=str)
 def test_blocks_in_steps_say_that_they_run_eagerly_and_their_modules_do_not(
     how: dict[str, Any], backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:

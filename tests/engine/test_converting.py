@@ -58,7 +58,7 @@ def test_convert_keeps_the_model_and_revert_restores_it(setting: Setting) -> Non
     model.zero_grad(set_to_none=True)
     state, drawn = torch.get_rng_state(), random.getstate()
 
-    autorev.convert(model, example_args=(TOKENS,), **setting.options)
+    autorev.convert(model, batch=(TOKENS,), **setting.options)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == drawn
     assert shape_of(model) == shape
@@ -77,10 +77,10 @@ def test_converting_twice_is_an_error() -> None:
     """The message says to revert first, and the model stays converted."""
     model = converted(EXACT, small)
     with pytest.raises(ConversionError, match=r"converted already; call autorev\.revert\(model\)"):
-        autorev.convert(model, example_args=(TOKENS,))
+        autorev.convert(model, batch=(TOKENS,))
     assert_like_oracle(model, EXACT)
     autorev.revert(model)
-    autorev.convert(model, coupling="leapfrog", example_args=(TOKENS,))
+    autorev.convert(model, method="leapfrog", batch=(TOKENS,))
     assert_like_oracle(model, EXACT)
 
 
@@ -96,7 +96,7 @@ def test_a_forward_of_the_users_own_comes_back() -> None:
         return own(x)
 
     model.blocks[1].forward = forward
-    autorev.convert(model, example_args=(TOKENS,), keep_last=0)
+    autorev.convert(model, batch=(TOKENS,), keep_last=0)
     calls.clear()
     assert_like_oracle(model, EXACT)
     assert len(calls) == 3
@@ -106,13 +106,13 @@ def test_a_forward_of_the_users_own_comes_back() -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "coupling": ({"coupling": "verlet"}, "verlet"),
+    "method": ({"method": "verlet"}, "verlet"),
     "arithmetic": ({"arithmetic": "int8"}, "'exact' or 'float'"),
     "granularity": ({"granularity": "model"}, "'block' or 'sublayer'"),
     "keep_last": ({"keep_last": -1}, "keep_last"),
     "keep_last-bool": ({"keep_last": "all"}, "keep_last"),
     "fraction_bits": ({"fraction_bits": 99}, "fraction_bits"),
-    "fraction_bits-float": ({"coupling": "leapfrog", "arithmetic": "float", "fraction_bits": 9}, "fraction_bits"),
+    "fraction_bits-float": ({"method": "leapfrog", "arithmetic": "float", "fraction_bits": 9}, "fraction_bits"),
     "gamma": ({"gamma": 0.3}, "gamma = 0.3"),
     "blocks": ({"blocks": "layers.*"}, r"layers\.\*.*matches no residual block; they are blocks\.0"),
     "exclude": ({"exclude": ["blocks.9"]}, r"blocks\.9.*matches no residual block"),
@@ -130,7 +130,7 @@ def test_a_refusal_says_why_and_leaves_the_model_untouched(name: str) -> None:
     shape, contents, plain = shape_of(model), contents_of(model), step(model)
     model.zero_grad(set_to_none=True)
     with pytest.raises(ConversionError, match=text):
-        autorev.convert(model, example_args=(TOKENS,), **options)
+        autorev.convert(model, batch=(TOKENS,), **options)
 
     assert contents_of(model) == contents
     assert shape_of(model) == shape
@@ -145,7 +145,7 @@ def test_activations_that_are_not_finite_are_refused_and_the_model_is_untouched(
         model.blocks[1].mlp.up.weight[0, 0] = torch.nan
     contents = contents_of(model)
     with pytest.raises(ConversionError, match="not finite"):
-        autorev.convert(model, example_args=(TOKENS,))
+        autorev.convert(model, batch=(TOKENS,))
 
     assert contents_of(model) == contents
 
@@ -164,7 +164,7 @@ def test_models_whose_blocks_cannot_be_reversed_are_refused(block: type[nn.Modul
     model = small(block=block)
     contents = contents_of(model)
     with pytest.raises(ConversionError, match=r"no chain of blocks of Stack can be converted: blocks\.0: "):
-        autorev.convert(model, example_args=(TOKENS,))
+        autorev.convert(model, batch=(TOKENS,))
 
     assert contents_of(model) == contents
 
@@ -174,8 +174,8 @@ def test_momentum_in_float_arithmetic_is_refused_at_depth(depth: int) -> None:
     """The error that would have grown is named, and so is the remedy, which works."""
     model = small(depth, Mlp)
     with pytest.raises(ConversionError, match=r"rounding errors of blocks.*use arithmetic='exact'.*\|gamma\| = 1"):
-        autorev.convert(model, arithmetic="float", example_args=(TOKENS,))
-    autorev.convert(model, arithmetic="exact", example_args=(TOKENS,))
+        autorev.convert(model, arithmetic="float", batch=(TOKENS,))
+    autorev.convert(model, arithmetic="exact", batch=(TOKENS,))
     assert_like_oracle(model, EXACT)
 
 
@@ -184,7 +184,7 @@ def test_blocks_and_exclude_patterns(setting: Setting) -> None:
     """Only what matches is converted; the rest is left as it is and listed with a reason."""
     torch.manual_seed(0)
     model = small(6).to(setting.dtype)
-    options = {"example_args": (TOKENS,), **setting.options}
+    options = {"batch": (TOKENS,), **setting.options}
     conversion = autorev.convert(model, blocks="blocks.[0-4]", exclude=["blocks.2"], **options)
 
     assert [chain.blocks for chain in conversion.chains] == [("blocks.0", "blocks.1"), ("blocks.3", "blocks.4")]
@@ -200,7 +200,7 @@ def test_blocks_and_exclude_patterns(setting: Setting) -> None:
 def test_every_chain_has_a_name_of_its_own(setting: Setting) -> None:
     """`drift`, `fraction_bits` and saved models know chains by name: two streams, and two stretches of one."""
     torch.manual_seed(0)
-    options = {"example_args": (TOKENS,), **setting.options}
+    options = {"batch": (TOKENS,), **setting.options}
     for model, exclude in ((hand.Alternating(*(hand.Block() for _ in range(6))), None), (small(6), "blocks.2")):
         conversion = autorev.convert(model.to(setting.dtype), exclude=exclude, **options)
         names = [chain.name for chain in conversion.chains]
@@ -222,7 +222,7 @@ def test_gamma_and_c_by_block() -> None:
     torch.manual_seed(0)
     model = small()
     conversion = autorev.convert(
-        model, gamma={"blocks.0": 0.5, "blocks.*": -0.25}, c={"blocks.3": 2.0, "blocks.0": 0.75}, example_args=(TOKENS,)
+        model, gamma={"blocks.0": 0.5, "blocks.*": -0.25}, c={"blocks.3": 2.0, "blocks.0": 0.75}, batch=(TOKENS,)
     )
 
     assert conversion.chains[0].gamma == (0.5, -0.25, -0.25, -0.25)
@@ -235,7 +235,7 @@ def test_gamma_and_c_by_block() -> None:
 @pytest.mark.parametrize("coupling", ["midpoint_a", "bdia"])
 def test_couplings_with_random_numbers_are_like_their_oracle(coupling: str) -> None:
     """The gammas of a call are drawn once, and are the oracle's where torch's generator stands where it did."""
-    model = converted(Setting(coupling, {"coupling": coupling}), small)
+    model = converted(Setting(coupling, {"method": coupling}), small)
     assert_like_oracle(model, EXACT)
     model.eval()
     assert_like_oracle(model, EXACT)

@@ -43,7 +43,7 @@ def test_keep_last(keep_last: int, setting: Setting) -> None:
     """Any number of blocks at the end may be stored; the gradients are the same."""
     torch.manual_seed(0)
     model = small().to(setting.dtype)
-    conversion = autorev.convert(model, keep_last=keep_last, example_args=(TOKENS,), **setting.options)
+    conversion = autorev.convert(model, keep_last=keep_last, batch=(TOKENS,), **setting.options)
     assert [chain.stored_steps for chain in conversion.chains] == [min(keep_last, 4)]
 
     assert_like_oracle(model, setting)
@@ -54,7 +54,7 @@ def kept_after_forward(make: Callable[[int], Any], depth: int, **options: Any) -
     x = states(EXACT).requires_grad_()
     model = make(depth)
     if options:
-        autorev.convert(model, example_args=(x,), **options)
+        autorev.convert(model, batch=(x,), **options)
     model(x)
     with no_collection(), Storages() as storages:
         out = model(x)
@@ -88,9 +88,9 @@ DEPTHS = (3, 5, 7)
 
 
 SLOPES: dict[str, tuple[dict[str, Any], int]] = {
-    "leapfrog": ({"coupling": "leapfrog"}, 0),
-    "midpoint": ({"coupling": "midpoint"}, 0),
-    "leapfrog-float": ({"coupling": "leapfrog", "arithmetic": "float"}, 0),
+    "leapfrog": ({"method": "leapfrog"}, 0),
+    "midpoint": ({"method": "midpoint"}, 0),
+    "leapfrog-float": ({"method": "leapfrog", "arithmetic": "float"}, 0),
     "momentum-1/8": ({}, 3 * ELEMENTS // 8),
     "momentum-1/2": ({"gamma": 0.5}, ELEMENTS // 8),
     "momentum-77/256": ({"gamma": 77 / 256}, ELEMENTS),
@@ -140,7 +140,7 @@ def peak_of_a_step(make: Callable[[int], Any], depth: int, **options: Any) -> in
     x = states(EXACT).requires_grad_()
     model = make(depth)
     if options:
-        autorev.convert(model, example_args=(x,), **options)
+        autorev.convert(model, batch=(x,), **options)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     mean_square(model(x)).backward()
@@ -180,7 +180,7 @@ def test_dropout_keeps_no_mask() -> None:
     def dropping(depth: int) -> Chain:
         return Chain(*(hand.Dropping() for _ in range(depth)))
 
-    kept = [kept_after_forward(dropping, depth, coupling="leapfrog") for depth in DEPTHS]
+    kept = [kept_after_forward(dropping, depth, method="leapfrog") for depth in DEPTHS]
 
     assert [b - a for a, b in itertools.pairwise(kept)] == [0, 0]
 

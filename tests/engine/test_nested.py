@@ -41,7 +41,7 @@ def test_patterns_choose_among_nested_chains(blocks: str, expected: list[str], s
     """Of a block that itself contains a chain the outer one is converted; the inner one is a model of its own."""
     torch.manual_seed(0)
     model = small(3, Outer).to(setting.dtype)
-    conversion = autorev.convert(model, blocks=blocks, example_args=(TOKENS,), **setting.options)
+    conversion = autorev.convert(model, blocks=blocks, batch=(TOKENS,), **setting.options)
     assert sorted(path for chain in conversion.chains for path in chain.blocks) == expected
 
     assert_like_oracle(model, setting)
@@ -56,9 +56,9 @@ def test_chains_inside_of_a_block(keep_last: int, outer: bool, setting: Setting)
     model = small(3, Outer).to(setting.dtype)
     options = {"keep_last": keep_last, **setting.options}
     if outer:
-        autorev.convert(model, example_args=(TOKENS,), **options)
+        autorev.convert(model, batch=(TOKENS,), **options)
     for block in model.blocks:
-        autorev.convert(block.inner, example_args=(states(setting),), **options)
+        autorev.convert(block.inner, batch=(states(setting),), **options)
     assert sum(isinstance(found, ReversibleForward) for found in replacements_of(model)) == 9 + 3 * outer
 
     assert_like_oracle(model, setting)

@@ -30,8 +30,8 @@ from tests.helpers.blocks import (
 )
 
 BY_HAND: dict[str, tuple[dict[str, Any], float, tuple[float, ...]]] = {
-    "leapfrog": ({"coupling": "leapfrog"}, 1.0, (1, 1, 1, 1)),
-    "midpoint": ({"coupling": "midpoint"}, -1.0, (2, 2, 2, 2)),
+    "leapfrog": ({"method": "leapfrog"}, 1.0, (1, 1, 1, 1)),
+    "midpoint": ({"method": "midpoint"}, -1.0, (2, 2, 2, 2)),
     "momentum": ({}, 1 / 8, (1, 15 / 16, 15 / 16, 1)),
     "momentum-other": ({"gamma": -0.375, "c": 0.5}, -0.375, (0.5, 0.5, 0.5, 0.5)),
 }
@@ -79,7 +79,7 @@ def by_hand_in_pieces(model: hand.Stack, coupling: str) -> Results:
 @pytest.mark.parametrize("keep_last", [0, 1])
 def test_float64_training_in_pieces_is_the_loop_written_by_hand(coupling: str, keep_last: int) -> None:
     """With a step for each residual add, one stream or two, reversible and oracle are ordinary autograd's loop."""
-    options = {"coupling": coupling, "arithmetic": "float", "granularity": "sublayer"}
+    options = {"method": coupling, "arithmetic": "float", "granularity": "sublayer"}
     model = converted(Setting(coupling, options, torch.float64, 1e-9), small, keep_last=keep_last)
     expected = by_hand_in_pieces(model, coupling)
 
@@ -91,7 +91,7 @@ def test_float64_training_in_pieces_is_the_loop_written_by_hand(coupling: str, k
 @pytest.mark.parametrize("block", [hand.Block, hand.Dropping, hand.Rescaled])
 def test_exact_training_in_pieces(block: type[nn.Module], coupling: str) -> None:
     """With a step for each residual add, in exact arithmetic, with dropout, gates and scales."""
-    options = {"coupling": coupling, "granularity": "sublayer"}
+    options = {"method": coupling, "granularity": "sublayer"}
     model = converted(Setting(coupling, options), lambda: small(block=block))
     assert_like_oracle(model, EXACT)
     assert autorev.drift(model) == {"blocks": 0.0}

@@ -175,7 +175,7 @@ class Cumulative(nn.Module):
 
 
 ROWS = torch.linspace(-1, 1, 48).reshape(6, 8)
-each_way = pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
+each_way = pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"method": "hamiltonian"}], ids=str)
 
 
 @each_way
@@ -183,7 +183,7 @@ def test_averages_over_all_batches_are_counted_once(how: dict[str, Any]) -> None
     """By the probe and the second run not at all."""
     model, oracle = stack(), stack()
     for one in (model, oracle):
-        autorev.convert(one, example_args=(ROWS,), **how)
+        autorev.convert(one, batch=(ROWS,), **how)
     for factor in (1.0, 2.0, 3.0):
         found = step(model, factor * ROWS)
         with running("oracle"):
@@ -199,14 +199,14 @@ def test_inference_mode_around_a_conversion_or_before_training(how: dict[str, An
     that training follows."""
     model = stack()
     with torch.inference_mode():
-        autorev.convert(model, example_args=(ROWS,), **how)
+        autorev.convert(model, batch=(ROWS,), **how)
         model(ROWS)
     assert_same(step(model, ROWS), step_of_oracle(stack(), how), 1e-5)
 
 
 def step_of_oracle(model: nn.Module, how: dict[str, Any]) -> Results:
     """One step of a fresh model by ordinary autograd, after an inference."""
-    autorev.convert(model, example_args=(ROWS,), **how)
+    autorev.convert(model, batch=(ROWS,), **how)
     with torch.no_grad():
         model(ROWS)
     with running("oracle"):
@@ -216,10 +216,10 @@ def step_of_oracle(model: nn.Module, how: dict[str, Any]) -> Results:
 def test_inference_tensors_in_training_are_an_error() -> None:
     """As an input torch's own, as weights one that says what to do."""
     model = stack()
-    autorev.convert(model, example_args=(ROWS,))
+    autorev.convert(model, batch=(ROWS,))
     with torch.inference_mode():
         rows, other = ROWS.clone(), stack()
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
         model(rows)
     with pytest.raises(ConversionError, match=r"were made under torch\.inference_mode.*load the model outside"):
-        autorev.convert(other, example_args=(ROWS,))
+        autorev.convert(other, batch=(ROWS,))

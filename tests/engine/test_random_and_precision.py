@@ -121,7 +121,7 @@ def test_every_block_has_the_autocast_that_it_had(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"coupling": "leapfrog"}, {"coupling": "leapfrog", "arithmetic": "float"}])
+@pytest.mark.parametrize("options", [{}, {"method": "leapfrog"}, {"method": "leapfrog", "arithmetic": "float"}])
 def test_half_precision_weights(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Weights, stream and gradients in half precision; the chain's own state is wider."""
     setting = Setting("half", options, dtype, 3e-2)

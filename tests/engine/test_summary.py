@@ -141,7 +141,7 @@ def checkpointed(model: nn.Module) -> None:
 def test_each_block_is_counted_by_itself(name: str) -> None:
     """Plain, checkpointing and as converted: what is told is what is alive, wherever a block keeps it."""
     x, model = torch.randn(ROWS, WIDTH), MODELS[name]()
-    told = autorev.convert(model, example_args=(x,)).memory
+    told = autorev.convert(model, batch=(x,)).memory
     assert told is not None
     converted = measured(model, x)
     autorev.revert(model)
@@ -159,7 +159,7 @@ def test_what_is_stored_raises_no_peak(name: str) -> None:
     x, peaks = torch.randn(ROWS, WIDTH), {}
     for keep_last in ("auto", 0, 1):
         model = MODELS[name]()
-        done = autorev.convert(model, example_args=(x,), keep_last=keep_last)  # type: ignore[arg-type]
+        done = autorev.convert(model, batch=(x,), keep_last=keep_last)  # type: ignore[arg-type]
         peaks[keep_last] = measured(model, x).peak
         if keep_last == "auto":
             chosen = [chain.stored_blocks for chain in done.chains]
@@ -176,7 +176,7 @@ def test_the_choice_does_not_depend_on_the_size_of_the_example() -> None:
     """One row or thousands: the proportions are the same."""
     for name, make in MODELS.items():
         found = {
-            tuple(c.stored_blocks for c in autorev.convert(make(), example_args=(torch.randn(rows, WIDTH),)).chains)
+            tuple(c.stored_blocks for c in autorev.convert(make(), batch=(torch.randn(rows, WIDTH),)).chains)
             for rows in (8, 4096)
         }
         assert found == {tuple(CHOSEN.get(name, [1]))}, name
@@ -185,9 +185,9 @@ def test_the_choice_does_not_depend_on_the_size_of_the_example() -> None:
 def test_a_conversion_that_saves_nothing_is_said_to_save_nothing() -> None:
     """Against the lower of its rivals, with the reason."""
     x = torch.randn(ROWS, WIDTH)
-    text = str(autorev.convert(nn.Sequential(Mlp(64), Mlp(64)), example_args=(x,)))
+    text = str(autorev.convert(nn.Sequential(Mlp(64), Mlp(64)), batch=(x,)))
     assert "Do not convert to save memory: checkpointing peaks lower here, because two streams in 32 bits" in text
-    done = autorev.convert(WideHead(), example_args=(x,))
+    done = autorev.convert(WideHead(), batch=(x,))
     deep = str(done)
     assert str(pickle.loads(pickle.dumps(done))) == str(copy.deepcopy(done)) == deep
     assert "Do not convert" not in deep
@@ -207,7 +207,7 @@ def test_a_conversion_that_saves_nothing_is_said_to_save_nothing() -> None:
 )
 def test_a_block_that_is_stored_is_not_said_to_be_reversible(options: dict[str, Any], said: str) -> None:
     """With gamma = 0 nothing is inverted, and what `keep_last` covers is not run again."""
-    done = autorev.convert(WideHead(), example_args=(torch.randn(ROWS, WIDTH),), **options)
+    done = autorev.convert(WideHead(), batch=(torch.randn(ROWS, WIDTH),), **options)
     assert str(done).startswith(said)
     stored = done.chains[0].plain_blocks
     assert ("With gamma = 0 nothing inverts a block" in str(done)) == (stored > 0)
@@ -216,10 +216,10 @@ def test_a_block_that_is_stored_is_not_said_to_be_reversible(options: dict[str, 
 def test_ranges_of_one_number_are_that_number() -> None:
     """Two blocks have no inner steps; a number is shown once, whatever lies beyond what is shown."""
     x = torch.randn(ROWS, WIDTH)
-    two = str(autorev.convert(nn.Sequential(Mlp(64), Mlp(64)), example_args=(x,)))
+    two = str(autorev.convert(nn.Sequential(Mlp(64), Mlp(64)), batch=(x,)))
     assert "(gamma 0.125, c 1)" in two
     mixed = {"0": 1 / 8, "*": 1 / 4}
-    text = str(autorev.convert(nn.Sequential(*(Mlp(64) for _ in range(4))), example_args=(x,), gamma=mixed))
+    text = str(autorev.convert(nn.Sequential(*(Mlp(64) for _ in range(4))), batch=(x,), gamma=mixed))
     assert "(gamma 0.125 to 0.25, c 0.875, at the ends 1)" in text and "2 to 3 side bits" in text
 
 
@@ -231,6 +231,6 @@ def test_what_cannot_be_simulated_is_said() -> None:
             return super().forward(x).argmax(-1)  # no gradient comes back from there
 
     x = torch.randn(ROWS, WIDTH)
-    done = autorev.convert(Frozen(*(Mlp(64) for _ in range(3))), example_args=(x,))
+    done = autorev.convert(Frozen(*(Mlp(64) for _ in range(3))), batch=(x,))
     assert done.memory is None and done.chains[0].stored_blocks == 0
     assert "not counted: a training step of the example call cannot be simulated (no output of Frozen" in str(done)

@@ -99,7 +99,7 @@ def test_the_code_of_an_opened_graph_after() -> None:
 @each_way
 @pytest.mark.parametrize(
     "options",
-    [{}, {"coupling": "leapfrog"}, {"coupling": "hamiltonian"}, {"gamma": 1 / 4, "keep_last": 0}],
+    [{}, {"method": "leapfrog"}, {"method": "hamiltonian"}, {"gamma": 1 / 4, "keep_last": 0}],
     ids=["momentum", "leapfrog", "hamiltonian", "momentum 1/4"],
 )
 def test_gradients_are_the_oracle_s(way: str, options: dict[str, Any]) -> None:
@@ -187,5 +187,5 @@ def test_bad_requests_are_refused_before_anything_is_rewritten() -> None:
     with pytest.raises(ConversionError, match="n / 2"):
         autorev.ReverseChains((IDS,), gamma=0.1)(gm)
     with pytest.raises(ConversionError, match="choose one of"):
-        autorev.ReverseChains((IDS,), coupling="sideways")
+        autorev.ReverseChains((IDS,), method="sideways")
     assert code(gm) == before

@@ -49,10 +49,10 @@ class Setting:
 EXACT = Setting("momentum-exact")
 
 
-EXACT_LEAPFROG = Setting("leapfrog-exact", {"coupling": "leapfrog"})
+EXACT_LEAPFROG = Setting("leapfrog-exact", {"method": "leapfrog"})
 
 
-DOUBLE = Setting("leapfrog-float64", {"coupling": "leapfrog", "arithmetic": "float"}, torch.float64, 1e-9)
+DOUBLE = Setting("leapfrog-float64", {"method": "leapfrog", "arithmetic": "float"}, torch.float64, 1e-9)
 
 
 each_setting = pytest.mark.parametrize("setting", [EXACT, DOUBLE], ids=lambda s: s.name)
@@ -70,7 +70,7 @@ def converted(setting: Setting, make: Callable[[], nn.Module], *args: Any, **opt
     key = make, setting.dtype, str([tuple(getattr(a, "shape", ())) for a in args]), str(sorted(options.items()))
     if key in stored:
         options["keep_last"] = stored[key]
-    chains = autorev.convert(model, example_args=args, **options).chains
+    chains = autorev.convert(model, batch=args, **options).chains
     if len(chains) == 1 and "keep_last" not in options:
         stored[key] = chains[0].stored_blocks
     return model

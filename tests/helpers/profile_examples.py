@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cache
 
 from autorev.analysis import DeviceInfo, ModelInfo, Recommendation, Setting
-from autorev.profiler.advice.advise import advise
+from autorev.profiler.advise import advise
 from autorev.profiler.record import Environment, Point, Profile, Result, Status
 from tests.helpers import profile_simulation as simulated
 from tests.helpers.profile_simulation import METHODS, Method, Model

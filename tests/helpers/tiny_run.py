@@ -43,7 +43,7 @@ def workplace(folder: Path) -> Path:
 
 def tune(folder: Path, out: str = "run", model: str = "llm", data: str = "text.txt", **how: Any) -> FineTuning:
     """Fine-tune `folder/model` on `folder/data` into `folder/out`."""
-    return finetune(str(folder / model), out=folder / out, data=folder / data, **{**USUAL, **how})
+    return finetune(str(folder / model), out=folder / out, text=folder / data, **{**USUAL, **how})
 
 
 def figures(record: FineTuning) -> list[tuple[Any, ...]]:

@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 import autorev
+from autorev.advice.case import Possible
+from autorev.advice.predicted import recommend_for
 from autorev.analysis import Setting
 from autorev.cli import main
 from autorev.commands import SPEC, training_command
-from autorev.offers import Possible
-from autorev.plan import recommend
 from tests.helpers.tiny_llm import tiny_llm
 
 SETTING = Setting(4, 96, "fp32", "adamw", "lora", 4, "full", "cpu")
@@ -34,7 +34,7 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
     assert momentum is not None
     slow = replace(found, predictions=tuple(p for p in found.predictions if p.method in ("momentum", "bdia")))
     command = training_command("a model", SETTING, can_be_finetuned=True)
-    advised = recommend(slow, Possible(command=command)).advice[0]
+    advised = recommend_for(slow, Possible(command=command)).advice[0]
     typed = re.search(r"\(from the command line: python cli\.py finetune (.*)\)$", advised)
     assert typed is not None
     options = [*shlex.split(typed[1]), "--steps", "2", "--evaluate-every", "9", "--validation-rows", "1"]

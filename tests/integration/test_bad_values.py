@@ -26,7 +26,7 @@ NO_NUMBERS: tuple[Any, ...] = (
 @pytest.fixture(scope="module")
 def converted() -> Any:
     model = tiny_model()
-    autorev.convert(model, example_kwargs=CALL)
+    autorev.convert(model, batch=CALL)
     return model
 
 
@@ -39,13 +39,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     "given",
     [
         *({name: value} for name in ("gamma", "c") for value in NO_NUMBERS),
-        *({"coupling": value} for value in (None, [], 3)),
+        *({"method": value} for value in (None, [], 3)),
         *({"keep_last": value} for value in (True, 1.5, None, [1])),
         *({"fraction_bits": value} for value in (1.5, "x", True, [10], NAN, -1, 31)),
         *({"fraction_bits": value} for value in ({"model.layers": "x"}, {"stranger": 3})),
         *({name: value} for name in ("blocks", "exclude") for value in (3, [3], [None], b"x")),
-        *({"example_args": value} for value in (3, CALL["input_ids"])),
-        *({"example_kwargs": value} for value in ([1], 3, {1: 2})),
+        *({"batch": value} for value in (3, CALL["input_ids"])),
+        *({"batch": value} for value in ([1], 3, {1: 2})),
     ],
     ids=str,
 )
@@ -53,7 +53,7 @@ def test_convert(given: dict[str, Any]) -> None:
     """The model is as it was."""
     model = tiny_model()
     with pytest.raises(ConversionError) as error:
-        autorev.convert(model, **{"example_kwargs": CALL, **given})
+        autorev.convert(model, **{"batch": CALL, **given})
     assert next(iter(given)) in str(error.value) or "patterns" in str(error.value) or "no coupling" in str(error.value)
     assert autorev.revert(model) == 0
 
@@ -141,7 +141,7 @@ def test_profile(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
         *({name: v} for name in ("learning_rate", "clip", "max_loss_increase") for v in ("x", NAN, INFINITE, True)),
         *({"distill": True, "distill_weight": value} for value in ("x", NAN)),
         *({name: True} for name in ("steps", "lora", "batch")),
-        {"coupling": 3},
+        {"method": 3},
     ],
     ids=str,
 )

@@ -62,7 +62,7 @@ def padded(side: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
 def test_generation_with_a_cache_is_generation_without(name: str, arithmetic: str) -> None:
     """Greedy tokens and their scores do not depend on the key-value cache, with left padding."""
-    model = converted(name, arithmetic=arithmetic, coupling="momentum" if arithmetic == "exact" else "leapfrog").eval()
+    model = converted(name, arithmetic=arithmetic, method="momentum" if arithmetic == "exact" else "leapfrog").eval()
     how = {"do_sample": False, "min_new_tokens": 9, "max_new_tokens": 9, "pad_token_id": 0}
     how |= {"return_dict_in_generate": True, "output_scores": True}
 
@@ -391,8 +391,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "gamma by pattern": {"gamma": {"*.1": 0.25, "*": 0.125}, "keep_last": 2},
     "another c": {"gamma": 0.5, "c": 1.0, "keep_last": 0},
-    "float leapfrog": {"coupling": "leapfrog", "arithmetic": "float"},
-    "midpoint": {"coupling": "midpoint"},
+    "float leapfrog": {"method": "leapfrog", "arithmetic": "float"},
+    "midpoint": {"method": "midpoint"},
     "a grid": {"fraction_bits": 12},
     "some blocks": {"blocks": ["*.0", "*.1"], "exclude": "*.2"},
 }
@@ -456,10 +456,10 @@ def test_a_plain_load_that_is_saved_again_keeps_no_entry_it_does_not_have(tmp_pa
     """A vanilla model from a converted folder can be converted otherwise, and is loaded the second way."""
     converted("llama").save_pretrained(tmp_path / "first")
     vanilla = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    autorev.convert(vanilla, coupling="leapfrog")
+    autorev.convert(vanilla, method="leapfrog")
     vanilla.save_pretrained(tmp_path / "second")
     loaded: Any = autorev.load(tmp_path / "second")
-    assert loaded.config.autorev["coupling"] == "leapfrog"
+    assert loaded.config.autorev["method"] == "leapfrog"
 
 
 def test_load_takes_the_keywords_of_from_pretrained(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ REFUSED = {
 }
 CONVERTED = zoo.others_slow(name for name in zoo.FAMILIES if name not in REFUSED)
 # A recurrence in Python takes a second for 128 tokens; the others are converted without an example.
-EXAMPLES: dict[str, dict[str, Any]] = {"mamba": {"example_kwargs": {"input_ids": torch.arange(3, 19)[None]}}}
+EXAMPLES: dict[str, dict[str, Any]] = {"mamba": {"batch": {"input_ids": torch.arange(3, 19)[None]}}}
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
@@ -52,7 +52,7 @@ def test_a_training_step_has_the_oracles_loss_and_gradients(name: str, keep_last
 
 
 @pytest.mark.parametrize(
-    "options", [{"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=["sublayer", "two streams"]
+    "options", [{"granularity": "sublayer"}, {"method": "hamiltonian"}], ids=["sublayer", "two streams"]
 )
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_training_step_in_pieces_has_the_oracles_loss_and_gradients(name: str, options: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ pytestmark = pytest.mark.slow  # each check in both processes, and in one
 RANKS = 2
 ROWS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
-    "exact momentum": {"coupling": "momentum"},
-    "float leapfrog": {"coupling": "leapfrog", "arithmetic": "float"},
+    "exact momentum": {"method": "momentum"},
+    "float leapfrog": {"method": "leapfrog", "arithmetic": "float"},
 }
 MODELS = ["llama", "hand-written"]
 WRAPPERS = ["ddp", "ddp finding unused", "fsdp", "fsdp keeping blocks whole"]
@@ -258,11 +258,11 @@ def in_bfloat16(settings: dict[str, Any]) -> dict[str, Any]:
 def sharded_first(model: str, wrapper: str, settings: dict[str, Any]) -> dict[str, Any]:
     """`convert` of a model that is wrapped already, as scripts load it."""
     parallel, single = wrapped(build(model), wrapper), build(model)
-    autorev.convert(parallel, example_kwargs=batch(model), **settings)
+    autorev.convert(parallel, batch=batch(model), **settings)
     for _ in range(2):
         parallel.zero_grad()
         step(parallel, batch(model))
-    autorev.convert(single, example_kwargs=batch(model), **settings)
+    autorev.convert(single, batch=batch(model), **settings)
     _, expected = one_step(single, mode="oracle", **batch(model))
     try:
         verified = autorev.verify(parallel, batch(model)).passed
@@ -325,7 +325,7 @@ def refused_when_spread() -> dict[str, Any]:
 
 def example(model: str) -> dict[str, Any]:
     """The example call for `convert`."""
-    return {} if model == "llama" else {"example_kwargs": batch(model)}
+    return {} if model == "llama" else {"batch": batch(model)}
 
 
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -30,7 +30,7 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = workplace(tmp_path_factory.mktemp("agrees"))
     (folder / "other.txt").write_text("".join(f"Nothing of the {n}th kind was read before. " for n in range(400)))
     tune(folder, out="runs/full", validation_rows=3)
-    tune(folder, out="runs/lora", lora=4, pack=False)
+    tune(folder, out="runs/lora", lora_rank=4, pack=False)
     return folder
 
 
@@ -82,7 +82,7 @@ def test_a_run_and_its_export_read_the_same_tokens(place: Path, name: str, tmp_p
 
 def test_a_run_is_resumed_by_its_folder_alone(place: Path) -> None:
     """The options are the run's, not the defaults; one that differs is named; the learning rate may."""
-    options = {"lora": 4, "accumulate": 2, "seed": 5}
+    options = {"lora_rank": 4, "accumulate": 2, "seed": 5}
     with pytest.raises(TrainingError, match="interrupted"):
         tune(place, out="runs/stopped", callbacks=(At(2, interrupt, "on_step_begin"),), **options)
     shutil.copytree("runs/stopped", "runs/faster")

@@ -23,7 +23,7 @@ from autorev.finetuning.run import finetune
 from tests.helpers.tiny_run import At, figures, interrupt, tune, workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
-RUNS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": 4}, "plain": {"coupling": "plain"}}
+RUNS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_rank": 4}, "plain": {"method": "plain"}}
 
 
 @pytest.fixture(scope="module")
@@ -220,17 +220,17 @@ def test_a_run_on_what_a_run_left(copies: Path) -> None:
 # -- what adapters belong to
 
 
-HOW: dict[str, Any] = {"sequence": 48, "validation_rows": 4, "learning_rate": 1e-2, "lora": 2}
+HOW: dict[str, Any] = {"sequence": 48, "validation_rows": 4, "learning_rate": 1e-2, "lora_rank": 2}
 
 
 @pytest.fixture
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs of adapters on the model that is called `llm` where they were started, which is where we are."""
     monkeypatch.chdir(workplace(tmp_path))
-    finetune("llm", out="adapters", data="text.txt", steps=2, **HOW)
+    finetune("llm", out="adapters", text="text.txt", steps=2, **HOW)
     with pytest.raises(TrainingError):
         half = {"steps": 3, "save_every": 1, "callbacks": (At(1, interrupt, "on_step_begin"),)}
-        finetune("llm", out="half", data="text.txt", **HOW, **half)
+        finetune("llm", out="half", text="text.txt", **HOW, **half)
     return tmp_path
 
 
@@ -246,7 +246,7 @@ def test_adapters_on_another_model(adapters: Path) -> None:
             ):
                 use()
         with pytest.raises(AutorevError, match=r"another model's weights \([0-9a-f]{12}, now [0-9a-f]{12}\)"):
-            finetune("llm", out="half", data="text.txt", steps=3, save_every=1, resume=True, **HOW)
+            finetune("llm", out="half", text="text.txt", steps=3, save_every=1, resume=True, **HOW)
         weights.write_bytes(before)
     assert examine("adapters").tokens and not Path("out").exists()
 
@@ -267,5 +267,5 @@ def test_adapters_on_the_same_model_elsewhere(adapters: Path, monkeypatch: pytes
     assert examine("adapters").evaluation.loss == pytest.approx(loss, abs=1e-6)
     assert export(Path("adapters"), Path("out")).loss == pytest.approx(loss, abs=1e-6)
     shutil.move("llm", "moved")
-    found = finetune("moved", out="half", data="text.txt", steps=3, save_every=1, resume=True, **HOW)
+    found = finetune("moved", out="half", text="text.txt", steps=3, save_every=1, resume=True, **HOW)
     assert found.complete and found.model.source == "moved"

@@ -22,10 +22,10 @@ from tests.helpers.tiny_run import At, interrupt, loss_of, tune, workplace
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collections")
 RUNS: dict[str, dict[str, Any]] = {
     "momentum": {},
-    "lora": {"lora": 4},
-    "lora-schedule": {"lora": 4, "schedule": "leapfrog", "learning_rate": 1e-3},
-    "plain": {"coupling": "plain"},
-    "hamiltonian": {"coupling": "hamiltonian"},
+    "lora": {"lora_rank": 4},
+    "lora-schedule": {"lora_rank": 4, "schedule": "leapfrog", "learning_rate": 1e-3},
+    "plain": {"method": "plain"},
+    "hamiltonian": {"method": "hamiltonian"},
 }
 
 

@@ -84,13 +84,13 @@ def lines(*rows: Any) -> str:
 def test_data_that_teaches_nothing(place: Path, name: str, content: str | bytes, said: str) -> None:
     """The message names the file, the line, and what is wrong with it."""
     (place / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    check_refused(place, DataError, said, data=name)
+    check_refused(place, DataError, said, text=name)
 
 
 def test_data_that_is_not_there(place: Path) -> None:
     """A missing file, a folder, and likewise of the validation."""
-    check_refused(place, DataError, r"nowhere\.txt cannot be read: No such file", data="nowhere.txt")
-    check_refused(place, DataError, r"llm cannot be read: Is a directory", data="llm")
+    check_refused(place, DataError, r"nowhere\.txt cannot be read: No such file", text="nowhere.txt")
+    check_refused(place, DataError, r"llm cannot be read: Is a directory", text="llm")
     check_refused(place, DataError, r"nowhere\.txt cannot be read", validation=place / "nowhere.txt")
 
 
@@ -100,9 +100,9 @@ def test_conversations_need_a_template(place: Path) -> None:
     said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     (place / "chats.jsonl").write_text(lines(*[{"messages": said}] * 12))
     check_refused(
-        place, DataError, "no chat template.*give 'prompt' and 'completion'", data="chats.jsonl", model="no-chat"
+        place, DataError, "no chat template.*give 'prompt' and 'completion'", text="chats.jsonl", model="no-chat"
     )
-    assert tune(place, out="chats", data="chats.jsonl", steps=1).complete  # with a template
+    assert tune(place, out="chats", text="chats.jsonl", steps=1).complete  # with a template
 
 
 # -- models
@@ -188,17 +188,17 @@ def test_weights_that_are_no_numbers(place: Path) -> None:
         ({"decay": "exponential"}, "decay of the learning rate is linear, .*, not 'exponential'"),
         ({"decay": "warmup_stable_decay"}, "decay of the learning rate is linear"),
         *(({"distill": True, "distill_weight": w}, "above 0 and at most 1") for w in (2.0, 0.0, float("nan"))),
-        ({"distill": True, "coupling": "plain:loss=chunked"}, "leave loss=chunked out"),
+        ({"distill": True, "method": "plain:loss=chunked"}, "leave loss=chunked out"),
         ({"schedule": "elsewhere"}, "leads to leapfrog or midpoint, not to 'elsewhere'"),
-        *(({"schedule": "leapfrog", "coupling": c}, "has no gamma that can be moved") for c in ("plain", "leapfrog")),
-        ({"schedule": "leapfrog", "coupling": "momentum:k=3,arithmetic=float"}, "no gamma that can be moved"),
-        ({"schedule": "leapfrog", "coupling": "momentum:gamma=1.5"}, "starts at a gamma between 0 and 1, not at 3/2"),
+        *(({"schedule": "leapfrog", "method": c}, "has no gamma that can be moved") for c in ("plain", "leapfrog")),
+        ({"schedule": "leapfrog", "method": "momentum:k=3,arithmetic=float"}, "no gamma that can be moved"),
+        ({"schedule": "leapfrog", "method": "momentum:gamma=1.5"}, "starts at a gamma between 0 and 1, not at 3/2"),
         ({"schedule": "leapfrog", "max_loss_increase": 1.0}, "give one of the two"),
         ({"schedule_steps": 3}, "--schedule-steps are those of a --schedule"),
         *(({"max_loss_increase": b}, "rise by 0 or more") for b in (-1.0, float("nan"))),
-        *(({"max_loss_increase": 1.0, "coupling": c}, "no gamma that can be moved") for c in ("bdia", "checkpoint")),
-        ({"coupling": "perpetuum"}, "there is no method 'perpetuum'"),
-        ({"coupling": "momentum:gamma=0.3"}, "cannot be trained as momentum gamma=0.3.*near it are"),
+        *(({"max_loss_increase": 1.0, "method": c}, "no gamma that can be moved") for c in ("bdia", "checkpoint")),
+        ({"method": "perpetuum"}, "there is no method 'perpetuum'"),
+        ({"method": "momentum:gamma=0.3"}, "cannot be trained as momentum gamma=0.3.*near it are"),
     ],
     ids=str,
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_options_that_make_no_sense(place: Path, how: dict[str, Any], said: str)
     check_refused(place, SettingError, said, **how)
 
 
-@pytest.mark.parametrize("how", [{"lora": 2}, {"distill": True}, {"max_loss_increase": 1.0}], ids=str)
+@pytest.mark.parametrize("how", [{"lora_rank": 2}, {"distill": True}, {"max_loss_increase": 1.0}], ids=str)
 def test_random_weights_have_nothing_to_preserve(place: Path, how: dict[str, Any]) -> None:
     """From scratch, there is no original to adapt, distil or compare with."""
     tiny_llm(place / "scratch", weights=False)
@@ -251,7 +251,7 @@ def check_stopped(place: Path, out: str, said: str, checkpoint: int | None, **ho
 
 def test_a_loss_that_is_no_number(place: Path) -> None:
     """In a step: nothing of it reaches the weights. The run goes on from the checkpoint as if nothing had been."""
-    how = {"coupling": "plain"}
+    how = {"method": "plain"}
     check_stopped(place, "nan-step", "^the loss of step 4 is nan", 2, callbacks=(At(3, NAN, "on_step_begin"),), **how)
     assert figures(tune(place, out="nan-step", resume=True, **how)) == figures(tune(place, out="never-nan", **how))
 
@@ -261,7 +261,7 @@ def test_a_learning_rate_beyond_all(place: Path, coupling: str) -> None:
     """The weights break while the loss is a number still."""
     out = f"rate {coupling}"
     said = "^step 2 broke the weights: the loss on the held-out text is no number"
-    check_stopped(place, out, said, None, learning_rate=1e30, clip=0.0, coupling=coupling)
+    check_stopped(place, out, said, None, learning_rate=1e30, clip=0.0, method=coupling)
 
 
 @pytest.mark.parametrize("step", [4, 7])

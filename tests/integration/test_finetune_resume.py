@@ -75,9 +75,9 @@ def check_same(found: FineTuning, expected: FineTuning) -> None:
     [
         {},
         {"schedule": "leapfrog", "schedule_steps": 6},
-        {"lora": 4, "model": "gpt2"},
-        {"coupling": "bdia"},
-        {"max_loss_increase": 2e-3, "coupling": "momentum:k=2"},
+        {"lora_rank": 4, "model": "gpt2"},
+        {"method": "bdia"},
+        {"max_loss_increase": 2e-3, "method": "momentum:k=2"},
     ],
     ids=lambda how: "-".join(map(str, how.values())) or "usual",
 )
@@ -136,7 +136,7 @@ def test_ctrl_c_in_the_last_step(place: Path, undisturbed: FineTuning) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"decay": "constant", "lora": 2}, {"schedule": "midpoint", "schedule_steps": 7}], ids=str
+    "how", [{"decay": "constant", "lora_rank": 2}, {"schedule": "midpoint", "schedule_steps": 7}], ids=str
 )
 def test_stopped_after_the_last_step(place: Path, how: dict[str, Any], request: pytest.FixtureRequest) -> None:
     """Only the evaluations are left to do: no further step is taken."""
@@ -155,7 +155,7 @@ def test_stopped_after_the_last_step(place: Path, how: dict[str, Any], request: 
     "how",
     [
         {},
-        {"lora": 2, "distill": True, "distill_weight": 0.25, "accumulate": 2, "clip": 0.5},
+        {"lora_rank": 2, "distill": True, "distill_weight": 0.25, "accumulate": 2, "clip": 0.5},
         {"schedule": "leapfrog", "schedule_steps": 5, "decay": "cosine", "seed": 3, "pack": False},
     ],
     ids=["usual", "lora", "schedule"],
@@ -209,13 +209,13 @@ def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> 
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"coupling": "leapfrog"}, "trains as momentum k=3, not as leapfrog"),
-        ({"coupling": "plain"}, "trains as momentum k=3, not as plain"),
+        ({"method": "leapfrog"}, "trains as momentum k=3, not as leapfrog"),
+        ({"method": "plain"}, "trains as momentum k=3, not as plain"),
         ({"steps": 9}, "was begun with --steps 7, not 9; leave out what differs, --resume takes it from the run"),
         ({"sequence": 32, "batch": 2}, "--sequence 48, not 32, --batch 1, not 2"),
         ({"seed": 1}, "--seed 0, not 1"),
-        ({"bf16": True}, "--autocast bf16 False, not True"),
-        ({"lora": 2}, "--lora-rank None, not 2"),
+        ({"autocast": "bf16"}, "--autocast bf16 False, not True"),
+        ({"lora_rank": 2}, "--lora-rank None, not 2"),
         ({"distill": True}, "--distill False, not True"),
         ({"schedule": "leapfrog"}, "--schedule None, not leapfrog"),
         ({"decay": "constant"}, "--decay linear, not constant"),
@@ -224,7 +224,7 @@ def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> 
         ({"pack": False}, "--pack True, not False"),
         ({"validation_rows": 3}, "--validation-rows 4, not 3"),
         ({"model": "gpt2"}, r"another model's name \(llm, now gpt2\)"),
-        ({"data": "other.txt"}, r"another data's source \(.*text.txt, now .*other.txt\)"),
+        ({"text": "other.txt"}, r"another data's source \(.*text.txt, now .*other.txt\)"),
     ],
     ids=lambda how: str(how) if isinstance(how, dict) else "",
 )
@@ -251,7 +251,7 @@ def test_another_learning_rate_is_gone_on_with(stopped: Path, place: Path, undis
 
 def test_another_grid_is_gone_on_with(stopped: Path, place: Path) -> None:
     """`fraction_bits` named anew are those of the chain from here on."""
-    found = tune(place, resume=True, coupling="momentum:k=3,fraction_bits=14")
+    found = tune(place, resume=True, method="momentum:k=3,fraction_bits=14")
     assert found.complete
     assert {chain.fraction_bits for chain in found.chains} == {14}
     assert any("fraction_bits=14" in note for note in found.notes)

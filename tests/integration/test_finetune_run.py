@@ -113,10 +113,10 @@ def test_the_folder_loads(done: Done) -> None:
 @pytest.mark.parametrize("spec", ["plain", "checkpoint"])
 def test_without_a_coupling(done: Done, spec: str) -> None:
     """The comparison runs train the model as it is, to the same losses."""
-    record, run = done(spec, coupling=spec), done.folder / spec
+    record, run = done(spec, method=spec), done.folder / spec
     assert record.complete and record.chains == () and record.vanilla == record.final
     assert [(row.drift, row.gamma, row.side_bits) for row in record.logged] == [(None, None, None)] * STEPS
-    assert losses(record) == pytest.approx(losses(done("plain", coupling="plain")), abs=1e-5)
+    assert losses(record) == pytest.approx(losses(done("plain", method="plain")), abs=1e-5)
     assert abs(losses(record)[-1] - losses(done("reversible"))[-1]) < 0.1
     assert "autorev" not in json.loads((run / "config.json").read_text())
 
@@ -125,9 +125,9 @@ def test_without_a_coupling(done: Done, spec: str) -> None:
 def test_training_is_that_of_ordinary_autograd(done: Done, spec: str) -> None:
     """The weights at the end are those that the same coupling gets with every activation stored."""
     name = "reversible" if spec == "momentum:k=3" else spec
-    done(name, coupling=spec)
+    done(name, method=spec)
     with running(ORACLE):
-        record = done(f"oracle-{name}", coupling=spec)
+        record = done(f"oracle-{name}", method=spec)
     assert [row.drift for row in record.logged] == [None] * STEPS  # nothing was rebuilt
     expected = done.weights(f"oracle-{name}")
     for key, value in done.weights(name).items():
@@ -137,10 +137,10 @@ def test_training_is_that_of_ordinary_autograd(done: Done, spec: str) -> None:
 @pytest.mark.parametrize(
     ("how", "tolerance"),
     [
-        ({"coupling": "momentum:k=3,loss=chunked"}, 1e-5),
-        ({"bf16": True}, 0.05),
-        ({"coupling": "momentum:k=2"}, 0.1),
-        ({"coupling": "momentum:k=3,granularity=sublayer"}, 0.2),
+        ({"method": "momentum:k=3,loss=chunked"}, 1e-5),
+        ({"autocast": "bf16"}, 0.05),
+        ({"method": "momentum:k=2"}, 0.1),
+        ({"method": "momentum:k=3,granularity=sublayer"}, 0.2),
     ],
     ids=str,
 )
@@ -158,7 +158,7 @@ def test_a_document_in_each_row(done: Done) -> None:
     """Without packing, short documents are padded, and nothing is learned of the padding."""
     lines = [{"prompt": f"say {n}", "completion": f" {n}" * (1 + n % 5)} for n in range(30)]
     (done.folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    packed, padded = (done(f"pairs-{pack}", data="pairs.jsonl", pack=pack, batch=2) for pack in (True, False))
+    packed, padded = (done(f"pairs-{pack}", text="pairs.jsonl", pack=pack, batch=2) for pack in (True, False))
     for record in (packed, padded):
         assert record.complete and [row.drift for row in record.logged] == [0.0] * STEPS
         assert losses(record)[-1] < losses(record)[0] - 0.1
@@ -185,7 +185,7 @@ def test_from_scratch(done: Done, spec: str) -> None:
     """A config without weights is trained under the coupling from its first step."""
     if not (done.folder / "scratch").exists():
         tiny_llm(done.folder / "scratch", weights=False)
-    record = done(f"scratch-{spec}", model="scratch", coupling=spec)
+    record = done(f"scratch-{spec}", model="scratch", method=spec)
     assert not record.pretrained and record.recipe.trains == "scratch"
     assert losses(record)[-1] < losses(record)[0] - 0.5
     assert [(row.drift, row.side_bits) for row in record.logged] == [(0.0, 0.0)] * STEPS
@@ -208,7 +208,7 @@ def test_a_schedule_ends_without_side_bits(done: Done, target: str, gamma: float
 @pytest.mark.parametrize("lora", [None, 4])
 def test_distillation(done: Done, lora: int | None) -> None:
     """The loss is (1 - w) cross entropy + w KL; a teacher of its own is needed for full weights alone."""
-    record = done(f"distilled-{lora}", distill=True, distill_weight=0.25, lora=lora)
+    record = done(f"distilled-{lora}", distill=True, distill_weight=0.25, lora_rank=lora)
     bytes_of_weights = 4 * record.model.parameters
     assert (
         bytes_of_weights <= record.teacher_bytes < 1.05 * bytes_of_weights
@@ -232,7 +232,7 @@ def test_a_teacher_holds_the_model_back(done: Done) -> None:
 
 def test_lora(done: Done) -> None:
     """The adapters alone are trained and written."""
-    record, run = done("lora", lora=4), done.folder / "lora"
+    record, run = done("lora", lora_rank=4), done.folder / "lora"
     assert record.recipe.trains == "lora" and 0 < record.recipe.trained_parameters < record.model.parameters / 5
     assert [row.drift for row in record.logged] == [0.0] * STEPS
     assert record.original and record.final and record.final.loss < record.original.loss - 0.01

@@ -335,7 +335,7 @@ def test_without_velocity_the_steps_compute_what_the_model_computes(name: str) -
     random.seed(1)
     expected_loss, expected = one_step(model, example, loss=total)
     options = {"gamma": 0, "c": 1, "arithmetic": "float", "granularity": "sublayer"} | OWN_WAYS.get(name, {})
-    autorev.convert(model, example_args=(example,), **options)
+    autorev.convert(model, batch=(example,), **options)
     random.seed(1)
     loss, found = one_step(model, example, loss=total)
     assert torch.allclose(loss, expected_loss, rtol=1e-12)

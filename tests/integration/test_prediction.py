@@ -143,7 +143,7 @@ def test_what_is_predicted_is_what_convert_does(
 
     def convert(model: nn.Module) -> None:
         args, kwargs = workload.example(batch, sequence)
-        conversion = autorev.convert(model, example_args=args, example_kwargs=kwargs)
+        conversion = autorev.convert(model, batch=(args, kwargs))
         done.append(tuple(chain.stored_blocks for chain in conversion.chains))
 
     truth = allocator_peak(workload, analysis, None, batch, sequence, prepared=convert)

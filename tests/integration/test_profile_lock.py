@@ -28,10 +28,10 @@ def test_two_of_one_name(jobs: list[Job], tmp_path: Path) -> None:
             seen.append(what)
             for resume in (False, True):
                 with pytest.raises(SettingError, match=r"one\.json is in use by process \d+ .*another --name"):
-                    run(folder="records", name="one", resume=resume)
-            run("profiled_net:make", "plain", folder="records", name="two")
+                    run(out="records", name="one", resume=resume)
+            run("profiled_net:make", "plain", out="records", name="two")
 
-    run("profiled_net:make", "plain", folder="records", name="one", progress=again)
+    run("profiled_net:make", "plain", out="records", name="one", progress=again)
     assert seen and sorted(path.name for path in Path("records").iterdir()) == ["one.json", "two.json"]
 
 
@@ -40,7 +40,7 @@ def _killed(folder: str | None) -> None:
         if "predicting" in what:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run("profiled_net:make", "plain", folder=folder, name="one", progress=kill)
+    run("profiled_net:make", "plain", out=folder, name="one", progress=kill)
 
 
 @pytest.mark.parametrize("place", ["records", None])
@@ -60,7 +60,7 @@ def test_killed_ones_leave_nothing(
     assert bool(left) == (place is None)
     mine = tmp_path / "temporary" / "autorev-scratch-mine"
     mine.mkdir()
-    run("profiled_net:make", "plain", folder=place, name="one")
+    run("profiled_net:make", "plain", out=place, name="one")
     assert list((tmp_path / "temporary").iterdir()) == [mine]  # which has no lock, and may be anybody's
     assert place is None or [path.name for path in Path(place).iterdir()] == ["one.json"]
 

@@ -75,7 +75,7 @@ def test_why_a_prediction_failed_is_told() -> None:
 
 def test_a_profile_in_fresh_processes(folder: Path) -> None:
     """Everything is measured and predicted, the record is complete, and reading it gives the same."""
-    record = run("tiny.json", "plain", "momentum", sequence=16, folder="records")
+    record = run("tiny.json", "plain", "momentum", sequence=16, out="records")
     assert record.complete
     assert [r.method.spec for r in record.results] == ["plain", "momentum:k=3"]
     for result in record.results:
@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_is_gone_on_with(folder: Path, jobs: list[Job]) -> 
     specs = ("plain", "checkpoint", "leapfrog")
     code = (
         "from autorev.profiler.run import profile\n"
-        f"profile('profiled_net:make', methods={specs}, rounds=1, steps=1, folder='records', name='r')"
+        f"profile('profiled_net:make', methods={specs}, rounds=1, steps=1, out='records', name='r')"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -173,9 +173,9 @@ def test_a_run_that_is_killed_is_gone_on_with(folder: Path, jobs: list[Job]) -> 
     assert 1 <= len(done) < 3
     assert {r.status for r in half.results} == {Status.MEASURED, Status.PENDING}
     with pytest.raises(SettingError, match=r"is an interrupted run: go on with it \(--resume\), give .*--name"):
-        run("profiled_net:make", *specs, folder="records", name="r")
+        run("profiled_net:make", *specs, out="records", name="r")
     assert not jobs
-    whole = run("profiled_net:make", *specs, folder="records", name="r", resume=True)
+    whole = run("profiled_net:make", *specs, out="records", name="r", resume=True)
     assert [job.method.spec for job in jobs] == [r.method.spec for r in half.results if r not in done]
     assert whole.complete
     assert [r for r in whole.results if r.method in [d.method for d in done]] == done
@@ -214,7 +214,7 @@ def test_a_record_of_another_run_is_not_gone_on_with(jobs: list[Job], folder: Pa
             run("profiled_net:make", "plain", **name, resume=True, **change)
     assert file.read_text() == before
     with pytest.raises(SettingError, match=r"there is no record .*other\.json to go on with; leave --resume out"):
-        run("profiled_net:make", "plain", folder="records", name="other", resume=True)
+        run("profiled_net:make", "plain", out="records", name="other", resume=True)
 
 
 def test_more_is_measured_of_a_complete_record(jobs: list[Job]) -> None:

@@ -68,7 +68,7 @@ def test_an_error_of_one_method_is_told_and_the_others_go_on(
         return here(job, scratch)
 
     monkeypatch.setattr(schedule, "run_in_fresh_process", moody)
-    record = run("profiled_net:make", "plain:loss=chunked", "plain", "sac", rounds=2, folder="records")
+    record = run("profiled_net:make", "plain:loss=chunked", "plain", "sac", rounds=2, out="records")
     refused, plain, sac = record.results
     assert refused.status is Status.REFUSED
     assert "no loss to compute in chunks" in refused.reason
@@ -101,7 +101,7 @@ def test_a_budget_in_between_lets_one_method_through(jobs: list[Job]) -> None:
 
 def test_predicting_measures_nothing(jobs: list[Job]) -> None:
     """No process is started, every method that can be predicted is, and the record says so."""
-    record = run("profiled_net:make", "plain", "momentum", "compile", predict=True, folder="records")
+    record = run("profiled_net:make", "plain", "momentum", "compile", predict=True, out="records")
     assert not jobs
     assert {r.status for r in record.results} == {Status.PREDICTED}
     assert [r.prediction is not None for r in record.results] == [True, True, False]

@@ -158,7 +158,7 @@ def test_gradients_are_those_of_ordinary_autograd(name: str, order: str, place: 
     with torch.no_grad():
         loss = other.train()(**CALL).loss  # of another one: what the first run changes in a layer is still to come
 
-    autorev.convert(model, example_kwargs=CALL)
+    autorev.convert(model, batch=CALL)
     assert list(model.state_dict()) == keys
     with torch.no_grad(), running("original"):
         assert torch.equal(model.train()(**CALL).loss, loss)
@@ -176,18 +176,18 @@ def test_gradients_are_those_of_ordinary_autograd(name: str, order: str, place: 
 
 
 @one_of_each
-@pytest.mark.parametrize("how", [{"granularity": "sublayer"}, {"coupling": "hamiltonian"}])
+@pytest.mark.parametrize("how", [{"granularity": "sublayer"}, {"method": "hamiltonian"}])
 def test_in_steps(name: str, how: dict[str, Any], place: Path) -> None:
     """Attention and MLP as steps of their own."""
     model = adapted(quantised(name, place))
-    autorev.convert(model, example_kwargs=CALL, **how)
+    autorev.convert(model, batch=CALL, **how)
     assert autorev.verify(model, CALL).gradient_error == 0
 
 
 def test_adapters_that_read_the_weight(place: Path) -> None:
     """DoRA takes the norm of each row of the unpacked weight."""
     model = adapted(quantised("nf4", place), use_dora=True)
-    autorev.convert(model, example_kwargs=CALL)
+    autorev.convert(model, batch=CALL)
     assert autorev.verify(model, CALL).gradient_error == 0
 
 
@@ -198,7 +198,7 @@ def test_training_with_evaluations_between(name: str, place: Path) -> None:
     ends, modes = [], []
     for mode in ("reversible", "oracle"):
         model = adapted(quantised(name, place))
-        autorev.convert(model, example_kwargs=CALL)
+        autorev.convert(model, batch=CALL)
         before = packed_weights(model)
         layer = next(module for module in model.modules() if is_quantised(module))
         layer.register_forward_pre_hook(lambda module, args: modes.append(module.training))
@@ -217,16 +217,16 @@ def test_prepared_by_peft(place: Path) -> None:
     """`prepare_model_for_kbit_training` before and after conversion; the checkpointing that it switches on is refused
     before, and explained and left off after."""
     with pytest.raises(ConversionError, match=r"checkpoints its blocks.*use_gradient_checkpointing=False"):
-        autorev.convert(prepare_model_for_kbit_training(quantised("nf4", place)), example_kwargs=CALL)
+        autorev.convert(prepare_model_for_kbit_training(quantised("nf4", place)), batch=CALL)
     with pytest.raises(SettingError, match="checkpoints its blocks by itself"):
         autorev.profile(prepare_model_for_kbit_training(quantised("nf4", place)), CALL)
 
     first = prepare_model_for_kbit_training(quantised("int8", place), use_gradient_checkpointing=False)
-    autorev.convert(adapted(first), example_kwargs=CALL)
+    autorev.convert(adapted(first), batch=CALL)
     assert autorev.verify(first, CALL).gradient_error == 0
 
     later = quantised("nf4-twice-bf16", place)
-    autorev.convert(later, example_kwargs=CALL)
+    autorev.convert(later, batch=CALL)
     later = adapted(prepare_model_for_kbit_training(later))
     found = autorev.verify(later, CALL)
     assert found.passed and set(found.rebuilt.values()) == {BLOCKS}
@@ -250,7 +250,7 @@ def test_a_model_without_transformers() -> None:
         model = nn.Sequential(*(Block() for _ in range(4))).to("cpu")
         x = torch.randn(2, 64)
     plain = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,))
+    autorev.convert(model, batch=(x,))
     assert autorev.verify(model, (x,)).gradient_error == 0
     autorev.revert(model)
     one_step(model, x)
@@ -270,7 +270,7 @@ def test_what_stands_in_holds_and_keeps_as_much(name: str, place: Path) -> None:
 
     assert len(layers) == LINEARS * BLOCKS
     assert all(isinstance(twin.get_submodule(path), StandIn) for path, _, _ in layers)
-    assert autorev.analyze(model, **CALL).model.parameters == loaded(place).num_parameters()
+    assert autorev.analyze(model, CALL).model.parameters == loaded(place).num_parameters()
     assert {kept_by(layer, found) for _, layer, found in layers} == {QUANTISED[name][1]}
     bytes_of = [storage_bytes(held_by(m)) for m in (model, twin)]
     assert bytes_of[1] == pytest.approx(bytes_of[0], abs=4 * len(layers))  # a storage is a whole number of elements
@@ -283,7 +283,7 @@ def test_a_profile_measures_what_is_predicted(
     """Of a folder that was saved quantised, adapters trained."""
     monkeypatch.chdir(place)
     how = {"methods": ["plain", "checkpoint"], "lora_rank": 4, "trains": "lora", "sequence": 64, "rounds": 1}
-    record = autorev.profile(str(place / name), steps=1, folder=place / "records", **how)
+    record = autorev.profile(str(place / name), timed_steps=1, out=place / "records", **how)
     for result in record.results:
         assert result.memory is not None and result.prediction is not None
         states = 5056 * BLOCKS * (result.method.spec == "checkpoint")  # of the random generator, which it keeps
@@ -358,7 +358,7 @@ def test_fine_tuning_with_quantised_weights(kind: str, place: Path) -> None:
     """The record says so; a run that goes on takes it from there; `export` merges into what was quantised."""
     out = f"run-{kind}"
     with pytest.raises(TrainingError, match="interrupted after step"):
-        tune(place, out, lora=4, quantize=kind, callbacks=(At(4, interrupt),))
+        tune(place, out, lora_rank=4, quantize=kind, callbacks=(At(4, interrupt),))
     record = tune(place, out, resume=True)
 
     assert record.recipe.quantize == kind and any("quantised: bitsandbytes" in note for note in record.notes)
@@ -379,8 +379,8 @@ def test_fine_tuning_of_a_quantised_folder(place: Path) -> None:
     with pytest.raises(SettingError, match=r"quantised \(bitsandbytes nf4.*do not train.*--lora-rank 16"):
         tune(place, "refused", model="nf4")
     with pytest.raises(SettingError, match="quantised already"):
-        tune(place, "refused", model="nf4", lora=4, quantize="nf4")
-    record = tune(place, "run-folder", model="nf4", lora=4, steps=4)
+        tune(place, "refused", model="nf4", lora_rank=4, quantize="nf4")
+    record = tune(place, "run-folder", model="nf4", lora_rank=4, steps=4)
     done = export(place / "run-folder", place / "plain-folder")
     assert abs(done.vanilla_loss - record.vanilla.loss) < 1e-3
     assert not any(map(is_quantised, LlamaForCausalLM.from_pretrained(place / "plain-folder").modules()))
@@ -394,4 +394,4 @@ def test_quantise_without_adapters_is_refused(place: Path, monkeypatch: pytest.M
     assert done.exit_code == 1 and "weights that do not train: give --lora-rank RANK" in done.stderr
     assert not Path("nothing").exists()
     with pytest.raises(AutorevError, match="quantised to nf4 or int8"):
-        tune(place, "nothing", lora=4, quantize="int3")
+        tune(place, "nothing", lora_rank=4, quantize="int3")

@@ -36,7 +36,7 @@ PAIRS = [
 ]
 LABELLED = [{"prompt": p["prompt"], "completion": p["chosen"], "label": n % 2 == 0} for n, p in enumerate(PAIRS)]
 TEXTS = [{"text": p["prompt"] + p["chosen"]} for p in PAIRS]
-COUPLINGS = [{}, {"coupling": "leapfrog"}, {"coupling": "momentum", "gamma": {"*.0": 0.5, "*": 0.25}}]
+COUPLINGS = [{}, {"method": "leapfrog"}, {"method": "momentum", "gamma": {"*.0": 0.5, "*": 0.25}}]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_the_first_loss_of_dpo(folder: Path, tmp_path: Path, how: dict[str, Any]
 def test_every_trainer_with_a_reference(folder: Path, tmp_path: Path, kind: str, lora: bool) -> None:
     """Far from the plain function as leapfrog is; with adapters the reference is the policy without them."""
     model = loaded(folder)
-    autorev.convert(model, coupling="leapfrog")
+    autorev.convert(model, method="leapfrog")
     trainer = trainer_of(kind, model, folder, tmp_path, lora=lora)
     assert (trainer.ref_model is None) == lora
     check_alike(kind, first_log(trainer))
@@ -142,7 +142,7 @@ def test_every_trainer_with_a_reference(folder: Path, tmp_path: Path, kind: str,
 def test_a_reference_that_is_kept_up_with_the_policy(folder: Path, tmp_path: Path) -> None:
     """`sync_ref_model` mixes the policy's weights into the reference, which stays coupled."""
     model = loaded(folder)
-    autorev.convert(model, coupling="leapfrog")
+    autorev.convert(model, method="leapfrog")
     trainer = trainer_of("DPO", model, folder, tmp_path, sync_ref_model=True, ref_model_sync_steps=1)
     check_alike("DPO", first_log(trainer))
     assert chains_of(trainer.ref_model)
@@ -153,7 +153,7 @@ def test_a_copy_that_trl_makes(folder: Path, tmp_path: Path, caplog: Any) -> Non
     from trl.experimental.utils import create_reference_model
 
     model = loaded(folder)
-    autorev.convert(model, coupling="leapfrog")
+    autorev.convert(model, method="leapfrog")
     reference = create_reference_model(model)
     assert chains_of(reference)[0] is not chains_of(model)[0]
     trainer = trainer_of("DPO", model, folder, tmp_path, ref_model=reference)
@@ -164,7 +164,7 @@ def test_a_copy_that_trl_makes(folder: Path, tmp_path: Path, caplog: Any) -> Non
 def test_a_model_that_is_converted_in_its_trainer(folder: Path, tmp_path: Path) -> None:
     """After trl and accelerate have wrapped its forward."""
     trainer = trainer_of("DPO", loaded(folder), folder, tmp_path)
-    autorev.convert(trainer.model, coupling="leapfrog")
+    autorev.convert(trainer.model, method="leapfrog")
     check_alike("DPO", first_log(trainer))
 
 
@@ -173,7 +173,7 @@ def test_adapters_that_the_trainer_makes_are_converted_in_it(folder: Path, tmp_p
     """trl has wrapped the forward of the model within PEFT's."""
     trainer = trainer_of(kind, loaded(folder), folder, tmp_path, lora=True)
     assert "forward" in vars(trainer.model.get_base_model())
-    assert len(autorev.convert(trainer.model, coupling="leapfrog").chains[0].blocks) == 4
+    assert len(autorev.convert(trainer.model, method="leapfrog").chains[0].blocks) == 4
     row = first_log(trainer)
     assert autorev.drift(trainer.model) == {"base_model.model.model.layers": 0.0}
     if kind == "DPO":
@@ -222,7 +222,7 @@ def test_adapters_of_a_policy_beside_a_reference_of_its_own(folder: Path, tmp_pa
 def test_log_probabilities_of_the_policy_itself(folder: Path, tmp_path: Path) -> None:
     """Without a reference model they are the coupled policy's."""
     model = loaded(folder)
-    autorev.convert(model, coupling="leapfrog")
+    autorev.convert(model, method="leapfrog")
     trainer = trainer_of("DPO", model, folder, tmp_path, precompute_ref_log_probs=True)
     check_alike("DPO", first_log(trainer))
 
@@ -231,7 +231,7 @@ def test_log_probabilities_of_the_policy_itself(folder: Path, tmp_path: Path) ->
 def test_log_probabilities_of_a_plain_reference(folder: Path, tmp_path: Path, attached: bool) -> None:
     """They are in the data set before anybody could look; training is refused."""
     model = loaded(folder)
-    autorev.convert(model, coupling="leapfrog")
+    autorev.convert(model, method="leapfrog")
     trainer = trainer_of("DPO", model, folder, tmp_path, precompute_ref_log_probs=True, ref_model=loaded(folder))
     with pytest.raises(ConversionError, match=r"ref_chosen_logps was computed beforehand by another function.*cleanup"):
         ReversibleCallback().attach(trainer) if attached else trainer.train()
@@ -240,7 +240,7 @@ def test_log_probabilities_of_a_plain_reference(folder: Path, tmp_path: Path, at
 def test_log_probabilities_of_a_model_converted_too_late(folder: Path, tmp_path: Path) -> None:
     """Likewise."""
     trainer = trainer_of("DPO", loaded(folder), folder, tmp_path, precompute_ref_log_probs=True)
-    autorev.convert(trainer.model, coupling="leapfrog")
+    autorev.convert(trainer.model, method="leapfrog")
     with pytest.raises(ConversionError, match="before the trainer is made"):
         trainer.train()
 
@@ -251,8 +251,8 @@ def test_log_probabilities_of_a_model_converted_too_late(folder: Path, tmp_path:
 def test_a_reference_under_another_coupling(folder: Path, tmp_path: Path, caplog: Any) -> None:
     """Is what somebody has asked for; it is said."""
     model, reference = loaded(folder), loaded(folder)
-    autorev.convert(model, coupling="leapfrog")
-    autorev.convert(reference, coupling="midpoint")
+    autorev.convert(model, method="leapfrog")
+    autorev.convert(reference, method="midpoint")
     ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=reference))
     assert "DPOTrainer.ref_model is converted with another coupling than the policy" in caplog.text
 
@@ -260,9 +260,9 @@ def test_a_reference_under_another_coupling(folder: Path, tmp_path: Path, caplog
 def test_a_reference_with_other_blocks_converted(folder: Path, tmp_path: Path, caplog: Any) -> None:
     """Is another function, whatever its coupling is called; one that is asked for in other words is the same."""
     model, other, same = (loaded(folder) for _ in range(3))
-    autorev.convert(model, coupling="leapfrog", exclude="model.layers.0")
-    autorev.convert(other, coupling="leapfrog")
-    autorev.convert(same, coupling="momentum", gamma=1, c=1, blocks="model.layers.[123]")
+    autorev.convert(model, method="leapfrog", exclude="model.layers.0")
+    autorev.convert(other, method="leapfrog")
+    autorev.convert(same, method="momentum", gamma=1, c=1, blocks="model.layers.[123]")
     ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=same))
     assert caplog.text == ""
     ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=other))
@@ -273,7 +273,7 @@ def test_a_reference_with_other_blocks_converted(folder: Path, tmp_path: Path, c
 def test_a_coupling_that_is_drawn_for_each_call(folder: Path, tmp_path: Path, lora: bool, caplog: Any) -> None:
     """Makes policy and reference differ from the first step on, which is said; where nothing is compared, it is not."""
     model = loaded(folder)
-    autorev.convert(model, coupling="bdia")
+    autorev.convert(model, method="bdia")
     ReversibleCallback().attach(trainer_of("GRPO", model, folder, tmp_path, beta=0.0))
     assert caplog.text == ""
     ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, lora=lora))
@@ -347,7 +347,7 @@ def test_a_policy_beside_a_value_head(folder: Path, tmp_path: Path) -> None:
     """The trainer's model holds the policy; whether that notices its trainer, or the callback does."""
     trainer = trainer_of("DPO", loaded(folder), folder, tmp_path)
     policy = loaded(folder)
-    autorev.convert(policy, coupling="leapfrog")
+    autorev.convert(policy, method="leapfrog")
     trainer.model = Both(policy)
     assert match_references(trainer) and chains_of(trainer.ref_model)
 

@@ -125,7 +125,7 @@ def codes(block: Any) -> list[str]:
 @every_family
 def test_chains_and_refusals_are_those_of_the_family(name: str, dtype: torch.dtype) -> None:
     """Names, lengths, classes, steps, further inputs, verdicts and reasons are right, without example inputs."""
-    analysis = autorev.analyze(zoo.build(name, dtype), **ARGUMENTS.get(name, {}))
+    analysis = autorev.analyze(zoo.build(name, dtype), ARGUMENTS.get(name))
 
     found = [
         (
@@ -196,7 +196,7 @@ def test_the_users_model_stays_as_it_is(name: str) -> None:
     random.seed(1)
     streams = torch.get_rng_state(), random.getstate()
 
-    autorev.analyze(model, **ARGUMENTS.get(name, {}))
+    autorev.analyze(model, ARGUMENTS.get(name))
 
     assert torch.equal(torch.get_rng_state(), streams[0])
     assert random.getstate() == streams[1]

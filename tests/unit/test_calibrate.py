@@ -173,9 +173,9 @@ def test_what_is_chosen_is_remembered(tmp_path: Any) -> None:
     ("make", "said"),
     [
         (tiny_model, "is not converted; call autorev.convert"),
-        (lambda: converted(coupling="bdia"), "is coupled by bdia"),
-        (lambda: converted(coupling="revnet"), "is coupled by additive"),
-        (lambda: converted(coupling="leapfrog", arithmetic="float", fraction_bits=None), "is in float arithmetic"),
+        (lambda: converted(method="bdia"), "is coupled by bdia"),
+        (lambda: converted(method="revnet"), "is coupled by additive"),
+        (lambda: converted(method="leapfrog", arithmetic="float", fraction_bits=None), "is in float arithmetic"),
     ],
     ids=["unconverted", "bdia", "two streams", "float"],
 )

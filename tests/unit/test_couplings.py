@@ -319,7 +319,7 @@ def amplified(*scales: float) -> tuple[nn.Sequential, torch.Tensor]:
 def test_a_model_whose_activations_are_no_numbers_is_told_so(factor: float, train: bool) -> None:
     """The forward pass raises, in training and without gradients, and names the block that did it."""
     model, x = amplified(1, 1, 1, 1)
-    autorev.convert(model, example_args=(x,))
+    autorev.convert(model, batch=(x,))
     with torch.no_grad():
         model[2].scale.mul_(factor)
     with torch.set_grad_enabled(train), pytest.raises(FixedPointRangeError, match=r"^2 returned"):
@@ -334,7 +334,7 @@ def test_a_model_that_outgrows_its_grid_goes_on(
 ) -> None:
     """Loss and gradients are the oracle's, it is said once, and the next forward pass begins on the coarser grid."""
     model, x = amplified(1, 1, 1, 1, 1)
-    autorev.convert(model, coupling=coupling, keep_last=keep_last, example_args=(x,))
+    autorev.convert(model, method=coupling, keep_last=keep_last, batch=(x,))
     bits = chains_of(model)[0].arithmetic.fraction_bits
     with torch.no_grad():
         model[block].scale.mul_(1e4)
@@ -363,7 +363,7 @@ def test_a_model_that_outgrows_its_grid_goes_on(
 def test_no_product_of_gamma_and_velocity_wraps_round_unseen(gamma: Fraction, factor: torch.Tensor) -> None:
     """Branches that grow are computed as ever: the product V n is kept in range, too."""
     model, x = amplified(1, -1, 1, -1)
-    autorev.convert(model, gamma=float(gamma), c=1 - float(gamma), example_args=(x,))
+    autorev.convert(model, gamma=float(gamma), c=1 - float(gamma), batch=(x,))
     with torch.no_grad():
         for block in model:
             block.scale.mul_(factor)
@@ -452,7 +452,7 @@ def test_the_first_partner_of_the_oracle_is_the_first_partner(coupling: Coupling
 
 def converted(**options: object) -> object:
     """A hand-written model, converted with these options."""
-    return autorev.convert(hand.stack_of(hand.Block), example_args=(torch.arange(8)[None],), **options)
+    return autorev.convert(hand.stack_of(hand.Block), batch=(torch.arange(8)[None],), **options)
 
 
 @pytest.mark.parametrize("ask", [lambda g: check_dyadic(Fraction(g), "blocks.0"), lambda g: converted(gamma=g)])
@@ -501,13 +501,13 @@ def test_gamma_is_refused_where_the_coupling_has_its_own(name: str) -> None:
 def test_gamma_for_leapfrog_is_refused_by_convert() -> None:
     """The message says which coupling takes one."""
     with pytest.raises(ConversionError, match=r"leapfrog has its own gamma; momentum takes gamma=0\.5"):
-        converted(coupling="leapfrog", gamma=0.5)
+        converted(method="leapfrog", gamma=0.5)
 
 
 def test_an_unknown_coupling_is_told_the_names() -> None:
     """All of them are listed."""
     with pytest.raises(ConversionError, match=f"'verlet'.*{', '.join(PRESETS)}"):
-        converted(coupling="verlet")
+        converted(method="verlet")
 
 
 def test_branches_are_not_switched_off() -> None:

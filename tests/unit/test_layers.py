@@ -18,8 +18,8 @@ LAYERS = """
     engine methods records
     analysis intact
     commands detect profiles words
-    models offers rewrite
-    detection plan
+    advice models rewrite
+    detection
     chunked_loss
     predict
     conversion pipeline

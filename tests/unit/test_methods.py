@@ -73,13 +73,13 @@ def test_conversion_gets_what_the_spec_says() -> None:
     """Every option reaches `convert` under its own name, without rounding."""
     method = Method.parse("momentum:gamma=0.9921875,arithmetic=float,granularity=sublayer,keep_last=7")
     assert coupling_options(method) == {
-        "coupling": "momentum",
+        "method": "momentum",
         "gamma": 0.9921875,
         "arithmetic": "float",
         "granularity": "sublayer",
         "keep_last": 7,
     }
-    assert coupling_options(Method.parse("leapfrog")) == {"coupling": "leapfrog", "keep_last": "auto"}
+    assert coupling_options(Method.parse("leapfrog")) == {"method": "leapfrog", "keep_last": "auto"}
     assert Method.parse("momentum:keep_last=0").keep_last == 0
 
 

@@ -272,7 +272,7 @@ def test_loss_and_gradients_are_those_of_the_documents_apart(family: str, coupli
     """Token by token, in a converted model too; packed into a row with padding, or padded to one length."""
     model = tiny_model(family).train()
     if coupling is not None:
-        autorev.convert(model, coupling=coupling, fraction_bits=20)
+        autorev.convert(model, method=coupling, fraction_bits=20)
     together, apart = documents_for(packed)
     loss, found = summed(model, [Collator(packed, LENGTH, PAD)(together)])
     expected_loss, expected = summed(model, [Collator(False, LENGTH, PAD)([row]) for row in apart])

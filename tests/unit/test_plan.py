@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autorev.advice.case import SIMPLEST, Possible
+from autorev.advice.predicted import recommend_for
 from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation
 from autorev.format import format_bytes, format_seconds, unit_for
-from autorev.offers import Possible
-from autorev.plan import SIMPLEST, recommend
 from autorev.report.analysis.terminal import render_text
 from tests.helpers import analysis_examples
 
@@ -49,7 +49,7 @@ def planned(
             )
         )
     setting = dataclasses.replace(base.setting, loss=loss, trains=trains, batch=batch)
-    return recommend(dataclasses.replace(base, predictions=tuple(predictions), setting=setting), possible)
+    return recommend_for(dataclasses.replace(base, predictions=tuple(predictions), setting=setting), possible)
 
 
 def test_what_fits_is_not_converted() -> None:
@@ -209,7 +209,7 @@ def tables(draw: st.DrawFn) -> Analysis:
 def test_the_recommendation_never_contradicts_its_table(table: Analysis, chunked: bool, lora: bool) -> None:
     """The fastest that fits or none, no figure that is not there, no advice that cannot be taken."""
     assert table.device is not None and table.setting is not None
-    found = recommend(table, Possible(chunked, lora))
+    found = recommend_for(table, Possible(chunked, lora))
     room = table.device.usable_bytes
     fitting = [p for p in table.predictions if p.preserves_function and p.peak_bytes <= room]
     chosen = table.prediction(found.method or "")

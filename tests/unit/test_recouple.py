@@ -128,7 +128,7 @@ def test_weights_grid_and_stored_blocks_stay() -> None:
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_a_saved_model_is_loaded_with_its_last_numbers(tmp_path: Path, numbers: Any, granularity: str) -> None:
     """Through `save_pretrained` and `autorev.load`, whatever it was converted with: the same loss, bit for bit."""
-    model = converted(coupling="leapfrog", granularity=granularity)
+    model = converted(method="leapfrog", granularity=granularity)
     autorev.recouple(model, **numbers)
     model.save_pretrained(tmp_path)
     again = autorev.load(tmp_path).train()
@@ -141,7 +141,7 @@ def test_a_model_without_a_config_is_recoupled_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Residual() for _ in range(4)))
     x = torch.randn(2, 8)
-    autorev.convert(model, example_args=(x,))
+    autorev.convert(model, batch=(x,))
     before = model(x)
     autorev.recouple(model, gamma=1 / 2)
     assert {coupling.gamma for coupling in couplings(model)} == {Fraction(1, 2)}
@@ -170,10 +170,10 @@ def unconverted() -> Any:
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "unconverted": (unconverted, {"gamma": 1 / 4}, r"LlamaForCausalLM is not converted; call autorev.convert\(model\)"),
-    "two streams": (lambda: converted(coupling="revnet"), {"gamma": 1 / 4}, "is coupled by additive, whose numbers"),
-    "bdia": (lambda: converted(coupling="bdia"), {"gamma": 1 / 4}, "is coupled by bdia, whose numbers are its own"),
+    "two streams": (lambda: converted(method="revnet"), {"gamma": 1 / 4}, "is coupled by additive, whose numbers"),
+    "bdia": (lambda: converted(method="bdia"), {"gamma": 1 / 4}, "is coupled by bdia, whose numbers are its own"),
     "float": (
-        lambda: converted(coupling="leapfrog", arithmetic="float", fraction_bits=None),
+        lambda: converted(method="leapfrog", arithmetic="float", fraction_bits=None),
         {"gamma": 1 / 4},
         "is in float arithmetic, which drifts as gamma moves; convert it exactly",
     ),

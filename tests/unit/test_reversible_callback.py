@@ -158,7 +158,7 @@ def test_the_peak_is_what_the_profiler_measures(coupling: str | None, tied: bool
     models = [tiny_model(family).train() for _ in range(2)]
     if coupling is not None:
         for model in models:
-            autorev.convert(model, coupling=coupling, fraction_bits=20)
+            autorev.convert(model, method=coupling, fraction_bits=20)
     rows = trained(models[0], tmp_path, 2, ReversibleCallback())
     ids = torch.randint(256, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     call: Call = ((), {"input_ids": ids, "labels": ids, "use_cache": False})
@@ -220,5 +220,5 @@ def test_figures_are_means_over_the_steps() -> None:
     ids = torch.arange(16)[None]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert chain_figures(model)["drift"] == 0.0
-    assert chain_figures(converted(coupling="revnet")) == {"side_bits": 0.0}
+    assert chain_figures(converted(method="revnet")) == {"side_bits": 0.0}
     assert chain_figures(tiny_model()) == {}

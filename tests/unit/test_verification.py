@@ -31,13 +31,13 @@ def make() -> tuple[nn.Module, tuple[torch.Tensor]]:
 
 def converted(**options: Any) -> nn.Module:
     model, args = make()
-    autorev.convert(model, example_args=args, **options)
+    autorev.convert(model, batch=args, **options)
     return model.train()
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"coupling": "leapfrog"}, {"coupling": "hamiltonian"}, {"granularity": "sublayer"}, {"coupling": "bdia"}],
+    [{}, {"method": "leapfrog"}, {"method": "hamiltonian"}, {"granularity": "sublayer"}, {"method": "bdia"}],
     ids=str,
 )
 def test_a_right_conversion_passes(options: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def test_nothing_of_the_user_s_is_touched() -> None:
     torch.manual_seed(0)
     model = hand.PreActivationResNet()
     images = torch.randn(2, 3, 16, 16)
-    autorev.convert(model, example_args=(images,))
+    autorev.convert(model, batch=(images,))
     model.train()
     fired = []
     for parameter in model.parameters():
@@ -114,7 +114,7 @@ def test_a_model_that_is_not_converted_is_refused() -> None:
 def test_the_summary_says_what_was_done() -> None:
     """Chains, numbers, grid, saving, reasons, and whether the function is preserved; as text and as JSON."""
     model, args = make()
-    done = autorev.convert(model, example_args=args, exclude="blocks.3")
+    done = autorev.convert(model, batch=args, exclude="blocks.3")
     (chain,) = done.chains
     assert chain.blocks == ("blocks.0", "blocks.1", "blocks.2")
     assert chain.gamma == (1 / 8,) * 3
@@ -134,7 +134,7 @@ def test_the_summary_says_what_was_done() -> None:
 def test_a_lost_function_is_said_to_be_lost(coupling: str, gamma: float | None) -> None:
     """Couplings away from the residual network need fine-tuning, and the summary says so."""
     model, args = make()
-    done = autorev.convert(model, example_args=args, coupling=coupling, gamma=gamma)
+    done = autorev.convert(model, batch=args, method=coupling, gamma=gamma)
     assert not done.preserves_function
     assert "NOT preserved" in str(done)
 

@@ -446,7 +446,7 @@ class TestConverted:
     def converted(self, folder: Path) -> Path:
         """Saved converted."""
         model = hf.LlamaForCausalLM.from_pretrained(folder)
-        autorev.convert(model, example_args=(torch.arange(8)[None],))
+        autorev.convert(model, batch=(torch.arange(8)[None],))
         model.save_pretrained(folder)
         return folder
 
@@ -486,7 +486,7 @@ class TestGoingOn:
         take_up_weights(model, tmp_path)
         assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
 
-    @pytest.mark.parametrize("how", [{}, {"lora": 2}], ids=["all weights", "adapters"])
+    @pytest.mark.parametrize("how", [{}, {"lora_rank": 2}], ids=["all weights", "adapters"])
     def test_a_checkpoint_of_other_weights(self, tmp_path: Path, how: dict[str, Any]) -> None:
         """A run does not go on with the weights of its start, as the Trainer does with a warning."""
         place = workplace(tmp_path)

@@ -9,7 +9,7 @@ from torch import nn
 
 Results = dict[str, torch.Tensor]
 
-LEAPFROG = {"coupling": "leapfrog"}
+LEAPFROG = {"method": "leapfrog"}
 """gamma = c = 1: v = v + f(h), h = h + v."""
 
 

@@ -39,7 +39,7 @@ def two_segments(model: nn.Module, cache: Any, **how: Any) -> Results:
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 
 
-@pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"method": "hamiltonian"}], ids=str)
 @pytest.mark.parametrize("given", [True, False])
 def test_the_second_segment_sees_the_first(given: bool, how: dict[str, Any]) -> None:
     """A cache of the user's own, or one asked for by `use_cache=True`: gradients flow through it as by the oracle, and
@@ -84,7 +84,7 @@ def test_a_checkpoint_around_the_whole_chain(coupling: str, reentrant: bool) -> 
     """Its second forward draws what the first one drew, the signs of BDIA included."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Block() for _ in range(6))), torch.randn(3, 8)
-    autorev.convert(model, coupling=coupling, example_args=(x,))
+    autorev.convert(model, method=coupling, batch=(x,))
 
     def step(around: bool) -> Results:
         model.zero_grad(set_to_none=True)
@@ -111,7 +111,7 @@ def test_bdia_under_a_checkpoint_that_does_not_put_generators_back(reentrant: bo
     model, x = nn.Sequential(*(Block() for _ in range(6))).train(), torch.randn(3, 8)
     for block in model:
         block.drop = nn.Identity()
-    autorev.convert(model, coupling="bdia", example_args=(x,))
+    autorev.convert(model, method="bdia", batch=(x,))
     for seed in (1, 2, 3):
         results = []
         for around in (False, True):
@@ -129,7 +129,7 @@ def test_bdia_draws_other_signs_in_every_step() -> None:
     """And the same ones from the same state of torch's generator, by the oracle, too."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Block() for _ in range(6))), torch.randn(3, 8)
-    autorev.convert(model, coupling="bdia", example_args=(x,))
+    autorev.convert(model, method="bdia", batch=(x,))
     losses = []
     for seed in (1, 2, 3, 1):
         torch.manual_seed(seed)

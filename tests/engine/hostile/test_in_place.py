@@ -126,7 +126,7 @@ def test_a_loop_that_adds_in_its_own_way(make: type[Loop], keep_last: int, how: 
     torch.manual_seed(0)
     model, x = make(), torch.randn(2, 4, D)
     plain = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,), keep_last=keep_last, **how)
+    autorev.convert(model, batch=(x,), keep_last=keep_last, **how)
     found = results_of(model, lambda: model(x))
     assert_close(found, results_of(plain, lambda: plain.by_hand(x)[-1]))
     for context in (torch.no_grad, torch.inference_mode):
@@ -152,7 +152,7 @@ def test_states_that_were_read_before_the_add_stay_what_they_were() -> None:
     torch.manual_seed(0)
     model, x = Collecting(), torch.randn(2, 4, D)
     plain = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,), **FLOAT)
+    autorev.convert(model, batch=(x,), **FLOAT)
     found = results_of(model, lambda: model(x))
     assert_close(found, results_of(plain, lambda: torch.stack(plain.by_hand(x))))
 
@@ -173,7 +173,7 @@ class Scaled(Loop):
 def test_a_stream_that_is_lost_on_the_way_is_an_error() -> None:
     """Not a plain residual network from there on, in silence; with the line."""
     model, x = Scaled(), torch.randn(2, 4, D)
-    autorev.convert(model, example_args=(x,))
+    autorev.convert(model, batch=(x,))
     model.flag = True
     for context in (torch.enable_grad, torch.no_grad):
         with context(), pytest.raises(ConversionError, match=r"test_in_place\.py:\d+ ended a residual step"):
@@ -206,7 +206,7 @@ def test_a_hook_that_observes_a_half_changes_nothing() -> None:
     """A full backward hook hands on an alias of the stream; a forward hook that changes it is an error."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Halves() for _ in range(3))), torch.randn(2, 4, D, requires_grad=True)
-    autorev.convert(model, example_args=(x,), granularity="sublayer", **LEAPFROG)
+    autorev.convert(model, batch=(x,), granularity="sublayer", **LEAPFROG)
     expected = results_of(model, lambda: model(x))
     for block in model:
         block.first.register_full_backward_hook(lambda module, into, out: None)
@@ -251,7 +251,7 @@ def test_a_buffer_is_written_once_and_read_as_it_was(how: str, granularity: str,
     torch.manual_seed(0)
     plain, x = nn.Sequential(*(Writing(how, large) for _ in range(3))), torch.randn(2, 4, D)
     model = copy.deepcopy(plain)
-    autorev.convert(model, example_args=(x,), granularity=granularity, keep_last=0)
+    autorev.convert(model, batch=(x,), granularity=granularity, keep_last=0)
     with autorev.engine.mode.running("oracle"):
         twin = copy.deepcopy(model)
         expected = results_of(twin, lambda: twin(x))
@@ -286,7 +286,7 @@ def test_what_is_kept_before_an_add_in_place_is_added_to(read: Callable[[Any], t
     torch.manual_seed(0)
     plain, x = Keeping(), torch.randn(2, 4, D)
     model = copy.deepcopy(plain)
-    autorev.convert(model, example_args=(x,), keep_last=0, **FLOAT)
+    autorev.convert(model, batch=(x,), keep_last=0, **FLOAT)
     expected = results_of(plain, lambda: 2 * plain.by_hand(x)[-1])
     assert_close(results_of(model, lambda: model(x) + read(model)), expected)
 
@@ -324,7 +324,7 @@ def test_an_object_with_a_tensor_of_the_step_keeps_no_step_alive() -> None:
     """After each step, with and without backward, as many tensors are alive as before."""
     torch.manual_seed(0)
     model, x = WithContext(), torch.randn(64, 16, D)
-    autorev.convert(model, example_args=(x,), keep_last=0)
+    autorev.convert(model, batch=(x,), keep_last=0)
     counts = []
     for backward in (True, True, True, False, False):
         loss = model(x).square().mean()
@@ -354,7 +354,7 @@ def test_a_gradient_taken_within_a_step_is_right_or_refused(keep_last: int) -> N
     """A clear error where the step is rebuilt; the numbers of the oracle where it is stored."""
     torch.manual_seed(0)
     model, x = Energy(), torch.randn(2, 4, D)
-    autorev.convert(model, example_args=(x,), keep_last=keep_last, **LEAPFROG)
+    autorev.convert(model, batch=(x,), keep_last=keep_last, **LEAPFROG)
     expected = results_of(model, lambda: model(x))
     model.turn = True
     if keep_last:

@@ -75,14 +75,14 @@ PLACES: dict[str, Callable[[Any, Path], Any]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"coupling": "leapfrog"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"method": "leapfrog"}], ids=str)
 def test_a_model_that_was_dispatched_is_converted(place: str, how: dict[str, Any], tmp_path: Path) -> None:
     """The grid is that of the real weights; losses and gradients are those of a model in memory."""
     reference = adapted(make())
-    expected_grids = autorev.convert(reference, example_args=(X,), **how).chains[0].fraction_bits
+    expected_grids = autorev.convert(reference, batch=(X,), **how).chains[0].fraction_bits
     expected = results_of(reference, lambda: reference(X))
     model = adapted(PLACES[place](make(), tmp_path))
-    conversion = autorev.convert(model, example_args=(X,), **how)
+    conversion = autorev.convert(model, batch=(X,), **how)
     assert conversion.chains[0].fraction_bits == expected_grids
     assert conversion.notes == ()
     assert_close(results_of(model, lambda: model(X)), expected, 1e-6)
@@ -99,9 +99,9 @@ def test_a_model_that_was_dispatched_is_converted(place: str, how: dict[str, Any
 def test_a_model_that_is_dispatched_after_its_conversion(place: str, tmp_path: Path) -> None:
     """accelerate's hooks are around the converted forward then."""
     reference, model = adapted(make()), make()
-    autorev.convert(reference, example_args=(X,))
+    autorev.convert(reference, batch=(X,))
     expected = results_of(reference, lambda: reference(X))
-    autorev.convert(model, example_args=(X,))
+    autorev.convert(model, batch=(X,))
     model = adapted(PLACES[place](model, tmp_path))
     assert_close(results_of(model, lambda: model(X)), expected, 1e-5)
     assert autorev.drift(model) == {"blocks": 0.0}
@@ -110,5 +110,5 @@ def test_a_model_that_is_dispatched_after_its_conversion(place: str, tmp_path: P
 def test_trained_weights_that_are_fetched_are_noted() -> None:
     """accelerate drops their gradients, converted or not: nothing would say so."""
     model = cpu_offload(make().requires_grad_(), CPU)
-    (note,) = autorev.convert(model, example_args=(X,)).notes
+    (note,) = autorev.convert(model, batch=(X,)).notes
     assert "accelerate fetches 24 trained parameters for each call (blocks.0.base.bias, ...)" in note

@@ -118,7 +118,7 @@ def test_a_loop_decides_anew_at_every_call(
     torch.manual_seed(0)
     model, x = make(), torch.randn(5, 12)
     original = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,), keep_last=keep_last, arithmetic=arithmetic, **LEAPFROG)
+    autorev.convert(model, batch=(x,), keep_last=keep_last, arithmetic=arithmetic, **LEAPFROG)
     model.calls = original.calls = 0
     for call in range(6):
         monkeypatch.setattr(f"{__name__}.SCALE", 1.0 + call)
@@ -136,7 +136,7 @@ def test_a_loop_decides_anew_at_every_call(
 def test_a_decision_by_the_value_of_a_tensor_is_refused() -> None:
     """Before anything is lost, with the line."""
     with pytest.raises(ConversionError, match=r"data-dependent.*test_python_decisions\.py:\d+"):
-        autorev.convert(ByTorch(), example_args=(torch.randn(5, 12),))
+        autorev.convert(ByTorch(), batch=(torch.randn(5, 12),))
 
 
 class Guided(Loop):
@@ -159,7 +159,7 @@ def test_a_decision_before_the_loop() -> None:
     torch.manual_seed(0)
     model, x, condition = Guided(), torch.randn(3, 12), torch.randn(3, 12)
     original = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x, condition), **LEAPFROG)
+    autorev.convert(model, batch=(x, condition), **LEAPFROG)
     losses = set()
     for call in range(12):
         model.keep = original.keep = 0.0 if call > 8 else 1.0
@@ -204,21 +204,21 @@ def blocks() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    "how", [{"granularity": "sublayer"}, {"coupling": "hamiltonian"}, {"coupling": "revnet"}, {"keep_last": 0}], ids=str
+    "how", [{"granularity": "sublayer"}, {"method": "hamiltonian"}, {"method": "revnet"}, {"keep_last": 0}], ids=str
 )
 def test_a_block_in_steps_reads_its_attributes_anew(how: dict[str, Any]) -> None:
     """Dropout switched off by an attribute, a factor in a config, and other sizes after the first call: as a model
     that was converted with them."""
     x, longer = torch.randn(2, 5, 12), torch.randn(2, 9, 12)
     model = blocks()
-    autorev.convert(model, example_args=(x,), **how)
+    autorev.convert(model, batch=(x,), **how)
     results_of(model, lambda: model(x))
     fresh = blocks()
     for one in (model, fresh):
         for block in one:
             block.dropout = 0.0
         one[0].config.scale = 2.0
-    autorev.convert(fresh, example_args=(x,), **how)
+    autorev.convert(fresh, batch=(x,), **how)
     for given in (x, longer):
         found = results_of(model, lambda given=given: model(given))
         assert_close(found, results_of(model, lambda given=given: model(given)), 0)  # no dropout is left
@@ -245,7 +245,7 @@ def test_turns_that_are_left_out() -> None:
     torch.manual_seed(0)
     model, x = Skipping(n=5), torch.randn(4, 12)
     original = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,), keep_last=0, **LEAPFROG)
+    autorev.convert(model, batch=(x,), keep_last=0, **LEAPFROG)
     taken = set()
     for call in range(12):
         random.seed(call)
@@ -278,7 +278,7 @@ class Longer(Loop):
 def test_more_turns_than_at_the_conversion_are_refused() -> None:
     """Not run uncoupled in silence."""
     model, x = Longer(), torch.randn(4, 12)
-    autorev.convert(model, example_args=(x,))
+    autorev.convert(model, batch=(x,))
     model.turns = 6
     with pytest.raises(ConversionError, match="takes more residual steps"):
         model(x)
@@ -304,7 +304,7 @@ class OtherPath(Loop):
 def test_an_add_that_no_analysis_has_seen_is_an_error() -> None:
     """Whether it ends a step cannot be known; and an attribute alone is seen by analysing the call."""
     model, x = OtherPath(), torch.randn(4, 12)
-    autorev.convert(model, example_args=(x,))
+    autorev.convert(model, batch=(x,))
     model.armed = True
     random.seed(0)
     with pytest.raises(ConversionError, match=r"adds to its stream at .*which it did not when it was analysed"):
@@ -341,26 +341,26 @@ class MoE(nn.Module):
         return x + torch.tanh(self.mlp(x))
 
 
-@pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"granularity": "sublayer"}, {"method": "hamiltonian"}], ids=str)
 @pytest.mark.parametrize("found_by", ["rows", "rows, if any", "mask", "counts"])
 def test_sizes_that_depend_on_values_are_right_or_refused_at_once(how: dict[str, Any], found_by: str) -> None:
     """Never accepted and then failing."""
     torch.manual_seed(0)
     model = nn.Sequential(*(MoE(found_by) for _ in range(4)))
     try:
-        autorev.convert(model, example_args=(torch.randn(6, 8),), **how)
+        autorev.convert(model, batch=(torch.randn(6, 8),), **how)
     except AutorevError:
         return
     for size in (6, 9, 3):
         assert autorev.verify(model, (torch.randn(size, 8),)).passed
 
 
-@pytest.mark.parametrize("how", [{"coupling": "hamiltonian"}, {"granularity": "sublayer"}, {}], ids=str)
+@pytest.mark.parametrize("how", [{"method": "hamiltonian"}, {"granularity": "sublayer"}, {}], ids=str)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_on_other_sizes(how: dict[str, Any], context: Callable[[], Any]) -> None:
     """In eval mode, without gradients, on lengths that training never saw: what training computes."""
     model = blocks().eval()
-    autorev.convert(model, example_args=(torch.randn(2, 5, 12),), **how)
+    autorev.convert(model, batch=(torch.randn(2, 5, 12),), **how)
     longer = torch.randn(2, 9, 12)
     expected = model(longer).detach()
     with context():

@@ -40,7 +40,7 @@ def test_a_stream_of_any_size_keeps_its_digits(size: float) -> None:
     """Output and gradients are leapfrog's, written down, to the digits of a float32."""
     model, x = scaled(*[size] * 4)
     plain = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,), keep_last=0, **LEAPFROG)
+    autorev.convert(model, batch=(x,), keep_last=0, **LEAPFROG)
     out, expected = model(x), run_blocks(plain, x)
     assert float((out - expected).detach().norm() / expected.detach().norm()) < 1e-5
     found = results_of(model, lambda: model(x) / size)
@@ -55,7 +55,7 @@ def test_an_input_of_another_size_than_the_example(probed: float, given: float) 
     model = nn.Sequential(*(Relative() for _ in range(4)))
     x = torch.randn(8, 16)
     plain = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x * probed,), keep_last=0, **LEAPFROG)
+    autorev.convert(model, batch=(x * probed,), keep_last=0, **LEAPFROG)
     found = results_of(model, lambda: model(x * given) / given)
     assert_close(found, results_of(plain, lambda: run_blocks(plain, x * given) / given), 1e-4)
 
@@ -71,11 +71,11 @@ class Relative(nn.Module):
         return x + self.a(x)
 
 
-@pytest.mark.parametrize("how", [LEAPFROG, {"gamma": 1 / 8}, {"coupling": "hamiltonian"}], ids=str)
+@pytest.mark.parametrize("how", [LEAPFROG, {"gamma": 1 / 8}, {"method": "hamiltonian"}], ids=str)
 def test_a_stream_that_grows_within_a_forward_keeps_both_ends(how: dict[str, Any]) -> None:
     """From 1e-6 to 1e6 in one chain: the grid is coarsened on the way, and rebuilt to the last bit."""
     model, x = scaled(1e-6, 1e-4, 1e-1, 1e2, 1e4, 1e6)
-    autorev.convert(model, example_args=(x,), keep_last=0, **how)
+    autorev.convert(model, batch=(x,), keep_last=0, **how)
     found = results_of(model, lambda: model(x) / 1e6)
     assert autorev.drift(model) == {"(the model itself)": 0.0}
     with running("oracle"):
@@ -90,7 +90,7 @@ def test_training_that_outgrows_its_grid_goes_on() -> None:
     losses: dict[str, list[float]] = {}
     for arithmetic in ("exact", "float"):
         model, x = scaled(*[1.0] * 4)
-        autorev.convert(model, example_args=(x,), arithmetic=arithmetic, **LEAPFROG)
+        autorev.convert(model, batch=(x,), arithmetic=arithmetic, **LEAPFROG)
         losses[arithmetic] = []
         for _ in range(40):
             with running("reversible" if arithmetic == "exact" else "oracle"):
@@ -122,7 +122,7 @@ def test_the_config_remembers_a_coarser_grid() -> None:
 def test_what_is_no_number_is_an_error(value: float) -> None:
     """In the input as in a branch."""
     model, x = scaled(*[1.0] * 4)
-    autorev.convert(model, example_args=(x,), **LEAPFROG)
+    autorev.convert(model, batch=(x,), **LEAPFROG)
     x[3, 3] = value
     with pytest.raises(FixedPointRangeError, match=r"the input of .* not numbers"):
         model(x)
@@ -132,7 +132,7 @@ def test_float_arithmetic_is_watched_in_training() -> None:
     """A branch that has grown until rounding drowns the reconstruction: an error, no gradient."""
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Growing() for _ in range(24))), torch.randn(4, 16)
-    autorev.convert(model, example_args=(x,), arithmetic="float", **LEAPFROG)
+    autorev.convert(model, batch=(x,), arithmetic="float", **LEAPFROG)
     results_of(model, lambda: model(x))
     raised = False
     for _ in range(12):
@@ -178,7 +178,7 @@ def test_channels_last_stays() -> None:
     model = nn.Sequential(*(Convolution() for _ in range(4))).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     plain = copy.deepcopy(model)
-    autorev.convert(model, example_args=(x,), keep_last=0, **LEAPFROG)
+    autorev.convert(model, batch=(x,), keep_last=0, **LEAPFROG)
     found = results_of(model, lambda: model(x))
     assert model(x).is_contiguous(memory_format=torch.channels_last)
     assert_close(found, results_of(plain, lambda: run_blocks(plain, x)))

@@ -67,7 +67,7 @@ def pair(zero: bool, **how: Any) -> tuple[nn.Sequential, nn.Sequential, torch.Te
     torch.manual_seed(0)
     plain, x = nn.Sequential(*(Block(zero) for _ in range(4))), torch.randn(5, 8)
     model = copy.deepcopy(plain)
-    autorev.convert(model, example_args=(x,), keep_last=0, **LEAPFROG, **how)
+    autorev.convert(model, batch=(x,), keep_last=0, **LEAPFROG, **how)
     return model, plain, x
 
 
@@ -173,7 +173,7 @@ class FromOutside(nn.Module):
 def test_what_cannot_be_put_back_is_an_error(factor: float, granularity: str, arithmetic: str) -> None:
     """A number from outside of all modules, in a branch whose output is zero either way."""
     model, x = nn.Sequential(*(FromOutside() for _ in range(4))), torch.randn(6, 70)
-    autorev.convert(model, example_args=(x,), arithmetic=arithmetic, granularity=granularity, **LEAPFROG)
+    autorev.convert(model, batch=(x,), arithmetic=arithmetic, granularity=granularity, **LEAPFROG)
     loss = model(x).square().sum()
     FromOutside.number[0] = factor
     try:
@@ -220,7 +220,7 @@ def test_what_held_around_forward_alone_holds_in_the_second_run(name: str, granu
     torch.manual_seed(0)
     plain, x = nn.Sequential(*(Attending() for _ in range(4))), torch.randn(2, 5, 8)
     model = copy.deepcopy(plain)
-    autorev.convert(model, example_args=(x,), arithmetic=arithmetic, granularity=granularity, **LEAPFROG)
+    autorev.convert(model, batch=(x,), arithmetic=arithmetic, granularity=granularity, **LEAPFROG)
     with AMBIENT[name]():
         expected = run_blocks(plain, x).float().square().mean()
         loss = model(x).float().square().mean()
@@ -239,7 +239,7 @@ def test_requires_grad_is_flipped_between_forward_and_backward() -> None:
         torch.manual_seed(0)
         model, x = nn.Sequential(*(Attending() for _ in range(4))), torch.randn(2, 5, 8)
         if converted:
-            autorev.convert(model, example_args=(x,), gamma=1 / 256, keep_last=0)
+            autorev.convert(model, batch=(x,), gamma=1 / 256, keep_last=0)
         first = model(x).mean()
         model.requires_grad_(False)
         z = x.clone().requires_grad_()

@@ -21,7 +21,7 @@ from tests.engine.hostile.by_hand import LEAPFROG, Results, assert_close, result
 
 COUPLINGS = pytest.mark.parametrize(
     "how",
-    [LEAPFROG, {**LEAPFROG, "arithmetic": "float"}, {"coupling": "momentum"}, {"coupling": "hamiltonian"}],
+    [LEAPFROG, {**LEAPFROG, "arithmetic": "float"}, {"method": "momentum"}, {"method": "hamiltonian"}],
     ids=["leapfrog", "float", "momentum", "hamiltonian"],
 )
 Between = Callable[[int, torch.Tensor], torch.Tensor]
@@ -62,7 +62,7 @@ class Stack(nn.Module):
 def make(**how: Any) -> tuple[Stack, torch.Tensor]:
     torch.manual_seed(0)
     model, x = Stack(), torch.randn(3, 5, 8)
-    autorev.convert(model, example_args=(x,), **how)
+    autorev.convert(model, batch=(x,), **how)
     return model, x
 
 
@@ -115,7 +115,7 @@ def test_a_cast_between_blocks_is_followed(dtype: torch.dtype, exact: bool) -> N
     model.blocks[3:].to(dtype)
     model.between = lambda number, x: x.to(dtype) if number == 2 else x
     how = LEAPFROG if exact else {**LEAPFROG, "arithmetic": "float"}
-    autorev.convert(model, example_args=(x,), **how)
+    autorev.convert(model, batch=(x,), **how)
     found = results_of(model, lambda: model(x).float())
     with running("oracle"):
         assert_close(found, results_of(model, lambda: model(x).float()), 1e-5 if dtype is torch.float64 else 2e-2)
@@ -208,14 +208,14 @@ def test_the_conversion_tells_of_a_new_chain() -> None:
     torch.manual_seed(0)
     model = Stack()
     model.between = lambda number, h: h * 0.5 if number == 2 else h
-    conversion = autorev.convert(model, example_args=(torch.randn(3, 5, 8),))
+    conversion = autorev.convert(model, batch=(torch.randn(3, 5, 8),))
     chains = [len(chain.blocks) for chain in conversion.chains]
     assert chains == [3, 3]  # analysis sees that the loop changes the stream
 
     torch.manual_seed(0)
     hooked = Stack()
     hooked.blocks[2].register_forward_hook(lambda module, args, out: None if module.training else out * 0.5)
-    conversion = autorev.convert(hooked, example_args=(torch.randn(3, 5, 8),))
+    conversion = autorev.convert(hooked, batch=(torch.randn(3, 5, 8),))
     assert any("starts a new chain at blocks.3" in note for note in conversion.notes), conversion
 
 

@@ -69,7 +69,7 @@ def test_a_block_that_was_wrapped_afterwards(name: str, how: dict[str, Any]) -> 
     """drift, verify, a second convert and revert see it, and after revert it is the plain block within its wrapper."""
     model, x = make()
     plain = model(x).detach()
-    autorev.convert(model, example_args=(x,), **how)
+    autorev.convert(model, batch=(x,), **how)
     expected = results_of(model, lambda: model(x))
     for block in model:
         WRAPPERS[name](block)
@@ -77,11 +77,11 @@ def test_a_block_that_was_wrapped_afterwards(name: str, how: dict[str, Any]) -> 
     assert autorev.drift(model) == {"(the model itself)": 0.0}
     assert autorev.verify(model, (x,)).passed
     with pytest.raises(ConversionError, match="is converted already"):
-        autorev.convert(model, example_args=(x,))
+        autorev.convert(model, batch=(x,))
     assert autorev.revert(model) == len(model)
     assert torch.equal(model(x), plain)
     assert autorev.drift(model) == {}
-    autorev.convert(model, example_args=(x,), **how)
+    autorev.convert(model, batch=(x,), **how)
     assert_close(results_of(model, lambda: model(x)), expected, 1e-6)
 
 
@@ -123,7 +123,7 @@ def test_a_module_that_was_wrapped_before(name: str, where: str, how: dict[str, 
     model, x = Around(), make()[1]
     _AROUND[name](model.get_submodule(where))
     forward = model.get_submodule(where).forward
-    found = autorev.convert(model, example_args=(x,), **how)
+    found = autorev.convert(model, batch=(x,), **how)
     assert [len(chain.blocks) for chain in found.chains] == [6]
     assert autorev.verify(model, x).passed
     autorev.revert(model)
@@ -134,7 +134,7 @@ def test_a_wrapper_that_is_taken_off_again() -> None:
     """accelerate restores what it found: after a revert in between, that is a forward that passes through."""
     model, x = make()
     plain = model(x).detach()
-    autorev.convert(model, example_args=(x,), **LEAPFROG)
+    autorev.convert(model, batch=(x,), **LEAPFROG)
     for block in model:
         add_hook_to_module(block, ModelHook())
     autorev.revert(model)
@@ -146,7 +146,7 @@ def test_a_wrapper_that_is_taken_off_again() -> None:
 def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:
     """What `nn.DataParallel` does on several devices: the modules are copied by their attributes."""
     model, x = make()
-    autorev.convert(model, example_args=(x,), **LEAPFROG)
+    autorev.convert(model, batch=(x,), **LEAPFROG)
     replica = model._replicate_for_data_parallel()  # type: ignore[operator]
     replica._modules = {}
     for name, block in model.named_children():
@@ -157,7 +157,7 @@ def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:
     twin, _ = make()
     for block, copied in zip(twin, replica.children(), strict=True):
         block.a, block.b = copied._modules["a"], copied._modules["b"]
-    autorev.convert(twin, example_args=(x,), **LEAPFROG)
+    autorev.convert(twin, batch=(x,), **LEAPFROG)
     torch.testing.assert_close(replica(x), twin(x), rtol=1e-4, atol=1e-4)  # each has its own grid
     loss = replica(x).square().mean()
     found = torch.autograd.grad(loss, [p for block in replica.children() for p in block._modules["a"].parameters()])
@@ -166,11 +166,11 @@ def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [LEAPFROG, {"granularity": "sublayer"}, {"coupling": "hamiltonian"}], ids=str)
+@pytest.mark.parametrize("how", [LEAPFROG, {"granularity": "sublayer"}, {"method": "hamiltonian"}], ids=str)
 def test_conversion_and_verification_leave_buffers_and_counters(how: dict[str, Any]) -> None:
     """The probe and the three runs of verify are no calls of the user's."""
     model, x = make()
-    autorev.convert(model, example_args=(x,), **how)
+    autorev.convert(model, batch=(x,), **how)
     assert autorev.verify(model, (x,)).passed
     assert [(block.count, float(block.calls)) for block in model] == [(0, 0.0)] * 6
     results_of(model, lambda: model(x))
@@ -181,7 +181,7 @@ def test_verify_says_when_nothing_was_rebuilt() -> None:
     """A chain whose blocks are all stored is no evidence; a freshly loaded model in eval mode, with its cache, is run
     without one."""
     model, x = make()
-    autorev.convert(model, example_args=(x,), keep_last=6)
+    autorev.convert(model, batch=(x,), keep_last=6)
     found = autorev.verify(model, (x,))
     assert not found.passed
     assert found.rebuilt == {"(the model itself)": 0}
@@ -203,7 +203,7 @@ def test_verify_does_not_share_a_fault_of_the_second_run(monkeypatch: pytest.Mon
     from autorev.rewrite import recording
 
     model, x = make()
-    autorev.convert(model, example_args=(x,), granularity="sublayer", keep_last=0)
+    autorev.convert(model, batch=(x,), granularity="sublayer", keep_last=0)
     finish = recording.Recording.finish
 
     def forgetful(self: recording.Recording, result: int | None) -> Any:
@@ -222,7 +222,7 @@ def test_verify_in_one_thread_and_training_in_another(how: dict[str, Any]) -> No
     """The mode that a model runs in is the thread's own."""
     (mine, x), (other, y) = make(), make()
     for model, given in ((mine, x), (other, y)):
-        autorev.convert(model, example_args=(given,), **how)
+        autorev.convert(model, batch=(given,), **how)
     expected = results_of(mine, lambda: mine(x))
     stop, wrong, errors = threading.Event(), [], []
 
@@ -250,7 +250,7 @@ def test_verify_in_one_thread_and_training_in_another(how: dict[str, Any]) -> No
 def test_a_mode_is_the_threads_own() -> None:
     """While another thread runs the original, this one runs reversibly."""
     model, x = make()
-    autorev.convert(model, example_args=(x,), **LEAPFROG)
+    autorev.convert(model, batch=(x,), **LEAPFROG)
     expected, inside, leave = model(x).detach(), threading.Event(), threading.Event()
 
     def other() -> None:
@@ -271,7 +271,7 @@ def test_a_mode_is_the_threads_own() -> None:
 def test_a_copy_of_a_converted_model_is_its_own() -> None:
     """deepcopy: the copy's blocks run the copy's weights, and reverting it leaves the original converted."""
     model, x = make()
-    autorev.convert(model, example_args=(x,), granularity="sublayer")
+    autorev.convert(model, batch=(x,), granularity="sublayer")
     expected = results_of(model, lambda: model(x))
     twin = copy.deepcopy(model)
     assert_close(results_of(twin, lambda: twin(x)), expected, 0)
