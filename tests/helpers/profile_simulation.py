@@ -78,12 +78,12 @@ METHODS = {
         method("checkpoint", 0.0, 1.0, 0.62),
         method("sac", 0.3, 1.0, 0.3),
         method("offload", 0.0, 1.0, 0.66),
-        method("momentum:k=3", 0.0, 0.0, 0.7, side_bits=3, method=0.06, loss=0.011),
-        method("momentum:k=2", 0.0, 0.0, 0.7, side_bits=2, method=0.06, loss=0.137),
-        method("leapfrog", 0.0, 0.0, 0.7, method=0.04, loss=5.2),
-        method("hamiltonian", 0.0, 0.0, 0.7, method=0.04, loss=6.1),
-        method("momentum:k=3,keep_last=20", 0.0, 0.0, 0.24, side_bits=3, method=0.03, keep_last=20, loss=0.009),
-        method("momentum:k=3,loss=chunked", 0.0, 0.0, 0.78, side_bits=3, method=0.06, loss=0.011),
+        method("momentum:k=3", 0.0, 0.0, 0.7, side_bits=3, coupling=0.06, loss=0.011),
+        method("momentum:k=2", 0.0, 0.0, 0.7, side_bits=2, coupling=0.06, loss=0.137),
+        method("leapfrog", 0.0, 0.0, 0.7, coupling=0.04, loss=5.2),
+        method("hamiltonian", 0.0, 0.0, 0.7, coupling=0.04, loss=6.1),
+        method("momentum:k=3,keep_last=20", 0.0, 0.0, 0.24, side_bits=3, coupling=0.03, keep_last=20, loss=0.009),
+        method("momentum:k=3,loss=chunked", 0.0, 0.0, 0.78, side_bits=3, coupling=0.06, loss=0.011),
     )
 }
 
@@ -245,7 +245,7 @@ def work(model: Model, how: Method, tokens: int) -> Work:
     ]
     overhead = {
         "recomputation": how.again * seconds["forward"],
-        "method": how.coupling * seconds["forward"],
+        "coupling": how.coupling * seconds["forward"],
         "packing": how.side_bits / 100 * seconds["forward"],
     }
     return Work(

@@ -14,7 +14,7 @@ from autorev.profiler.run import profile
 
 def run(model: Any = "profiled_net:make", *specs: str, **options: Any) -> Profile:
     """A profile of one round of one step."""
-    return profile(model, methods=specs or ("plain", "checkpoint"), **{"rounds": 1, "steps": 1, **options})
+    return profile(model, methods=specs or ("plain", "checkpoint"), **{"rounds": 1, "timed_steps": 1, **options})
 
 
 def job_of(factory: str) -> Job:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import autorev
-from autorev.errors import AutorevError, ConversionError, RecordError, SettingError
+from autorev.errors import AutorevError, CaptureError, ConversionError, RecordError, SettingError
 from tests.helpers.tiny_llm import tiny_llm, tiny_model
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -39,13 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     "given",
     [
         *({name: value} for name in ("gamma", "c") for value in NO_NUMBERS),
-        *({"method": value} for value in (None, [], 3)),
-        *({"keep_last": value} for value in (True, 1.5, None, [1])),
+        *({"method": value} for value in (None, [], 3, "checkpoint", "momentum:loss=chunked")),
+        {"method": "momentum:k=2", "gamma": 0.5},
+        *({"keep_last": value} for value in (True, 1.5, "all", [1, 1], [True])),
         *({"fraction_bits": value} for value in (1.5, "x", True, [10], NAN, -1, 31)),
         *({"fraction_bits": value} for value in ({"model.layers": "x"}, {"stranger": 3})),
         *({name: value} for name in ("blocks", "exclude") for value in (3, [3], [None], b"x")),
-        *({"batch": value} for value in (3, CALL["input_ids"])),
-        *({"batch": value} for value in ([1], 3, {1: 2})),
     ],
     ids=str,
 )
@@ -55,6 +54,15 @@ def test_convert(given: dict[str, Any]) -> None:
     with pytest.raises(ConversionError) as error:
         autorev.convert(model, **{"batch": CALL, **given})
     assert next(iter(given)) in str(error.value) or "patterns" in str(error.value) or "no coupling" in str(error.value)
+    assert autorev.revert(model) == 0
+
+
+@pytest.mark.parametrize("batch", [[1], 3, {1: 2}, {"stranger": 3}, "text"], ids=str)
+def test_convert_on_no_batch(batch: Any) -> None:
+    """It is no call of the model, which is as it was."""
+    model = tiny_model()
+    with pytest.raises(CaptureError):
+        autorev.convert(model, batch)
     assert autorev.revert(model) == 0
 
 
@@ -121,7 +129,7 @@ def test_forecast(folder: str, given: dict[str, Any]) -> None:
     "given",
     [
         *({"methods": value} for value in ([1], "", [None])),
-        *({name: value} for name in ("rounds", "steps") for value in ("x", 1.5, NAN, True)),
+        *({name: value} for name in ("rounds", "timed_steps") for value in ("x", 1.5, NAN, True)),
         *({"sweeps": value} for value in ([3], ["batch="], "x")),
         *({"longest_step": value} for value in (NAN, "x", 0, INFINITE)),
         *({"memory": 3}, {"device": 3}, {"name": 3}, {"lora_rank": "x"}, {"text": 3}),
@@ -131,7 +139,7 @@ def test_forecast(folder: str, given: dict[str, Any]) -> None:
 def test_profile(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
     """Before anything runs."""
     with pytest.raises(AutorevError):
-        autorev.profile(folder, **{"methods": ["plain"], "sequence": 8, "folder": tmp_path, "predict": True, **given})
+        autorev.profile(folder, **{"methods": ["plain"], "sequence": 8, "out": tmp_path, "predict": True, **given})
     assert not list(tmp_path.iterdir())
 
 
@@ -140,7 +148,7 @@ def test_profile(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
     [
         *({name: v} for name in ("learning_rate", "clip", "max_loss_increase") for v in ("x", NAN, INFINITE, True)),
         *({"distill": True, "distill_weight": value} for value in ("x", NAN)),
-        *({name: True} for name in ("steps", "lora", "batch")),
+        *({name: True} for name in ("steps", "lora_rank", "batch")),
         {"method": 3},
     ],
     ids=str,

@@ -15,11 +15,12 @@ import torch
 from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 import autorev
+from autorev.detection import call_of
 from autorev.errors import SettingError
+from autorev.integrations.transformers import without_cache
 from autorev.profiler.job import Job
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.record import Profile, Status
-from autorev.profiler.subject import _call
 from tests.helpers.profiling import job_of, run
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +37,10 @@ def test_a_tokenizers_batch_is_profiled_without_a_cache() -> None:
     )  # fmt: skip
     model, ids = LlamaForCausalLM(config), torch.randint(0, 99, (2, 16))
     batch = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    assert _call(model, batch)[1]["use_cache"] is False
-    assert _call(model, {**batch, "use_cache": True})[1]["use_cache"] is True  # it was asked for
+    assert without_cache(model, call_of(model, batch, "profile"))[1]["use_cache"] is False
+    assert (
+        without_cache(model, call_of(model, {**batch, "use_cache": True}, "profile"))[1]["use_cache"] is True
+    )  # it was asked for
     record = autorev.profile(model, batch, predict=True)
     known = {result.method.spec for result in record.results if result.prediction is not None}
     assert known == {"plain", "checkpoint", "momentum:k=3"}
@@ -150,7 +153,7 @@ def test_a_run_that_is_killed_is_gone_on_with(folder: Path, jobs: list[Job]) -> 
     specs = ("plain", "checkpoint", "leapfrog")
     code = (
         "from autorev.profiler.run import profile\n"
-        f"profile('profiled_net:make', methods={specs}, rounds=1, steps=1, out='records', name='r')"
+        f"profile('profiled_net:make', methods={specs}, rounds=1, timed_steps=1, out='records', name='r')"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],

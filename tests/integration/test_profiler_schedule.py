@@ -44,7 +44,7 @@ def test_a_factorys_inputs_are_made_as_large_as_the_setting_says(batch: int | No
 
 def test_methods_take_turns(jobs: list[Job]) -> None:
     """Each round measures all, beginning with another one; the passes beside the times are made once."""
-    record = run("profiled_net:make", "plain", "checkpoint", "leapfrog", rounds=3, steps=2)
+    record = run("profiled_net:make", "plain", "checkpoint", "leapfrog", rounds=3, timed_steps=2)
     order = [(job.round, job.method.spec) for job in jobs]
     assert order == [
         *((0, spec) for spec in ("plain", "checkpoint", "leapfrog")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autorev.errors import SettingError
-from autorev.methods import ALL, DEFAULT, Method, coupling_options, parse_methods
+from autorev.methods import ALL, DEFAULT, Method, parse_methods
 
 COUPLINGS = ("momentum", "leapfrog", "midpoint", "midpoint_a", "bdia", "hamiltonian", "revnet")
 
@@ -69,17 +69,13 @@ def test_only_a_small_gamma_keeps_a_pretrained_function(spec: str, preserves: bo
     assert method.reversible is (method.name in COUPLINGS)
 
 
-def test_conversion_gets_what_the_spec_says() -> None:
-    """Every option reaches `convert` under its own name, without rounding."""
-    method = Method.parse("momentum:gamma=0.9921875,arithmetic=float,granularity=sublayer,keep_last=7")
-    assert coupling_options(method) == {
-        "method": "momentum",
-        "gamma": 0.9921875,
-        "arithmetic": "float",
-        "granularity": "sublayer",
-        "keep_last": 7,
-    }
-    assert coupling_options(Method.parse("leapfrog")) == {"method": "leapfrog", "keep_last": "auto"}
+def test_a_spec_says_every_option() -> None:
+    """Each under its own name, without rounding."""
+    method = Method.parse("momentum:gamma=0.9921875,c=0.3,arithmetic=float,granularity=sublayer,keep_last=7")
+    how = {"gamma": 0.9921875, "c": 0.3, "arithmetic": "float", "granularity": "sublayer", "keep_last": 7}
+    assert method == Method("momentum", **how)
+    assert Method.parse(str(method)) == method
+    assert Method.parse("leapfrog").keep_last == "auto"
     assert Method.parse("momentum:keep_last=0").keep_last == 0
 
 
@@ -133,7 +129,7 @@ def test_the_grid_is_part_of_the_spec() -> None:
     method = Method.parse("midpoint_a:fraction_bits=8,keep_last=auto")
     assert str(method) == "midpoint_a:fraction_bits=8"
     assert method.title == "midpoint_a fraction_bits=8"
-    assert coupling_options(method)["fraction_bits"] == 8
-    assert "fraction_bits" not in coupling_options(Method.parse("midpoint_a"))
+    assert method.fraction_bits == 8
+    assert Method.parse("midpoint_a").fraction_bits is None
     with pytest.raises(SettingError, match="fraction_bits of the method midpoint_a is a whole number, not 'few'"):
         Method.parse("midpoint_a:fraction_bits=few")
