@@ -200,14 +200,14 @@ def _setting(
     check_step(batch, sequence)
     notes = list(workload.notes)
     if sequence is not None and workload.default_sequence is None:
-        raise SettingError(f"{workload.name} has no sequence axis; leave --sequence out")
+        raise SettingError(f"{workload.name} has no sequence axis; leave `sequence` out")
     if batch is not None and not workload.resizable and batch != workload.default_batch:
-        raise SettingError(f"the example inputs of {workload.name} share no batch axis; leave --batch out")
+        raise SettingError(f"the example inputs of {workload.name} share no batch axis; leave `batch` out")
     limit = workload.longest_sequence
     if sequence is not None and limit is not None and sequence > limit:
         raise SettingError(
             f"{workload.name} takes at most {limit:,} tokens (its position embeddings end there), and {sequence:,} "
-            f"were asked for; use --sequence {limit} or fewer"
+            f"were asked for; use `sequence={limit}` or fewer"
         )
     if limit is not None and workload.default_sequence is not None:
         notes.append(f"sequence lengths end at the model's own limit of {limit:,} tokens")

@@ -30,6 +30,7 @@ _INTERRUPTED, _TERMINATED = 130, 143
 """What a shell reports for a program that Ctrl-C, or SIGTERM, ended."""
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 """Of a module."""
+_PARAMETER = re.compile(r"`(\w+)(?:=([^`]+))?`")
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -68,7 +69,7 @@ class Group(click.Group):
         except (click.Abort, click.exceptions.Exit):
             raise
         except Terminated as error:
-            say(f"Terminated: {error}.", err=True)
+            say(f"Terminated: {_in_flags(str(error), ctx)}.", err=True)
             ctx.exit(_TERMINATED)
         except KeyboardInterrupt:
             say("Interrupted.", err=True)
@@ -78,7 +79,25 @@ class Group(click.Group):
                 raise  # the reader of a pipe went away, which click ends quietly
             if os.environ.get("AUTOREV_TRACEBACK"):
                 traceback.print_exc()
-            raise click.ClickException(visible(_in_words(error))) from None
+            raise click.ClickException(visible(_in_flags(_in_words(error), ctx))) from None
+
+
+def _in_flags(text: str, ctx: click.Context) -> str:
+    """What the library says of its parameters, as `lora_rank=16`, in the flags of the command."""
+    group = ctx.command
+    assert isinstance(group, click.Group)
+    command = group.commands.get(ctx.invoked_subcommand or "")
+    options = {option.name: option for option in command.params} if command else {}
+
+    def flag(found: re.Match[str]) -> str:
+        option = options.get(found[1])
+        if not isinstance(option, click.Option):
+            return found[1].upper() if option else found[0]
+        named = option.opts[0]
+        without = found[2] is None or (option.is_flag and found[2] == "True")
+        return named if without else f"{named} {found[2]}"
+
+    return _PARAMETER.sub(flag, text)
 
 
 def _in_words(error: BaseException) -> str:

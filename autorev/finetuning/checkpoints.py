@@ -94,7 +94,7 @@ def last_checkpoint(folder: Path, run: str) -> Path | None:
         go_on = "begin anew" if before is None else f"go on from {before}, which is intact"
         raise DamagedError(
             f"{why}: it was damaged or replaced, and training would go on from something else. Move {found[-1]} away, "
-            f"and give --resume again to {go_on}"
+            f"and give `resume` again to {go_on}"
         )
     return found[-1] if found else None
 
@@ -114,7 +114,7 @@ def step_of(checkpoint: Path) -> int:
 
 _IN_THE_WAY = (
     "{} is there and was not written by this run, which needs the place for a checkpoint of its own; move it away, and "
-    "go on with --resume"
+    "go on with `resume`"
 )
 
 

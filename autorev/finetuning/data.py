@@ -99,10 +99,10 @@ def split(documents: Sequence[Example]) -> tuple[list[Example], list[Example]]:
         training = [d.part(0, cut) for d, cut in zip(documents, cuts, strict=True)]
         held_out = [d.part(cut, len(d.ids)) for d, cut in zip(documents, cuts, strict=True)]
         if not any(d.learned for d in held_out):
-            raise DataError("the text is too short to hold any of it out; give more, or --validation FILE")
+            raise DataError("the text is too short to hold any of it out; give more, or `validation`")
         return training, held_out
     if len(documents) < 2:
-        raise DataError("there is one example, and none left to validate on; give more, or --validation FILE")
+        raise DataError("there is one example, and none left to validate on; give more, or `validation`")
     return list(documents[:-1]), list(documents[-1:])
 
 

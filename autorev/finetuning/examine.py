@@ -98,7 +98,7 @@ def examine(
         if record is not None or _was_converted(folder):
             net, tokenizer = trained_model(folder, record, base, trust_remote_code)
         elif base is not None:
-            raise SettingError(f"{model} is no run with adapters, which --base would be of; leave it out")
+            raise SettingError(f"{model} is no run with adapters, which `base` would be of; leave it out")
         else:
             loaded = load_model(model, torch.float32, 1, None, trust_remote_code=trust_remote_code)
             net, tokenizer = loaded.model, tokenizer_of(model, trust_remote_code)

@@ -83,9 +83,9 @@ def export(
         ExportError: it would be another model, or the folder cannot be written; `out` is as it was.
         AutorevError: there is no such model.
     """
-    with held(out.absolute().parent, f"{out.name}.export", str(out), "name another folder for --out"):
+    with held(out.absolute().parent, f"{out.name}.export", str(out), "name another folder for `out`"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise SettingError(f"{out} is there already; name another folder for --out")
+            raise SettingError(f"{out} is there already; name another folder for `out`")
         if isnan(max_loss_increase):
             raise SettingError("the loss may rise by a number of nats, not by nan")
         with quiet_files():
@@ -102,7 +102,7 @@ def export(
             raise ExportError(
                 f"in the plain architecture the loss is {vanilla:.3f} instead of {loss:.3f}: more than "
                 f"{max_loss_increase:g} higher, so it is another model there. Load it reversible, with "
-                f"autorev.load({str(folder)!r}), fine-tune it at a smaller gamma, or export it with --force"
+                f"autorev.load({str(folder)!r}), fine-tune it at a smaller gamma, or export it with `force`"
             )
         revert(model)
         config_entry.remove(model)

@@ -15,7 +15,7 @@ from autorev.lock import held, lock_files
 from autorev.records import drop_parts
 
 _LOCK = "run"
-_INSTEAD = "name another --out"
+_INSTEAD = "name another `out`"
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def _check_place(folder: Path) -> None:
 def _check_free(folder: Path) -> None:
     path = folder / FILE
     if path.is_file():
-        raise SettingError(f"{folder} is there already; go on with its run by --resume, or {_INSTEAD}")
+        raise SettingError(f"{folder} is there already; go on with its run by `resume`, or {_INSTEAD}")
     drop_parts(path)  # of a start that was killed before its first record
     if set(folder.iterdir()) - set(lock_files(folder, _LOCK)):
         raise SettingError(f"{folder} is there already, and holds no run; {_INSTEAD}")
@@ -70,7 +70,7 @@ def _check_free(folder: Path) -> None:
 def _interrupted(folder: Path) -> FineTuning:
     path = folder / FILE
     if not path.is_file():
-        raise SettingError(f"{folder} holds no run to go on with ({FILE} is missing); leave --resume out")
+        raise SettingError(f"{folder} holds no run to go on with ({FILE} is missing); leave `resume` out")
     record = FineTuning.read(path)
     _tidy(folder, record)
     if record.complete:

@@ -91,7 +91,7 @@ def settled(given: dict[str, Any], before: FineTuning | None, record: Path) -> O
 def _check_same(begun: Options, said: dict[str, Any], folder: Path) -> None:
     """The model and the texts may be elsewhere now: what they hold is compared once it is read."""
     different = [
-        f"{name} {getattr(begun, name)}, not {value}"
+        f"`{name}={getattr(begun, name)}`, not {value}"
         for name, value in said.items()
         if name not in (*_PATHS, *_MAY_CHANGE) and value != getattr(begun, name)
     ]

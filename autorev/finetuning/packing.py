@@ -119,7 +119,7 @@ def make_rows(examples: Sequence[Example], length: int, packed: bool) -> Rows:
     if not useful:
         raise DataError(
             f"within {length} tokens there is nothing left to learn: every completion begins later; give a longer "
-            "--sequence"
+            "`sequence`"
         )
     return Rows(useful, length, packed, truncated)
 

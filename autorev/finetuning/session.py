@@ -198,7 +198,7 @@ class Run:
             config.use_cache = caches  # which the Trainer switched off, for whoever saves the model
             interrupt.release()
             watching.release()
-        how_far = f"after step {trainer.state.global_step} of {recipe.steps}. {trainer.last_good()} Go on with --resume"
+        how_far = f"after step {trainer.state.global_step} of {recipe.steps}. {trainer.last_good()} Go on with `resume`"
         if interrupt.asked == signal.SIGTERM:
             raise Terminated(f"ended by SIGTERM {how_far}")
         if trainer.state.global_step < recipe.steps:
@@ -229,7 +229,7 @@ class Run:
             why = message_of(error)
             raise TrainingError(
                 f"the trained model could not be written to {self.folder} ({why}). {self.trainer.last_good()} Free "
-                "some space, and go on with --resume"
+                "some space, and go on with `resume`"
             ) from error
         finally:
             clear_parts(self.folder)

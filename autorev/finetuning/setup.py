@@ -146,7 +146,7 @@ def check_length(model: Any, sequence: int, name: str) -> None:
     """
     longest = longest_sequence(model)
     if longest is not None and sequence > longest:
-        raise SettingError(f"{name} reads {longest} tokens at most, and --sequence is {sequence}; give fewer")
+        raise SettingError(f"{name} reads {longest} tokens at most, and `sequence` is {sequence}; give fewer")
 
 
 def longest_sequence(model: Any) -> int | None:

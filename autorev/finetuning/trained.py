@@ -61,7 +61,7 @@ def record_in(folder: Path) -> FineTuning | None:
         return None
     record = FineTuning.read(path)
     if not record.complete:
-        raise SettingError(f"the run in {folder} is not complete; finish it with --resume, then export it")
+        raise SettingError(f"the run in {folder} is not complete; finish it with `resume`, then export it")
     if not record.run:
         _log.warning("%s is of an earlier autorev, which kept no digests: whether it was damaged is not known", folder)
         return record
@@ -94,14 +94,14 @@ def trained_model(
         AutorevError: the folder holds none.
     """
     if base is not None and (record is None or record.recipe.lora_rank is None):
-        raise SettingError(f"{folder} holds a whole model, and no adapters that belong to another; leave --base out")
+        raise SettingError(f"{folder} holds a whole model, and no adapters that belong to another; leave `base` out")
     tokenizer = tokenizer_of(str(folder), trust_remote_code)
     if record is None or (record.chains and record.recipe.lora_rank is None):
         return load(folder, trust_remote_code=trust_remote_code), tokenizer
     if record.recipe.lora_rank is None:
         whole = load_model(str(folder), torch.float32, 1, None, trust_remote_code=trust_remote_code)
         return whole.model, tokenizer
-    source = base or recorded_model(record.model.source, folder / FILE, "--base")
+    source = base or recorded_model(record.model.source, folder / FILE, "`base`")
     try:
         quantization = bitsandbytes_config(record.recipe.quantize, record.recipe.dtype == "bf16")
         loaded = load_model(
@@ -109,7 +109,7 @@ def trained_model(
         )
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"the adapters in {folder} belong to the model {source}, which cannot be found from here (--base MODEL "
+            f"the adapters in {folder} belong to the model {source}, which cannot be found from here (`base` "
             f"says where it is): {error}"
         ) from None
     found = fingerprint(source)
@@ -117,7 +117,7 @@ def trained_model(
         raise DamagedError(
             f"the adapters in {folder} were trained on other weights than those of {source} "
             f"(digest {record.base[:_SHOWN]}, here {found[:_SHOWN]}), and do not fit them; give the model that they "
-            "were trained on by --base MODEL"
+            "were trained on by `base`"
         )
     if record.chains:
         grids = {c.name: c.fraction_bits for c in record.chains if c.fraction_bits is not None}
@@ -137,7 +137,7 @@ def unquantised_model(
     Raises:
         ExportError: the library that quantised them does not unpack them.
     """
-    source = base or recorded_model(record.model.source, folder / FILE, "--base")
+    source = base or recorded_model(record.model.source, folder / FILE, "`base`")
     model: Any = load_model(source, torch.float32, 1, None, trust_remote_code=trust_remote_code).model
     if title := quantised_by(model):
         try:
@@ -192,7 +192,7 @@ def held_out(
         held = Rows.from_json(read_bytes(path).decode()) if path.is_file() else None
     except (UnreadableError, UnicodeDecodeError, DataError):
         if text is None:
-            raise DataError(f"{path}, the text that the run held out, is damaged; give another one by --text") from None
+            raise DataError(f"{path}, the text that the run held out, is damaged; give another one by `text`") from None
         held = None
     if text is None and held is not None:
         known = known_tokens(model)
@@ -200,7 +200,7 @@ def held_out(
         if largest >= known:
             raise DataError(
                 f"{path} holds token {largest}, and {type(model).__name__} has embeddings of {known} tokens: they do "
-                "not belong together; give another text by --text"
+                "not belong together; give another text by `text`"
             )
         return held, Collator(held.packed, held.length, 0)
     if tokenizer is None:

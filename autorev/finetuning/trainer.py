@@ -118,7 +118,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
             why = message_of(error)
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {folder} ({why}). {self.last_good()} Free some "
-                "space, and go on with --resume"
+                "space, and go on with `resume`"
             ) from error
         finally:
             clear_parts(folder)

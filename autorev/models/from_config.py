@@ -205,7 +205,7 @@ def _set_depth(config: Any, depth: int, source: str) -> None:
     text = config.get_text_config()
     own = getattr(text, "num_hidden_layers", None)  # every family's own name for it is mapped to this one
     if not isinstance(own, int):
-        raise ModelBuildError(f"the config of {source} has no number of blocks that could be set; leave --depth out")
+        raise ModelBuildError(f"the config of {source} has no number of blocks that could be set; leave `depth` out")
     if depth > _MOST_BLOCKS:
         raise ModelBuildError(f"autorev builds {_MOST_BLOCKS:,} blocks at most, not a depth of {depth:,}")
     kinds = getattr(text, "layer_types", None)

@@ -166,7 +166,7 @@ def _pretrained(
     else:
         own = _scheme(getattr(config, "quantization_config", None))
         if own is not None and quantization is not None:
-            raise SettingError(f"the weights of {name} are quantised already ({own.title}); leave --quantize out")
+            raise SettingError(f"the weights of {name} are quantised already ({own.title}); leave `quantize` out")
         _check_size(cls, config, name, dtype, own or _scheme(quantization))
         more = {} if quantization is None else {"quantization_config": quantization}
         model = load_weights(cls, folder, dtype=dtype, **more)

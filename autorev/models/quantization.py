@@ -105,7 +105,7 @@ def predicted_quantised(twin: nn.Module, scheme: Scheme, trains: str, dtype: str
     if trains == "full":
         return (
             f"its weights are quantised ({scheme.title}), and quantised weights do not train: what is predicted is to "
-            f"train all of them, unpacked to {dtype}; --lora-rank predicts adapters on the quantised ones"
+            f"train all of them, unpacked to {dtype}; `lora_rank` predicts adapters on the quantised ones"
         )
     before = sum(p.numel() * p.element_size() for p in twin.parameters())
     if not scheme.bits:
@@ -130,7 +130,7 @@ def bitsandbytes_config(kind: str | None, bf16: bool) -> Any:
     """
     if kind is None:
         return None
-    require(f"--quantize {kind}", "bitsandbytes")
+    require(f"`quantize={kind}`", "bitsandbytes")
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -60,7 +60,7 @@ def resolve(model: str | None, depth: int | None = None, trust_remote_code: bool
         from autorev.models.factory import factory_workload
 
         if depth is not None:
-            raise ModelBuildError(f"{model} builds its model itself; leave --depth out, or give a config")
+            raise ModelBuildError(f"{model} builds its model itself; leave `depth` out, or give a config")
         return factory_workload(model)
     named = config_of(model)
     return config_workload(named.data, named.name, named.source, depth, named.home if trust_remote_code else None)

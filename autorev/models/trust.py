@@ -16,7 +16,7 @@ from autorev.errors import ModelBuildError, UnreadableError, UntrustedCodeError
 from autorev.files import read_json
 from autorev.packages import is_installed
 
-_REMEDY = "code that comes with a model runs only with --trust-remote-code (in Python: trust_remote_code=True)"
+_REMEDY = "code that comes with a model runs only with `trust_remote_code`"
 _KERNEL = re.compile(r"(?:[^|]*\|)?[^/:]+/.+")
 """`org/repo`, `org/repo@revision:function`, `paged|org/repo`: what `transformers` takes for a kernel of the hub."""
 _FLASH = re.compile(r"(?:[^|]*\|)?flash_attention_\d+")

@@ -60,7 +60,7 @@ def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -
                     adapted += 1
     if not adapted:
         raise SettingError(
-            "LoRA needs linear layers inside the blocks, and this model has none there; use --trains full or head"
+            "LoRA needs linear layers inside the blocks, and this model has none there; use `trains=full` or head"
         )
     return []
 
@@ -80,7 +80,7 @@ def find_head(model: nn.Module) -> nn.Module | None:
 def _train_head(twin: nn.Module) -> list[str]:
     head = find_head(twin)
     if head is None:
-        raise SettingError(f"{type(twin).__name__} has no output layer to train alone; use --trains full or lora")
+        raise SettingError(f"{type(twin).__name__} has no output layer to train alone; use `trains=full` or lora")
     elsewhere = {id(p) for m in twin.modules() if m is not head for p in m._parameters.values() if p is not None}
     notes = []
     for name, parameter in list(head.named_parameters(recurse=False)):
@@ -106,7 +106,7 @@ def loss_function(model: nn.Module, loss: str) -> Callable[[nn.Module, Call], to
     if head_of(model) is None:
         raise SettingError(
             f"{type(model).__name__} has no vocabulary head (get_output_embeddings), so there is nothing to chunk; "
-            "use --loss full"
+            "use `loss=full`"
         )
     return _chunked_loss
 

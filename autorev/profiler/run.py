@@ -124,7 +124,7 @@ def profile(
     blank = _blank(subject, wanted, name, depth, goal, memory, limit, command, environment(on, torch.get_num_threads()))
     with ExitStack() as stack:
         if out is not None:
-            what, instead = f"the record {Path(out) / blank.name}.json", "give this one another --name"
+            what, instead = f"the record {Path(out) / blank.name}.json", "give this one another `name`"
             stack.enter_context(held(Path(out), blank.name, what, instead))
             drop_parts(Path(out) / f"{blank.name}.json")
         record = _resumed(blank, out, resume)
@@ -209,12 +209,12 @@ def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile
     path = None if folder is None else Path(folder) / f"{blank.name}.json"
     if path is None or not path.is_file():
         if resume:
-            raise SettingError(f"there is no record {path or blank.name} to go on with; leave --resume out")
+            raise SettingError(f"there is no record {path or blank.name} to go on with; leave `resume` out")
         return blank
     if not resume:
         if not Profile.read(path).complete:
             raise SettingError(
-                f"{path} is an interrupted run: go on with it (--resume), give this one another --name, or delete it"
+                f"{path} is an interrupted run: go on with it (`resume`), give this one another `name`, or delete it"
             )
         return blank
     found = Profile.read(path)
@@ -225,7 +225,7 @@ def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile
         different.append("machine or versions")  # times of two machines are not one sample
     if different:
         what = ", ".join(different)
-        raise SettingError(f"{path} is of another run (its {what} differ); give this one another --name")
+        raise SettingError(f"{path} is of another run (its {what} differ); give this one another `name`")
     for result in blank.results:
         if found.result(result.method.spec) is None:
             found = found.with_result(result)

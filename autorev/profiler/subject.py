@@ -67,13 +67,13 @@ def named_subject(
     """
     pretrained = depth is None and has_weights(model)
     if depth is not None and has_weights(model) and not is_embedded(model):
-        raise SettingError(f"{model} has weights of its own depth; leave --depth out, or give its config.json")
+        raise SettingError(f"{model} has weights of its own depth; leave `depth` out, or give its config.json")
     workload = resolve(model, depth, trust_remote_code)
     if workload.scheme is not None and not pretrained:
         said = f"its config has quantised weights ({workload.scheme.title}); random ones are not quantised"
         workload = replace(workload, scheme=None, notes=(*workload.notes, said))
     elif workload.scheme is not None and wanted["trains"] == "full":
-        raise cannot_train(workload.name, workload.scheme.title, "--lora-rank 16 (or --trains head)")
+        raise cannot_train(workload.name, workload.scheme.title, "`lora_rank=16` (or `trains=head`)")
     if wanted["sequence"] is None and workload.default_sequence is not None:
         wanted = {**wanted, "sequence": min(workload.default_sequence, 256)}
     analysis, forecaster = prepare(workload, device=profile.name, **wanted)
@@ -84,7 +84,7 @@ def named_subject(
     inline = {id(site.module) for site in sites if site.turn is not None}
     paths = [block.path for block in found if _is_module(twin, block.path, inline)]
     if analysis.setting.sequence is None and text is not None:
-        raise SettingError(f"{analysis.model.name} reads no text, so there is no use for {text}; leave --text out")
+        raise SettingError(f"{analysis.model.name} reads no text, so there is no use for {text}; leave `text` out")
     tokens, words = None, "random inputs"
     if analysis.setting.sequence is not None and (pretrained or text is not None):
         tokens, words = text_tokens(model, text, trust_remote_code)
@@ -183,7 +183,7 @@ def text_tokens(model: str | None, text: Path | None, trust_remote_code: bool = 
     tokenizer = tokenizer_of(model, trust_remote_code)
     if tokenizer is None:
         raise SettingError(
-            f"{model} has no tokenizer that could read {words}; leave --text out: inputs are random then"
+            f"{model} has no tokenizer that could read {words}; leave `text` out: inputs are random then"
         )
     ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
     return ids, words

@@ -71,7 +71,7 @@ def check_offered(folder: Path, file: str) -> None:
     """Resuming names the file, offers the checkpoint before, and trains nothing."""
     began: list[Any] = []
     said = (
-        rf"{re.escape(file)} .*Move .*checkpoint-3 away, and give --resume again to go on from .*checkpoint-2, which is"
+        rf"{re.escape(file)} .*Move .*checkpoint-3 away, and give `resume` again to go on from .*checkpoint-2, which is"
     )
     with pytest.raises(DamagedError, match=said):
         resume(folder, callbacks=(At(2, began.append, "on_step_begin"),))
@@ -122,7 +122,7 @@ def test_nothing_is_left_to_go_back_to(copies: Path) -> None:
     """Where the one before is damaged, too, says that the run would begin anew."""
     for step in (2, 3):
         flip(copies / "stopped" / f"checkpoint-{step}" / "model.safetensors")
-    with pytest.raises(DamagedError, match=r"Move .*checkpoint-3 away, and give --resume again to begin anew"):
+    with pytest.raises(DamagedError, match=r"Move .*checkpoint-3 away, and give `resume` again to begin anew"):
         resume(copies)
 
 

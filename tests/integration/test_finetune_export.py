@@ -74,7 +74,7 @@ def test_another_function_is_refused(place: Path, tmp_path: Path) -> None:
     run, out = place / "hamiltonian", tmp_path / "out"
     record = record_of(run)
     assert record.vanilla and record.final
-    said = f"the loss is {record.vanilla.loss:.3f} instead of {record.final.loss:.3f}: more than 0.05 higher.*--force"
+    said = f"the loss is {record.vanilla.loss:.3f} instead of {record.final.loss:.3f}: more than 0.05 higher.*`force`"
     with pytest.raises(ExportError, match=said):
         export(run, out)
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_an_incomplete_run(place: Path, tmp_path: Path) -> None:
     """It has no model yet; says how to get one."""
     with pytest.raises(TrainingError):
         tune(place, out="incomplete", callbacks=(At(2, interrupt),))
-    with pytest.raises(SettingError, match=r"not complete; finish it with --resume"):
+    with pytest.raises(SettingError, match=r"not complete; finish it with `resume`"):
         export(place / "incomplete", tmp_path / "out")
 
 
@@ -132,7 +132,7 @@ def test_a_folder_that_is_there(place: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     for out in (tmp_path / "out", place / "text.txt", place / "momentum"):
-        with pytest.raises(SettingError, match="is there already; name another folder for --out"):
+        with pytest.raises(SettingError, match="is there already; name another folder for `out`"):
             export(place / "momentum", out)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "mine").unlink()

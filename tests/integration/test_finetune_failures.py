@@ -77,7 +77,7 @@ def lines(*rows: Any) -> str:
         ("no-role.jsonl", lines({"messages": [{"content": "?"}]}), "objects with 'role' and 'content'"),
         ("strings.jsonl", lines({"messages": ["?"]}), "objects with 'role' and 'content'"),
         ("one.jsonl", lines({"prompt": "a", "completion": "b"}), "there is one example"),
-        ("long.jsonl", lines(*[{"prompt": "x" * 99, "completion": "y"}] * 20), "nothing left to learn.*--sequence"),
+        ("long.jsonl", lines(*[{"prompt": "x" * 99, "completion": "y"}] * 20), "nothing left to learn.*`sequence`"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and len(value) < 20 else "",
 )
@@ -194,7 +194,7 @@ def test_weights_that_are_no_numbers(place: Path) -> None:
         ({"schedule": "leapfrog", "method": "momentum:k=3,arithmetic=float"}, "no gamma that can be moved"),
         ({"schedule": "leapfrog", "method": "momentum:gamma=1.5"}, "starts at a gamma between 0 and 1, not at 3/2"),
         ({"schedule": "leapfrog", "max_loss_increase": 1.0}, "give one of the two"),
-        ({"schedule_steps": 3}, "--schedule-steps are those of a --schedule"),
+        ({"schedule_steps": 3}, "`schedule_steps` are those of a `schedule`"),
         *(({"max_loss_increase": b}, "rise by 0 or more") for b in (-1.0, float("nan"))),
         *(({"max_loss_increase": 1.0, "method": c}, "no gamma that can be moved") for c in ("bdia", "checkpoint")),
         ({"method": "perpetuum"}, "there is no method 'perpetuum'"),
@@ -290,7 +290,7 @@ def test_no_memory(place: Path, error: Exception) -> None:
     def act(model: Any) -> None:
         raise error
 
-    said = r"^step 3 found no memory\. The last good checkpoint is .*checkpoint-2\. .*--batch"
+    said = r"^step 3 found no memory\. The last good checkpoint is .*checkpoint-2\. .*`batch`"
     with pytest.raises(TrainingError, match=said):
         tune(place, out=f"memory {type(error).__name__}", callbacks=(At(2, act, "on_step_begin"),))
 

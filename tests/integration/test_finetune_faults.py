@@ -145,7 +145,7 @@ def test_two_at_once(place: Path, tmp_path: Path) -> None:
     def again(model: Any) -> None:
         for resume in (False, True):
             with pytest.raises(
-                SettingError, match=r"both is in use by process \d+ on .*, since 20.*name another --out"
+                SettingError, match=r"both is in use by process \d+ on .*, since 20.*name another `out`"
             ):
                 tune(place, out="both", resume=resume, **SHORT)
         seen.extend(sorted(path.name for path in (place / "both").iterdir() if not path.name.startswith(".")))
@@ -182,7 +182,7 @@ def test_sigterm_saves(place: Path) -> None:
     """As Ctrl-C does: after the step at hand, with a checkpoint, and a word on how to go on."""
     before = signal.getsignal(signal.SIGTERM)
     end = At(0, lambda model: os.kill(os.getpid(), signal.SIGTERM), "on_step_begin")
-    said = r"^ended by SIGTERM after step 1 of 3\. The last good checkpoint is .*checkpoint-1\. Go on with --resume$"
+    said = r"^ended by SIGTERM after step 1 of 3\. The last good checkpoint is .*checkpoint-1\. Go on with `resume`$"
     with pytest.raises(Terminated, match=said):
         tune(place, out="ended", **{**SHORT, "steps": 3, "save_every": 3}, callbacks=(end,))
     assert signal.getsignal(signal.SIGTERM) is before

@@ -116,7 +116,7 @@ def test_ctrl_c_saves(stopped: Path, place: Path, undisturbed: FineTuning) -> No
     """The first Ctrl-C ends the run after its step, with a checkpoint, and says how to go on; it goes on the same."""
     assert (stopped / "checkpoint-3" / "autorev.json").is_file()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    message = r"^interrupted after step 4 of 7\. The last good checkpoint is .*checkpoint-4\. Go on with --resume$"
+    message = r"^interrupted after step 4 of 7\. The last good checkpoint is .*checkpoint-4\. Go on with `resume`$"
     with pytest.raises(TrainingError, match=message):
         tune(place, resume=True, callbacks=(At(3, interrupt, "on_step_begin"),))
     check_same(tune(place, resume=True), undisturbed)
@@ -202,7 +202,7 @@ def test_a_folder_in_the_way_of_a_checkpoint(stopped: Path, place: Path) -> None
 
 def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> None:
     """There is nothing to go on with."""
-    with pytest.raises(SettingError, match="is complete; name another --out"):
+    with pytest.raises(SettingError, match="is complete; name another `out`"):
         tune(place, out="undisturbed", resume=True)
 
 
@@ -211,18 +211,18 @@ def test_a_complete_run_is_not_resumed(place: Path, undisturbed: FineTuning) -> 
     [
         ({"method": "leapfrog"}, "trains as momentum k=3, not as leapfrog"),
         ({"method": "plain"}, "trains as momentum k=3, not as plain"),
-        ({"steps": 9}, "was begun with --steps 7, not 9; leave out what differs, --resume takes it from the run"),
-        ({"sequence": 32, "batch": 2}, "--sequence 48, not 32, --batch 1, not 2"),
-        ({"seed": 1}, "--seed 0, not 1"),
-        ({"autocast": "bf16"}, "--autocast bf16 False, not True"),
-        ({"lora_rank": 2}, "--lora-rank None, not 2"),
-        ({"distill": True}, "--distill False, not True"),
-        ({"schedule": "leapfrog"}, "--schedule None, not leapfrog"),
-        ({"decay": "constant"}, "--decay linear, not constant"),
-        ({"warmup": 3}, "--warmup 1, not 3"),
-        ({"clip": 0.1}, "--clip 1.0, not 0.1"),
-        ({"pack": False}, "--pack True, not False"),
-        ({"validation_rows": 3}, "--validation-rows 4, not 3"),
+        ({"steps": 9}, "was begun with `steps=7`, not 9; leave out what differs, `resume` takes it from the run"),
+        ({"sequence": 32, "batch": 2}, "`sequence=48`, not 32, `batch=1`, not 2"),
+        ({"seed": 1}, "`seed=0`, not 1"),
+        ({"autocast": "bf16"}, "`autocast=None`, not bf16"),
+        ({"lora_rank": 2}, "`lora_rank=None`, not 2"),
+        ({"distill": True}, "`distill=False`, not True"),
+        ({"schedule": "leapfrog"}, "`schedule=None`, not leapfrog"),
+        ({"decay": "constant"}, "`decay=linear`, not constant"),
+        ({"warmup": 3}, "`warmup=1`, not 3"),
+        ({"clip": 0.1}, "`clip=1.0`, not 0.1"),
+        ({"pack": False}, "`pack=True`, not False"),
+        ({"validation_rows": 3}, "`validation_rows=4`, not 3"),
         ({"model": "gpt2"}, r"another model's name \(llm, now gpt2\)"),
         ({"text": "other.txt"}, r"another data's source \(.*text.txt, now .*other.txt\)"),
     ],
@@ -290,16 +290,16 @@ def test_a_damaged_record(stopped: Path, place: Path, damage: Any, said: str) ->
 
 def test_a_folder_that_is_there(stopped: Path, place: Path) -> None:
     """A run is not written over; nor is anything else, and then nobody is sent to --resume."""
-    with pytest.raises(SettingError, match="go on with its run by --resume"):
+    with pytest.raises(SettingError, match="go on with its run by `resume`"):
         tune(place)
     (stopped / "run.json").unlink()
-    with pytest.raises(SettingError, match="holds no run; name another --out"):
+    with pytest.raises(SettingError, match="holds no run; name another `out`"):
         tune(place)
     with pytest.raises(SettingError, match="holds no run to go on with"):
         tune(place, resume=True)
-    with pytest.raises(SettingError, match="holds no run; name another --out"):
+    with pytest.raises(SettingError, match="holds no run; name another `out`"):
         tune(place, out="text.txt")
-    with pytest.raises(SettingError, match=r"text\.txt cannot be written to; name another --out"):
+    with pytest.raises(SettingError, match=r"text\.txt cannot be written to; name another `out`"):
         tune(place, out="text.txt/run")
 
 

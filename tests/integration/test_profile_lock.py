@@ -27,7 +27,7 @@ def test_two_of_one_name(jobs: list[Job], tmp_path: Path) -> None:
         if "predicting" in what and not seen:
             seen.append(what)
             for resume in (False, True):
-                with pytest.raises(SettingError, match=r"one\.json is in use by process \d+ .*another --name"):
+                with pytest.raises(SettingError, match=r"one\.json is in use by process \d+ .*another `name`"):
                     run(out="records", name="one", resume=resume)
             run("profiled_net:make", "plain", out="records", name="two")
 

@@ -175,7 +175,7 @@ def test_a_run_that_is_killed_is_gone_on_with(folder: Path, jobs: list[Job]) -> 
     done = [r for r in half.results if r.status is Status.MEASURED]
     assert 1 <= len(done) < 3
     assert {r.status for r in half.results} == {Status.MEASURED, Status.PENDING}
-    with pytest.raises(SettingError, match=r"is an interrupted run: go on with it \(--resume\), give .*--name"):
+    with pytest.raises(SettingError, match=r"is an interrupted run: go on with it \(`resume`\), give .*`name`"):
         run("profiled_net:make", *specs, out="records", name="r")
     assert not jobs
     whole = run("profiled_net:make", *specs, out="records", name="r", resume=True)
@@ -216,7 +216,7 @@ def test_a_record_of_another_run_is_not_gone_on_with(jobs: list[Job], folder: Pa
         with pytest.raises(SettingError, match=rf"of another run \(its .*{word}.* differ\); give this one"):
             run("profiled_net:make", "plain", **name, resume=True, **change)
     assert file.read_text() == before
-    with pytest.raises(SettingError, match=r"there is no record .*other\.json to go on with; leave --resume out"):
+    with pytest.raises(SettingError, match=r"there is no record .*other\.json to go on with; leave `resume` out"):
         run("profiled_net:make", "plain", out="records", name="other", resume=True)
 
 

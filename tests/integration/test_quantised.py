@@ -376,7 +376,7 @@ def test_fine_tuning_with_quantised_weights(kind: str, place: Path) -> None:
 
 def test_fine_tuning_of_a_quantised_folder(place: Path) -> None:
     """Adapters train beside it, and are exported merged into what its weights unpack to; all weights are refused."""
-    with pytest.raises(SettingError, match=r"quantised \(bitsandbytes nf4.*do not train.*--lora-rank 16"):
+    with pytest.raises(SettingError, match=r"quantised \(bitsandbytes nf4.*do not train.*`lora_rank=16`"):
         tune(place, "refused", model="nf4")
     with pytest.raises(SettingError, match="quantised already"):
         tune(place, "refused", model="nf4", lora_rank=4, quantize="nf4")

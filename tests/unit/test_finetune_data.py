@@ -270,7 +270,7 @@ def test_of_few_texts_the_last_part_of_each_is_held_out() -> None:
 def test_texts_too_short_to_hold_any_out_are_refused() -> None:
     """A tenth of them would be a token or none, which is nothing to validate on."""
     for short in ("tiny", "a dozen bytes"):
-        with pytest.raises(DataError, match=r"too short to hold any of it out.*--validation FILE"):
+        with pytest.raises(DataError, match=r"too short to hold any of it out.*`validation`"):
             split(texts(short))
     training, held = split(texts("tiny", "c" * 40))
     assert [len(example.ids) for example in held] == [0, 4]

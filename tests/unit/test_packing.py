@@ -145,7 +145,7 @@ def test_a_completion_behind_the_end_of_a_row_is_nothing_to_learn(packed: bool) 
     rows = make_rows([far, near], 10, packed)
     assert ids_in(rows.rows) == list(range(100, 110))
     assert rows.truncated == 2
-    with pytest.raises(DataError, match=r"within 10 tokens there is nothing left to learn.*longer --sequence"):
+    with pytest.raises(DataError, match=r"within 10 tokens there is nothing left to learn.*longer `sequence`"):
         make_rows([far], 10, packed)
 
 

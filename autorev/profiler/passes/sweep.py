@@ -106,7 +106,7 @@ def largest(measure: Callable[[int, int], Point], start: int, sweep: Sweep, budg
             break
         seconds = (points[low].step_seconds or 0.0) * value / low
         if seconds > sweep.longest_step:
-            reason = f"a step of {value:,} would take about {seconds:.0f} s; --longest-step allows more"
+            reason = f"a step of {value:,} would take about {seconds:.0f} s; `longest_step` allows more"
             break
         if fits(value):
             low = value
