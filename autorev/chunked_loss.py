@@ -20,6 +20,7 @@ from torch import nn
 from autorev.capture.quantised import is_quantised
 from autorev.detection import call_of
 from autorev.engine.eval_mode import eval_mode
+from autorev.engine.undisturbed import undisturbed
 from autorev.errors import ConversionError
 from autorev.integrations.peft import base_model
 from autorev.integrations.transformers import decoder_inputs, output_head
@@ -89,7 +90,7 @@ def _kind_of_loss(model: nn.Module, head: nn.Linear) -> tuple[bool, bool]:
         with _head_replaced(head, made_up):
             return float(model(**call, **more).loss)
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model):
+    with undisturbed(model), torch.no_grad(), eval_mode(model):
         _, call = call_of(model, None, "convert")
         call = {k: v[:, :_CHECKED_TOKENS] if k in _TOKENS else v for k, v in call.items()}
         labels = call["labels"]

@@ -18,7 +18,7 @@ from autorev.detect.chains import Detection, detect
 from autorev.errors import AutorevError, CaptureError, first_line
 from autorev.integrations.accelerate import fetched
 from autorev.integrations.example_call import example_call_for
-from autorev.integrations.transformers import is_transformers
+from autorev.integrations.transformers import is_transformers, without_cache
 from autorev.workload import Call
 
 
@@ -28,14 +28,14 @@ def call_of(model: nn.Module, batch: Any, function: str) -> Call:
     Args:
         model: of any kind; a `transformers` model needs no batch, which is then derived from its config.
         batch: a dict of keyword arguments, a tuple (or list) of positional ones, a pair `(args, kwargs)` of both, one
-            tensor, or None.
+            tensor, or None. A `transformers` model is told to fill no cache where the batch does not say.
 
     Raises:
         CaptureError: there is no batch and it is a model of another kind, FSDP1 has flattened its parameters, or the
             names of keyword arguments are no text.
     """
     if batch is not None:
-        return _given(batch, function)
+        return without_cache(model, _given(batch, function))
 
     refuse_flattened(model)
     if is_transformers(model):

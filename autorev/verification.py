@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from autorev.conversion.convert import chains_of
 from autorev.detection import call_of
@@ -25,6 +24,7 @@ from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import without_cache
+from autorev.losses import floating_outputs, returned_loss
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative gradient error that passes, by the narrowest dtype among the parameters."""
@@ -101,20 +101,20 @@ def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.T
 def verify_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[[Any], torch.Tensor] | None = None
 ) -> Verification:
-    """`verify` on the call `model(*args, **kwargs)`, without a word."""
+    """`verify` on the call `model(*args, **kwargs)`, without printing."""
     _check_converted(model)
     scalar = loss or _default_loss
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in named]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ConversionError(f"no parameter of {type(model).__name__} requires a gradient; unfreeze some")
 
-    def run(how: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+    def run(how: str) -> tuple[float, Gradients]:
         with running(how), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
             value = _checked(scalar(model(*args, **kwargs)))
             if how == ORIGINAL:
-                return float(value.detach()), ()
-            return float(value.detach()), torch.autograd.grad(value, parameters, allow_unused=True)
+                return float(value.detach()), {}
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            return float(value.detach()), dict(zip(parameters, found, strict=True))
 
     args, kwargs = without_cache(model, (args, kwargs))
     with observing() as observed:
@@ -123,58 +123,85 @@ def verify_call(
     oracle_loss, expected = run(ORACLE)
     with torch.no_grad():
         original_loss, _ = run(ORIGINAL)
-    return _compared(named, own, expected, (own_loss, oracle_loss, original_loss), observed.drifts, rebuilt)
+    losses = (own_loss, oracle_loss, original_loss)
+    return _verdict(list(parameters.values()), compare(own, expected), losses, observed.drifts, rebuilt)
 
 
-def _compared(
-    named: list[tuple[str, nn.Parameter]],
-    own: tuple[torch.Tensor | None, ...],
-    expected: tuple[torch.Tensor | None, ...],
+Gradients = Mapping[str, torch.Tensor | None]
+"""By the parameter's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of gradients from those that they should be."""
+
+    error: float
+    """|g - g_reference| / |g_reference| over all parameters; a gradient that one of the two lacks is all error."""
+    cosine: float
+    by_parameter: dict[str, float]
+    """Relative errors of those that both have."""
+    missing: tuple[str, ...]
+    """Parameters that get a gradient from one of the two and none from the other."""
+    size: float
+    """|g_reference|."""
+
+
+def compare(found: Gradients, reference: Gradients) -> Difference:
+    """How far gradients are from a reference's."""
+    off = norm = own = dot = 0.0
+    errors: dict[str, float] = {}
+    missing = []
+    for name in dict.fromkeys((*reference, *found)):
+        mine, theirs = found.get(name), reference.get(name)
+        a, b = (None if g is None else g.double() for g in (mine, theirs))
+        if a is None or b is None:
+            present = a if b is None else b
+            if present is None:
+                continue
+            missing.append(name)
+            a, b = (torch.zeros_like(present) if g is None else g for g in (a, b))
+        difference, size = float((a - b).square().sum()), float(b.square().sum())
+        off, norm, own, dot = off + difference, norm + size, own + float(a.square().sum()), dot + float((a * b).sum())
+        if name not in missing:
+            errors[name] = math.sqrt(difference / size) if size else math.sqrt(difference)
+    return Difference(
+        error=math.sqrt(off / norm) if norm else math.sqrt(off),
+        cosine=dot / math.sqrt(norm * own) if norm and own else 0.0,
+        by_parameter=errors,
+        missing=tuple(missing),
+        size=math.sqrt(norm),
+    )
+
+
+def _verdict(
+    parameters: list[nn.Parameter],
+    found: Difference,
     losses: tuple[float, float, float],
     found_drift: dict[str, float],
     rebuilt: dict[str, int],
 ) -> Verification:
-    off = norm = dot = own_norm = 0.0
-    errors: list[tuple[str, float]] = []
-    missing = []
-    for (name, _), mine, theirs in zip(named, own, expected, strict=True):
-        if theirs is None and mine is None:
-            continue
-        if mine is None or theirs is None:
-            missing.append(name)
-            continue
-        a, b = mine.double(), theirs.double()
-        difference, size = float((a - b).square().sum()), float(b.square().sum())
-        off, norm, own_norm, dot = (
-            off + difference,
-            norm + size,
-            own_norm + float(a.square().sum()),
-            dot + float((a * b).sum()),
-        )
-        errors.append((name, math.sqrt(difference / size) if size else math.sqrt(difference)))
-    if not norm and any(hasattr(p, "placements") for _, p in named):
+    if not found.size and any(hasattr(p, "placements") for p in parameters):
         raise ConversionError(
             "the parameters are sharded, and their gradients are collected past autograd, where nothing can compare "
             "them; verify the model before fully_shard. autorev.drift(model) is 0 for a sharded model, too, when every "
             "block was rebuilt exactly"
         )
-    if not norm:
+    if not found.size:
         raise ConversionError("every gradient of the oracle is zero, so there is nothing to compare; use another batch")
-    error = math.sqrt(off / norm)
-    narrowest = min((p.dtype for _, p in named), key=lambda dtype: torch.finfo(dtype).bits)
+    narrowest = min((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).bits)
     tolerance = TOLERANCE.get(narrowest, TOLERANCE[torch.bfloat16])
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         tolerance = max(tolerance, TOLERANCE[torch.bfloat16])
     same_loss = abs(losses[0] - losses[1]) <= tolerance * max(abs(losses[1]), 1e-3)
     return Verification(
-        passed=error <= tolerance and not missing and all(rebuilt.values()) and same_loss,
+        passed=found.error <= tolerance and not found.missing and all(rebuilt.values()) and same_loss,
         loss=losses[0],
         oracle_loss=losses[1],
         original_loss=losses[2],
-        gradient_error=error,
-        gradient_cosine=dot / math.sqrt(norm * own_norm) if own_norm else 0.0,
-        worst=tuple(sorted(errors, key=lambda item: -item[1])[:5]),
-        missing=tuple(missing),
+        gradient_error=found.error,
+        gradient_cosine=found.cosine,
+        worst=tuple(sorted(found.by_parameter.items(), key=lambda item: -item[1])[:5]),
+        missing=found.missing,
         drift=found_drift,
         tolerance=tolerance,
         rebuilt=rebuilt,
@@ -195,10 +222,11 @@ def _checked(loss: Any) -> torch.Tensor:
 
 
 def _default_loss(returned: Any) -> torch.Tensor:
-    loss = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
-    if isinstance(loss, torch.Tensor):
+    """Not the mean, as a step is measured with: behind a norm that has a gradient of zero."""
+    loss = returned_loss(returned)
+    if loss is not None:
         return loss
-    wide = [t.double() for t in tree_leaves(returned) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    wide = [tensor.double() for tensor in floating_outputs(returned)]
     if not wide:
         raise ConversionError("the model returned no floating tensor; pass loss=, a function of what it returns")
     return torch.stack([t.square().mean() for t in wide]).sum()

@@ -24,7 +24,7 @@ from autorev.capture.own_mode import OwnFakeMode
 from autorev.capture.plain import plain_state, refuse_flattened
 from autorev.capture.quantised import bytes_inside, on_packed_memory, quantised_linears, stand_in_for
 from autorev.capture.streams import own_streams
-from autorev.errors import CaptureError
+from autorev.errors import CaptureError, one_line
 from autorev.hush import logs_hushed
 from autorev.integrations.quirks import quirks
 
@@ -76,7 +76,7 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
         raise
     except Exception as error:
         raise CaptureError(
-            f"cannot copy {type(value).__name__} onto fake tensors ({type(error).__name__}: {error}); "
+            f"cannot copy {type(value).__name__} onto fake tensors ({one_line(error)}); "
             "autorev analyses a copy so that the model itself stays untouched: make it copyable with copy.deepcopy"
         ) from error
 

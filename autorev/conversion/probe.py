@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from autorev.engine.eval_mode import eval_mode
 from autorev.engine.grid import COARSEST_FOR_INPUT, USUAL_FRACTION_BITS
 from autorev.engine.modules import is_fake
 from autorev.engine.undisturbed import undisturbed
-from autorev.errors import AutorevError, ConversionError
+from autorev.errors import AutorevError, ConversionError, one_line
 from autorev.integrations.accelerate import fetched
 
 HEAD_ROOM = 16.0
@@ -58,7 +57,7 @@ def choose_grids(
     for chain in unknown:
         chain.arithmetic, chain.magnitudes = Floating(), Magnitudes()
     try:
-        with _in_eval_mode(model):
+        with undisturbed(model), torch.no_grad(), eval_mode(model):
             try:
                 model(*args, **kwargs)
             except AutorevError:
@@ -66,7 +65,7 @@ def choose_grids(
             except Exception as error:
                 raise ConversionError(
                     f"the converted {type(model).__name__} could not be run on the example call in eval mode without "
-                    f"gradients ({type(error).__name__}: {error}); give fraction_bits, or use arithmetic='float'"
+                    f"gradients ({one_line(error)}); give fraction_bits, or use arithmetic='float'"
                 ) from error
         unseen = [chain.name for chain in unknown if chain.magnitudes is not None and chain.magnitudes.largest == 0]
         for chain in unknown:
@@ -90,10 +89,3 @@ def _bits_for(chain: ReversibleChain) -> int:
             "blocks that make it so large, or use a coupling with |gamma| = 1 in arithmetic='float'"
         )
     return bits
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without gradients; everything else is afterwards as before."""
-    with undisturbed(model), torch.no_grad(), eval_mode(model):
-        yield

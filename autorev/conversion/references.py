@@ -17,7 +17,7 @@ from torch import nn
 from autorev.conversion import config_entry
 from autorev.conversion.convert import chains_of, convert
 from autorev.engine.eval_mode import eval_mode
-from autorev.errors import AutorevError, ConversionError
+from autorev.errors import AutorevError, ConversionError, one_line
 from autorev.integrations.peft import name_in_base
 from autorev.integrations.trainers import (
     compares,
@@ -214,11 +214,10 @@ def _check_precomputed(trainer: Any) -> None:
             found = reference_log_probs(trainer, _MOST_ROWS)
     except Exception as error:  # TRL's versions differ
         logging.getLogger("autorev").warning(
-            "whether %s hold the coupled reference's log-probabilities could not be looked at (%s: %s); they do if the "
+            "whether %s hold the coupled reference's log-probabilities could not be looked at (%s); they do if the "
             "model was converted before the trainer was made, and nothing of an earlier run was cached",
             ", ".join(columns),
-            type(error).__name__,
-            error,
+            one_line(error),
         )
         return
     for name, values in zip(columns, found, strict=False):

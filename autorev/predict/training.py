@@ -11,9 +11,9 @@ from torch import nn
 from autorev.analysis import Setting
 from autorev.capture.quantised import linear_sizes
 from autorev.chunked_loss import head_of, linear_loss, run_without_logits
-from autorev.detect.ends import flatten_with_path
 from autorev.errors import SettingError
 from autorev.integrations.transformers import output_head
+from autorev.losses import floating_outputs, returned_loss
 from autorev.workload import Call
 
 NO_LABELS = "the batch holds no labels, so there is no loss to compute in chunks"
@@ -119,14 +119,10 @@ def own_loss(model: nn.Module, call: Call) -> torch.Tensor:
     """
     args, kwargs = call
     out = model(*args, **kwargs)
-    loss = getattr(out, "loss", None)
-    if isinstance(loss, torch.Tensor):
+    loss = returned_loss(out)
+    if loss is not None:
         return loss
-    tensors = [
-        leaf
-        for _, leaf in flatten_with_path(out)
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.requires_grad
-    ]
+    tensors = [tensor for tensor in floating_outputs(out) if tensor.requires_grad]
     if not tensors:
         raise SettingError(f"no output of {type(model).__name__} depends on a trainable parameter: nothing to train")
     total = tensors[0].mean()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from autorev.engine.undisturbed import undisturbed
 from autorev.errors import AutorevError, first_line
 from autorev.format import format_bytes
 from autorev.methods import Method
@@ -66,7 +67,7 @@ class Schedule:
         assert self.subject.live is not None
         threads = torch.get_num_threads()
         try:
-            with torch.random.fork_rng():
+            with undisturbed(self.subject.live[0]):
                 return measure(job, copy.deepcopy(self.subject.live))
         finally:
             torch.set_num_threads(threads)

@@ -17,7 +17,6 @@ from autorev.detection import call_of, detect_in
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
 from autorev.in_place import Blocks
-from autorev.integrations.transformers import without_cache
 from autorev.models.load import has_weights, tokenizer_of
 from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
@@ -111,7 +110,7 @@ def live_subject(model: nn.Module, batch: Any, profile: DeviceProfile, wanted: d
     Raises:
         AutorevError: the model cannot be called with that batch.
     """
-    call = without_cache(model, call_of(model, batch, "profile"))
+    call = call_of(model, batch, "profile")
     if wanted["sequence"] is not None:
         raise SettingError("a model in user code is profiled on the batch that it is given; leave sequence out")
     if checkpoints_itself(model):

@@ -23,7 +23,7 @@ from autorev.detect.ends import replace_leaf
 from autorev.detect.judge import Finding, judge
 from autorev.engine.chain import ReversibleChain, one_pass
 from autorev.engine.step import Branch
-from autorev.errors import AutorevError, ConversionError
+from autorev.errors import AutorevError, ConversionError, one_line
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward
 from autorev.rewrite.watch import Watch
@@ -174,7 +174,7 @@ def fake_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise
     except Exception as error:
         raise ConversionError(
-            f"{type(block).__name__} cannot be analysed as it is called now ({type(error).__name__}: {error}); use "
+            f"{type(block).__name__} cannot be analysed as it is called now ({one_line(error)}); use "
             "granularity='block', or exclude it"
         ) from error
 

@@ -17,7 +17,6 @@ from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 import autorev
 from autorev.detection import call_of
 from autorev.errors import SettingError
-from autorev.integrations.transformers import without_cache
 from autorev.profiler.job import Job
 from autorev.profiler.launch import run_in_fresh_process
 from autorev.profiler.record import Profile, Status
@@ -37,9 +36,9 @@ def test_a_tokenizers_batch_is_profiled_without_a_cache() -> None:
     )  # fmt: skip
     model, ids = LlamaForCausalLM(config), torch.randint(0, 99, (2, 16))
     batch = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    assert without_cache(model, call_of(model, batch, "profile"))[1]["use_cache"] is False
+    assert call_of(model, batch, "profile")[1]["use_cache"] is False
     assert (
-        without_cache(model, call_of(model, {**batch, "use_cache": True}, "profile"))[1]["use_cache"] is True
+        call_of(model, {**batch, "use_cache": True}, "profile")[1]["use_cache"] is True
     )  # it was asked for
     record = autorev.profile(model, batch, predict=True)
     known = {result.method.spec for result in record.results if result.prediction is not None}

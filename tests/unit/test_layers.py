@@ -19,7 +19,7 @@ LAYERS = """
     analysis intact
     commands detect profiles words
     advice models rewrite
-    detection
+    detection losses
     chunked_loss
     predict
     conversion pipeline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,15 +9,14 @@ import torch
 from torch import nn
 
 from autorev.engine.eval_mode import eval_mode
+from autorev.engine.undisturbed import undisturbed
 from autorev.in_place import Blocks, in_place
 from autorev.methods import Method
 from autorev.predict.training import own_loss
 from autorev.profiler.passes.prepare import on_tokens
 from autorev.profiler.readings import Fidelity
-from autorev.verification import verify_call
+from autorev.verification import Gradients, compare, verify_call
 from autorev.workload import Call
-
-Gradients = dict[str, torch.Tensor]
 
 
 def measure_fidelity(
@@ -29,7 +27,7 @@ def measure_fidelity(
     A reversible method's gradients are compared with the oracle (the same coupling under ordinary autograd), any
     other's with those of plain autograd. `texts` are token ids [1, length]; without any, the losses are the call's.
     """
-    with _undisturbed(model):
+    with undisturbed(model), _without_gradients(model):
         original = _loss(model, call, texts)
         if method.name == "plain" and method.loss == "full":  # it is what the others are compared with
             return Fidelity("plain", 0.0, 1.0, {}, original, original, sum(ids.numel() for ids in texts))
@@ -41,8 +39,8 @@ def measure_fidelity(
                 against, error, cosine = "oracle", found.gradient_error, found.gradient_cosine
                 drift = found.drift
             else:
-                error, cosine = _distance(_gradients(model, call), reference)
-                against, drift = "plain", {}
+                difference = compare(_gradients(model, call), reference)
+                against, error, cosine, drift = "plain", difference.error, difference.cosine, {}
     return Fidelity(
         against=against,
         gradient_error=error,
@@ -71,31 +69,9 @@ def _gradients(model: nn.Module, call: Call) -> Gradients:
     return found
 
 
-def _distance(mine: Gradients, reference: Gradients) -> tuple[float, float]:
-    """Relative error and cosine; a gradient that one of the two lacks is an error of all of it."""
-    off = norm = own = dot = 0.0
-    for name in mine.keys() | reference.keys():
-        a, b = mine.get(name), reference.get(name)
-        a = torch.zeros_like(b) if a is None and b is not None else a
-        b = torch.zeros_like(a) if b is None and a is not None else b
-        assert a is not None and b is not None
-        x, y = a.double(), b.double()
-        off += float((x - y).square().sum())
-        norm, own, dot = norm + float(y.square().sum()), own + float(x.square().sum()), dot + float((x * y).sum())
-    if not norm:
-        return math.sqrt(off), 0.0
-    return math.sqrt(off / norm), dot / math.sqrt(norm * own) if own else 0.0
-
-
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            model.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
