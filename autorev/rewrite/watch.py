@@ -229,15 +229,10 @@ class Watch(TorchFunctionMode):
 
     def _leaf(self, function: Callable[..., Any], args: Any, kwargs: Any, in_place: bool) -> Any:
         """Run `function` unwatched, and write it down as one call."""
-        if self.paused or self.recording is None:
-            self.paused += 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.paused -= 1
+        recording = None if self.paused else self.recording
         self.paused += 1
         try:
-            return self.recording.call(function, args, kwargs, in_place)
+            return function(*args, **kwargs) if recording is None else recording.call(function, args, kwargs, in_place)
         finally:
             self.paused -= 1
 

@@ -6,6 +6,7 @@ python -m pytest tests/engine/test_checkpoint_around.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -51,7 +52,8 @@ def test_checkpointing_around_the_whole_model(reentrant: bool, setting: Setting)
 
 
 @pytest.mark.parametrize("preserved", [True, False])
-def test_two_passes_of_one_input_under_checkpoints(preserved: bool) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_passes_of_one_input_under_checkpoints(threads: int, preserved: bool) -> None:
     """As in R-Drop, with signs that are drawn (bdia): each pass has its own again in backward, or that is refused."""
     model = converted(EXACT, lambda: Chain(*(hand.Block() for _ in range(4))), states(EXACT), method="bdia")
     x = states(EXACT, 3)
@@ -59,7 +61,10 @@ def test_two_passes_of_one_input_under_checkpoints(preserved: bool) -> None:
     def run(forward: Callable[[torch.Tensor], torch.Tensor]) -> Results:
         model.zero_grad(set_to_none=True)
         torch.manual_seed(1)
-        loss = mean_square(forward(x)) + forward(x).pow(3).mean()
+        first = forward(x)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(forward, x).result() if threads == 2 else forward(x)
+        loss = mean_square(first) + second.pow(3).mean()
         loss.backward()
         return {"loss": loss.detach(), **gradients_of(model)}
 
