@@ -26,6 +26,11 @@ class OwnMode(TorchDispatchMode):
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._uncompiled: list[ExitStack] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would switch its compiler off around each operation, where it is switched off already."""
+        return False
+
     def __enter__(self) -> Any:
         self._uncompiled.append(_uncompiled())
         _push_mode(self)

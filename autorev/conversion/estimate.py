@@ -104,7 +104,7 @@ class Estimate:
         with torch.inference_mode(False), torch.enable_grad(), mode:
             call = fake_copy(self.call, mode)
             layout = layout_of(list(self.chains), list(self.others), self.twin).under(method)
-            return layout, simulate(self.twin, call, layout, method, own_loss)
+            return layout, simulate(self.twin, call, layout, method, own_loss, counting_work=False)
 
 
 def _storing(method: Method, keep_last: int | tuple[int, ...]) -> Method:

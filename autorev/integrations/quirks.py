@@ -96,6 +96,8 @@ def real_numbers_stay() -> Iterator[None]:
 
     class RealNumbers(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if args and isinstance(args[0], FakeTensor):  # most of the time; nothing is looked for among the others
+                return func(*args, **(kwargs or {}))
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             real = bool(tensors) and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors)
             with unset_fake_temporarily() if real else nullcontext():

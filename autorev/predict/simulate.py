@@ -211,12 +211,13 @@ def simulate(
     layout: Layout,
     method: Method,
     loss_of: Callable[[nn.Module, Call], torch.Tensor],
+    counting_work: bool = True,
 ) -> StepTrace:
-    """One forward and backward pass of `twin` under `method`.
+    """One forward and backward pass of `twin` under `method`; without `counting_work` its memory alone.
 
     The twin's forwards are patched while it runs and restored afterwards; gradients are dropped.
     """
-    tracker = MemoryTracker()
+    tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
         stack.enter_context(without_caches(twin))

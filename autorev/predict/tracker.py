@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -28,6 +29,7 @@ from autorev.capture.own_mode import OwnMode
 from autorev.capture.quantised import held_by
 
 aten = torch.ops.aten
+_device_of = torch.ops.prim.device.default
 _cpu_attention = aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_attention_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -74,7 +76,7 @@ class Live:
 class MemoryTracker(OwnMode):
     """See the module's docstring. Enter it after the fake mode, and build nothing before `adopt`ing it."""
 
-    def __init__(self) -> None:
+    def __init__(self, counting_work: bool = True) -> None:
         super().__init__()
         self.live: dict[int, Live] = {}
         self.segments: list[Segment] = []
@@ -82,7 +84,7 @@ class MemoryTracker(OwnMode):
         self.label = Category.OTHER
         self.owner = ""
         self.gradients: set[int] = set()
-        self.counting_work = True
+        self.counting_work = counting_work
         self._hooks: list[Any] = []
         self._history: list[tuple[Segment, Live, int]] = []
         """Births and deaths; which of them are of weights is known when the step is over."""
@@ -207,6 +209,8 @@ class MemoryTracker(OwnMode):
     # -- operations ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _device_of and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # autograd's engine asks for it more often than it computes
         with torch._C.DisableTorchFunction():  # function modes have seen what the model called, and are slow
             return self._counted(func, args, kwargs or {})
 
