@@ -19,8 +19,8 @@ from autorev.conversion.summary import Conversion
 from autorev.errors import ConversionError
 from autorev.host_store import HostStore
 from autorev.methods import Method
-from autorev.predict.baselines import selective_policy
-from autorev.predict.training import NO_LABELS
+from autorev.prediction.baselines import selective_policy
+from autorev.prediction.training import NO_LABELS
 from autorev.workload import Call
 
 

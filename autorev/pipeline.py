@@ -26,10 +26,10 @@ from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingErr
 from autorev.models.load import has_weights
 from autorev.models.quantization import predicted_quantised
 from autorev.models.resolve import resolve
-from autorev.predict.forecast import PROBES, Forecaster, walks_through_sequence
-from autorev.predict.frontier import Exploration, explore, sweeps
-from autorev.predict.simulate import layout_of
-from autorev.predict.training import DTYPES, choose_trained
+from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
+from autorev.prediction.frontier import Exploration, explore, sweeps
+from autorev.prediction.simulate import layout_of
+from autorev.prediction.training import DTYPES, choose_trained
 from autorev.profiles import load_device
 from autorev.workload import Call, Workload, check_step
 
@@ -164,7 +164,7 @@ def _detect_on_twin(twin: nn.Module, call: Call, progress: Progress) -> Detectio
     return detect(recorded)
 
 
-def forecast(
+def predict(
     model: str | os.PathLike[str] | Workload | None = None, *, trust_remote_code: bool = False, **setting: Any
 ) -> Analysis:
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
@@ -175,7 +175,7 @@ def forecast(
 
     if isinstance(model, nn.Module):
         raise SettingError(
-            "autorev.forecast builds its model without weights, from a name, a folder or a Workload. Of a model "
+            "autorev.predict builds its model without weights, from a name, a folder or a Workload. Of a model "
             "that is there already, autorev.analyze(model) finds the blocks, and autorev.profile(model, batch, "
             "predict=True) predicts a step"
         )

@@ -10,6 +10,7 @@ import click
 
 from autorev.cli.group import COUNT, main, progress, trust_remote_code
 from autorev.cli.output import say
+from autorev.methods import Method
 
 
 @main.command(short_help="Check a converted model's gradients against ordinary autograd.")
@@ -56,19 +57,20 @@ def verify(
       autorev verify my_folder --method leapfrog:arithmetic=float
       autorev verify my_package.model:make --json
     """
+    how = Method.parse(method)  # before anything slow
     with progress() as tell, redirect_stdout(sys.stderr):
         tell("loading the model", 0.0)
         import torch
 
         from autorev.conversion.convert import convert
         from autorev.models.load import load_model
-        from autorev.predict.training import DTYPES
+        from autorev.prediction.training import DTYPES
         from autorev.verification import verify_call
 
         precision = {**DTYPES, "fp64": torch.float64}[dtype]
         loaded = load_model(model, precision, batch, sequence, trust_remote_code=trust_remote_code)
         tell("converting", 0.3)
-        conversion = convert(loaded.model, loaded.call, method=method)
+        conversion = convert(loaded.model, loaded.call, method=how)
         tell("running both ways", 0.6)
         found = verify_call(loaded.model, *loaded.call)
     if as_json:

@@ -194,7 +194,9 @@ def _coupling(method: str | Method, **options: Any) -> Method:
     if not how.reversible:
         raise ConversionError(f"{how.name} is no coupling; choose one of {', '.join(PRESETS)}")
     if how.loss != "full":
-        raise ConversionError("a conversion leaves the loss as it is: call autorev.chunk_loss(model), too")
+        raise ConversionError(
+            "a coupling leaves the loss as it is; call autorev.chunk_loss(model), too, and leave loss=chunked out"
+        )
     return how
 
 

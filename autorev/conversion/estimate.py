@@ -19,9 +19,9 @@ from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
 from autorev.errors import AutorevError, ConversionError, first_line, message_of
 from autorev.methods import Method
-from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
-from autorev.predict.stored import blocks_to_store, grown_kept, grown_peak
-from autorev.predict.training import own_loss
+from autorev.prediction.simulate import Layout, StepTrace, layout_of, simulate
+from autorev.prediction.stored import blocks_to_store, grown_kept, grown_peak
+from autorev.prediction.training import own_loss
 from autorev.workload import Call
 
 PLAIN, CHECKPOINT = Method("plain"), Method("checkpoint")

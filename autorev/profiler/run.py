@@ -17,7 +17,7 @@ from autorev.files import path_of
 from autorev.lock import held
 from autorev.methods import Method, parse_methods
 from autorev.models.load import load_model
-from autorev.predict.training import DTYPES
+from autorev.prediction.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
 from autorev.profiler.options import SweepRequest, check_options, check_sweeps
 from autorev.profiler.passes.sweep import standing_bytes

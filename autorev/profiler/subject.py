@@ -21,7 +21,7 @@ from autorev.models.load import has_weights, tokenizer_of
 from autorev.models.quantization import cannot_train
 from autorev.models.resolve import is_embedded, resolve
 from autorev.pipeline import prepare
-from autorev.predict.forecast import Forecaster
+from autorev.prediction.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile

@@ -152,7 +152,7 @@ def test_activations_that_are_not_finite_are_refused_and_the_model_is_untouched(
 
 def test_a_model_without_an_example_is_refused() -> None:
     """The message says what to pass."""
-    with pytest.raises(AutorevError, match="example_args"):
+    with pytest.raises(AutorevError, match="needs a batch"):
         autorev.convert(small())
     with pytest.raises(ConversionError, match=r"torch\.nn\.Module"):
         autorev.convert(small)  # type: ignore[arg-type]

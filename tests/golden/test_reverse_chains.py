@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
-import autorev
 from autorev.engine.mode import running
 from autorev.errors import CaptureError, ConversionError
+from autorev.fx.reverse import ReverseChains
 from tests.golden.test_fx_pass import GPT, IDS, Block, PostNorm, Scaled, exported, traced
 
 WAYS: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
@@ -67,7 +67,7 @@ def test_the_code_before_and_after() -> None:
     """
     assert code(gm) == dedent(before).strip()
 
-    result = autorev.ReverseChains((IDS,))(gm)
+    result = ReverseChains((IDS,))(gm)
 
     after = """
         def forward(self, ids : torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_the_code_before_and_after() -> None:
 def test_the_code_of_an_opened_graph_after() -> None:
     """Where the tracer went into the blocks, each residual add ends a step."""
     gm = graph_of("traced")
-    autorev.ReverseChains((IDS,))(gm)
+    ReverseChains((IDS,))(gm)
     calls = [str(node.target) for node in gm.graph.nodes if node.op == "call_module"]
     assert calls == ["wte", "wpe", *(f"reversible_0_{step}" for step in range(4)), "ln_f", "lm_head"]
 
@@ -106,7 +106,7 @@ def test_gradients_are_the_oracle_s(way: str, options: dict[str, Any]) -> None:
     """One step of the rewritten graph, against the same coupling under ordinary autograd."""
     gm = graph_of(way)
     plain = gm(IDS)
-    autorev.ReverseChains((IDS,), **options)(gm)
+    ReverseChains((IDS,), **options)(gm)
 
     loss, found = gradients(gm, "reversible")
     expected_loss, expected = gradients(gm, "oracle")
@@ -125,7 +125,7 @@ def test_nothing_of_the_user_s_is_renamed(way: str) -> None:
     """The state_dict's keys and the parameters stay the same objects."""
     gm = graph_of(way)
     keys, parameters = list(gm.state_dict()), {id(p) for p in gm.parameters()}
-    autorev.ReverseChains((IDS,))(gm)
+    ReverseChains((IDS,))(gm)
     assert list(gm.state_dict()) == keys
     assert {id(p) for p in gm.parameters()} == parameters
 
@@ -134,9 +134,9 @@ def test_nothing_of_the_user_s_is_renamed(way: str) -> None:
 def test_a_second_application_changes_nothing(way: str) -> None:
     """The pass says so, and fits into a PassManager."""
     gm = graph_of(way)
-    assert PassManager([autorev.ReverseChains((IDS,))])(gm).modified
+    assert PassManager([ReverseChains((IDS,))])(gm).modified
     before = code(gm)
-    result = autorev.ReverseChains((IDS,))(gm)
+    result = ReverseChains((IDS,))(gm)
     assert result is not None
     assert not result.modified
     assert code(gm) == before
@@ -147,7 +147,7 @@ def test_a_graph_without_an_eligible_chain_stays_as_it_is(block: type[nn.Module]
     """`modified` is False, and the code is the same."""
     gm = graph_of("traced", block)
     before = code(gm)
-    result = autorev.ReverseChains((IDS,))(gm)
+    result = ReverseChains((IDS,))(gm)
     assert result is not None
     assert not result.modified
     assert code(gm) == before
@@ -156,7 +156,7 @@ def test_a_graph_without_an_eligible_chain_stays_as_it_is(block: type[nn.Module]
 def test_a_copy_runs_its_own_weights() -> None:
     """deepcopy of a rewritten graph does not refer to the original's parameters."""
     gm = graph_of("traced")
-    autorev.ReverseChains((IDS,))(gm)
+    ReverseChains((IDS,))(gm)
     other = copy.deepcopy(gm)
     before = gm(IDS)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_a_failing_probe_leaves_the_graph_as_it_was() -> None:
     with torch.no_grad():
         gm.get_submodule("h.0.mlp.up").weight[0, 0] = torch.nan
     with pytest.raises(ConversionError, match="not finite"):
-        autorev.ReverseChains((IDS,))(gm)
+        ReverseChains((IDS,))(gm)
     assert code(gm) == before
     assert [name for name, _ in gm.named_modules()] == modules
 
@@ -183,9 +183,9 @@ def test_bad_requests_are_refused_before_anything_is_rewritten() -> None:
     gm = graph_of("traced")
     before = code(gm)
     with pytest.raises(CaptureError, match="shape of input ids"):
-        autorev.ReverseChains()(gm)
+        ReverseChains()(gm)
     with pytest.raises(ConversionError, match="n / 2"):
-        autorev.ReverseChains((IDS,), gamma=0.1)(gm)
+        ReverseChains((IDS,), gamma=0.1)(gm)
     with pytest.raises(ConversionError, match="choose one of"):
-        autorev.ReverseChains((IDS,), method="sideways")
+        ReverseChains((IDS,), method="sideways")
     assert code(gm) == before

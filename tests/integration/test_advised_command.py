@@ -19,6 +19,7 @@ from autorev.advice.predicted import recommend_for
 from autorev.analysis import Setting
 from autorev.cli import main
 from autorev.commands import SPEC, training_command
+from autorev.finetuning.record import FineTuning
 from tests.helpers.tiny_llm import tiny_llm
 
 SETTING = Setting(4, 96, "fp32", "adamw", "lora", 4, "full", "cpu")
@@ -28,7 +29,7 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
     """Model, sizes, adapters and `keep_last` are those of the prediction, and so is the allocator's peak."""
     monkeypatch.chdir(tmp_path)
     tiny_llm(tmp_path / "a model", blocks=6)
-    found = autorev.forecast("a model", batch=4, sequence=96, dtype="fp32", device="cpu", trains="lora", lora_rank=4)
+    found = autorev.predict("a model", batch=4, sequence=96, dtype="fp32", device="cpu", trains="lora", lora_rank=4)
     assert found.setting == SETTING
     momentum = found.prediction("momentum")
     assert momentum is not None
@@ -41,7 +42,7 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
     assert "momentum:k=3,keep_last=0" in options
     done = CliRunner().invoke(main, ["finetune", *options, "--json", "--out", "run"])
     assert done.exit_code == 0, done.output
-    record = autorev.FineTuning.read(tmp_path / "run" / "run.json")
+    record = FineTuning.read(tmp_path / "run" / "run.json")
     assert record.peak_bytes == pytest.approx(momentum.peak_bytes, rel=0.02)
 
 

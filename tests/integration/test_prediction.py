@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers as hf
+from autorev.prediction.methods import METHODS, Method
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,9 +25,8 @@ from autorev.analysis import RESERVE_BYTES, Analysis, Category, Prediction
 from autorev.errors import SettingError
 from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare
-from autorev.predict.forecast import Forecaster
-from autorev.predict.frontier import explore
-from autorev.predict.methods import METHODS, Method
+from autorev.prediction.forecast import Forecaster
+from autorev.prediction.frontier import explore
 from autorev.profiles import load_device
 from autorev.workload import Workload
 from tests.helpers import zoo
@@ -233,7 +233,7 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
     def forecast(dropout: float) -> Analysis:
         config = config_cls(**sizes | {"attn_pdrop": dropout, "resid_pdrop": 0.0, "embd_pdrop": 0.0})
         workload = workload_of(model_cls, config)
-        return autorev.forecast(workload, batch=batch, sequence=sequence, dtype="bf16", device="h100-80gb")
+        return autorev.predict(workload, batch=batch, sequence=sequence, dtype="bf16", device="h100-80gb")
 
     with_dropout, without = forecast(0.1), forecast(0.0)
     assert with_dropout.predictions == without.predictions
@@ -254,16 +254,16 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
 def test_a_setting_that_is_none(setting: dict[str, Any], said: str) -> None:
     """Refused before the model is built."""
     with pytest.raises(SettingError, match=re.escape(said)):
-        autorev.forecast("gpt2", **setting)
+        autorev.predict("gpt2", **setting)
 
 
 def test_a_forecast_takes_what_can_be_built(tmp_path: Path) -> None:
     """A folder as a path, too; a model that is there already is told where to go."""
     model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
     config_cls(**sizes, architectures=[model_cls.__name__]).save_pretrained(tmp_path)
-    assert autorev.forecast(tmp_path, sequence=32, device="cpu", dtype="fp32").predictions
+    assert autorev.predict(tmp_path, sequence=32, device="cpu", dtype="fp32").predictions
     with pytest.raises(SettingError, match=r"from a name, a folder.*autorev\.analyze\(model\)"):
-        autorev.forecast(torch.nn.Linear(2, 2))
+        autorev.predict(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

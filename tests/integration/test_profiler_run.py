@@ -37,9 +37,7 @@ def test_a_tokenizers_batch_is_profiled_without_a_cache() -> None:
     model, ids = LlamaForCausalLM(config), torch.randint(0, 99, (2, 16))
     batch = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert call_of(model, batch, "profile")[1]["use_cache"] is False
-    assert (
-        call_of(model, {**batch, "use_cache": True}, "profile")[1]["use_cache"] is True
-    )  # it was asked for
+    assert call_of(model, {**batch, "use_cache": True}, "profile")[1]["use_cache"] is True  # it was asked for
     record = autorev.profile(model, batch, predict=True)
     known = {result.method.spec for result in record.results if result.prediction is not None}
     assert known == {"plain", "checkpoint", "momentum:k=3"}

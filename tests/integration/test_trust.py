@@ -109,8 +109,8 @@ def test_code_beside_a_config_runs_when_it_is_trusted(folder: Path) -> None:
     result = run("analyze", "own", "--seq", 8, "--no-html", "--trust-remote-code")
     assert "OwnForCausalLM" in result.stdout, result.output
     with pytest.raises(UntrustedCodeError, match="trust_remote_code=True"):
-        autorev.forecast("own", sequence=8)
-    assert autorev.forecast("own", sequence=8, trust_remote_code=True).model.class_name == "OwnForCausalLM"
+        autorev.predict("own", sequence=8)
+    assert autorev.predict("own", sequence=8, trust_remote_code=True).model.class_name == "OwnForCausalLM"
 
 
 def test_a_trusted_model_is_loaded_with_its_weights(folder: Path) -> None:

@@ -15,7 +15,7 @@ from autorev.engine.mode import running
 from autorev.in_place import Blocks, NotApplicable, in_place
 from autorev.integrations.example_call import example_call_for
 from autorev.methods import ALL, Method
-from autorev.predict.training import own_loss
+from autorev.prediction.training import own_loss
 from autorev.profiler.passes.prepare import find_blocks
 from autorev.workload import Call
 from tests.helpers import handwritten as hand

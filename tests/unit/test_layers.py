@@ -21,7 +21,7 @@ LAYERS = """
     advice models rewrite
     detection losses
     chunked_loss
-    predict
+    prediction
     conversion pipeline
     in_place verification
     profiler

@@ -96,7 +96,7 @@ def test_conversion_where_only_it_fits() -> None:
     assert found.method == "momentum"
     assert "of which 70.0 GiB are stored, one input per block" in found.why
     assert found.advice[0] == (
-        "autorev.convert(model, keep_last=0) does it in user code, and autorev.verify(model) checks the gradients "
+        "autorev.convert(model, method='momentum:k=3,keep_last=0') does it in user code, and autorev.verify(model) checks the gradients "
         "(from the command line: python cli.py finetune m --method momentum:k=3,keep_last=0)"
     )
 
@@ -111,7 +111,7 @@ def test_offloading_that_is_faster_and_smaller_is_recommended() -> None:
     )
     assert found.method == "offload"
     assert "without the host's memory the momentum coupling fits, too, with 68.0 GiB" in found.advice
-    assert any("autorev.convert(model, keep_last=0)" in text for text in found.advice)
+    assert any("autorev.convert(model, method='momentum:k=3,keep_last=0')" in text for text in found.advice)
 
 
 @pytest.mark.parametrize(

@@ -91,5 +91,5 @@ def test_a_transpose_that_is_undone_does_no_harm() -> None:
 
 def test_a_plain_module_without_arguments_is_asked_for_them() -> None:
     """The error says what to pass."""
-    with pytest.raises(autorev.AutorevError, match="needs example arguments"):
+    with pytest.raises(autorev.AutorevError, match="needs a batch"):
         autorev.analyze(nn.Linear(2, 2))

@@ -166,8 +166,11 @@ def test_the_command_fails_with_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch
     [
         (["nonsense"], "neither a file nor a profile"),
         (["llama-3.1-70b"], "name a smaller model"),
-        (["tests.unit.test_verification:make", "--gamma", "0.1"], "n / 2^k"),
-        (["tests.unit.test_verification:make", "--arithmetic", "float", "--gamma", "0.0078125"], "arithmetic='exact'"),
+        (["tests.unit.test_verification:make", "--method", "momentum:gamma=0.1"], "n / 2^k"),
+        (
+            ["tests.unit.test_verification:make", "--method", "momentum:arithmetic=float,gamma=0.0078125"],
+            "arithmetic='exact'",
+        ),
         (["tests.unit.test_verification:absent"], "absent"),
     ],
     ids=["unknown", "too large", "gamma", "float", "factory"],
@@ -181,11 +184,11 @@ def test_the_command_ends_in_one_line(arguments: list[str], message: str) -> Non
     assert "bug in autorev" not in run.output
 
 
-def test_an_unknown_coupling_is_a_usage_error() -> None:
+def test_an_unknown_method_is_told_at_once() -> None:
     """It is told before anything is built."""
     run = CliRunner().invoke(main, ["verify", "vit-large", "--json", "--method", "sideways"])
-    assert run.exit_code == 2
-    assert "sideways" in run.output
+    assert run.exit_code == 1
+    assert "there is no method 'sideways'" in run.output
 
 
 def test_the_forwards_of_a_model_are_found() -> None:

@@ -24,7 +24,7 @@ from autorev.analysis import Category
 from autorev.engine.chain import pass_of
 from autorev.engine.tape import Tape
 from autorev.patching import patched_here
-from autorev.predict.tracker import Live, MemoryTracker, Segment
+from autorev.prediction.tracker import Live, MemoryTracker, Segment
 from autorev.profiler.passes.step import TrainingStep, tensors_of
 from autorev.profiler.readings import Holder, Memory, Timeline
 from autorev.rewrite.block_forward import HANDLE, ReversibleForward

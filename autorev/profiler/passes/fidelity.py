@@ -12,7 +12,7 @@ from autorev.engine.eval_mode import eval_mode
 from autorev.engine.undisturbed import undisturbed
 from autorev.in_place import Blocks, in_place
 from autorev.methods import Method
-from autorev.predict.training import own_loss
+from autorev.prediction.training import own_loss
 from autorev.profiler.passes.prepare import on_tokens
 from autorev.profiler.readings import Fidelity
 from autorev.verification import Gradients, compare, verify_call

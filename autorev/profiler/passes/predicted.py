@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from autorev.analysis import Prediction
 from autorev.methods import Method
-from autorev.predict.forecast import Forecaster
+from autorev.prediction.forecast import Forecaster
 
 
 def predict_method(forecaster: Forecaster, method: Method) -> Prediction | None:

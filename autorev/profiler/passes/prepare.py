@@ -16,7 +16,7 @@ from autorev.errors import SettingError
 from autorev.in_place import Blocks
 from autorev.integrations.peft import inject, lora_config
 from autorev.models.load import load_model
-from autorev.predict.training import DTYPES, choose_trained
+from autorev.prediction.training import DTYPES, choose_trained
 from autorev.profiler.job import Source
 from autorev.workload import Call
 

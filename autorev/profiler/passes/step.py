@@ -13,7 +13,7 @@ from torch import nn
 
 from autorev.capture.quantised import held_by
 from autorev.errors import message_of
-from autorev.predict.training import own_loss
+from autorev.prediction.training import own_loss
 from autorev.profiler.readings import PHASES
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from autorev.analysis import Setting
 from autorev.in_place import in_place
-from autorev.predict.training import optimizer_bytes
+from autorev.prediction.training import optimizer_bytes
 from autorev.profiler.job import Job, Sweep
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.prepare import Prepared, prepare_model, with_text

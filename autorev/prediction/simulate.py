@@ -31,9 +31,9 @@ from autorev.detect.outline import Outlined, outline
 from autorev.hush import logs_hushed
 from autorev.integrations.transformers import without_caches
 from autorev.methods import Method
-from autorev.predict.baselines import Run, run_checkpointed, run_offloaded, run_selective
-from autorev.predict.chains import Chains
-from autorev.predict.tracker import MemoryTracker, Segment
+from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded, run_selective
+from autorev.prediction.chains import Chains
+from autorev.prediction.tracker import MemoryTracker, Segment
 from autorev.rewrite.in_steps import by_steps
 from autorev.workload import Call
 

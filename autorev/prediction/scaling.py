@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autorev.analysis import Category
-from autorev.predict.simulate import StepTrace
-from autorev.predict.tracker import Segment
+from autorev.prediction.simulate import StepTrace
+from autorev.prediction.tracker import Segment
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autorev.analysis import Category
-from autorev.predict.compose import expand
-from autorev.predict.simulate import Layout, StepTrace
-from autorev.predict.tracker import Segment
+from autorev.prediction.compose import expand
+from autorev.prediction.simulate import Layout, StepTrace
+from autorev.prediction.tracker import Segment
 
 _OF_WEIGHTS = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 

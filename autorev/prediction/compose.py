@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from autorev.analysis import Category
-from autorev.predict.simulate import Layout, StepTrace
-from autorev.predict.tracker import Segment
+from autorev.prediction.simulate import Layout, StepTrace
+from autorev.prediction.tracker import Segment
 
 
 @dataclass(frozen=True, slots=True)

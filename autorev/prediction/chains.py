@@ -13,12 +13,12 @@ from autorev.detect.judge import Finding
 from autorev.engine.chain import pass_of
 from autorev.engine.step import Branch, Step
 from autorev.methods import Method
-from autorev.predict.baselines import Run
+from autorev.prediction.baselines import Run
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 
 if TYPE_CHECKING:
-    from autorev.predict.simulate import Site
+    from autorev.prediction.simulate import Site
 
 
 class Chains:

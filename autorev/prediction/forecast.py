@@ -17,11 +17,11 @@ from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.methods import PREDICTED, Method
-from autorev.predict.compose import StepCost, compose
-from autorev.predict.scaling import ScaledTrace
-from autorev.predict.simulate import Layout, StepTrace, layout_of, simulate
-from autorev.predict.stored import blocks_to_store
-from autorev.predict.training import loss_function, optimizer_bytes
+from autorev.prediction.compose import StepCost, compose
+from autorev.prediction.scaling import ScaledTrace
+from autorev.prediction.simulate import Layout, StepTrace, layout_of, simulate
+from autorev.prediction.stored import blocks_to_store
+from autorev.prediction.training import loss_function, optimizer_bytes
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)

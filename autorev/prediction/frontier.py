@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from autorev.analysis import Reach, Sweep
 from autorev.errors import first_line
 from autorev.methods import Method
-from autorev.predict.forecast import Forecaster
-from autorev.predict.scaling import ScaledTrace
-from autorev.predict.simulate import StepTrace
+from autorev.prediction.forecast import Forecaster
+from autorev.prediction.scaling import ScaledTrace
+from autorev.prediction.simulate import StepTrace
 
 AXES = ("batch", "sequence")
 MOST_CORRECTIONS = 5
