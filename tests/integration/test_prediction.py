@@ -16,13 +16,13 @@ from unittest import mock
 import pytest
 import torch
 import transformers as hf
-from autorev.prediction.methods import METHODS, Method
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autorev
 from autorev.analysis import RESERVE_BYTES, Analysis, Category, Prediction
 from autorev.errors import SettingError
+from autorev.methods import Method
 from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare
 from autorev.prediction.forecast import Forecaster
@@ -293,7 +293,7 @@ def test_a_head_alone_leaves_nothing_to_reverse() -> None:
 
 def method_of(forecaster: Forecaster, name: str) -> Method:
     """A method with its `keep_last`, without a simulation of the others."""
-    return forecaster.settled(next(method for method in METHODS if method.name == name))
+    return forecaster.settled(Method(name))
 
 
 def predict(forecaster: Forecaster, name: str) -> Prediction:

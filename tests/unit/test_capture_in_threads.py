@@ -27,7 +27,8 @@ from torch import nn
 from torch.utils import _python_dispatch as dispatch_modes
 
 import autorev
-from autorev import patching, streams
+from autorev import patching
+from autorev.capture import streams
 from autorev.capture.fake import KEPT, every_layer_kept, fake_copy, fused_attention_dropout, new_fake_mode
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import RecordedCall, record
