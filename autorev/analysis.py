@@ -282,7 +282,7 @@ class Analysis(Record):
         return pd.DataFrame(rows, columns=list(_row_fields))
 
     def __str__(self) -> str:
-        from autorev.report.analysis.terminal import render_text
+        from autorev.report.render import render_text
 
         return render_text(self)
 

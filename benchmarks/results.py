@@ -13,9 +13,10 @@ from autorev.analysis import Analysis
 from autorev.finetuning.record import FineTuning
 from autorev.format import NOTHING, format_bytes, format_seconds
 from autorev.profiler.record import Profile
-from autorev.report.analysis.markdown import table
-from autorev.report.finetuning.markdown import render_markdown as render_fine_tunings
-from autorev.report.profile.markdown import largest_batches, render_markdown
+from autorev.report import document as doc
+from autorev.report.finetuning.content import markdown as fine_tunings_of
+from autorev.report.markdown import to_markdown
+from autorev.report.profile.content import largest_batches, markdown
 from benchmarks.finetuning import GROUPS
 from benchmarks.tree import tree
 
@@ -55,7 +56,8 @@ def front_table() -> str:
     rows = [[workload, *_profiled(*columns)] for workload, columns in PROFILES.items()]
     rows += [[workload, *map(_fine_tuned, runs)] for workload, runs in FINE_TUNINGS.items()]
     rows += [[workload, *_predicted(*columns)] for workload, columns in PREDICTIONS.items()]
-    return table(HEADS, rows, right=range(1, len(HEADS)))
+    shown = tuple(doc.Row(workload, tuple(cells)) for workload, *cells in rows)
+    return to_markdown([doc.Section(parts=(doc.Table(HEADS, shown),))]).strip()
 
 
 def _profiled(name: str, *methods: str | None) -> list[str]:
@@ -95,7 +97,8 @@ def profile_tables() -> str:
     paths = [path for path in RECORDS.glob("*.json") if path.stem.rpartition("_")[2].isdigit()]
     profiles = [Profile.read(path) for path in sorted(paths, key=_size)]
     pretrained = [_shown(profile) for profile in profiles if profile.pretrained]
-    return "\n\n".join([render_markdown(pretrained).strip(), *largest_batches([p for p in profiles if p.points])])
+    swept = largest_batches([profile for profile in profiles if profile.points])
+    return to_markdown([*markdown(pretrained), *swept]).strip()
 
 
 def _size(path: Path) -> tuple[str, int]:
@@ -116,7 +119,7 @@ def fine_tuning_tables() -> str:
 def _trained(*names: str) -> str:
     files = [TRAINED / f"{run}.json" for name in names for run in GROUPS[name]]
     runs = [FineTuning.read(file) for file in files if file.is_file()]
-    return render_fine_tunings(runs, f"python -m benchmarks.finetuning {' '.join(names)}").strip()
+    return to_markdown(fine_tunings_of(runs, f"python -m benchmarks.finetuning {' '.join(names)}")).strip()
 
 
 SECTIONS: dict[tuple[Path, str], Callable[[], str]] = {

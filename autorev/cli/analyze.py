@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from autorev.cli.ending import COMMAND
 from autorev.cli.group import COUNT, FILE, main, progress, trust_remote_code, what_trains
-from autorev.cli.output import console, file_name, printing, say, write
-
-if TYPE_CHECKING:
-    from autorev.analysis import Analysis
+from autorev.cli.output import file_name, say, write
+from autorev.cli.report import show
 
 
 @main.command(short_help="Residual blocks, verdicts, and predicted training memory.")
@@ -127,25 +125,10 @@ def analyze(
         analysis = analyze_workload(workload, named=model or EMBEDDED, **setting, progress=tell)
     if html is None and not no_html and not as_json:
         html = Path("reports") / f"analyze-{file_name(analysis.model.name)}.html"
-    if as_json:
-        say(analysis.to_json())
-    else:
-        from autorev.report.analysis.terminal import print_analysis
-
-        with printing():
-            print_analysis(analysis, console())
-    _write_reports(analysis, ctx.meta[COMMAND], html, markdown, quiet=as_json)
-
-
-def _write_reports(analysis: Analysis, command: str, html: Path | None, markdown: Path | None, quiet: bool) -> None:
-    if html:
-        from autorev.report.analysis.html import render_html
-
-        write(html, render_html(analysis, command))
+    show([analysis], ctx.meta[COMMAND], as_json, html)
     if markdown:
-        from autorev.report.analysis.markdown import render_markdown
+        from autorev.report.render import render_markdown
 
-        write(markdown, render_markdown(analysis))
-    for path in (html, markdown):
-        if path and not quiet:
-            say(f"Report: {path}")
+        write(markdown, render_markdown([analysis]))
+        if not as_json:
+            say(f"Report: {markdown}")

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from autorev.cli.ending import COMMAND
 from autorev.cli.group import COUNT, COUNT_OR_NONE, FILE, FOLDER, Finite, base, main, steps_told, trust_remote_code
 from autorev.cli.output import file_name, say
-from autorev.cli.report import show_fine_tunings
+from autorev.cli.report import show
 
 
 @main.command(short_help="Fine-tune MODEL reversibly, and follow its quality.")
@@ -107,7 +107,7 @@ def finetune(
 
         record = finished(folder) if options["resume"] and not page.is_file() else None  # all but its report was done
         record = record or run(model, out=folder, command=command, progress=tell, **options)
-    show_fine_tunings([record], command, as_json, page)
+    show([record], command, as_json, page)
     if not as_json:
         say(f"Model and record: {folder}")
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from autorev.cli.ending import COMMAND
 from autorev.cli.group import ANYWHERE, FILE, main
 from autorev.cli.output import console, printing, say, write
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from autorev.finetuning.record import FineTuning
-    from autorev.profiler.record import Profile
 
 
 @main.command(short_help="Render recorded analyses, profiles or fine-tunings.")
@@ -52,93 +46,62 @@ def report(
       autorev report profiles/recorded/*.json --html reports/comparison.html
       autorev report profiles/recorded/one.json --trace trace.json
     """
-    from autorev.profiler.record import Profile
-    from autorev.records import kind_of
+    from autorev.report.render import render_markdown
 
-    files = _files(records)
-    kinds = {kind_of(path) for path in files}
-    others = kinds & {"analysis", "fine-tuning"}
-    if others:
-        if len(kinds) > 1:
-            raise click.UsageError("records of different kinds have reports of their own; name one kind at a time")
-        for option, path in {"--csv": csv, "--parquet": parquet, "--trace": trace}.items():
-            if path:
-                raise click.UsageError(f"{option} is of profiles; other records are JSON, with --json")
-        show_others = _show_fine_tunings if "fine-tuning" in others else _show_analyses
-        show_others(files, ctx.meta[COMMAND], as_json, html, markdown)
-        return
-    profiles = [Profile.read(path) for path in files]
-    if trace and len(profiles) != 1:
+    found = _read(_files(records))
+    kind = found[0].kind
+    if kind == "analysis" and len(found) > 1 and (html or markdown):
+        raise click.UsageError("a page is of one analysis; name one")
+    if trace and len(found) != 1:
         raise click.UsageError("--trace is of one record; name one")
-    show(profiles, ctx.meta[COMMAND], as_json, html)
+    for option, path in {"--csv": csv, "--parquet": parquet, "--trace": trace}.items():
+        if path and kind != "profile":
+            raise click.UsageError(f"{option} is of profiles; other records are JSON, with --json")
+    show(found, ctx.meta[COMMAND], as_json, html)
     if markdown:
-        from autorev.report.profile.markdown import render_markdown
-
-        write(markdown, render_markdown(profiles))
+        write(markdown, render_markdown(found))
     from autorev.profiler import exports
 
     if csv:
-        exports.write_csv(profiles, csv)
+        exports.write_csv(found, csv)
     if parquet:
-        exports.write_parquet(profiles, parquet)
+        exports.write_parquet(found, parquet)
     if trace:
-        exports.write_trace(profiles[0], trace)
+        exports.write_trace(found[0], trace)
     for path in (markdown, csv, parquet, trace):
         if path and not as_json:
             say(f"Written: {path}")
 
 
-def _show_fine_tunings(
-    files: list[Path], command: str, as_json: bool, html: Path | None, markdown: Path | None
-) -> None:
-    from autorev.finetuning.record import FineTuning
+def show(records: Sequence[Any], command: str, as_json: bool, html: Path | None) -> None:
+    """Print records of one kind, and write their page."""
+    from autorev.report.render import print_records, render_html
 
-    runs = [FineTuning.read(path) for path in files]
-    show_fine_tunings(runs, command, as_json, html)
-    if markdown:
-        from autorev.report.finetuning.markdown import render_markdown
-
-        write(markdown, render_markdown(runs))
+    if as_json:
+        texts = [record.to_json() for record in records]
+        say(texts[0] if len(texts) == 1 else json.dumps([json.loads(each) for each in texts], indent=1))
+    else:
+        with printing():
+            print_records(records, console())
+    if html:
+        write(html, render_html(records, command))
         if not as_json:
-            say(f"Written: {markdown}")
+            say(f"Report: {html}")
 
 
-def _show_analyses(files: list[Path], command: str, as_json: bool, html: Path | None, markdown: Path | None) -> None:
+def _read(files: list[Path]) -> list[Any]:
+    """The records of files, all of one kind."""
     from autorev.analysis import Analysis
-    from autorev.report.analysis.terminal import print_analysis
+    from autorev.finetuning.record import FineTuning
+    from autorev.profiler.record import Profile
+    from autorev.records import kind_of
 
-    analyses = [Analysis.read(path) for path in files]
-    if len(analyses) > 1 and (html or markdown):
-        raise click.UsageError("a page is of one analysis; name one")
-
-    def on_screen(shown: list[Analysis], where: Console) -> None:
-        for analysis in shown:
-            print_analysis(analysis, where)
-
-    def page() -> str:
-        from autorev.report.analysis.html import render_html
-
-        return render_html(analyses[0], command)
-
-    _show(analyses, on_screen, page, as_json, html)
-    if markdown:
-        from autorev.report.analysis.markdown import render_markdown
-
-        write(markdown, render_markdown(analyses[0]))
-        if not as_json:
-            say(f"Written: {markdown}")
-
-
-def show_fine_tunings(runs: list[FineTuning], command: str, as_json: bool, html: Path | None) -> None:
-    """Print records of fine-tunings, and write their page."""
-    from autorev.report.finetuning.terminal import print_fine_tunings
-
-    def page() -> str:
-        from autorev.report.finetuning.html import render_finetune_html
-
-        return render_finetune_html(runs, command)
-
-    _show(runs, print_fine_tunings, page, as_json, html)
+    classes: dict[str | None, Any] = {"analysis": Analysis, "fine-tuning": FineTuning}
+    kinds = {kind_of(path) for path in files}
+    if len(kinds) > 1 and kinds & {*classes}:
+        raise click.UsageError("records of different kinds have reports of their own; name one kind at a time")
+    kind = kinds.pop() if len(kinds) == 1 else "profile"
+    return [classes.get(kind, Profile).read(path) for path in files]
 
 
 def _files(records: tuple[Path, ...]) -> list[Path]:
@@ -166,43 +129,12 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _is_record(path: Path) -> bool:
     """Or was it one? What is cut short is refused later, and not left out in silence."""
-    from autorev.errors import RecordError, UnreadableError
-    from autorev.files import parse_json
+    from autorev.errors import RecordError
     from autorev.records import read_text
 
     try:
-        data = parse_json(read_text(path))
-    except (RecordError, UnreadableError):
+        # Whatever its bounds: a tokenizer's longest text is larger than any size, and that file is no record.
+        data = json.loads(read_text(path))
+    except (RecordError, ValueError, RecursionError):
         return True
     return isinstance(data, dict) and data.get("kind") in ("analysis", "fine-tuning", "profile")
-
-
-def show(profiles: list[Profile], command: str, as_json: bool, html: Path | None) -> None:
-    """Print records of profiles, and write their page."""
-    from autorev.report.profile.terminal import print_profiles
-
-    def page() -> str:
-        from autorev.report.profile.html import render_profile_html
-
-        return render_profile_html(profiles, command)
-
-    _show(profiles, print_profiles, page, as_json, html)
-
-
-def _show(
-    records: Sequence[Any],
-    on_screen: Callable[[Any, Console], None],
-    page: Callable[[], str],
-    as_json: bool,
-    html: Path | None,
-) -> None:
-    if as_json:
-        data = [json.loads(record.to_json()) for record in records]
-        say(json.dumps(data[0] if len(data) == 1 else data, indent=1))
-    else:
-        with printing():
-            on_screen(records, console())
-    if html:
-        write(html, page())
-        if not as_json:
-            say(f"Report: {html}")

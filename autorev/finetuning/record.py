@@ -264,6 +264,6 @@ class FineTuning(Record):
         return rows[-1 if last else 0] if rows else None
 
     def __str__(self) -> str:
-        from autorev.report.finetuning.terminal import render_text
+        from autorev.report.render import render_text
 
         return render_text(self)

@@ -231,6 +231,6 @@ class Profile(Record):
         return results_frame([self])
 
     def __str__(self) -> str:
-        from autorev.report.profile.terminal import render_text
+        from autorev.report.render import render_text
 
         return render_text(self)

@@ -1,4 +1,4 @@
-"""The colours of a report, for light and for dark paper.
+"""The colours, symbols and dashes of a report, for light and for dark paper.
 
 Categories and methods each stay apart by at least 15 in CIELAB, on both papers, for normal, deuteranopic,
 protanopic and tritanopic sight. Figures are drawn in light colours, and `DARK_FOR_LIGHT` says what each
@@ -6,6 +6,9 @@ becomes on dark paper; so a light colour is never used for two things that diffe
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 from autorev.analysis import Category
 
@@ -35,37 +38,67 @@ CATEGORY_COLORS = {
 }
 """Blue for what the weights cost, orange for activations, green for a reversible chain's own state."""
 
-PHASE_COLORS = {
-    "forward": THEME["accent"],
-    "backward": CATEGORY_COLORS[Category.STORED_ACTIVATIONS],
-    "optimizer": THEME["muted"],
+PHASE_LOOKS = {
+    "forward": (THEME["accent"][0], "triangle-right"),
+    "backward": (CATEGORY_COLORS[Category.STORED_ACTIVATIONS][0], "diamond"),
+    "optimizer": (THEME["muted"][0], "square"),
 }
 
 OVERHEAD_COLORS = {
-    "recomputation": CATEGORY_COLORS[Category.STORED_ACTIVATIONS],
-    "coupling": CATEGORY_COLORS[Category.STREAMS],
-    "packing": CATEGORY_COLORS[Category.SIDE_BITS],
+    "recomputation": CATEGORY_COLORS[Category.STORED_ACTIVATIONS][0],
+    "coupling": CATEGORY_COLORS[Category.STREAMS][0],
+    "packing": CATEGORY_COLORS[Category.SIDE_BITS][0],
 }
 """Seconds in the colour of the bytes they save or handle."""
 
-_method_colors = {
-    "plain": THEME["ink"],
-    "checkpoint": ("#0b5cc4", "#3a8df0"),
-    "offload": ("#4fbcf5", "#a4dafc"),
-    "sac": ("#7724f3", "#7555f6"),
-    "compile": ("#194c38", "#aed279"),
-    "momentum": ("#d55e00", "#f07a30"),
-    "leapfrog": ("#189c5b", "#22c084"),
-    "midpoint": ("#f5b000", "#f9d648"),
-    "midpoint_a": ("#7a3e11", "#a8683f"),
-    "bdia": ("#c06bb4", "#ee86c0"),
-    "hamiltonian": ("#561a7d", "#9c66ba"),
-    "revnet": ("#85807f", "#767b83"),
+_methods = {
+    "plain": (*THEME["ink"], "circle", "solid"),
+    "checkpoint": ("#0b5cc4", "#3a8df0", "square", "solid"),
+    "offload": ("#4fbcf5", "#a4dafc", "square-open", "dash"),
+    "sac": ("#7724f3", "#7555f6", "hexagon", "dash"),
+    "compile": ("#194c38", "#aed279", "hourglass", "dot"),
+    "momentum": ("#d55e00", "#f07a30", "diamond", "solid"),
+    "leapfrog": ("#189c5b", "#22c084", "triangle-up", "solid"),
+    "midpoint": ("#f5b000", "#f9d648", "triangle-down", "dash"),
+    "midpoint_a": ("#7a3e11", "#a8683f", "triangle-down-open", "dot"),
+    "bdia": ("#c06bb4", "#ee86c0", "cross", "dashdot"),
+    "hamiltonian": ("#561a7d", "#9c66ba", "star", "solid"),
+    "revnet": ("#85807f", "#767b83", "star-open", "dash"),
 }
+"""(light, dark, symbol, dash)."""
 
-DARK_FOR_LIGHT = dict([*THEME.values(), *CATEGORY_COLORS.values(), *_method_colors.values()])
+DARK_FOR_LIGHT = dict(
+    [*THEME.values(), *CATEGORY_COLORS.values(), *((light, dark) for light, dark, *_ in _methods.values())]
+)
 
 
-def method_color(method: str) -> str:
-    """The method's colour on light paper."""
-    return _method_colors.get(method, THEME["muted"])[0]
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How one method, method or run is drawn in every figure of a page."""
+
+    color: str
+    symbol: str
+    dash: str
+
+
+def look_of(method: str, again: int = 0) -> Look:
+    """The method's look on light paper; the second, third, ... of its kind differ in symbol and dash."""
+    light, _, symbol, dash = _methods.get(method, (*THEME["muted"], "circle", "solid"))
+    if again:
+        shape = symbol.removesuffix("-open")
+        fills = [symbol, *(f"{shape}{fill}" for fill in ("-open", "-dot", "-open-dot") if f"{shape}{fill}" != symbol)]
+        dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+        symbol, dash = fills[again % len(fills)], dashes[again % len(dashes)]
+    return Look(light, symbol, dash)
+
+
+class Looks:
+    """Hands out looks: what is new of a method gets the next of its looks, what was seen gets its own."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, dict[Hashable, int]] = {}
+
+    def of(self, method: str, what: Hashable) -> Look:
+        """The look of `what`, which is trained by `method`."""
+        seen = self._seen.setdefault(method, {})
+        return look_of(method, seen.setdefault(what, len(seen)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autorev.report.finetuning.html import render_finetune_html
+from autorev.report.render import render_html
 from tests.helpers import finetune_examples as examples
 from tests.helpers.chromium import (
     INK,
@@ -40,7 +40,7 @@ PAGES = {
 
 def show(browser: Any, directory: Path, name: str, width: int = 1280, theme: str = "light") -> None:
     """Open a page in a window of `width` CSS pixels."""
-    page = render_finetune_html(PAGES[name](), f"autorev report {name}")
+    page = render_html(PAGES[name](), f"autorev report {name}")
     open_page(browser, directory / f"{name}.html", page, width, theme)
 
 
@@ -83,6 +83,7 @@ def test_colors_follow_the_system_and_the_switch(browser: Any, tmp_path: Path, t
 def test_prints_everything_in_light_colors(browser: Any, tmp_path: Path) -> None:
     """A dark page becomes a PDF with every figure and every fold, and is as before afterwards."""
     show(browser, tmp_path, "scheduled", theme="dark")
+    see(browser, page_order(browser)[:1])
     browser.execute_script("""
         window.seen = {};
         addEventListener("beforeprint", () => {

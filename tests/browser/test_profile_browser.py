@@ -14,8 +14,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from autorev.format import format_bytes
-from autorev.report.profile.html import render_profile_html
-from autorev.report.profile.rows import chosen
+from autorev.report.profile.view import chosen
+from autorev.report.render import render_html
 from autorev.words import headline
 from tests.helpers import profile_examples as examples
 from tests.helpers.chromium import (
@@ -62,7 +62,7 @@ look();
 
 def show(browser: Any, directory: Path, name: str, width: int = 1280, theme: str = "light") -> None:
     """Open a page in a window of `width` CSS pixels."""
-    page = render_profile_html(PAGES[name](), f"autorev report {name}")
+    page = render_html(PAGES[name](), f"autorev report {name}")
     open_page(browser, directory / f"{name}.html", page, width, theme)
 
 
@@ -140,6 +140,7 @@ def test_colors_follow_the_system_and_the_switch(browser: Any, tmp_path: Path, t
 def test_prints_everything_in_light_colors(browser: Any, tmp_path: Path, name: str) -> None:
     """A dark page becomes a PDF with every figure, folded ones too, and is as before afterwards."""
     show(browser, tmp_path, name, theme="dark")
+    see(browser, page_order(browser)[:1])
     browser.execute_script("""
         window.seen = {};
         addEventListener("beforeprint", () => {
@@ -172,7 +173,9 @@ def test_fifty_records_open_in_two_seconds(browser: Any, tmp_path: Path) -> None
     figure = browser.execute_async_script(FIRST_FIGURE) / 1000
     print(f"\nfifty records: {loaded:.2f} s to open, {figure:.2f} s to the first figure; budget {SECONDS_TO_OPEN} s")
     assert loaded + figure < SECONDS_TO_OPEN * ALLOWANCE
-    rows = browser.execute_script("return document.querySelectorAll('[aria-label^=\"Every method\"] tbody tr').length")
+    rows = browser.execute_script(
+        "return document.querySelectorAll('[aria-label^=\"Every method of\"] tbody tr').length"
+    )
     assert rows == 200
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from autorev.report.analysis.figures import figures
-from autorev.report.analysis.html import render_html
+from autorev.report.render import render_html
 from tests.helpers import analysis_examples as examples
 from tests.helpers.chromium import (
     MEASURE_PLOTS,
@@ -19,13 +18,14 @@ from tests.helpers.chromium import (
     background,
     ink_of_plot,
     open_page,
-    page_order,
     print_page,
     requests,
+    see,
 )
 
 pytestmark = pytest.mark.browser
 
+UNFOLDED = "return [...document.querySelectorAll('.plot')].filter(each => each.checkVisibility()).map(each => each.id)"
 EXAMPLES = {
     "smollm2": examples.smollm2,
     "llama_lora": examples.llama_lora,
@@ -38,7 +38,7 @@ EXAMPLES = {
 
 def show(browser: Any, directory: Path, example: str, width: int = 1280, theme: str = "light") -> None:
     """Open the report of an example in a window of `width` CSS pixels."""
-    open_page(browser, directory / f"{example}.html", render_html(EXAMPLES[example](), example), width, theme)
+    open_page(browser, directory / f"{example}.html", render_html([EXAMPLES[example]()], example), width, theme)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -46,11 +46,10 @@ def show(browser: Any, directory: Path, example: str, width: int = 1280, theme: 
 def test_every_plot_is_drawn_and_nothing_overflows(browser: Any, tmp_path: Path, example: str, width: int) -> None:
     """On a desk and on a phone: no error, no request, no scrolling sideways, and every trace has a size."""
     show(browser, tmp_path, example, width)
+    ids = browser.execute_script(UNFOLDED)
+    see(browser, ids)
     plots = browser.execute_script(MEASURE_PLOTS)
-    assert [plot["id"] for plot in plots] == [
-        place for place in page_order(browser) if place in figures(EXAMPLES[example]())
-    ]
-    assert len(plots) == len(figures(EXAMPLES[example]()))
+    assert [plot["id"] for plot in plots] == ids
     for plot in plots:
         assert 0 < plot["width"] <= width, plot
         assert plot["traces"] and all(size > 0 for size in plot["traces"]), plot
@@ -74,6 +73,7 @@ def test_colors_follow_the_system_and_the_switch(browser: Any, tmp_path: Path, t
     """Page and plots change together, both ways."""
     other = "dark" if theme == "light" else "light"
     show(browser, tmp_path, "smollm2", theme=theme)
+    see(browser, ["lead"])
     ink = {"light": "rgb(22, 24, 29)", "dark": "rgb(240, 241, 244)"}
     assert (background(browser), ink_of_plot(browser)) == (PAPER[theme], ink[theme])
     button = browser.find_element("id", "theme")
@@ -87,6 +87,7 @@ def test_colors_follow_the_system_and_the_switch(browser: Any, tmp_path: Path, t
 def test_prints_in_light_colors_with_everything_open(browser: Any, tmp_path: Path) -> None:
     """A dark page becomes a PDF of several pages with uncut plots, and is as before afterwards."""
     show(browser, tmp_path, "smollm2", theme="dark")
+    see(browser, ["lead"])
     browser.execute_script("""
         window.seen = {};
         addEventListener("beforeprint", () => {

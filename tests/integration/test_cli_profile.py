@@ -263,3 +263,10 @@ def test_an_interrupted_record_is_shown(folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for text in (result.stdout, (folder / "r.html").read_text()):
         assert "--resume" in text
+
+
+def test_a_folder_without_a_record_is_not_blamed_on_its_other_files(folder: Path) -> None:
+    """The longest text of a tokenizer is larger than any size, and its file is still no record that was damaged."""
+    (folder / "saved").mkdir()
+    (folder / "saved" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 10**30}))
+    assert_one_line(autorev("report", folder / "saved"), "holds no record", code=2)

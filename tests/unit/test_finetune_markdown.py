@@ -10,7 +10,7 @@ import re
 import pytest
 
 from autorev.finetuning.record import FineTuning
-from autorev.report.finetuning.markdown import render_markdown
+from autorev.report.render import render_markdown
 from tests.helpers import finetune_examples as examples
 from tests.helpers.finetune_examples import ALL, many
 from tests.unit.test_profile_markdown import tables

@@ -17,17 +17,14 @@ import pytest
 from autorev.finetuning.change import Change, change
 from autorev.finetuning.record import Evaluation, FineTuning
 from autorev.report import palette
-from autorev.report.finetuning import rows, tables
-from autorev.report.finetuning.comparison import comparison_figures
-from autorev.report.finetuning.figures import run_figures
-from autorev.report.finetuning.html import render_finetune_html, tiles
-from autorev.report.finetuning.markdown import render_markdown
-from autorev.report.finetuning.terminal import render_text
+from autorev.report.finetuning import tables, view
+from autorev.report.finetuning.content import tiles
 from autorev.report.finetuning.verdict import EXPORT_LIMIT, drift_words, may_export, verdict
+from autorev.report.render import render_html, render_markdown, render_text
 from tests.helpers import finetune_examples as examples
 from tests.helpers.finetune_examples import ALL, many
 from tests.helpers.finetune_simulation import looked_at
-from tests.unit.test_profile_report import text_of
+from tests.unit.test_profile_report import all_figures, text_of
 from tests.unit.test_report import run as in_a_process
 from tests.unit.test_report import without_plotly
 
@@ -44,17 +41,17 @@ MISSING: list[dict[str, object]] = [
 
 def page_of(*runs: FineTuning) -> str:
     """The page without plotly."""
-    return without_plotly(render_finetune_html(list(runs), "autorev report"))
+    return without_plotly(render_html(runs, "autorev report"))
 
 
 def drawn(run: FineTuning) -> dict[str, dict]:
     """Every figure of one run, as the JSON that a page holds."""
-    return {name: json.loads(figure.to_json()) for name, figure in run_figures(run).items()}
+    return all_figures(run)
 
 
 def drawn_across(runs: list[FineTuning]) -> dict[str, dict]:
     """Every figure across runs, as the JSON that a page holds."""
-    return {name: json.loads(figure.to_json()) for name, figure in comparison_figures(rows.groups(runs)).items()}
+    return all_figures(*runs)
 
 
 class TestHtml:
@@ -106,7 +103,7 @@ class TestHtml:
         program = (
             "import hashlib\n"
             "from tests.helpers import finetune_examples as e\n"
-            "from autorev.report.finetuning.html import render_finetune_html as render\n"
+            "from autorev.report.render import render_html as render, render_markdown, render_text\n"
             "pages = render([e.calibrated()], 'x') + render(e.many(), 'x')\n"
             "print(hashlib.sha256(pages.encode()).hexdigest())"
         )
@@ -119,9 +116,7 @@ class TestHtml:
             "import sys\n"
             "from pathlib import Path\n"
             "from autorev.finetuning.record import FineTuning\n"
-            "from autorev.report.finetuning.html import render_finetune_html as render\n"
-            "from autorev.report.finetuning.markdown import render_markdown\n"
-            "from autorev.report.finetuning.terminal import render_text\n"
+            "from autorev.report.render import render_html as render, render_markdown, render_text\n"
             f"run = FineTuning.from_json(Path({str(tmp_path / 'run.json')!r}).read_text(), 'run.json')\n"
             "pages = render([run], 'x'), render([run] * 3, 'x'), render_text(run), render_markdown([run])\n"
             "print(all('SmolLM2-135M' in page for page in pages), {'torch', 'transformers'} & set(sys.modules))"
@@ -142,11 +137,33 @@ class TestHtml:
     def test_holds_recipe_text_environment_commands_and_notes(self) -> None:
         """Everything that one needs to make it again."""
         run = examples.momentum()
-        text = text_of(without_plotly(render_finetune_html([run], "autorev report run.json")))
+        text = text_of(without_plotly(render_html([run], "autorev report run.json")))
         for fact in (*tables.recipe_facts(run).values(), *tables.corpus_facts(run).values(), run.environment.commit):
             assert fact in text
         assert run.command in text and "autorev report run.json" in text
         assert "2 examples were longer than 192 tokens and lost their end." in text
+
+    def test_a_training_loss_that_rises_is_explained(self) -> None:
+        """Where the validation loss does not rise with it; and only there."""
+        base = examples.momentum()
+        rising = tuple(replace(row, loss=2.4 + 0.02 * row.step) for row in base.logged)
+        run = replace(base, logged=rising)
+        assert "that is no divergence" in text_of(page_of(run))
+        worse = replace(run, evaluations=(base.evaluations[0], replace(base.evaluations[-1], loss=9.0)))
+        assert "no divergence" not in text_of(page_of(worse)) and "no divergence" not in text_of(page_of(base))
+
+    def test_runs_are_ranked_with_plain_training_first(self) -> None:
+        """Then by the loss after training; with what each needs of plain's memory."""
+        found = view.ranked([examples.jump(), examples.momentum(), examples.interrupted(), examples.plain()])
+        assert [run.name for run in found] == ["plain", "momentum_k3", examples.jump().name, "interrupted"]
+        assert "of plain's" in text_of(page_of(examples.momentum(), examples.plain()))
+
+    def test_what_is_near_has_a_panel_of_its_own(self) -> None:
+        """On linear axes: hundredths of a nat beside ten."""
+        figures = drawn_across([examples.plain(), examples.momentum(), examples.two_streams()])
+        assert {"g0-f0-validation", "g0-f0-validation-near"} <= {*figures}
+        low, high = figures["g0-f0-validation-near"]["layout"]["yaxis"]["range"]
+        assert -0.5 < low < 0 < high < 0.5 and "type" not in figures["g0-f0-validation"]["layout"]["yaxis"]
 
     def test_interrupted_runs_say_so(self) -> None:
         """Alone and among others, and how to go on."""
@@ -175,7 +192,7 @@ class TestHtml:
         run = replace(examples.momentum(), logged=tuple(bare))
         assert "None" not in text_of(page_of(run))
         assert tables.steps_table(run).heads == ("Step", "Loss", "Learning rate", "Peak")
-        assert rows.side_bits_words(run) == "3"
+        assert view.side_bits_words(run) == "3"
 
     def test_a_loss_that_is_no_number_is_shown_and_not_drawn(self) -> None:
         """What went wrong is in the table; a figure cannot show it."""
@@ -189,8 +206,8 @@ class TestHtml:
 
     def test_no_run_is_an_error(self) -> None:
         """There is nothing to render."""
-        with pytest.raises(ValueError, match="no fine-tuning"):
-            render_finetune_html([], "autorev report")
+        with pytest.raises(ValueError, match="no record"):
+            render_html([], "autorev report")
 
 
 class TestVerdict:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from autorev.finetuning.record import FineTuning
-from autorev.report.finetuning.terminal import print_fine_tunings, render_text
+from autorev.report.render import print_records, render_text
 from tests.helpers import finetune_examples as examples
 from tests.helpers.finetune_examples import ALL, many
 
@@ -23,7 +23,7 @@ def screen(runs: list[FineTuning], width: int, color: bool = False) -> str:
     system = "truecolor" if color else None
     console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=color, _environ={})
     with console.capture() as capture:
-        print_fine_tunings(runs, console)
+        print_records(runs, console)
     return capture.get()
 
 

@@ -13,7 +13,7 @@ from autorev.advice.case import SIMPLEST, Possible
 from autorev.advice.predicted import recommend_for
 from autorev.analysis import Analysis, Category, Prediction, Reach, Recommendation
 from autorev.format import format_bytes, format_seconds, unit_for
-from autorev.report.analysis.terminal import render_text
+from autorev.report.render import render_text
 from tests.helpers import analysis_examples
 
 GIB = 2**30

@@ -14,10 +14,9 @@ import pytest
 from autorev.analysis import Category
 from autorev.format import format_bytes
 from autorev.report import palette
-from autorev.report.profile import rows
-from autorev.report.profile.comparison import comparison_figures
-from autorev.report.profile.figures import front, front_points
-from autorev.report.profile.timelines import MOST_POINTS, thinned
+from autorev.report.profile import view
+from autorev.report.profile.figures import MOST_POINTS, thinned
+from autorev.report.profile.view import front, front_points
 from tests.helpers import profile_examples as examples
 from tests.unit.test_profile_report import ALL, all_figures, memory_of, page_of, text_of
 
@@ -51,7 +50,7 @@ class TestFigures:
         """A budget far beyond every bar is left out of the drawing, and the page says so."""
         near, far = examples.deep(24), replace(examples.smollm2(), budget_bytes=2**40)
         assert len(all_figures(near)["peak"]["layout"]["shapes"]) == 1
-        assert "shapes" not in all_figures(far)["peak"]["layout"]
+        assert not all_figures(far)["peak"]["layout"]["shapes"]
         assert "is the budget of" in text_of(page_of(near))
         assert "far above every bar" in text_of(page_of(far))
 
@@ -68,7 +67,7 @@ class TestFigures:
         """Time and bytes of every category, the three before-and-after methods first, on one scale."""
         profile = examples.smollm2()
         drawn = all_figures(profile)
-        first, rest = rows.with_timeline(profile)
+        first, rest = view.with_timeline(profile)
         assert [each.method.name for each in first] == ["plain", "checkpoint", "momentum"]
         assert len(first) + len(rest) == 9 == sum(name.startswith("timeline-") for name in drawn)
         line = memory_of(profile, "plain").timeline
@@ -128,6 +127,24 @@ class TestFigures:
         for place, each in enumerate(profile.results):
             assert sum(t["x"][place] for t in traces) == pytest.approx(each.work.instrumented_seconds, abs=1e-4)
 
+    def test_what_is_not_told_apart_is_not_compared(self) -> None:
+        """PyTorch recomputes within its backward pass: a grey bar would say that it recomputed nothing."""
+        base = examples.smollm2()
+        results = [
+            replace(r, work=replace(r.work, overhead={})) if r.method.name == "checkpoint" else r for r in base.results
+        ]
+        profile = replace(base, results=tuple(results))
+        rows = all_figures(profile)["overhead"]["layout"]["yaxis"]["ticktext"]
+        assert "plain" in rows and "checkpoint" not in rows
+        assert "that is not told apart: checkpoint." in text_of(page_of(profile))
+
+    def test_a_curve_of_few_sizes_is_a_table(self) -> None:
+        """Two points say nothing that their figures do not say better."""
+        base = examples.deep(24)
+        few = replace(base, points=tuple(p for p in base.points if p.value <= 2))
+        assert "sweep-batch" not in all_figures(few)
+        assert "batch, samples 1" in text_of(page_of(few)).replace("plain checkpoint momentum k=3 leapfrog ", "")
+
     def test_every_step_is_a_dot(self) -> None:
         """None is left out or averaged."""
         profile = examples.smollm2()
@@ -164,7 +181,7 @@ class TestFigures:
 
     def test_methods_of_one_method_can_be_told_apart(self) -> None:
         """Same colour, other symbol."""
-        looks = rows.looks(examples.smollm2())
+        looks = view.looks(examples.smollm2())
         momentum = [look for spec, look in looks.items() if spec.startswith("momentum")]
         assert len({look.color for look in momentum}) == 1
         assert len({look.symbol for look in momentum}) == len(momentum) == 4
@@ -173,8 +190,6 @@ class TestFigures:
     def test_every_color_has_its_dark_counterpart(self, name: str) -> None:
         """The page swaps light colours for dark ones by exact match."""
         profile = ALL[name]()
-        drawn = all_figures(profile) | {
-            n: json.loads(f.to_json()) for n, f in comparison_figures([profile] * 2).items()
-        }
+        drawn = all_figures(profile) | all_figures(profile, profile)
         for figure in drawn.values():
             assert set(re.findall(r"#[0-9a-f]{6}\b", json.dumps(figure))) <= palette.DARK_FOR_LIGHT.keys()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autorev.profiler.record import Profile
-from autorev.report.profile.markdown import render_markdown
+from autorev.report.render import render_markdown
 from tests.helpers import profile_examples as examples
 
 

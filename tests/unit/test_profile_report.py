@@ -16,13 +16,12 @@ import pytest
 from autorev.format import format_bytes
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Status
-from autorev.report.profile import rows
-from autorev.report.profile.comparison import comparison_figures, families
-from autorev.report.profile.figures import memory_figures
-from autorev.report.profile.html import render_profile_html, tiles
-from autorev.report.profile.terminal import render_text
-from autorev.report.profile.time_figures import time_figures
-from autorev.report.tables import Cell, Row
+from autorev.report.document import Cell, Row
+from autorev.report.profile import view
+from autorev.report.profile.comparison import families
+from autorev.report.profile.content import tiles
+from autorev.report.render import page_of as page_from
+from autorev.report.render import render_html, render_text
 from tests.helpers import profile_examples as examples
 from tests.unit.test_report import run, without_plotly
 
@@ -37,15 +36,15 @@ ALL = {
 }
 
 
-def all_figures(profile: Profile) -> dict[str, dict]:
-    """Every figure of one record, as the JSON that a page holds."""
-    made = memory_figures(profile) | time_figures(profile)
-    return {name: json.loads(figure.to_json()) for name, figure in made.items()}
+def all_figures(*profiles: Profile) -> dict[str, dict]:
+    """Every figure of a page, as the JSON that it holds."""
+    found = page_from(profiles, "").figures
+    return {name: json.loads(json.dumps({"data": f.data, "layout": f.layout})) for name, f in found.items()}
 
 
 def page_of(*profiles: Profile) -> str:
     """The page without plotly."""
-    return without_plotly(render_profile_html(list(profiles), "autorev report"))
+    return without_plotly(render_html(profiles, "autorev report"))
 
 
 def text_of(page: str) -> str:
@@ -105,7 +104,7 @@ class TestHtml:
         program = (
             "import hashlib\n"
             "from tests.helpers import profile_examples as e\n"
-            "from autorev.report.profile.html import render_profile_html as render\n"
+            "from autorev.report.render import render_html as render\n"
             "pages = render([e.smollm2()], 'x') + render([e.deep(8), e.lora(), e.unequal()], 'x')\n"
             "print(hashlib.sha256(pages.encode()).hexdigest())"
         )
@@ -118,7 +117,7 @@ class TestHtml:
             "import sys\n"
             "from pathlib import Path\n"
             "from autorev.profiler.record import Profile\n"
-            "from autorev.report.profile.html import render_profile_html as render\n"
+            "from autorev.report.render import render_html as render\n"
             f"profile = Profile.read(Path({str(tmp_path / 'record.json')!r}))\n"
             "pages = render([profile], 'x'), render([profile] * 5, 'x'), str(profile)\n"
             "print(all('SmolLM2-135M' in page for page in pages), {'torch', 'transformers'} & set(sys.modules))"
@@ -128,7 +127,7 @@ class TestHtml:
     def test_the_recommendation_comes_first_with_its_figures(self) -> None:
         """In words, with what it saves and costs."""
         profile = examples.smollm2()
-        best, plain = rows.chosen(profile), profile.result("plain")
+        best, plain = view.chosen(profile), profile.result("plain")
         text = text_of(page_of(profile))
         assert (
             text.index("Recommendation") < text.index("Every method at a glance") < text.index("Memory over one step")
@@ -142,7 +141,7 @@ class TestHtml:
     def test_holds_environment_commands_notes_and_text(self) -> None:
         """Every field of the environment, and how to make record and report again."""
         profile = examples.smollm2()
-        page = render_profile_html([profile], "autorev report smollm2.json")
+        page = render_html([profile], "autorev report smollm2.json")
         text = text_of(without_plotly(page))
         where = profile.environment
         for fact in (where.date, where.machine, where.system, where.commit, "python 3.12.3", profile.text):
@@ -211,7 +210,7 @@ class TestComparison:
         profiles = [examples.deep(blocks) for blocks in (32, 16, 64)] + [examples.smollm2()]
         (family,) = families(profiles)
         assert [profile.blocks for profile in family.profiles] == [16, 32, 64]
-        drawn = json.loads(comparison_figures(profiles)["family-0-memory"].to_json())
+        drawn = all_figures(*profiles)["family-0-memory"]
         line = next(trace for trace in drawn["data"] if trace["name"] == "leapfrog")
         assert line["x"] == [16, 32, 64]
         for value, profile in zip(line["y"], family.profiles, strict=True):
@@ -231,7 +230,7 @@ class TestComparison:
     def test_relative_figures_are_shares_of_plain(self) -> None:
         """Memory and time of each method over those of plain in the same record."""
         profile = examples.smollm2()
-        drawn = json.loads(comparison_figures([profile, examples.lora()])["relative-memory"].to_json())
+        drawn = all_figures(profile, examples.lora())["relative-memory"]
         dots = next(trace for trace in drawn["data"] if trace["name"] == "activation checkpointing")
         expected = memory_of(profile, "checkpoint").peak_bytes / memory_of(profile, "plain").peak_bytes
         assert dots["x"][0] == pytest.approx(expected, abs=1e-4)
@@ -248,7 +247,7 @@ class TestComparison:
         profiles = [examples.smollm2(), examples.unequal(), examples.interrupted()]
         text = text_of(page_of(*profiles))
         for profile in profiles:
-            for name in rows.labels(profile).values():
+            for name in view.labels(profile).values():
                 assert f"{profile.name}: {name}" in text
             assert profile.environment.date in text
         assert "No recommendation yet." in text and "incomplete: 7 of 9 methods are not measured" in text
@@ -261,5 +260,5 @@ class TestComparison:
 
     def test_no_profile_is_an_error(self) -> None:
         """There is nothing to render."""
-        with pytest.raises(ValueError, match="no profile"):
-            render_profile_html([], "autorev report")
+        with pytest.raises(ValueError, match="no record"):
+            render_html([], "autorev report")

@@ -10,10 +10,10 @@ from dataclasses import replace
 from autorev.format import format_bytes, format_integer, format_seconds
 from autorev.profiler.readings import Round
 from autorev.profiler.record import Profile, Result
-from autorev.report.profile import peak, rows
-from autorev.report.profile.tables import glance, prediction_table, state
-from autorev.report.profile.terminal import render_text
-from autorev.report.profile.time_tables import reach_table, sweep_table, time_table
+from autorev.report.profile import peak, view
+from autorev.report.profile.sweep_tables import reach_table, sweep_table
+from autorev.report.profile.tables import glance, prediction_table, state, time_table
+from autorev.report.render import render_text
 from tests.helpers import profile_examples as examples
 from tests.unit.test_profile_report import bare, cell, memory_of, page_of, text_of
 
@@ -141,7 +141,7 @@ def test_the_rival_is_one_with_figures() -> None:
     """Plain where it was measured, else checkpointing, never the recommended one itself."""
 
     def named(profile: Profile) -> Result:
-        found = rows.rival(profile)
+        found = view.rival(profile)
         assert found is not None
         return found
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from autorev.format import format_seconds
 from autorev.profiler.record import Profile
-from autorev.report.profile.terminal import print_profiles, render_text
+from autorev.report.render import print_records, render_text
 from tests.helpers import profile_examples as examples
 from tests.unit.test_profile_report import ALL
 
@@ -24,7 +24,7 @@ def screen(profiles: list[Profile], width: int, color: bool = False) -> str:
     system = "truecolor" if color else None
     console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=color, _environ={})
     with console.capture() as capture:
-        print_profiles(profiles, console)
+        print_records(profiles, console)
     return capture.get()
 
 

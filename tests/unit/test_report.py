@@ -20,11 +20,9 @@ from rich.console import Console
 from autorev.analysis import Analysis, Category
 from autorev.format import clean, format_bytes, format_count, format_seconds, sentence, unit_for
 from autorev.report import palette
-from autorev.report.analysis.figures import figures
-from autorev.report.analysis.html import render_html
-from autorev.report.analysis.markdown import render_markdown
-from autorev.report.analysis.rows import identical_runs, method_rows
-from autorev.report.analysis.terminal import print_analysis, render_text
+from autorev.report.analysis.view import identical_runs, method_rows
+from autorev.report.html import packed_plotly
+from autorev.report.render import page_of, print_records, render_html, render_markdown, render_text
 from tests.helpers import analysis_examples as examples
 
 ALL = [
@@ -42,7 +40,7 @@ def screen(analysis: Analysis, width: int, color: bool = False) -> str:
     system = "truecolor" if color else None
     console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=color, _environ={})
     with console.capture() as capture:
-        print_analysis(analysis, console)
+        print_records([analysis], console)
     return capture.get()
 
 
@@ -82,10 +80,12 @@ class TestTerminal:
         text = render_text(examples.llama_lora())
         rows = {line.split()[0]: line for line in text.splitlines() if line and not line.startswith(" ")}
         assert "!110" in rows["checkpoint"] and "|" in rows["checkpoint"]
-        assert "bdia*" in rows and "momentum" in rows
+        assert "bdia" not in rows and "momentum" in rows
         assert rows["plain"].count(">") == 1, "a bar that is longer than the scale is cut visibly"
         assert "| 79.6 GiB, the memory of NVIDIA H100 SXM 80 GB;  ! does not fit" in text
-        assert "* a pretrained model does not keep its function" in text
+        said = " ".join(text.split())
+        assert "From scratch only, peak in GiB: leapfrog, midpoint, hamiltonian, revnet !97.1," in said
+        assert "bdia !98.1. With these a pretrained model does not keep its function" in said
 
     def test_couplings_with_the_same_figures_share_a_row(self) -> None:
         """Baselines never share, whatever their figures."""
@@ -215,21 +215,21 @@ class TestMarkdown:
 
     def test_holds_methods_chains_and_recommendation(self) -> None:
         """Each in its table or heading."""
-        text = render_markdown(examples.smollm2())
+        text = render_markdown([examples.smollm2()])
         assert "## Recommendation: Use activation checkpointing" in text
-        assert "| checkpoint | 11.0 GiB | backward | 47 % | 100 % |" in text
+        assert "| **checkpoint** | 11.0 GiB | backward | 47 % | 100 % |" in text
         assert "| `model.layers` | `model.layers.0-29` | 30 | `LlamaDecoderLayer` |" in text
 
     def test_holds_refusals_with_their_reasons(self) -> None:
         """The reason and its source line."""
-        text = render_markdown(examples.bert())
+        text = render_markdown([examples.bert()])
         assert "| - | `bert.encoder.layer.0-11` | 12 | `BertLayer` | - | refused | post-norm" in text
         assert "(modeling_bert.py:310)" in text
 
     @pytest.mark.parametrize("example", ALL)
     def test_every_row_of_a_table_has_its_columns(self, example) -> None:
         """A hostile name breaks no table and opens no tag."""
-        text = render_markdown(example())
+        text = render_markdown([example()])
         for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
         assert "<script" not in re.sub(r"`[^`]*`", "", text)
@@ -243,8 +243,8 @@ class TestHtml:
         program = (
             "import hashlib\n"
             "from tests.helpers import analysis_examples as e\n"
-            "from autorev.report.analysis.html import render_html\n"
-            "print(hashlib.sha256(render_html(e.smollm2(), 'autorev analyze').encode()).hexdigest())"
+            "from autorev.report.render import render_html\n"
+            "print(hashlib.sha256(render_html([e.smollm2()], 'autorev analyze').encode()).hexdigest())"
         )
         digests = {run(program, PYTHONHASHSEED=str(seed)) for seed in (1, 2)}
         assert len(digests) == 1
@@ -252,12 +252,12 @@ class TestHtml:
     @pytest.mark.parametrize("example", ALL)
     def test_nothing_is_loaded_from_elsewhere(self, example) -> None:
         """No address in any attribute that would load something."""
-        page = without_plotly(render_html(example(), "autorev analyze"))
+        page = without_plotly(render_html([example()], "autorev analyze"))
         assert not re.search(r"<link|<iframe|<img|@import|url\(|<\w+[^>]*\ssrc=", page)
 
     def test_names_are_escaped_everywhere(self) -> None:
         """In the text, in attributes, and inside the figures' JSON."""
-        page = without_plotly(render_html(examples.hostile(), examples.HOSTILE))
+        page = without_plotly(render_html([examples.hostile()], examples.HOSTILE))
         assert "window.hacked" in page
         assert "<script>window" not in page and "<img" not in page
         assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script", page)) == 3
@@ -265,7 +265,7 @@ class TestHtml:
 
     def test_holds_the_recommendation_before_everything_else(self) -> None:
         """It is what the reader came for."""
-        page = without_plotly(render_html(examples.smollm2(), "autorev analyze smollm2"))
+        page = without_plotly(render_html([examples.smollm2()], "autorev analyze smollm2"))
         order = [
             "Use activation checkpointing",
             "Memory of one training step",
@@ -277,29 +277,29 @@ class TestHtml:
 
     def test_holds_the_command_the_versions_and_the_citation(self) -> None:
         """So that the file can be made again."""
-        page = render_html(examples.smollm2(), "autorev analyze smollm2 --batch 8  --sequence 2048")
+        page = render_html([examples.smollm2()], "autorev analyze smollm2 --batch 8  --sequence 2048")
         assert "autorev analyze smollm2 --batch 8  --sequence 2048</pre>" in page
         assert "autorev 0.1.0, torch 2.13.0, transformers 5.23.0" in page
         assert "arXiv 2512.02056" in page
 
     def test_every_plot_has_its_figures_as_text(self) -> None:
         """The page can be read without seeing a plot."""
-        page = without_plotly(render_html(examples.smollm2(), "autorev analyze"))
+        page = without_plotly(render_html([examples.smollm2()], "autorev analyze"))
         for prediction in examples.smollm2().predictions:
             assert format_bytes(prediction.peak_bytes) in page
-        assert page.count("Show as a table") == 3
+        assert page.count("Show as a table") == 4
 
     def test_reasons_and_source_lines_are_shown(self) -> None:
         """Once for the twelve blocks that share them, with the twelve paths."""
-        page = without_plotly(render_html(examples.bert(), "autorev analyze"))
+        page = without_plotly(render_html([examples.bert()], "autorev analyze"))
         assert page.count(examples.POST_NORM) == 1
         assert all(f"<code>bert.encoder.layer.{i}</code>" in page for i in range(12))
 
     def test_every_figure_has_its_place(self) -> None:
         """The ids of the figures are those of the page."""
         for example in ALL:
-            page = without_plotly(render_html(example(), "autorev analyze"))
-            for name in figures(example()):
+            page = without_plotly(render_html([example()], "autorev analyze"))
+            for name in page_of([example()], "").figures:
                 assert f'id="{name}"' in page
 
 
@@ -307,8 +307,8 @@ def test_every_color_of_a_figure_has_its_dark_counterpart() -> None:
     """The page swaps light colours for dark ones by exact match, so each must be known, and only once."""
     pairs = [*palette.THEME.values(), *palette.CATEGORY_COLORS.values()]
     assert len({light for light, _ in pairs}) == len(pairs)
-    for name, figure in figures(examples.llama_lora()).items():
-        used = set(re.findall(r"#[0-9a-f]{6}", json.dumps(json.loads(figure.to_json()))))
+    for name, figure in page_of([examples.llama_lora()], "").figures.items():
+        used = set(re.findall(r"#[0-9a-f]{6}", json.dumps([figure.data, figure.layout])))
         assert used <= palette.DARK_FOR_LIGHT.keys(), name
 
 
@@ -318,11 +318,11 @@ def test_reports_are_rendered_from_json_without_torch() -> None:
         "import sys\n"
         "from tests.helpers import analysis_examples as e\n"
         "from autorev.analysis import Analysis\n"
-        "from autorev.report.analysis.html import render_html\n"
-        "from autorev.report.analysis.markdown import render_markdown\n"
+        "from autorev.report.render import render_html\n"
+        "from autorev.report.render import render_markdown\n"
         "analysis = Analysis.from_json(e.smollm2().to_json())\n"
         "assert analysis == e.smollm2()\n"
-        "pages = render_html(analysis, 'x'), render_markdown(analysis), str(analysis)\n"
+        "pages = render_html([analysis], 'x'), render_markdown([analysis]), str(analysis)\n"
         "print(all('SmolLM2-135M' in page for page in pages), {'torch', 'transformers'} & set(sys.modules))"
     )
     assert run(program) == "True set()"
@@ -342,9 +342,7 @@ def run(program: str, **environment: str) -> str:
 
 
 def without_plotly(page: str) -> str:
-    """`page` without the 4.8 MB that are not ours."""
-    from plotly.offline import get_plotlyjs
-
-    library = get_plotlyjs()
+    """`page` without the 2 MB that are not ours."""
+    library = packed_plotly()
     assert page.count(library) == 1
     return page.replace(library, "")

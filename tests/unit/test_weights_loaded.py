@@ -28,10 +28,8 @@ from autorev.errors import ModelBuildError
 from autorev.models import weights
 from autorev.models.load import load_model
 from autorev.models.weights import check_adapters, load_weights, take_up_weights
-from autorev.report.finetuning.markdown import render_markdown
-from autorev.report.finetuning.terminal import render_text
 from autorev.report.finetuning.verdict import verdict
-from autorev.report.profile.terminal import render_text as render_profile
+from autorev.report.render import render_markdown, render_text
 from tests.helpers import finetune_examples, profile_examples, zoo
 from tests.helpers.tiny_llm import tiny_llm, tiny_model
 from tests.helpers.tiny_run import At, interrupt, tune, workplace
@@ -600,5 +598,5 @@ class TestRandom:
 
     def test_a_profile_says_so(self) -> None:
         """In its first line; of a model with weights it says nothing."""
-        assert "24 blocks, random weights" in " ".join(render_profile(profile_examples.deep(24)).split())
-        assert "random weights" not in render_profile(profile_examples.smollm2())
+        assert "24 blocks, random weights" in " ".join(render_text(profile_examples.deep(24)).split())
+        assert "random weights" not in render_text(profile_examples.smollm2())

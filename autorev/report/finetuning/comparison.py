@@ -1,297 +1,264 @@
-"""Plotly figures across fine-tuning runs: losses over steps, memory and speed, and side bits against the loss."""
+"""The page of several fine-tuning runs: losses over steps, memory and speed, and side bits against the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import plotly.graph_objects as go
-
-from autorev.finetuning.record import FineTuning
-from autorev.format import format_bytes, format_rate, unit_for
-from autorev.report.finetuning.figures import (
-    change_axis,
-    change_scale,
-    logarithmic_losses,
-    wide,
-)
+from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
+from autorev.format import clean, format_bytes, format_rate, plural, sentence, unit_for
+from autorev.report import document as doc
+from autorev.report import plots
+from autorev.report.finetuning import figures, view
+from autorev.report.finetuning import tables_of_many as many
 from autorev.report.finetuning.numbers import bits_text, change_text, loss_text
-from autorev.report.finetuning.rows import (
-    Look,
-    RunGroup,
-    difference,
-    ends_as,
-    families,
-    finite,
-    how_words,
-    labels,
-    looks,
-    short,
-    side_bits_ends,
-    smoothed_training,
-)
-from autorev.report.palette import method_color
-from autorev.report.plotting import DASHES, INK, MUTED, PAPER, ROW_HEIGHT, SYMBOLS, layout, row_label, scaled
-from autorev.report.profile.figures import name_rows
+from autorev.report.finetuning.verdict import verdict
+from autorev.report.palette import look_of
+from autorev.report.plots import Part as Bar
 
 Ends = tuple[float, float]
 Points = list[tuple[int, float]]
 
 
-def comparison_figures(groups: Sequence[RunGroup]) -> dict[str, go.Figure]:
-    """Every figure across the runs of each group that there is data for, by the id of its place in a page."""
-    found: dict[str, go.Figure] = {}
-    for i, group in enumerate(groups):
-        if not group.scratch and frontier_points(group.runs):
-            found[f"g{i}-frontier"] = frontier(group.runs)
-        for j, family in enumerate(families(group.runs)):
-            if any(_validation(run) for run in family.runs):
-                found[f"g{i}-f{j}-validation"] = validation(family.runs)
-            if any(smoothed_training(run) for run in family.runs):
-                found[f"g{i}-f{j}-training"] = training(family.runs)
-        if any(run.peak_bytes for run in group.runs):
-            found[f"g{i}-memory"] = memory(group.runs)
-        if any(run.tokens_per_second for run in group.runs):
-            found[f"g{i}-speed"] = speed(group.runs)
-    return found
+def page(runs: Sequence[FineTuning], command: str) -> doc.Page:
+    """What the runs say together; `command` is what made the report."""
+    found = [replace(group, runs=tuple(view.ranked(group.runs))) for group in view.groups(runs)]
+    models, count = len({group.model for group in found}), plural(len(runs), "fine-tuning")
+    head: list[doc.Part] = [doc.text(count), doc.text(f"Of {plural(models, 'model')}, compared", kind="lead")]
+    unfinished = [clean(run.name) for run in runs if not run.complete]
+    if unfinished:
+        said, them = ("is", "it") if len(unfinished) == 1 else ("are", "them")
+        words = doc.prose(f" `--resume` goes on with {them}.").spans
+        title = doc.strong(f"{plural(len(unfinished), 'run')} {said} not complete:")
+        head.append(doc.text(title, f" {', '.join(unfinished)}.", *words, kind="notice"))
+    sections = [section for i, group in enumerate(found) for section in _group(group, f"g{i}")]
+    notes = [f"{clean(run.name)}: {sentence(note)}" for run in runs for note in run.notes]
+    if notes:
+        sections.append(doc.Section("Notes", (doc.Bullets(tuple(notes)),)))
+    sections.append(doc.Section("Where and when they ran", (many.environments(runs),)))
+    foot = (
+        doc.text("Records made with", kind="h3"),
+        doc.Fold(
+            "Show the command of every record",
+            tuple(doc.Command(run.command, f"Command of {clean(run.name)}") for run in runs),
+        ),
+        doc.text("Report made with", kind="h3"),
+        doc.Command(command, "Command of the report"),
+    )
+    return doc.Page(f"{count} compared", tuple(head), tuple(sections), foot)
 
 
-def validation(runs: Sequence[FineTuning]) -> go.Figure:
+def _group(group: view.RunGroup, id: str) -> Iterator[doc.Section]:
+    runs = group.runs
+    table = many.scratch_table(runs) if group.scratch else many.runs_table(runs, shares=True)
+    yield doc.Section(group.title, (table, doc.text(_meanings(group), kind="hint")))
+    drawn = frontier(runs, f"{id}-frontier") if not group.scratch else []
+    if drawn:
+        said = (
+            "Further left is less memory, lower is better. Hollow: after the conversion, before any training. Filled: "
+            "after training; below 0 it learned more from the text than the coupling cost. The table above has the "
+            "figures."
+        )
+        yield doc.Section("Side bits against the loss", (doc.captioned(doc.Grid(tuple(drawn)), caption=said),))
+    for j, family in enumerate(view.families(runs)):
+        parts = tuple(_family(family, f"{id}-f{j}"))
+        if parts:
+            yield doc.Section(family.title, parts)
+    costs = [figure for figure in (memory(runs, f"{id}-memory"), speed(runs, f"{id}-speed")) if figure]
+    if costs:
+        said = "The highest peak of the steps that were looked at, and the speed of the others."
+        if any(run.teacher_bytes for run in runs):
+            said += " The grey part is the teacher, the frozen copy of the original that distillation needs."
+        yield doc.Section("Memory and speed", (doc.captioned(doc.Grid(tuple(costs)), caption=said),))
+    became = tuple(zip(view.labels(runs), map(_verdict, runs), strict=True))
+    yield doc.Section(
+        "What became of each", (doc.Fold("Show the verdict on every run", (doc.Facts(became, "method"),)),)
+    )
+
+
+def _meanings(group: view.RunGroup) -> str:
+    plain = any(view.plain_of(run, group.runs) for run in group.runs)
+    if group.scratch:
+        said = "Validation loss in nats a token, each seed's with the seed in brackets."
+        said += " Against plain: from the residual baseline by the same recipe, seed by seed." if plain else ""
+        return f"{said} As the plain: how much higher the loss is with the trained weights in the plain architecture."
+    said = (
+        "Validation loss in nats a token; the small figure below it is the difference to the original model before "
+        f"training, and to the coupling as the plain architecture, where red is more than {EXPORT_LIMIT}."
+    )
+    said += " Against plain training: by the same recipe, with the same data, order and seed." if plain else ""
+    return (
+        f"{said} ppl: perplexity. Agreement: places where the likeliest next token is the original's. Side bits: mean "
+        "of an element and step."
+    )
+
+
+def _verdict(run: FineTuning) -> doc.Text:
+    found = verdict(run)
+    return doc.text(doc.strong(f"{found.title}."), " ", *doc.prose(found.text).spans)
+
+
+def _family(family: view.Family, id: str) -> Iterator[doc.Part]:
+    runs = family.runs
+    if drawn := validation(runs, f"{id}-validation"):
+        said = "The same held-out text each time; the dashed line is the original model."
+        yield doc.captioned(
+            doc.Grid(tuple(drawn)), many.evaluations_by_step(runs), caption=said, title="Validation loss"
+        )
+    if figure := training(runs, f"{id}-training"):
+        said = (
+            "Each line is a mean over neighbouring steps; with distillation, of the part that the text makes. Every "
+            "step reads other text, some of it harder: what rises here for plain training too is the text."
+        )
+        yield doc.captioned(figure, many.training_by_step(runs), caption=said, title="Training loss")
+
+
+def validation(runs: Sequence[FineTuning], id: str) -> list[doc.Figure]:
     """Validation loss over the steps; where the runs lie far apart, how far each is from the original model."""
-    losses = [loss for run in runs for _, loss in _validation(run)]
-    against = wide(losses) and all(run.pretrained and run.original for run in runs if run.evaluations)
-    figure = go.Figure()
-    for run, name, look, first in _drawn(runs, _validation):
-        points = _validation(run)
+    points = {run.name: [(e.step, e.loss) for e in run.evaluations if view.finite(e.loss)] for run in runs}
+    losses = [loss for found in points.values() for _, loss in found]
+    if not losses:
+        return []
+    far = max(losses) > 3 * min(losses)
+    against = far and all(run.pretrained and run.original for run in runs if run.evaluations)
+
+    def drawn(run: FineTuning) -> Points:
         level = run.original.loss if run.original and against else 0.0
-        figure.add_scatter(
-            mode="lines+markers",
-            name=escape(short(how_words(run))),
-            legendgroup=escape(short(how_words(run))),
-            showlegend=first,
-            x=[step for step, _ in points],
-            y=[change_scale(loss - level) if against else round(loss, 5) for _, loss in points],
-            customdata=[loss_text(loss) for _, loss in points],
-            line={"color": look.color, "dash": look.dash, "width": _width(run)},
-            marker={"symbol": look.symbol, "size": 8},
-            hovertemplate=f"{escape(name)}, step %{{x}}: %{{customdata}}<extra></extra>",
-        )
-    last = max((trace.x[-1] for trace in figure.data), default=0)
-    originals = {run.original.loss for run in runs if run.pretrained and run.original and finite(run.original.loss)}
-    for level in sorted(originals)[:1] if len(originals) == 1 else ():
-        figure.add_scatter(
-            mode="lines",
-            name=f"original model: {loss_text(level)}",
-            x=[0, last],
-            y=[0.0 if against else round(level, 5)] * 2,
-            line={"color": INK, "width": 1.5, "dash": "dash"},
-            hoverinfo="skip",
-        )
-    _along_steps(figure, "validation loss, nats")
+        return [(e.step, e.loss - level) for e in run.evaluations if view.finite(e.loss)]
+
+    series = _over_steps(runs, drawn, mode="lines+markers", size=8)
+    last = max(step for found in points.values() for step, _ in found)
+    originals = {
+        run.original.loss for run in runs if run.pretrained and run.original and view.finite(run.original.loss)
+    }
+    if len(originals) == 1:
+        (level,) = originals
+        name, at = f"original model: {loss_text(level)}", [0.0 if against else level] * 2
+        series.append(plots.Series(name, [0, last], at, color=plots.INK, dash="dash", width=1.5, mode="lines"))
+    label = "Validation loss over the optimiser steps"
     if against:
-        changes = [loss - run.original.loss for run in runs if run.original for _, loss in _validation(run)]
-        change_axis(figure, changes, "loss less the original's, nats")
-    elif wide(losses):
-        logarithmic_losses(figure, losses)
-    return figure
+        return figures.panels(id, label, series, figures.STEPS, "loss less the original's, nats")
+    title, y_axis = figures.loss_axis(series, "validation loss, nats")
+    return [plots.lines(id, label, series, figures.STEPS, title, height=360, y_axis=y_axis)]
 
 
-def training(runs: Sequence[FineTuning]) -> go.Figure:
+def training(runs: Sequence[FineTuning], id: str) -> doc.Figure | None:
     """Smoothed training loss over the steps."""
-    figure = go.Figure()
-    for run, name, look, first in _drawn(runs, smoothed_training):
-        points = smoothed_training(run)
-        figure.add_scatter(
-            mode="lines",
-            name=escape(short(how_words(run))),
-            legendgroup=escape(short(how_words(run))),
-            showlegend=first,
-            x=[step for step, _ in points],
-            y=[round(loss, 5) for _, loss in points],
-            line={"color": look.color, "dash": look.dash, "width": _width(run)},
-            hovertemplate=f"{escape(name)}, step %{{x}}: %{{y:.3f}}<extra></extra>",
-        )
-    _along_steps(figure, "training loss, nats")
-    losses = [value for trace in figure.data for value in trace.y if value > 0]
-    if wide(losses):
-        logarithmic_losses(figure, losses)
-    return figure
+    series = _over_steps(runs, view.smoothed_training, mode="lines")
+    title, y_axis = figures.loss_axis(series, "training loss, nats")
+    label = "Training loss over the optimiser steps"
+    return plots.lines(id, label, series, figures.STEPS, title, height=360, y_axis=y_axis) if series else None
 
 
-def _drawn(
-    runs: Sequence[FineTuning], points_of: Callable[[FineTuning], Points]
-) -> list[tuple[FineTuning, str, Look, bool]]:
-    """(run, label, look, is it the first of its like) of all that have points, plain training last: it is thin, and
-    what the rest is against.
+def _over_steps(
+    runs: Sequence[FineTuning], points_of: Callable[[FineTuning], Points], **how: Any
+) -> list[plots.Series]:
+    """A line of every run that has points, plain training last: it is thin, and what the rest is against.
 
     Seeds of one coupling look alike and share an entry of the legend."""
-    rows = sorted(zip(runs, labels(runs), looks(runs), strict=True), key=lambda row: row[0].method.name == "plain")
-    with_line = [row for row in rows if points_of(row[0])]
-    firsts = {how_words(run): i for i, (run, _, _) in reversed(list(enumerate(with_line)))}
-    return [(run, name, look, firsts[how_words(run)] == i) for i, (run, name, look) in enumerate(with_line)]
+    rows = sorted(
+        zip(runs, view.labels(runs), view.looks(runs), strict=True), key=lambda row: row[0].method.name == "plain"
+    )
+    shown, series = set[str](), []
+    for run, _, look in rows:
+        if found := points_of(run):
+            name = view.short(view.how_words(run))
+            width = 1.5 if run.method.name == "plain" else 2.5
+            series.append(
+                replace(figures.coupled(look, name, found), width=width, legend=name not in shown, group=name, **how)
+            )
+            shown.add(name)
+    return series
 
 
-def _width(run: FineTuning) -> float:
-    return 1.5 if run.method.name == "plain" else 2.5
-
-
-def _along_steps(figure: go.Figure, title: str) -> None:
-    entries = sum(trace.showlegend is not False for trace in figure.data)
-    figure.update_layout(layout(340 + 11 * entries), showlegend=True)
-    figure.update_xaxes(title_text="optimiser step", showgrid=False)
-    figure.update_yaxes(title_text=title)
-
-
-def _validation(run: FineTuning) -> Points:
-    return [(e.step, e.loss) for e in run.evaluations if finite(e.loss)]
-
-
-def memory(runs: Sequence[FineTuning]) -> go.Figure:
+def memory(runs: Sequence[FineTuning], id: str) -> doc.Figure | None:
     """The peak of every run as a bar, the teacher a part of it."""
+    if not any(run.peak_bytes for run in runs):
+        return None
     unit = unit_for([run.peak_bytes or 0 for run in runs])
-    rest = [scaled(max(0, (run.peak_bytes or 0) - run.teacher_bytes), unit) for run in runs]
-    texts = [format_bytes(run.peak_bytes) if run.peak_bytes else "" for run in runs]
-    figure = _bars(runs, rest, texts, f"peak memory, {unit.name}")
+    notes = [format_bytes(run.peak_bytes) if run.peak_bytes else "-" for run in runs]
+    rest = [plots.in_unit(max(0, (run.peak_bytes or 0) - run.teacher_bytes), unit) for run in runs]
+    parts = [Bar("peak", [look.color for look in view.looks(runs)], rest, notes)]
     if any(run.teacher_bytes and run.peak_bytes for run in runs):
-        figure.add_bar(
-            orientation="h",
-            name="teacher",
-            y=list(range(len(runs))),
-            x=[scaled(run.teacher_bytes, unit) if run.peak_bytes else 0 for run in runs],
-            customdata=[format_bytes(run.teacher_bytes) for run in runs],
-            marker={"color": MUTED},
-            hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
-        )
-    return figure
+        teacher = [plots.in_unit(run.teacher_bytes, unit) if run.peak_bytes else 0.0 for run in runs]
+        parts.append(Bar("teacher", plots.MUTED, teacher, [format_bytes(run.teacher_bytes) for run in runs]))
+    names = [plots.row_name(name, 26) for name in view.labels(runs)]
+    return plots.bars(id, "Peak memory of every run", names, parts, f"peak memory, {unit.name}", notes)
 
 
-def speed(runs: Sequence[FineTuning]) -> go.Figure:
+def speed(runs: Sequence[FineTuning], id: str) -> doc.Figure | None:
     """Tokens a second of every run as a bar."""
     rates = [run.tokens_per_second for run in runs]
-    return _bars(
-        runs, [round(rate or 0, 3) for rate in rates], [format_rate(r) if r else "" for r in rates], "tokens/s"
-    )
+    if not any(rates):
+        return None
+    parts = [
+        Bar(
+            "tokens/s",
+            [look.color for look in view.looks(runs)],
+            [r or 0.0 for r in rates],
+            list(map(format_rate, rates)),
+        )
+    ]
+    names = [plots.row_name(name, 26) for name in view.labels(runs)]
+    return plots.bars(id, "Tokens a second of every run", names, parts, "tokens/s", list(map(format_rate, rates)))
 
 
-def _bars(runs: Sequence[FineTuning], values: list[float], texts: list[str], title: str) -> go.Figure:
-    figure = go.Figure()
-    figure.add_bar(
-        orientation="h",
-        name=title,
-        y=list(range(len(runs))),
-        x=values,
-        customdata=texts,
-        marker={"color": [look.color for look in looks(runs)]},
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-    for place, text in enumerate(texts):
-        shown = {"text": text or "-", "y": place, "yref": "y", "xref": "paper", "x": 1, "xanchor": "left"}
-        figure.add_annotation(shown, showarrow=False, font={"color": INK if text else MUTED, "size": 12})
-    name_rows(figure, [row_label(name, 26) for name in labels(runs)])
-    figure.update_layout(layout(ROW_HEIGHT * len(runs) + 70), barmode="stack", bargap=0.35, showlegend=False)
-    figure.update_layout(margin={"t": 8, "r": 72, "b": 44, "l": 8})
-    figure.update_xaxes(title_text=title, rangemode="tozero", nticks=5)
-    figure.update_yaxes(range=[len(runs) - 0.5, -0.5], showgrid=False, ticklabelstandoff=6)
-    return figure
-
-
-def frontier_points(runs: Sequence[FineTuning]) -> list[tuple[str, FineTuning, Ends, float | None, float | None]]:
-    """(name, run, side bits at start and end, loss increase before training, after it) of all that can be drawn."""
+def frontier_points(runs: Sequence[FineTuning]) -> list[tuple[str, FineTuning, Ends, list[float | None]]]:
+    """(name, run, side bits at start and end, loss increase before and after training) of all that can be drawn."""
     found = []
-    for run, name in zip(runs, labels(runs), strict=True):
-        ends = side_bits_ends(run)
-        before, after = difference(run.zero_shot, run.original), difference(run.final, run.original)
-        before, after = (value if finite(value) else None for value in (before, after))
-        if ends is not None and (before is not None or after is not None):
-            found.append((name, run, ends, before, after))
+    for run, name in zip(runs, view.labels(runs), strict=True):
+        ends = view.side_bits_ends(run)
+        changes = [view.difference(run.zero_shot, run.original), view.difference(run.final, run.original)]
+        finites = [value if view.finite(value) else None for value in changes]
+        if ends is not None and finites != [None, None]:
+            found.append((name, run, ends, finites))
     return found
 
 
-def frontier(runs: Sequence[FineTuning]) -> go.Figure:
+def frontier(runs: Sequence[FineTuning], id: str) -> list[doc.Figure]:
     """Side bits against the loss relative to the original model: hollow before training, filled after it."""
     points = frontier_points(runs)
-    figure = go.Figure()
-    drawn = [value for *_, before, after in points for value in (before, after) if value is not None]
-    drawn += _calibrations(figure, runs)
+    if not points:
+        return []
+    drawn = [figures.calibrated("calibration, before training", run.calibration) for run in runs if run.calibration]
+    series = [replace(each, legend=i == 0) for i, each in enumerate(each for each in drawn if each.x)]
     shown = set[str]()
-    for name, run, ends, before, after in points:
-        method = ends_as(run)
-        both = before is not None and after is not None
+    for name, run, ends, changes in points:
+        method = view.ends_as(run)
+        look, entry, both = look_of(method), view.short(method), None not in changes
         if both:
-            figure.add_scatter(
-                mode="lines",
-                name=escape(short(method)),
-                showlegend=False,
-                legendgroup=escape(short(method)),
-                x=list(ends),
-                y=[change_scale(before or 0), change_scale(after or 0)],
-                line={"color": method_color(method), "width": 1, "dash": "dot"},
-                hoverinfo="skip",
-            )
-        for place, (bits, value) in enumerate(zip(ends, (before, after), strict=True)):
+            way: dict[str, Any] = {"dash": "dot", "width": 1, "mode": "lines", "legend": False, "group": entry}
+            series.append(plots.Series(entry, ends, changes, color=look.color, **way))
+        for place, (bits, value) in enumerate(zip(ends, changes, strict=True)):
             if value is None:
                 continue
-            when = ("before training", "after training")[place]
-            figure.add_scatter(
-                mode="markers",
-                name=escape(short(method)),
-                legendgroup=escape(short(method)),
-                # One entry for each coupling, and that filled if there is a filled one.
-                showlegend=method not in shown and (place == 1 or not both),
-                x=[round(bits, 4)],
-                y=[change_scale(value)],
-                customdata=[f"{escape(name)}, {when}: {bits_text(bits)} bits, {change_text(value)} nats"],
-                marker=_marker(method, hollow=place == 0),
-                hovertemplate="%{customdata}<extra></extra>",
+            when, hollow = ("before training", "after training")[place], place == 0
+            symbol = look.symbol.removesuffix("-open") + ("-open" if hollow else "")
+            said = f"{name}, {when}: {bits_text(bits)} bits, {change_text(value)} nats"
+            # One entry for each coupling, and that filled if there is a filled one.
+            how: dict[str, Any] = {
+                "legend": method not in shown and not (hollow and both),
+                "group": entry,
+                "mode": "markers",
+            }
+            series.append(
+                plots.Series(
+                    entry, [bits], [value], [said], look.color, symbol, size=11 + place, outlined=hollow, **how
+                )
             )
         shown.add(method)
+    most = max(value for each in series for value in each.x if value is not None) if series else 1.0
     plain = [run for run in runs if run.method.name == "plain"]
-    levels = {run.recipe.steps: level for run in plain if (level := difference(run.final, run.original)) is not None}
-    measured = [each.side_bits for run in runs if run.calibration for each in run.calibration.assignments]
-    most = max([bits for _, _, ends, _, _ in points for bits in ends] + measured, default=1.0)
+    levels = {
+        run.recipe.steps: level for run in plain if view.finite(level := view.difference(run.final, run.original))
+    }
     for steps, level in levels.items():
-        if not finite(level):
-            continue
-        drawn.append(level)
-        figure.add_scatter(
-            mode="lines",
-            name=f"plain after {steps} steps: {change_text(level)}",
-            x=[-0.15, most + 0.15],
-            y=[change_scale(level)] * 2,
-            line={"color": method_color("plain"), "width": 1.5, "dash": "dash"},
-            hoverinfo="skip",
+        name, ends = f"plain after {steps} steps: {change_text(level)}", (-0.15, most + 0.15)
+        series.append(
+            plots.Series(name, ends, [level] * 2, color=look_of("plain").color, dash="dash", width=1.5, mode="lines")
         )
-    figure.update_layout(layout(480), showlegend=True)
-    figure.update_xaxes(title_text="side bits of an element and block, mean", range=[-0.2, most + 0.2], dtick=1)
-    change_axis(figure, drawn, "loss against the original, nats")
-    return figure
-
-
-def _marker(method: str, hollow: bool) -> dict[str, Any]:
-    symbol, color = SYMBOLS.get(method, "circle").removesuffix("-open"), method_color(method)
-    if hollow:
-        return {"symbol": f"{symbol}-open", "color": color, "size": 11, "line": {"width": 2}}
-    return {"symbol": symbol, "color": color, "size": 12, "line": {"width": 1, "color": PAPER}}
-
-
-def _calibrations(figure: go.Figure, runs: Sequence[FineTuning]) -> list[float]:
-    """The assignments that were measured, as a line; returns the changes that were drawn."""
-    drawn: list[float] = []
-    for run in runs:
-        if run.calibration is None:
-            continue
-        rows = [each for each in run.calibration.assignments if finite(each.increase)]
-        drawn += [each.increase for each in rows]
-        figure.add_scatter(
-            mode="lines+markers",
-            name="calibration, before training",
-            showlegend=not any(trace.name == "calibration, before training" for trace in figure.data),
-            x=[round(each.side_bits, 4) for each in rows],
-            y=[change_scale(each.increase) for each in rows],
-            customdata=[f"{bits_text(each.side_bits)} bits, {change_text(each.increase)} nats" for each in rows],
-            line={"color": MUTED, "width": 1.5, "dash": DASHES["compile"]},
-            marker={"size": 5, "color": MUTED},
-            hovertemplate="calibration: %{customdata}<extra></extra>",
-        )
-    return drawn
+    x_axis = {"range": [-0.2, most + 0.2], "dtick": 1}
+    title, y_title = "side bits of an element and block, mean", "loss against the original, nats"
+    label = "Side bits against the loss relative to the original model"
+    return figures.panels(id, label, series, title, y_title, x_axis=x_axis)

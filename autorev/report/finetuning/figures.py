@@ -1,266 +1,153 @@
-"""Plotly figures of one fine-tuning run, drawn in light colours; pure functions of the record.
-
-What a record does not hold is left out: a figure without data is not made at all.
-"""
+"""The plots of one fine-tuning run; what a record does not hold has no plot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
-from math import asinh, ceil, floor, isfinite, log10
-
-import plotly.graph_objects as go
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import isfinite, log10
+from typing import Any
 
 from autorev.finetuning.record import Calibration, FineTuning, Logged
-from autorev.format import clean, format_bytes, unit_for
-from autorev.report.finetuning.numbers import bits_text, change_text, gamma_text, loss_text, running_mean
-from autorev.report.finetuning.rows import finite, looks, moved, short, training_loss, with_peak
-from autorev.report.palette import THEME
-from autorev.report.plotting import ACCENT, BAD, INK, LIMIT_LINE, MUTED, PAPER, layout, scaled
+from autorev.format import format_bytes, unit_for
+from autorev.report import plots
+from autorev.report.document import Figure
+from autorev.report.finetuning import numbers, view
+from autorev.report.palette import Look
 
-SMALLEST_CHANGE = 0.01
-"""Nats: below, a scale of changes is linear, and above it grows by powers of ten."""
 _FEWEST_TO_SMOOTH = 12
 """Steps, before a mean over the neighbouring ones says more than the steps themselves."""
 _WIDE = 3.0
 """Highest over lowest loss, from which on a logarithmic axis tells more."""
+_NEAR = 0.25
+"""Nats: what lies closer to the original model than this has a panel of its own where other runs lie far away."""
+STEPS = "optimiser step"
 
 
-def run_figures(run: FineTuning) -> dict[str, go.Figure]:
-    """Every figure of a run that the record has data for, by the id of its place in a page."""
-    found: dict[str, go.Figure] = {}
-    if run.logged or run.evaluations:
-        found["loss"] = loss_over_steps(run)
-    if any(finite(row.divergence) for row in run.logged):
-        found["divergence"] = divergence_over_steps(run)
-    if moved(run):
-        found["gamma"] = _over_steps(run, lambda row: row.gamma, "mean gamma", gamma_text)
-        found["side-bits"] = _over_steps(run, lambda row: row.side_bits, "side bits, mean over the steps", bits_text)
-    if len(with_peak(run)) > 1:
-        found["memory"] = memory_over_steps(run)
-    if run.calibration is not None:
-        if run.calibration.sensitivities:
-            found["sensitivity"] = sensitivity(run.calibration, chosen_bits(run))
-        if run.calibration.assignments:
-            found["assignments"] = assignments(run.calibration)
-    return found
-
-
-def loss_over_steps(run: FineTuning) -> go.Figure:
+def loss_over_steps(run: FineTuning) -> Figure | None:
     """Training loss and validation loss by step, the original model's as a line, and the plain one's at the end."""
-    figure, color = go.Figure(), looks([run])[0].color
-    rows = [row for row in run.logged if finite(training_loss(row))]
-    losses = [training_loss(row) for row in rows]
+    if not (run.logged or run.evaluations):
+        return None
+    look, series = view.looks([run])[0], []
+    rows = [row for row in run.logged if view.finite(view.training_loss(row))]
+    steps, losses = [row.step for row in rows], [view.training_loss(row) for row in rows]
     smooth = len(rows) >= _FEWEST_TO_SMOOTH
     if rows:
-        name = "training, each step" if smooth else "training"
-        _line(figure, name, [row.step for row in rows], losses, MUTED, width=1, opacity=0.45 if smooth else 0.9)
+        name, opacity = ("training, each step", 0.45) if smooth else ("training", 0.9)
+        series.append(_line(name, steps, losses, plots.MUTED, width=1, opacity=opacity))
     if smooth:
         window = _window(len(rows))
-        title = f"training, mean of {window} steps"
-        _line(figure, title, [row.step for row in rows], running_mean(losses, window), MUTED, width=2.5)
-    end = max([run.recipe.steps] + [row.step for row in run.logged])
-    if run.original is not None and finite(run.original.loss):
-        # Not a shape: the legend names it, also on a phone.
+        mean = numbers.running_mean(losses, window)
+        series.append(_line(f"training, mean of {window} steps", steps, mean, plots.MUTED, width=2.5))
+    end = max([run.recipe.steps, *(row.step for row in run.logged)])
+    if run.original is not None and view.finite(run.original.loss):
         whose = "original model" if run.pretrained else "random weights"
-        flat, name = [run.original.loss] * 2, f"{whose}: {loss_text(run.original.loss)}"
-        _line(figure, name, [0, end], flat, INK, dash="dash", width=1.5)
-    evaluations = [e for e in run.evaluations if finite(e.loss)]
+        name, level = f"{whose}: {numbers.loss_text(run.original.loss)}", run.original.loss
+        series.append(_line(name, [0, end], [level, level], plots.INK, width=1.5, dash="dash"))
+    evaluations = [e for e in run.evaluations if view.finite(e.loss)]
     if evaluations:
-        _line(
-            figure,
-            "validation",
-            [e.step for e in evaluations],
-            [e.loss for e in evaluations],
-            color,
-            marker={"size": 9, "color": color, "line": {"color": PAPER, "width": 1.5}},
-        )
-    if run.vanilla is not None and run.method.reversible and finite(run.vanilla.loss):
-        figure.add_scatter(
-            mode="markers",
-            name=f"as the plain architecture: {loss_text(run.vanilla.loss)}",
-            x=[run.vanilla.step],
-            y=[round(run.vanilla.loss, 5)],
-            marker={"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 2}},
-            hovertemplate="%{fullData.name}<extra></extra>",
-        )
-    figure.update_layout(layout(430), showlegend=True)
-    figure.update_xaxes(title_text="optimiser step", range=[-0.015 * end, 1.03 * end], showgrid=False)
-    figure.update_yaxes(title_text="loss, nats a token")
-    shown = [value for trace in figure.data for value in trace.y if value > 0]
-    if wide(shown):
-        logarithmic_losses(figure, shown)
-    return figure
+        x, y = [e.step for e in evaluations], [e.loss for e in evaluations]
+        how: dict[str, Any] = {"mode": "lines+markers", "size": 9, "outlined": True}
+        series.append(_line("validation", x, y, look.color, **how))
+    if run.vanilla is not None and run.method.reversible and view.finite(run.vanilla.loss):
+        name = f"as the plain architecture: {numbers.loss_text(run.vanilla.loss)}"
+        ring: dict[str, Any] = {"symbol": "circle-open", "size": 15, "mode": "markers", "outlined": True}
+        series.append(_line(name, [run.vanilla.step], [run.vanilla.loss], plots.INK, **ring))
+    title, y_axis = loss_axis(series, "loss, nats a token")
+    x_axis = {"range": [-0.015 * end, 1.03 * end]}
+    label = "Training and validation loss over the optimiser steps"
+    return plots.lines("loss", label, series, STEPS, title, height=430, x_axis=x_axis, y_axis=y_axis)
 
 
-def divergence_over_steps(run: FineTuning) -> go.Figure:
+def loss_axis(series: Sequence[plots.Series], title: str) -> tuple[str, dict[str, Any]]:
+    """The title and the vertical axis of losses: logarithmic where they lie far apart, and then it says so."""
+    losses = [value for each in series for value in each.y if value is not None and value > 0]
+    if losses and max(losses) > _WIDE * min(losses):
+        return f"{title} (log scale)", plots.log_axis(losses)
+    return title, {}
+
+
+def divergence_over_steps(run: FineTuning) -> Figure | None:
     """How far the model is from the original on the training text, which distillation minimises."""
-    found = [(row.step, row.divergence) for row in run.logged if row.divergence is not None and finite(row.divergence)]
+    found = [
+        (row.step, row.divergence) for row in run.logged if row.divergence is not None and view.finite(row.divergence)
+    ]
+    if not found:
+        return None
     steps, values = [step for step, _ in found], [value for _, value in found]
-    figure = go.Figure()
-    _line(figure, "each step", steps, values, MUTED, width=1, opacity=0.45)
-    _line(figure, "mean over neighbouring steps", steps, running_mean(values, _window(len(values))), ACCENT, width=2.5)
-    figure.update_layout(layout(280), showlegend=True)
-    figure.update_xaxes(title_text="optimiser step", showgrid=False)
-    figure.update_yaxes(title_text="KL(original, model), nats", rangemode="tozero")
-    return figure
+    mean = numbers.running_mean(values, _window(len(values)))
+    series = [
+        _line("each step", steps, values, plots.MUTED, width=1, opacity=0.45),
+        _line("mean over neighbouring steps", steps, mean, plots.ACCENT, width=2.5),
+    ]
+    label, y_axis = "KL of the original model and this one over the optimiser steps", {"rangemode": "tozero"}
+    return plots.lines("divergence", label, series, STEPS, "KL(original, model), nats", height=280, y_axis=y_axis)
 
 
-def memory_over_steps(run: FineTuning) -> go.Figure:
-    """The peak of every step that was looked at, the teacher's part as a line if there is one."""
-    rows = with_peak(run)
-    unit = unit_for([peak for _, peak in rows])
-    figure, look = go.Figure(), looks([run])[0]
-    figure.add_scatter(
-        mode="lines+markers",
-        name="peak of the step",
-        x=[row.step for row, _ in rows],
-        y=[scaled(peak, unit) for _, peak in rows],
-        customdata=[format_bytes(peak) for _, peak in rows],
-        line={"color": look.color, "width": 2},
-        marker={"symbol": look.symbol, "size": 8},
-        hovertemplate="step %{x}: %{customdata}<extra></extra>",
-    )
-    if run.teacher_bytes:
-        figure.add_scatter(
-            mode="lines",
-            name=f"of which the teacher: {format_bytes(run.teacher_bytes)}",
-            x=[rows[0][0].step, rows[-1][0].step],
-            y=[scaled(run.teacher_bytes, unit)] * 2,
-            line={"color": MUTED, "width": 1.5, "dash": "dash"},
-            hoverinfo="skip",
-        )
-    figure.update_layout(layout(300), showlegend=bool(run.teacher_bytes))
-    figure.update_xaxes(title_text="optimiser step", showgrid=False)
-    figure.update_yaxes(title_text=f"peak, {unit.name}", rangemode="tozero")
-    return figure
+def schedule(run: FineTuning) -> list[Figure]:
+    """Gamma and side bits over the steps, where they moved."""
+    if not view.moved(run):
+        return []
+    return [
+        _over_steps(run, "gamma", lambda row: row.gamma, "mean gamma", numbers.gamma_text),
+        _over_steps(run, "side-bits", lambda row: row.side_bits, "side bits, mean over the steps", numbers.bits_text),
+    ]
 
 
 def _over_steps(
-    run: FineTuning, value_of: Callable[[Logged], float | None], title: str, text: Callable[[float], str]
-) -> go.Figure:
+    run: FineTuning, id: str, value_of: Callable[[Logged], float | None], title: str, words: Callable[[float], str]
+) -> Figure:
     found = [(row.step, value) for row in run.logged if (value := value_of(row)) is not None]
-    figure = go.Figure()
-    figure.add_scatter(
-        mode="lines",
-        name=title,
-        x=[step for step, _ in found],
-        y=[round(value, 5) for _, value in found],
-        customdata=[text(value) for _, value in found],
-        line={"color": looks([run])[0].color, "width": 2.5, "shape": "hv"},
-        hovertemplate="step %{x}: %{customdata}<extra></extra>",
-    )
-    if run.recipe.schedule and 0 < run.recipe.schedule_steps <= run.recipe.steps:
-        at = run.recipe.schedule_steps
-        figure.add_shape(
-            type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line={"color": MUTED, "width": 1, "dash": "dot"}
-        )
-    figure.update_layout(layout(260), showlegend=False)
-    figure.update_xaxes(title_text="optimiser step", showgrid=False)
-    figure.update_yaxes(title_text=title, rangemode="tozero")
-    return figure
+    texts = [f"step {step}: {words(value)}" for step, value in found]
+    x, y = [step for step, _ in found], [value for _, value in found]
+    series = [plots.Series(title, x, y, texts, view.looks([run])[0].color, width=2.5, mode="lines", shape="hv")]
+    at = run.recipe.schedule_steps
+    marked = [(at, "")] if run.recipe.schedule and 0 < at <= run.recipe.steps else []
+    label, y_axis = f"{title.capitalize()} over the optimiser steps", {"rangemode": "tozero"}
+    return plots.lines(id, label, series, STEPS, title, height=260, legend=False, y_axis=y_axis, marked=marked)
 
 
-def sensitivity(calibration: Calibration, chosen: dict[str, int]) -> go.Figure:
+def memory_over_steps(run: FineTuning) -> Figure | None:
+    """The peak of every step that was looked at, the teacher's part as a line if there is one."""
+    rows = view.with_peak(run)
+    if len(rows) < 2:
+        return None
+    unit = unit_for([peak for _, peak in rows])
+    steps, texts = [row.step for row, _ in rows], [f"step {row.step}: {format_bytes(peak)}" for row, peak in rows]
+    peaks = [plots.in_unit(peak, unit) for _, peak in rows]
+    series = [replace(plots.Series.like(view.looks([run])[0], "peak of the step", steps, peaks, texts=texts), size=8)]
+    if run.teacher_bytes:
+        name = f"of which the teacher: {format_bytes(run.teacher_bytes)}"
+        part = [plots.in_unit(run.teacher_bytes, unit)] * 2
+        series.append(plots.Series(name, [steps[0], steps[-1]], part, dash="dash", width=1.5, mode="lines"))
+    label, y_axis = "Peak memory of the steps that were looked at", {"rangemode": "tozero"}
+    legend = bool(run.teacher_bytes)
+    return plots.lines("memory", label, series, STEPS, f"peak, {unit.name}", height=300, legend=legend, y_axis=y_axis)
+
+
+def sensitivity(run: FineTuning, calibration: Calibration) -> Figure | None:
     """What each block costs with fewer side bits than the rest: a row per number of bits, a column per block."""
     blocks = list(dict.fromkeys(each.block for each in calibration.sensitivities))
+    if not blocks:
+        return None
+    chosen = chosen_bits(run)
     # Blocks that stayed at the finest have a row too, without a measurement: it is what the rest is against.
     bits = sorted({each.side_bits for each in calibration.sensitivities} | {*chosen.values()}, reverse=True)
     found = {(each.block, each.side_bits): each.increase for each in calibration.sensitivities}
     rows = [[found.get((block, k)) for block in blocks] for k in bits]
-    powers = range(-3, 2)
-    figure = go.Figure()
-    figure.add_heatmap(
-        x=list(range(len(blocks))),
-        y=list(range(len(bits))),
-        z=[[None if value is None else round(_power(value), 4) for value in row] for row in rows],
-        customdata=[
-            [
-                f"{escape(short(block))}: {'-' if v is None else change_text(v)} nats"
-                for block, v in zip(blocks, row, strict=True)
-            ]
-            for row in rows
-        ],
-        zmin=powers[0],
-        zmax=powers[-1],
-        colorscale=[[0, THEME["line"][0]], [1, BAD]],
-        xgap=1,
-        ygap=1,
-        colorbar={
-            "orientation": "h",
-            "thickness": 9,
-            "len": 0.55,
-            "x": 0,
-            "xanchor": "left",
-            "y": 1,
-            "yanchor": "bottom",
-            "outlinewidth": 0,
-            "tickvals": list(powers),
-            "ticktext": [f"{10.0**power:g}" if power > powers[0] else "0" for power in powers],
-            "tickfont": {"size": 11, "color": MUTED},
-        },
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-    places = [(i, bits.index(chosen[block])) for i, block in enumerate(blocks) if chosen.get(block) in bits]
-    if places:
-        figure.add_scatter(
-            mode="markers",
-            name="chosen",
-            x=[x for x, _ in places],
-            y=[y for _, y in places],
-            marker={"symbol": "circle", "size": 7, "color": INK, "line": {"color": PAPER, "width": 1}},
-            hoverinfo="skip",
-        )
-    figure.update_layout(layout(150 + 34 * len(bits)), showlegend=False)
-    figure.update_layout(margin={"t": 52, "r": 8, "b": 44, "l": 8})
-    figure.update_xaxes(title_text="block", showgrid=False, range=[-0.5, len(blocks) - 0.5], ticks="")
-    figure.update_yaxes(title_text="side bits", tickvals=list(range(len(bits))), ticktext=[str(k) for k in bits])
-    figure.update_yaxes(range=[len(bits) - 0.5, -0.5], showgrid=False, ticks="")
-    return figure
+    ticks = {power: f"{10.0**power:g}" if power > -3 else "0" for power in range(-3, 2)}
+    texts = [
+        [f"{view.short(block)}: {numbers.change_text(value)} nats" for block, value in zip(blocks, row, strict=True)]
+        for row in rows
+    ]
+    values = [[None if value is None else round(_power(value), 4) for value in row] for row in rows]
+    marks = [(i, bits.index(chosen[block])) for i, block in enumerate(blocks) if chosen.get(block) in bits]
+    label = "Loss increase with one block at fewer side bits"
+    return plots.heat("sensitivity", label, values, texts, [str(k) for k in bits], ticks, marks, ("block", "side bits"))
 
 
 def _power(increase: float) -> float:
     """The power of ten of an increase; one below a thousandth of a nat is none."""
     return log10(max(increase, 1e-3)) if isfinite(increase) else 1.0
-
-
-def assignments(calibration: Calibration) -> go.Figure:
-    """Mean side bits against what they do to the loss; the chosen ones marked, the budget as a line."""
-    rows = [each for each in calibration.assignments if finite(each.increase)]
-    figure = go.Figure()
-    figure.add_scatter(
-        mode="lines+markers",
-        name="measured",
-        x=[round(each.side_bits, 4) for each in rows],
-        y=[change_scale(each.increase) for each in rows],
-        customdata=[f"{bits_text(each.side_bits)} side bits: {change_text(each.increase)} nats" for each in rows],
-        line={"color": MUTED, "width": 1.5},
-        marker={"color": MUTED, "size": 7},
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-    for each in rows:
-        if each.chosen:
-            figure.add_scatter(
-                mode="markers",
-                name=f"chosen: {bits_text(each.side_bits)} side bits, {change_text(each.increase)} nats",
-                x=[round(each.side_bits, 4)],
-                y=[change_scale(each.increase)],
-                marker={"color": ACCENT, "size": 15, "line": {"color": PAPER, "width": 2}},
-                hovertemplate="%{fullData.name}<extra></extra>",
-            )
-    ends = [0, max([each.side_bits for each in rows], default=1.0)]
-    figure.add_scatter(
-        mode="lines",
-        name=f"budget: {change_text(calibration.budget)} nats",
-        x=ends,
-        y=[change_scale(calibration.budget)] * 2,
-        line=LIMIT_LINE,
-        hoverinfo="skip",
-    )
-    figure.update_layout(layout(340), showlegend=True)
-    figure.update_xaxes(title_text="side bits of an element and step, mean", range=[-0.1, ends[1] + 0.15])
-    change_axis(figure, [*(each.increase for each in rows), calibration.budget], "loss increase, nats")
-    return figure
 
 
 def chosen_bits(run: FineTuning) -> dict[str, int]:
@@ -270,38 +157,57 @@ def chosen_bits(run: FineTuning) -> dict[str, int]:
     return dict(zip(blocks, bits, strict=True)) if len(blocks) == len(bits) else {}
 
 
-def wide(losses: Sequence[float]) -> bool:
-    """Do losses lie so far apart that a logarithmic axis tells more of them?"""
-    return bool(losses) and max(losses) > _WIDE * min(losses)
+def assignments(calibration: Calibration) -> list[Figure]:
+    """Mean side bits against what they do to the loss; the chosen ones marked, the budget as a line."""
+    measured = calibrated("measured", calibration)
+    series = [measured] if measured.x else []
+    for each in calibration.assignments:
+        if each.chosen and view.finite(each.increase):
+            name = f"chosen: {numbers.bits_text(each.side_bits)} side bits, {numbers.change_text(each.increase)} nats"
+            how: dict[str, Any] = {"color": plots.ACCENT, "size": 15, "mode": "markers", "outlined": True}
+            series.append(plots.Series(name, [each.side_bits], [each.increase], ["chosen"], **how))
+    if not series:
+        return []
+    most = max(each.side_bits for each in calibration.assignments)
+    name, level = f"budget: {numbers.change_text(calibration.budget)} nats", [calibration.budget] * 2
+    series.append(plots.Series(name, [0, most], level, color=plots.BAD, dash="dash", width=1.5, mode="lines"))
+    x_axis = {"range": [-0.1, most + 0.15]}
+    label = "Side bits against the loss increase"
+    title = "side bits of an element and step, mean"
+    return panels("assignments", label, series, title, "loss increase, nats", x_axis=x_axis)
 
 
-def logarithmic_losses(figure: go.Figure, losses: Sequence[float]) -> None:
-    """A logarithmic axis of losses; within one power of ten with more ticks than 1, 2 and 5."""
-    low, high = min(losses) / 1.15, max(losses) * 1.1
-    digits = (1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    steps = [digit * 10.0**power for power in range(floor(log10(low)), ceil(log10(high)) + 1) for digit in digits]
-    ticks = [step for step in steps if low <= step <= high]
-    figure.update_yaxes(type="log", range=[log10(low), log10(high)], title_text="loss, nats a token (logarithmic)")
-    figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+def calibrated(name: str, calibration: Calibration, legend: bool = True) -> plots.Series:
+    """The assignments that were measured, as a line."""
+    rows = [each for each in calibration.assignments if view.finite(each.increase)]
+    texts = [
+        f"{numbers.bits_text(each.side_bits)} side bits: {numbers.change_text(each.increase)} nats" for each in rows
+    ]
+    x, y = [each.side_bits for each in rows], [each.increase for each in rows]
+    return plots.Series(name, x, y, texts, dash="dot", width=1.5, size=6, legend=legend, group=name)
 
 
-def change_scale(change: float) -> float:
-    """Where a change of the loss is drawn: near 0 in proportion, farther away by powers of ten, of either sign."""
-    return round(asinh(change / SMALLEST_CHANGE), 5)
+def panels(
+    id: str, label: str, series: Sequence[plots.Series], x_title: str, y_title: str, **rest: Any
+) -> list[Figure]:
+    """Changes of a loss on a linear axis; where some lie far off, what is near zero once more in a panel of its own."""
+    values = [value for each in series for value in each.y if value is not None]
+    found = [plots.lines(id, label, series, x_title, y_title, height=400, y_axis={"zeroline": True}, **rest)]
+    near = [value for value in values if abs(value) <= _NEAR]
+    if near and max(map(abs, values)) > 4 * _NEAR:
+        ends = [min(near) - 0.1 * _NEAR, max(near) + 0.1 * _NEAR]
+        y_axis, title = {"range": ends, "zeroline": True}, f"{y_title}, within {_NEAR:g} of the original"
+        found.append(
+            plots.lines(f"{id}-near", f"{label}, near zero", series, x_title, title, height=400, y_axis=y_axis, **rest)
+        )
+    return found
 
 
-def change_axis(figure: go.Figure, changes: Iterable[float], title: str) -> None:
-    """The vertical axis of `change_scale`, with ticks at powers of ten within the changes."""
-    values = [*changes, 0.0]
-    low, high = change_scale(min(values)), change_scale(max(values))
-    margin = max(0.06 * (high - low), 0.3)
-    ticks = [sign * 10.0**power for power in range(-2, 3) for sign in (-1, 1)] + [0.0]
-    ticks = sorted(tick for tick in ticks if low - margin <= change_scale(tick) <= high + margin)
-    figure.update_yaxes(
-        title_text=title,
-        range=[low - margin, high + margin],
-        tickvals=[change_scale(tick) for tick in ticks],
-        ticktext=[f"{tick:+g}" if tick else "0" for tick in ticks],
+def coupled(look: Look, name: str, points: Sequence[tuple[int, float]], **rest: Any) -> plots.Series:
+    """Losses of a run over its steps."""
+    texts = [f"step {step}: {numbers.loss_text(loss)}" for step, loss in points]
+    return plots.Series.like(
+        look, name, [step for step, _ in points], [loss for _, loss in points], texts=texts, **rest
     )
 
 
@@ -310,25 +216,6 @@ def _window(count: int) -> int:
     return max(5, count // 12) | 1
 
 
-def _line(
-    figure: go.Figure,
-    name: str,
-    steps: Sequence[int],
-    values: Sequence[float],
-    color: str,
-    *,
-    width: float = 2,
-    dash: str = "solid",
-    opacity: float = 1.0,
-    marker: dict[str, object] | None = None,
-) -> None:
-    figure.add_scatter(
-        mode="lines+markers" if marker else "lines",
-        name=escape(clean(name)),
-        x=list(steps),
-        y=[round(value, 5) for value in values],
-        line={"color": color, "width": width, "dash": dash},
-        marker=marker or {},
-        opacity=opacity,
-        hovertemplate="%{fullData.name}, step %{x}: %{y:.3f}<extra></extra>",
-    )
+def _line(name: str, steps: Sequence[int], values: Sequence[float], color: str, **how: Any) -> plots.Series:
+    texts = [f"step {step}: {numbers.loss_text(value)}" for step, value in zip(steps, values, strict=True)]
+    return plots.Series(name, steps, values, texts, color, **{"mode": "lines", **how})

@@ -14,44 +14,33 @@ from autorev.format import (
     format_seconds,
     plural,
 )
-from autorev.report.finetuning.numbers import (
-    along_chain,
-    bits_text,
-    change_text,
-    divergence_text,
-    gamma_text,
-    loss_text,
-    perplexity_text,
-    share_text,
-)
-from autorev.report.finetuning.rows import difference, original_words, side_bits_words, trains_words
-from autorev.report.profile.tables import optional_bytes
-from autorev.report.profile.time_tables import optional_seconds
-from autorev.report.tables import Cell, Row, Table
+from autorev.report.document import Cell, Row, Table
+from autorev.report.finetuning import numbers, view
+from autorev.report.profile.tables import optional_bytes, optional_seconds
 
 _optimizers = {"adamw": "AdamW"}
 
 
 def evaluations_table(run: FineTuning) -> Table:
     """The model on the validation text at every moment it was evaluated."""
-    heads = ("Model", "Loss", "Standard error", "Perplexity", "Against the original", "Agreement", "KL")
-    rows = [_evaluation(run, original_words(run), run.original)] if run.original else []
+    heads = ("Validation", "Loss", "Standard error", "Perplexity", "Against the original", "Agreement", "KL")
+    rows = [_evaluation(run, view.original_words(run), run.original)] if run.original else []
     for each in run.evaluations:
         name = "before training" if each.step == 0 else f"step {format_integer(each.step)}"
         rows.append(_evaluation(run, name, each, last=each is run.final))
     if run.vanilla is not None and run.method.reversible:
         rows.append(_evaluation(run, "as the plain architecture", run.vanilla))
-    return Table(heads, tuple(rows))
+    return Table(heads, tuple(rows), "Every evaluation on the validation text")
 
 
 def _evaluation(run: FineTuning, name: str, each: Evaluation, last: bool = False) -> Row:
     cells = (
-        Cell(loss_text(each.loss), strong=True),
-        loss_text(each.standard_error),
-        perplexity_text(each.perplexity),
-        NOTHING if each is run.original else change_text(difference(each, run.original)),
-        share_text(each.agreement),
-        divergence_text(each.divergence),
+        Cell(numbers.loss_text(each.loss), strong=True),
+        numbers.loss_text(each.standard_error),
+        numbers.perplexity_text(each.perplexity),
+        NOTHING if each is run.original else numbers.change_text(view.difference(each, run.original)),
+        numbers.share_text(each.agreement),
+        numbers.divergence_text(each.divergence),
     )
     return Row(name, cells, chosen=last)
 
@@ -59,15 +48,15 @@ def _evaluation(run: FineTuning, name: str, each: Evaluation, last: bool = False
 def steps_table(run: FineTuning) -> Table:
     """Every optimiser step as it was logged; columns without a figure are left out."""
     columns = {
-        "Loss": [loss_text(row.loss) for row in run.logged],
-        "Cross entropy": [loss_text(row.cross_entropy) for row in run.logged],
-        "KL": [divergence_text(row.divergence) for row in run.logged],
+        "Loss": [numbers.loss_text(row.loss) for row in run.logged],
+        "Cross entropy": [numbers.loss_text(row.cross_entropy) for row in run.logged],
+        "KL": [numbers.divergence_text(row.divergence) for row in run.logged],
         "Learning rate": [f"{row.learning_rate:.2g}" for row in run.logged],
-        "Gradient norm": [loss_text(row.gradient_norm) for row in run.logged],
+        "Gradient norm": [numbers.loss_text(row.gradient_norm) for row in run.logged],
         "Time": [optional_seconds(row.seconds) for row in run.logged],
         "Tokens": [NOTHING if row.tokens is None else format_integer(row.tokens) for row in run.logged],
-        "Gamma": [NOTHING if row.gamma is None else gamma_text(row.gamma) for row in run.logged],
-        "Side bits": [bits_text(row.side_bits) for row in run.logged],
+        "Gamma": [NOTHING if row.gamma is None else numbers.gamma_text(row.gamma) for row in run.logged],
+        "Side bits": [numbers.bits_text(row.side_bits) for row in run.logged],
         "Drift": [NOTHING if row.drift is None else format_error(row.drift) for row in run.logged],
         "Peak": [optional_bytes(row.peak_bytes) for row in run.logged],
     }
@@ -75,21 +64,21 @@ def steps_table(run: FineTuning) -> Table:
     rows = [
         Row(format_integer(row.step), tuple(cells[i] for cells in kept.values())) for i, row in enumerate(run.logged)
     ]
-    return Table(("Step", *kept), tuple(rows))
+    return Table(("Step", *kept), tuple(rows), "Every optimiser step", fold="Show every step as a table")
 
 
 def chains_table(run: FineTuning) -> Table:
     """The numbers of every chain at the end, equal neighbours together."""
     heads = ("Chain", "Steps", "Gamma", "c", "Side bits", "Grid")
-    return Table(heads, tuple(_chain(chain) for chain in run.chains))
+    return Table(heads, tuple(map(_chain, run.chains)), "The numbers of every chain", words=(2, 3, 4))
 
 
 def _chain(chain: ChainState) -> Row:
     cells = (
         format_integer(len(chain.side_bits)),
-        along_chain(chain.gamma, gamma_text),
-        along_chain(chain.c, "{:.4g}".format),
-        along_chain(chain.side_bits, "{:g}".format),
+        numbers.along_chain(chain.gamma, numbers.gamma_text),
+        numbers.along_chain(chain.c, "{:.4g}".format),
+        numbers.along_chain(chain.side_bits, "{:g}".format),
         NOTHING if chain.fraction_bits is None else f"2^{-chain.fraction_bits}",
     )
     return Row(clean(chain.name), cells)
@@ -97,13 +86,14 @@ def _chain(chain: ChainState) -> Row:
 
 def chain_steps_table(chain: ChainState) -> Table:
     """One chain at the end, one row per step; a coupling of two streams has neither gamma nor c."""
-    numbers = [gamma_text(gamma) for gamma in chain.gamma] or [NOTHING] * len(chain.side_bits)
+    gammas = [numbers.gamma_text(gamma) for gamma in chain.gamma] or [NOTHING] * len(chain.side_bits)
     factors = [f"{c:.4g}" for c in chain.c] or [NOTHING] * len(chain.side_bits)
     rows = [
         Row(str(i), (gamma, factor, str(bits)))
-        for i, (gamma, factor, bits) in enumerate(zip(numbers, factors, chain.side_bits, strict=False))
+        for i, (gamma, factor, bits) in enumerate(zip(gammas, factors, chain.side_bits, strict=False))
     ]
-    return Table(("Step of the chain", "Gamma", "c", "Side bits"), tuple(rows))
+    heads, name = ("Step of the chain", "Gamma", "c", "Side bits"), clean(chain.name)
+    return Table(heads, tuple(rows), f"The steps of {name}", fold=f"Show every step of {name}")
 
 
 def sensitivity_table(run: FineTuning) -> Table:
@@ -113,10 +103,11 @@ def sensitivity_table(run: FineTuning) -> Table:
     increases = {(each.block, each.side_bits): each.increase for each in found}
     blocks = dict.fromkeys(each.block for each in found)
     rows = [
-        Row(f"{i}: {clean(block)}", tuple(change_text(increases.get((block, k))) for k in bits))
+        Row(f"{i}: {clean(block)}", tuple(numbers.change_text(increases.get((block, k))) for k in bits))
         for i, block in enumerate(blocks)
     ]
-    return Table(("Block", *(plural(k, "side bit") for k in bits)), tuple(rows))
+    heads = ("Block", *(plural(k, "side bit") for k in bits))
+    return Table(heads, tuple(rows), "Loss increase by block and side bits", fold="Show as a table")
 
 
 def assignments_table(run: FineTuning) -> Table:
@@ -124,20 +115,23 @@ def assignments_table(run: FineTuning) -> Table:
     found = run.calibration.assignments if run.calibration else ()
     rows = [
         Row(
-            bits_text(each.side_bits), (change_text(each.increase), "chosen" if each.chosen else ""), chosen=each.chosen
+            numbers.bits_text(each.side_bits),
+            (numbers.change_text(each.increase), "chosen" if each.chosen else ""),
+            chosen=each.chosen,
         )
         for each in found
     ]
-    return Table(("Side bits, mean", "Loss increase", ""), tuple(rows))
+    heads = ("Side bits, mean", "Loss increase", "")
+    return Table(heads, tuple(rows), "Side bits against the loss increase", fold="Show as a table")
 
 
 def recipe_facts(run: FineTuning) -> dict[str, str]:
     """How it was trained, by what it is called."""
     r = run.recipe
     facts = {
-        "Trains": f"{trains_words(run)}, {format_count(r.trained_parameters)} parameters",
+        "Trains": f"{view.trains_words(run)}, {format_count(r.trained_parameters)} parameters",
         "Coupling": clean(run.method.title),
-        "Side bits": side_bits_words(run),
+        "Side bits": view.side_bits_words(run),
         "Steps": format_integer(r.steps),
         "Batch": f"{format_integer(r.batch)} x {format_integer(r.sequence)} tokens"
         + (f", {format_integer(r.accumulate)} times a step" if r.accumulate > 1 else ""),
@@ -151,7 +145,7 @@ def recipe_facts(run: FineTuning) -> dict[str, str]:
     if r.distill_weight:
         facts["Distillation"] = f"{1 - r.distill_weight:g} x cross entropy + {r.distill_weight:g} x KL(original, model)"
     if r.max_loss_increase is not None:
-        facts["Budget for side bits"] = f"{change_text(r.max_loss_increase)} nats before training"
+        facts["Budget for side bits"] = f"{numbers.change_text(r.max_loss_increase)} nats before training"
     if run.teacher_bytes:
         facts["Teacher"] = f"{format_bytes(run.teacher_bytes)}, a frozen copy of the original"
     if run.step_seconds:

@@ -9,8 +9,8 @@ from math import isfinite, log
 from autorev.finetuning.change import Change, change
 from autorev.finetuning.record import EXPORT_LIMIT, Evaluation, FineTuning
 from autorev.format import format_error, format_integer, plural
+from autorev.report.finetuning import view
 from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
-from autorev.report.finetuning.rows import difference, how_words, latest, side_bits_ends, steps_done, with_peak
 from autorev.words import method_title
 
 _FROM_RANDOM = (
@@ -47,7 +47,7 @@ def verdict(run: FineTuning) -> Verdict:
 
 def export_gap(run: FineTuning) -> float | None:
     """How much higher the loss is in the plain architecture; None where it was not evaluated, or is plain."""
-    return difference(run.vanilla, run.final) if run.method.reversible else None
+    return view.difference(run.vanilla, run.final) if run.method.reversible else None
 
 
 def may_export(run: FineTuning) -> bool:
@@ -69,12 +69,14 @@ def drift_words(run: FineTuning) -> str:
 
 def memory_words(run: FineTuning) -> str:
     """In how many steps the peak was looked at."""
-    count = len(with_peak(run))
-    return f"The peak was looked at in {plural(count, 'step')} of {format_integer(steps_done(run))}." if count else ""
+    count = len(view.with_peak(run))
+    return (
+        f"The peak was looked at in {plural(count, 'step')} of {format_integer(view.steps_done(run))}." if count else ""
+    )
 
 
 def _unfinished(run: FineTuning) -> Verdict:
-    steps, now = steps_done(run), latest(run)
+    steps, now = view.steps_done(run), view.latest(run)
     where = f"It ended after {format_integer(steps)} of {plural(run.recipe.steps, 'step')}"
     if now is None:
         return Verdict(
@@ -140,7 +142,7 @@ def _losses(run: FineTuning) -> str:
     start = run.original or run.zero_shot
     came = f" from {loss_text(start.loss)}" if start else ""
     steps = plural(run.recipe.steps, "step")
-    how = f"under {how_words(run)}" if run.method.reversible else f"with {method_title(run.method.name)}"
+    how = f"under {view.how_words(run)}" if run.method.reversible else f"with {method_title(run.method.name)}"
     text = f"Validation loss{came} to {loss_text(final.loss)} in {steps} {how}"
     return f"{text}."
 
@@ -174,7 +176,7 @@ def _compared(run: FineTuning) -> str:
 
 def _conversion(run: FineTuning) -> str:
     """What happened before any training, where that is much, and to the side bits."""
-    raised, ends, parts = difference(run.zero_shot, run.original), side_bits_ends(run), []
+    raised, ends, parts = view.difference(run.zero_shot, run.original), view.side_bits_ends(run), []
     if run.pretrained and raised is not None and raised > _NOTICED and run.zero_shot:
         perplexity = perplexity_text(run.zero_shot.perplexity)
         loss = loss_text(run.zero_shot.loss)

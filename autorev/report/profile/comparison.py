@@ -1,25 +1,41 @@
-"""Plotly figures across profiles: how the methods stand to plain training, and what the number of blocks does."""
+"""Several profiles: how the methods stand to plain training, and what the number of blocks does."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import plotly.graph_objects as go
-
-from autorev.format import clean, format_bytes, format_integer, format_rate, unit_for
+from autorev.format import (
+    NOTHING,
+    clean,
+    format_bytes,
+    format_change,
+    format_integer,
+    format_rate,
+    format_seconds,
+    plural,
+    sentence,
+    unit_for,
+)
 from autorev.profiler.record import Profile, Result
-from autorev.report.palette import method_color
-from autorev.report.plotting import LIMIT_LINE, MUTED, SYMBOLS, layout, row_label, scaled
-from autorev.report.profile.figures import name_rows
-from autorev.report.profile.rows import by_method, labels, largest, looks
-from autorev.words import method_title
+from autorev.report import document as doc
+from autorev.report import plots
+from autorev.report.palette import look_of
+from autorev.report.profile import view
+from autorev.report.profile.page import timelines
+from autorev.report.profile.paper import paper
+from autorev.report.profile.tables import environment_facts, glance, optional_bytes
+from autorev.words import headline, method_title, setting_facts
 
-_MOST_TICKS = 12
-"""Numbers of blocks that can be told apart under an axis, and as marks on a line."""
+MOST_WITH_TIMELINES = 4
+"""Records on one page before their timelines would make it large and slow."""
+_MOST_MARKS = 12
+"""Numbers of blocks that can be told apart as marks on a line."""
+_ALIKE = 0.01
+"""Peaks within this share of each other are the same: no method lowers them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +56,10 @@ class Family:
         """Every method that one of them has, in the order of the records."""
         return list(dict.fromkeys(each.method.spec for profile in self.profiles for each in profile.results))
 
+    def title(self, spec: str) -> str:
+        """What the first record that has the method calls it."""
+        return next((view.labels(p)[spec] for p in self.profiles if p.result(spec) is not None), spec)
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -53,35 +73,202 @@ class Standing:
     """Step over plain's."""
 
 
-def comparison_figures(profiles: Sequence[Profile]) -> dict[str, go.Figure]:
-    """Every figure across records that there is data for, by the id of its place in a page."""
-    found: dict[str, go.Figure] = {}
-    for name, title in (("memory", "peak, as a share of plain's"), ("time", "step time, as a multiple of plain's")):
-        if any(getattr(each, name) is not None for each in standings(profiles)):
-            found[f"relative-{name}"] = _relative(profiles, name, title)
+def screen(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
+    """One line per record: what it recommends, what that saves and costs."""
+    unit = unit_for(peak for p in profiles for each in p.results if (peak := view.peak_bytes(each)))
+    made = []
+    for profile in profiles:
+        best, plain = view.chosen(profile), view.by_method(profile, "plain")
+        peak, whole = (view.peak_bytes(each) if each else None for each in (best, plain))
+        seconds, others = (each.step_seconds if each else None for each in (best, plain))
+        reached = view.largest(profile, best.method.spec, "batch") if best else None
+        cells = (
+            doc.Cell(view.labels(profile)[best.method.spec] if best else NOTHING, tone="accent"),
+            NOTHING if peak is None else unit.number(peak),
+            format_change(peak, whole) if peak else NOTHING,
+            NOTHING if seconds is None else format_seconds(seconds),
+            format_change(seconds, others) if seconds else NOTHING,
+            format_integer(reached[0]) if reached else NOTHING,
+        )
+        made.append(doc.Row(clean(profile.name) + ("" if profile.complete else " (incomplete)"), cells))
+    heads = (
+        "record",
+        "recommended",
+        f"peak\n{unit.name}",
+        "against\nplain",
+        "step",
+        "against\nplain",
+        "largest\nbatch",
+    )
+    yield doc.Section("", (doc.Table(heads, tuple(made), words=(1,)),))
+
+
+def page(profiles: Sequence[Profile], command: str) -> doc.Page:
+    """What the records say together; `command` is what made the report."""
+    models = len({profile.model.name for profile in profiles})
+    count = plural(len(profiles), "profile")
+    head: list[doc.Part] = [
+        doc.text(count),
+        doc.text(f"Training steps of {plural(models, 'model')}, compared", kind="lead"),
+    ]
+    unfinished = [clean(profile.name) for profile in profiles if not profile.complete]
+    if unfinished:
+        said = f"{plural(len(unfinished), 'record')} {'is' if len(unfinished) == 1 else 'are'} incomplete:"
+        words = f" {', '.join(unfinished)}. What is shown is what was measured."
+        head.append(doc.text(doc.strong(said), words, kind="notice"))
+    own = tuple(doc.Command(profile.command, f"Command of {clean(profile.name)}") for profile in profiles)
+    foot = (
+        doc.text("Records made with", kind="h3"),
+        doc.Fold("Show the command of every record", own),
+        doc.text("Report made with", kind="h3"),
+        doc.Command(command, "Command of the report"),
+    )
+    return doc.Page(f"{count} compared", tuple(head), tuple(_sections(profiles)), foot)
+
+
+def _sections(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
+    yield doc.Section("What each record recommends", (recommendations(profiles),))
+    relative = [figure for name in _RELATIVE if (figure := _relative(profiles, name))]
+    if relative:
+        without = [clean(profile.name) for profile in profiles if not standings([profile])]
+        said = (
+            "One line per record, one mark per method; 1 is plain training in the same record. Left is less memory, "
+            "and less time."
+        )
+        if without:
+            said += f" Not here, because plain training has no figures there: {', '.join(without)}."
+        yield doc.Section("Against plain training", (doc.captioned(doc.Grid(tuple(relative)), caption=said),))
     for i, family in enumerate(families(profiles)):
-        found[f"family-{i}-memory"] = memory_against_blocks(family)
-        if any(largest(p, spec, "batch") for p in family.profiles for spec in family.specs):
-            found[f"family-{i}-batch"] = largest_batch_against_blocks(family)
-            found[f"family-{i}-throughput"] = throughput_against_blocks(family)
-    return found
+        said = (
+            "Records of the same class, machine and setting, with the same name but for the number of blocks. Peaks "
+            f"are compared at batch {family.batch}."
+        )
+        drawn = doc.Grid(tuple(_family_figures(family, f"family-{i}")), columns=3)
+        yield doc.Section(family.name, (doc.captioned(drawn, family_table(family), caption=said),))
+    if any(point.axis == "batch" for profile in profiles for point in profile.points):
+        yield doc.Section("Beside the paper", tuple(paper()))
+    yield doc.Section("Every method of every record", tuple(_every_method(profile) for profile in profiles))
+    yield doc.Section("Memory over one step", tuple(_timelines(profiles)))
+    notes = [f"{clean(profile.name)}: {sentence(note)}" for profile in profiles for note in profile.notes]
+    if notes:
+        yield doc.Section("Notes", (doc.Bullets(tuple(notes)),))
+    facts = [environment_facts(profile.environment) for profile in profiles]
+    rows = [doc.Row(clean(p.name), tuple(each.values())) for p, each in zip(profiles, facts, strict=True)]
+    table = doc.Table(("Record", *facts[0]), tuple(rows), "Environments", words=(1, 2, 3, 7, 8))
+    yield doc.Section("Where and when they ran", (table,))
+
+
+def recommendations(profiles: Sequence[Profile]) -> doc.Table:
+    """What each record recommends, and what that saves and costs."""
+    heads = ("Record", "Recommended", "Why", "Peak", "Against plain", "Step against plain", "Machine and date")
+    return doc.Table(heads, tuple(map(_recommended, profiles)), "Recommendations", words=(1, 2, 6))
+
+
+def _recommended(profile: Profile) -> doc.Row:
+    best, plain = view.chosen(profile), view.by_method(profile, "plain")
+    advice, peak = profile.recommendation, None if best is None else view.peak_bytes(best)
+    whole = view.peak_bytes(plain) if plain else None
+    slower = NOTHING
+    if best and plain and best.step_seconds and plain.step_seconds:
+        slower = format_change(best.step_seconds, plain.step_seconds)
+    where = profile.environment
+    name = view.labels(profile)[best.method.spec] if best else headline(advice.method) if advice else NOTHING
+    cells = (
+        doc.Cell(name, strong=True),
+        sentence(advice.why) if advice else "No recommendation yet." if not profile.complete else "None.",
+        optional_bytes(peak),
+        format_change(peak, whole) if peak and whole else NOTHING,
+        slower,
+        doc.Cell(clean(where.machine), clean(where.date)[:10]),
+    )
+    facts = setting_facts(profile.setting)
+    notes = [] if profile.model.name == profile.name else [clean(profile.model.name)]
+    notes.append(", ".join([f"batch {facts.pop('Batch')}", *facts.values()]))
+    if not profile.complete:
+        notes.append(f"incomplete: {view.waiting(profile)} of {len(profile.results)} methods are not measured")
+    return doc.Row(clean(profile.name), cells, tuple(notes))
+
+
+def _every_method(profile: Profile) -> doc.Table:
+    """One record's methods by their peak, folded below what they come to."""
+    found = glance(profile)
+    batches = any(point.axis == "batch" and point.largest for point in profile.points)
+    rows = []
+    for each, row in zip(view.results(profile), found.rows, strict=True):
+        reached = view.largest(profile, each.method.spec, "batch")
+        cells = (*row.cells, format_integer(reached[0]) if reached else NOTHING) if batches else row.cells
+        name = f"{clean(profile.name)}: {row.head}"
+        rows.append((view.peak_bytes(each) or float("inf"), replace(row, head=name, cells=cells)))
+    rows.sort(key=lambda each: each[0])
+    peaks = [peak for each in profile.results if (peak := view.peak_bytes(each))]
+    said = f"{clean(profile.name)}: {plural(len(rows), 'method')}"
+    if peaks and max(peaks) <= min(peaks) * (1 + _ALIKE):
+        said += f", every peak {format_bytes(max(peaks))}"
+    elif peaks:
+        said += f", peaks from {format_bytes(min(peaks))} to {format_bytes(max(peaks))}"
+    heads = (*found.heads, "Largest batch") if batches else found.heads
+    label = f"Every method of {clean(profile.name)}"
+    return replace(found, heads=heads, rows=tuple(row for _, row in rows), label=label, fold=said)
+
+
+def _timelines(profiles: Sequence[Profile]) -> Iterator[doc.Part]:
+    if len(profiles) > MOST_WITH_TIMELINES:
+        yield doc.text(
+            f"Timelines are left out of a page of more than {MOST_WITH_TIMELINES} records; the report of one record "
+            "has them."
+        )
+        return
+    for i, profile in enumerate(profiles):
+        yield doc.text(clean(profile.name), kind="h3")
+        yield from tuple(timelines(profile, f"r{i}-")) or (doc.text("This record has no timeline."),)
 
 
 def standings(profiles: Sequence[Profile]) -> list[Standing]:
     """Every method that can be set against plain training in its record, plain itself left out."""
     found = []
     for profile in profiles:
-        plain = by_method(profile, "plain")
-        if plain is None:
-            continue
+        plain = view.by_method(profile, "plain")
         for each in profile.results:
-            if each is plain:
+            if plain is None or each is plain:
                 continue
             memory = each.memory.peak_bytes / plain.memory.peak_bytes if each.memory and plain.memory else None
             time = each.step_seconds / plain.step_seconds if each.step_seconds and plain.step_seconds else None
             if memory is not None or time is not None:
                 found.append(Standing(profile, each, memory, time))
     return found
+
+
+_RELATIVE: dict[str, tuple[str, str, Callable[[Standing], float | None]]] = {
+    "memory": ("Peak of every method as a share of plain's", "peak, as a share of plain's", lambda s: s.memory),
+    "time": (
+        "Step time of every method as a multiple of plain's",
+        "step time, as a multiple of plain's",
+        lambda s: s.time,
+    ),
+}
+
+
+def _relative(profiles: Sequence[Profile], name: str) -> doc.Figure | None:
+    """One row per record, one dot per method; 1 is plain training."""
+    label, title, value_of = _RELATIVE[name]
+    rows = [p for p in profiles if any(value_of(s) is not None for s in standings([p]))]
+    if not rows:
+        return None
+    places = {id(profile): place for place, profile in enumerate(rows)}
+    groups: dict[str, list[tuple[Standing, float]]] = defaultdict(list)
+    for each in standings(rows):
+        if (value := value_of(each)) is not None:
+            groups[each.result.method.name].append((each, value))
+    series = []
+    for method, members in groups.items():
+        x, y = [value for _, value in members], [places[id(each.profile)] for each, _ in members]
+        texts = [f"{clean(each.result.method.title)}: {value:.2f} of plain" for each, value in members]
+        how: dict[str, Any] = {"texts": texts, "mode": "markers", "size": 9}
+        series.append(plots.Series.like(look_of(method), method_title(method), x, y, **how))
+    names = [plots.row_name(profile.name, 24) for profile in rows]
+    return plots.dots(
+        f"relative-{name}", label, names, series, f"{title} (1 = plain)", limit=plots.Limit(1, color=plots.MUTED)
+    )
 
 
 def families(profiles: Sequence[Profile]) -> list[Family]:
@@ -119,113 +306,76 @@ def _peaks_by_batch(profile: Profile) -> dict[tuple[int, str], int]:
     return found | own
 
 
-def memory_against_blocks(family: Family) -> go.Figure:
-    """The peak of every method against the number of blocks, at one batch and sequence."""
-    peaks = [family.peak(profile, spec) for profile in family.profiles for spec in family.specs]
-    unit = unit_for(peak for peak in peaks if peak)
-    return _against_blocks(
-        family,
-        family.peak,
-        lambda peak: scaled(int(peak), unit),
-        lambda peak: format_bytes(int(peak)),
-        f"peak at batch {format_integer(family.batch)}, {unit.name}",
-    )
+def _reached(profile: Profile, spec: str) -> tuple[int | None, float | None]:
+    """The largest batch that fits under a method, and tokens (or samples) a second there, where it was timed."""
+    return view.largest(profile, spec, "batch") or (None, None)
 
 
-def largest_batch_against_blocks(family: Family) -> go.Figure:
-    """The largest batch within the budget against the number of blocks."""
-    return _against_blocks(
-        family, largest_batch, lambda batch: batch, lambda batch: format_integer(int(batch)), "largest batch, samples"
-    )
-
-
-def throughput_against_blocks(family: Family) -> go.Figure:
-    """Throughput at the largest batch within the budget against the number of blocks."""
+def _family_figures(family: Family, id: str) -> Iterator[doc.Figure]:
+    """Peak at one batch, the largest batch within the budget, and throughput there, against the number of blocks."""
+    unit = unit_for(peak for p in family.profiles for spec in family.specs if (peak := family.peak(p, spec)))
     units = family.profiles[0].units
-    return _against_blocks(
-        family,
-        throughput_there,
-        lambda rate: round(rate, 2),
-        lambda rate: f"{format_rate(rate)} {units}/s",
-        f"{units}/s at the largest batch",
-    )
-
-
-def largest_batch(profile: Profile, spec: str) -> int | None:
-    """The largest batch that fits under a method."""
-    found = largest(profile, spec, "batch")
-    return found[0] if found else None
-
-
-def throughput_there(profile: Profile, spec: str) -> float | None:
-    """Tokens (or samples) a second at the largest batch; None where it was not timed."""
-    found = largest(profile, spec, "batch")
-    return found[1] if found else None
-
-
-def _against_blocks(
-    family: Family,
-    figure_of: Callable[[Profile, str], float | None],
-    drawn: Callable[[float], float],
-    text: Callable[[float], str],
-    title: str,
-) -> go.Figure:
-    figure = go.Figure()
-    for spec in family.specs:
-        found = [(profile, figure_of(profile, spec)) for profile in family.profiles]
-        points = [(profile.blocks, value) for profile, value in found if value is not None]
-        if not points:
-            continue
-        look = next(looks(profile)[spec] for profile in family.profiles if profile.result(spec) is not None)
-        figure.add_scatter(
-            mode="lines+markers",
-            name=escape(clean(spec_title(family.profiles, spec))),
-            x=[blocks for blocks, _ in points],
-            y=[drawn(value) for _, value in points],
-            customdata=[text(value) for _, value in points],
-            line={"color": look.color, "dash": look.dash, "width": 2},
-            marker={"symbol": look.symbol, "size": 8},
-            hovertemplate="%{fullData.name}, %{x} blocks: %{customdata}<extra></extra>",
-        )
-    figure.update_layout(layout(380), showlegend=True)
-    figure.update_xaxes(title_text="blocks", rangemode="tozero")
+    kinds: list[tuple[str, str, str, Callable[[Profile, str], float | None], Callable[[float], str]]] = [
+        (
+            "memory",
+            "Peak memory",
+            f"peak at batch {format_integer(family.batch)}, {unit.name}",
+            lambda p, spec: None if (peak := family.peak(p, spec)) is None else plots.in_unit(peak, unit),
+            lambda value: f"{value:.3g} {unit.name}",
+        ),
+        (
+            "batch",
+            "Largest batch",
+            "largest batch, samples",
+            lambda p, spec: _reached(p, spec)[0],
+            lambda value: format_integer(int(value)),
+        ),
+        (
+            "throughput",
+            "Throughput at the largest batch",
+            f"{units}/s at the largest batch",
+            lambda p, spec: _reached(p, spec)[1],
+            lambda value: f"{format_rate(value)} {units}/s",
+        ),
+    ]
     depths = sorted({profile.blocks for profile in family.profiles})
-    if len(depths) <= _MOST_TICKS:
-        figure.update_xaxes(tickvals=depths)
-    else:
-        figure.update_traces(mode="lines")
-    figure.update_yaxes(title_text=title, rangemode="tozero")
-    return figure
+    for name, label, title, value_of, words in kinds:
+        series = []
+        for spec in family.specs:
+            found = [(p.blocks, v) for p in family.profiles if (v := value_of(p, spec)) is not None]
+            look = next(view.looks(p)[spec] for p in family.profiles if p.result(spec) is not None)
+            texts = [f"{blocks} blocks: {words(value)}" for blocks, value in found]
+            mode = "lines+markers" if len(depths) <= _MOST_MARKS else "lines"
+            x, y = [blocks for blocks, _ in found], [value for _, value in found]
+            series += (
+                [plots.Series.like(look, family.title(spec), x, y, texts=texts, mode=mode, size=8)] if found else []
+            )
+        if series or name == "memory":
+            y_axis = {"rangemode": "tozero"}
+            label = f"{label} against the number of blocks"
+            yield plots.lines(
+                f"{id}-{name}", label, series, "blocks", title, x_axis=plots.whole_numbers(depths), y_axis=y_axis
+            )
 
 
-def spec_title(profiles: Sequence[Profile], spec: str) -> str:
-    """What the first record that has the method calls it."""
-    return next((labels(p)[spec] for p in profiles if p.result(spec) is not None), spec)
+def family_table(family: Family) -> doc.Table:
+    """Peak at the common batch, largest batch and throughput there, by number of blocks."""
+    specs = family.specs
+    batches = any(_reached(p, spec)[0] for p in family.profiles for spec in specs)
+    heads = ["Blocks", *(f"peak, {family.title(spec)}" for spec in specs)]
+    if batches:
+        heads += [f"largest batch, {family.title(spec)}" for spec in specs]
+    made = []
+    for profile in family.profiles:
+        cells: list[doc.Cell | str] = [optional_bytes(family.peak(profile, spec)) for spec in specs]
+        if batches:
+            cells += [_reach_cell(profile, spec) for spec in specs]
+        made.append(doc.Row(format_integer(profile.blocks), tuple(cells), (clean(profile.name),)))
+    return doc.Table(tuple(heads), tuple(made), "Figures against the number of blocks", fold="Show as a table")
 
 
-def _relative(profiles: Sequence[Profile], name: str, title: str) -> go.Figure:
-    """One row per record, one dot per method; 1 is plain training."""
-    rows = [p for p in profiles if any(getattr(s, name) is not None for s in standings([p]))]
-    places = {id(profile): place for place, profile in enumerate(rows)}
-    groups: dict[str, list[Standing]] = defaultdict(list)
-    for each in standings(rows):
-        if getattr(each, name) is not None:
-            groups[each.result.method.name].append(each)
-    figure = go.Figure()
-    for method, members in groups.items():
-        figure.add_scatter(
-            mode="markers",
-            name=escape(method_title(method)),
-            x=[round(getattr(each, name), 4) for each in members],
-            y=[places[id(each.profile)] for each in members],
-            customdata=[f"{escape(clean(s.result.method.title))}: {getattr(s, name):.2f} of plain" for s in members],
-            marker={"color": method_color(method), "symbol": SYMBOLS.get(method, "circle"), "size": 9},
-            hovertemplate="%{customdata}<extra></extra>",
-        )
-    figure.add_shape(type="line", x0=1, x1=1, y0=0, y1=1, yref="paper", line=LIMIT_LINE | {"color": MUTED})
-    name_rows(figure, [row_label(profile.name, 24) for profile in rows])
-    figure.update_layout(layout(28 * len(rows) + 20 * len(groups) + 80), showlegend=True)
-    figure.update_layout(margin={"t": 8})
-    figure.update_xaxes(title_text=f"{title} (1 = plain)", rangemode="tozero")
-    figure.update_yaxes(range=[len(rows) - 0.5, -0.5], griddash="dot", ticklabelstandoff=6)
-    return figure
+def _reach_cell(profile: Profile, spec: str) -> doc.Cell:
+    batch, rate = _reached(profile, spec)
+    if batch is None:
+        return doc.NO_FIGURE
+    return doc.Cell(format_integer(batch), f"{format_rate(rate)} {profile.units}/s" if rate else "")

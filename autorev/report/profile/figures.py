@@ -1,250 +1,290 @@
-"""Plotly figures of the memory of one profile's step, drawn in light colours; pure functions of the record.
+"""The plots of one profile: memory, time, predictions and sweeps; what the record does not hold has no plot.
 
-Every function takes what the record holds and leaves out what it does not hold: a method without memory keeps its row
-and says why it has no bar.
+A method without memory keeps its row, and says why it has no bar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
+from typing import Any
 
-import plotly.graph_objects as go
+from autorev.format import format_bytes, format_integer, format_rate, format_ratio, format_seconds, unit_for
+from autorev.profiler.readings import Timeline
+from autorev.profiler.record import Profile, Result
+from autorev.report import plots
+from autorev.report.document import Figure
+from autorev.report.palette import OVERHEAD_COLORS
+from autorev.report.profile import view
+from autorev.words import AXIS_TITLES
 
-from autorev.format import ByteUnit, format_bytes, format_rate, unit_for
-from autorev.profiler.readings import Memory
-from autorev.profiler.record import Profile, Result, Status
-from autorev.report.palette import CATEGORY_COLORS
-from autorev.report.plotting import (
-    BAD,
-    INK,
-    LIMIT_LINE,
-    LINE,
-    MUTED,
-    PAPER,
-    ROW_HEIGHT,
-    layout,
-    row_label,
-    scaled,
-)
-from autorev.report.profile.rows import (
-    before_and_after,
-    ended,
-    labels,
-    looks,
-    measured_memory,
-    peak_bytes,
-    peak_categories,
-    results,
-    shown_categories,
-)
-from autorev.report.profile.timelines import timelines
-from autorev.words import CATEGORY_TITLES
+MOST_POINTS = 600
+"""Of a timeline on a page, which is as many as a drawing has pixels to show."""
 
 
-def memory_figures(profile: Profile) -> dict[str, go.Figure]:
-    """Every figure of memory that the record has data for, by the id of its place in a page."""
-    found: dict[str, go.Figure] = {}
-    if any(peak_bytes(each) for each in profile.results):
-        found["peak"] = peak_by_category(profile)
-    if len(front_points(profile)) > 1:
-        found["tradeoff"] = memory_against_throughput(profile)
-    found |= timelines(profile)
-    if any(memory.block_bytes for _, memory in measured_memory(profile)):
-        found["kept-by-block"] = kept_by_block(profile)
-    return found
-
-
-def peak_by_category(profile: Profile) -> go.Figure:
+def peak_by_category(profile: Profile, id: str = "peak", rows: list[Result] | None = None) -> Figure | None:
     """The peak of every method as a bar stacked by category, its figure at the right, the budget as a line."""
-    rows = results(profile)
-    peaks = [peak_bytes(each) or 0 for each in rows]
-    totals = [max(peak, sum(peak_categories(each).values())) for peak, each in zip(peaks, rows, strict=True)]
-    scale = max([*totals, profile.budget_bytes or 0]) if budget_in_sight(profile) else max(totals)
-    unit = unit_for([scale])
-    figure = go.Figure()
-    for category in shown_categories(rows):
-        sizes = [peak_categories(each).get(category, 0) for each in rows]
-        if any(sizes):
-            _bar(figure, CATEGORY_TITLES[category], sizes, unit, CATEGORY_COLORS[category][0])
-    unexplained = [0 if peak_categories(each) else peak for peak, each in zip(peaks, rows, strict=True)]
-    if any(unexplained):
-        _bar(figure, "not attributed to a category", unexplained, unit, LINE)
-    name_rows(figure, [_row_name(profile, each) for each in rows])
-    for place, each in enumerate(rows):
-        peak = peak_bytes(each)
-        text = format_bytes(peak) if peak else ended(each)
-        figure.add_annotation(
-            text=text if peak else f"<i>{escape(text)}</i>",
-            y=place,
-            yref="y",
-            xref="paper",
-            x=1,
-            xanchor="left",
-            showarrow=False,
-            font={"color": INK if peak else MUTED, "size": 13 if peak else 12},
-        )
-    figure.update_layout(layout(ROW_HEIGHT * len(rows) + 90), barmode="stack", bargap=0.3, showlegend=False)
-    figure.update_layout(margin={"t": 30 if budget_in_sight(profile) else 8, "r": 92, "b": 44, "l": 8})
-    figure.update_xaxes(title_text=f"memory at the peak, {unit.name}", range=[0, scaled(scale, unit) * 1.02])
-    figure.update_yaxes(range=[len(rows) - 0.5, -0.5], showgrid=False, ticklabelstandoff=6)
-    if profile.budget_bytes and budget_in_sight(profile):
-        budget_across(figure, profile.budget_bytes, unit)
-    return figure
+    rows = view.results(profile) if rows is None else rows
+    peaks, held = [view.peak_bytes(each) for each in rows], [view.peak_categories(each) for each in rows]
+    if not any(peaks):
+        return None
+    highest = max(max(peak or 0, sum(each.values())) for peak, each in zip(peaks, held, strict=True))
+    budget = profile.budget_bytes if view.budget_in_sight(profile) else None
+    return plots.peak_bars(
+        id,
+        "Peak memory of every method by category",
+        [view.row_label(profile, each) for each in rows],
+        held,
+        peaks,
+        [format_bytes(peak) if peak else view.ended(each) for peak, each in zip(peaks, rows, strict=True)],
+        bad=[not view.fits(profile, peak) for peak in peaks],
+        scale=max(highest, budget or 0),
+        limit=(budget, f"budget: {format_bytes(budget)}") if budget else None,
+    )
 
 
-def budget_in_sight(profile: Profile) -> bool:
-    """Is there a budget, near enough to the highest peak that bars on one scale with it can be read?"""
-    peaks = [peak_bytes(each) or 0 for each in profile.results]
-    return profile.budget_bytes is not None and profile.budget_bytes <= 2 * max(peaks, default=0)
-
-
-def memory_against_throughput(profile: Profile) -> go.Figure:
+def memory_against_throughput(profile: Profile) -> Figure | None:
     """One point per method; the line joins those that no other beats in both, the dashed line is the budget."""
-    points = front_points(profile)
+    points = view.front_points(profile)
+    if len(points) < 2:
+        return None
     unit = unit_for(peak for _, peak, _ in points)
-    names, look = labels(profile), looks(profile)
-    best = sorted((rate, peak) for _, peak, rate in front(points))
-    figure = go.Figure()
+    names, look = view.labels(profile), view.looks(profile)
+    best = sorted((rate, plots.in_unit(peak, unit)) for _, peak, rate in view.front(points))
+    series = []
     if len(best) > 1:
-        figure.add_scatter(
-            mode="lines",
-            name="no method is better in both",
-            x=[rate for rate, _ in best],
-            y=[scaled(peak, unit) for _, peak in best],
-            line={"color": MUTED, "width": 1.5, "dash": "dot"},
-            hoverinfo="skip",
-        )
+        x, y = [rate for rate, _ in best], [peak for _, peak in best]
+        series.append(plots.Series("no method is better in both", x, y, dash="dot", width=1.5, mode="lines"))
     for each, peak, rate in points:
-        drawn = look[each.method.spec]
-        figure.add_scatter(
-            mode="markers",
-            name=escape(names[each.method.spec]),
-            x=[rate],
-            y=[scaled(peak, unit)],
-            customdata=[f"{format_bytes(peak)}, {format_rate(rate)} {profile.units}/s"],
-            marker={"color": drawn.color, "symbol": drawn.symbol, "size": 13, "line": {"width": 2, "color": PAPER}}
-            if not drawn.symbol.endswith("open")
-            else {"color": drawn.color, "symbol": drawn.symbol, "size": 13, "line": {"width": 2}},
-            hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
-        )
-    tallest = max(peak for _, peak, _ in points)
-    figure.update_layout(layout(430))
+        texts = [f"{format_bytes(peak)}, {format_rate(rate)} {profile.units}/s"]
+        how: dict[str, Any] = {"size": 13, "mode": "markers", "outlined": True, "texts": texts}
+        spec = each.method.spec
+        series.append(plots.Series.like(look[spec], names[spec], [rate], [plots.in_unit(peak, unit)], **how))
+    rates, peaks = [rate for _, _, rate in points], [peak for _, peak, _ in points]
     budget = profile.budget_bytes
-    if budget and budget <= 1.5 * tallest:
-        ends = [min(rate for _, _, rate in points), max(rate for _, _, rate in points)]
-        figure.add_scatter(
-            mode="lines",
-            name=f"budget: {format_bytes(budget)}",
-            x=ends,
-            y=[scaled(budget, unit)] * 2,
-            line=LIMIT_LINE,
-            hoverinfo="skip",
-        )
-        tallest = max(tallest, budget)
-    lowest = min(peak for _, peak, _ in points)
-    rates = [rate for _, _, rate in points]
-    figure.update_xaxes(title_text=f"{profile.units} a second (right is faster)", range=_span(min(rates), max(rates)))
-    figure.update_yaxes(title_text=f"peak, {unit.name} (low is better)")
-    figure.update_yaxes(range=_span(scaled(lowest, unit), scaled(tallest, unit)))
-    return figure
+    if budget and budget <= 1.5 * max(peaks):
+        series.append(_level(f"budget: {format_bytes(budget)}", [min(rates), max(rates)], plots.in_unit(budget, unit)))
+        peaks.append(budget)
+    return plots.lines(
+        "tradeoff",
+        "Peak memory against throughput",
+        series,
+        f"{profile.units} a second (right is faster)",
+        f"peak, {unit.name} (low is better)",
+        height=400,
+        x_axis={"range": _span(min(rates), max(rates)), "showgrid": True},
+        y_axis={"range": _span(plots.in_unit(min(peaks), unit), plots.in_unit(max(peaks), unit))},
+    )
+
+
+def _level(name: str, ends: list[float], at: float) -> plots.Series:
+    return plots.Series(name, ends, [at, at], color=plots.BAD, dash="dash", width=1.5, mode="lines")
 
 
 def _span(low: float, high: float) -> list[float]:
     """An axis around the values that begins at zero, or high enough to tell them apart, but never shows only a sliver:
     it covers at least half of the highest value."""
-    start = min(low - 0.08 * high, 0.5 * high)
-    return [max(0.0, start), 1.06 * high]
+    return [max(0.0, min(low - 0.08 * high, 0.5 * high)), 1.06 * high]
 
 
-def front_points(profile: Profile) -> list[tuple[Result, int, float]]:
-    """(result, peak, throughput) of every method that has both."""
-    found = []
-    for each, memory in measured_memory(profile):
-        rate = profile.per_second(each.step_seconds)
-        if rate:
-            found.append((each, memory.peak_bytes, rate))
-    return found
-
-
-def front(points: list[tuple[Result, int, float]]) -> list[tuple[Result, int, float]]:
-    """Those to which no other point is at least equal in both memory and throughput and better in one."""
-
-    def beaten(peak: int, rate: float) -> bool:
-        return any(p <= peak and r >= rate and (p, r) != (peak, rate) for _, p, r in points)
-
-    return [point for point in points if not beaten(point[1], point[2])]
-
-
-def kept_by_block(profile: Profile) -> go.Figure:
+def kept_by_block(profile: Profile) -> Figure | None:
     """What every block keeps between forward and backward under plain, checkpoint and one reversible method."""
-    shown = [(each, each.memory) for each in before_and_after(profile) if each.memory and each.memory.block_bytes]
-    unit = unit_for(size for _, memory in shown for size in memory.block_bytes)
-    series = [(each, [scaled(s, unit) for s in memory.block_bytes], _sizes(memory)) for each, memory in shown]
-    figure = along_blocks(profile, series)
-    figure.update_yaxes(title_text=f"kept by the block, {unit.name}", rangemode="tozero")
-    return figure
+    found = [(each, each.memory.block_bytes) for each in view.before_and_after(profile) if each.memory]
+    shown = [(each, sizes) for each, sizes in found if sizes]
+    if not shown:
+        return None
+    unit = unit_for(size for _, sizes in shown for size in sizes)
+    series = [
+        (each, [plots.in_unit(size, unit) for size in of], [format_bytes(size) for size in of]) for each, of in shown
+    ]
+    label = "What every block keeps between forward and backward"
+    return _along_blocks(profile, "kept-by-block", label, series, f"kept by the block, {unit.name}")
 
 
-def _sizes(memory: Memory) -> list[str]:
-    return [format_bytes(size) for size in memory.block_bytes]
+def time_by_block(profile: Profile) -> list[Figure]:
+    """Forward and backward of every block under plain, checkpoint and one reversible method, on one scale."""
+    shown = [(each, each.work.blocks) for each in view.block_results(profile) if each.work]
+    highest = max((max(block.forward, block.backward) for _, blocks in shown for block in blocks), default=0) * 1e3
+    made = []
+    for phase in ("forward", "backward") if shown else ():
+        timed = [(each, [getattr(block, phase) for block in blocks]) for each, blocks in shown]
+        series = [(each, [t * 1e3 for t in of], [format_seconds(t) for t in of]) for each, of in timed]
+        label, title = f"{phase.capitalize()} time of every block", f"{phase}, milliseconds"
+        made.append(_along_blocks(profile, f"{phase}-by-block", label, series, title, [0, highest * 1.05]))
+    return made
 
 
-def along_blocks(profile: Profile, series: list[tuple[Result, list[float], list[str]]]) -> go.Figure:
-    """One line per method along the blocks, from (result, values, values as text)."""
-    names, look = labels(profile), looks(profile)
-    figure = go.Figure()
-    for each, values, texts in series:
-        drawn = look[each.method.spec]
-        figure.add_scatter(
-            mode="lines+markers",
-            name=escape(names[each.method.spec]),
-            x=list(range(len(values))),
-            y=values,
-            customdata=texts,
-            line={"color": drawn.color, "width": 1.5},
-            marker={"symbol": drawn.symbol, "size": 6},
-            hovertemplate="%{fullData.name}, block %{x}: %{customdata}<extra></extra>",
+def _along_blocks(
+    profile: Profile,
+    id: str,
+    label: str,
+    found: list[tuple[Result, list[float], list[str]]],
+    title: str,
+    ends: list[float] | None = None,
+) -> Figure:
+    names, look = view.labels(profile), view.looks(profile)
+    series = []
+    for each, values, texts in found:
+        said = [f"block {i}: {words}" for i, words in enumerate(texts)]
+        drawn, x = look[each.method.spec], list(range(len(values)))
+        series.append(
+            plots.Series(names[each.method.spec], x, values, said, drawn.color, drawn.symbol, width=1.5, size=6)
         )
-    figure.update_layout(layout(340), showlegend=True)
-    figure.update_xaxes(title_text="block", showgrid=False)
-    return figure
+    y_axis = {"range": ends} if ends else {"rangemode": "tozero"}
+    return plots.lines(id, label, series, "block", title, y_axis=y_axis)
 
 
-def name_rows(figure: go.Figure, names: Iterable[str]) -> None:
-    """Names at the left of rows 0, 1, 2, ...; two rows may have the same."""
-    texts = list(names)
-    figure.update_yaxes(tickvals=list(range(len(texts))), ticktext=texts)
+def every_step(profile: Profile) -> Figure | None:
+    """Every timed step as a dot, the median as a bar: what lies apart is different, what overlaps may not be."""
+    rows = [each for each in profile.results if each.samples]
+    if not rows:
+        return None
+    names, look = view.labels(profile), view.looks(profile)
+    series = []
+    for place, each in enumerate(rows):
+        # Rounds stand below each other within the row, so that a slow round is seen as one.
+        count = len(each.rounds)
+        heights = [
+            place + (0 if count < 2 else 0.5 * (i / (count - 1) - 0.5))
+            for i, r in enumerate(each.rounds)
+            for _ in r.steps
+        ]
+        texts, spec = [format_seconds(seconds) for seconds in each.samples], each.method.spec
+        how: dict[str, Any] = {"mode": "markers", "size": 6, "opacity": 0.6}
+        series.append(plots.Series(names[spec], each.samples, heights, texts, look[spec].color, **how))
+    medians = [each.step_seconds or 0.0 for each in rows]
+    notes = [format_seconds(m) + ("*" if each.in_doubt else "") for m, each in zip(medians, rows, strict=True)]
+    called = [plots.row_name(names[each.method.spec]) for each in rows]
+    label = "Every timed step of every method"
+    return plots.dots("steps", label, called, series, "seconds of a step", notes, medians=medians, legend=False)
 
 
-def budget_across(figure: go.Figure, budget: int, unit: ByteUnit) -> None:
-    """The budget as a line through rows of peaks."""
-    at = scaled(budget, unit)
-    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=LIMIT_LINE | {"color": INK})
-    figure.add_annotation(
-        text=f"budget: {format_bytes(budget)}",
-        x=at,
-        xanchor="right",
-        y=1,
-        yref="paper",
-        yanchor="bottom",
-        showarrow=False,
-        font={"color": BAD, "size": 12},
+def overhead(profile: Profile) -> Figure | None:
+    """The instrumented step of every method of which it was told apart, by what it was spent on."""
+    rows = view.overhead_results(profile)
+    if not any(work.overhead for _, work in rows):
+        return None
+    kinds = list(dict.fromkeys([*OVERHEAD_COLORS, *(kind for _, work in rows for kind in work.overhead)]))
+    rest = [max(0.0, work.instrumented_seconds - sum(work.overhead.values())) for _, work in rows]
+    parts = [plots.Part("the rest of the step", plots.LINE, rest, [format_seconds(s) for s in rest])]
+    for kind in kinds:
+        seconds = [work.overhead.get(kind, 0.0) for _, work in rows]
+        if any(seconds):
+            parts.append(
+                plots.Part(kind, OVERHEAD_COLORS.get(kind, plots.MUTED), seconds, [format_seconds(s) for s in seconds])
+            )
+    names = [plots.row_name(view.labels(profile)[each.method.spec]) for each, _ in rows]
+    label = "The instrumented step by what it was spent on"
+    return plots.bars("overhead", label, names, parts, "seconds of the instrumented step", legend=True)
+
+
+def prediction_against_measurement(profile: Profile) -> Figure | None:
+    """The predicted peak and the sum of the followed tensors, each over the peak that the allocator measured."""
+    rows = view.prediction_ratios(profile)
+    if not rows:
+        return None
+    series = []
+    for name, ratios, symbol, color in (
+        ("predicted / measured", [ratio for _, ratio, _ in rows], "circle", plots.INK),
+        ("attributed / measured", [ratio for _, _, ratio in rows], "line-ns", plots.ACCENT),
+    ):
+        texts = [format_ratio(ratio, 1) for ratio in ratios]
+        look: dict[str, Any] = {
+            "color": color,
+            "symbol": symbol,
+            "size": 11,
+            "mode": "markers",
+            "outlined": symbol != "circle",
+        }
+        series.append(plots.Series(name, ratios, list(range(len(rows))), texts, **look))
+    off = max(abs(ratio - 1) for _, *pair in rows for ratio in pair if ratio is not None)
+    reach = max(0.1, 1.15 * off)
+    names = [plots.row_name(view.labels(profile)[each.method.spec]) for each, _, _ in rows]
+    axis = {"range": [max(0, 1 - reach), 1 + reach]}
+    label = "Predicted and attributed peak over the measured one"
+    return plots.dots(
+        "prediction", label, names, series, "1 = as measured", limit=plots.Limit(1, color=plots.MUTED), axis=axis
     )
 
 
-def _bar(figure: go.Figure, name: str, sizes: list[int], unit: ByteUnit, color: str) -> None:
-    figure.add_bar(
-        orientation="h",
-        name=name,
-        y=list(range(len(sizes))),
-        x=[scaled(size, unit) for size in sizes],
-        customdata=[format_bytes(size) for size in sizes],
-        marker={"color": color, "line": {"color": PAPER, "width": 0.5}},
-        hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
+def sweep(profile: Profile, axis: str) -> Figure | None:
+    """The peak of every method along `axis`, on linear axes; a cross where a size did not fit the budget."""
+    points = [point for point in profile.points if point.axis == axis]
+    values = sorted({point.value for point in points if point.peak_bytes})
+    if len(values) < plots.FEWEST_POINTS:
+        return None
+    budget = profile.budget_bytes
+    unit = unit_for([point.peak_bytes or 0 for point in points])
+    names, look = view.labels(profile), view.looks(profile)
+    series = []
+    for spec in dict.fromkeys(point.method for point in points):
+        found = sorted((p.value, p.peak_bytes, p.largest) for p in points if p.method == spec and p.peak_bytes)
+        texts = [
+            f"{axis} {format_integer(v)}: {format_bytes(peak)}" + (", the largest that fits" if largest else "")
+            for v, peak, largest in found
+        ]
+        x, y = [v for v, _, _ in found], [plots.in_unit(peak, unit) for _, peak, _ in found]
+        series.append(plots.Series.like(look[spec], names[spec], x, y, texts=texts))
+    if budget:
+        top = plots.in_unit(budget, unit)
+        series.append(_level(f"budget: {format_bytes(budget)}", [values[0], values[-1]], top))
+        stopped = [point for point in points if point.peak_bytes is None]
+        x, texts = [p.value for p in stopped], [f"{names[p.method]}, {format_integer(p.value)}" for p in stopped]
+        how: dict[str, Any] = {"color": plots.BAD, "symbol": "x-thin", "size": 9, "mode": "markers", "outlined": True}
+        series.append(plots.Series("did not fit", x, [top] * len(x), texts, **how))
+    title, label = AXIS_TITLES.get(axis, axis), f"Peak memory against {axis}"
+    x_axis = plots.whole_numbers([*values, *(point.value for point in points if point.peak_bytes is None)])
+    return plots.lines(f"sweep-{axis}", label, series, title, f"peak, {unit.name}", height=430, x_axis=x_axis)
+
+
+def throughput_at_largest_batch(profile: Profile) -> Figure | None:
+    """Tokens (or samples) a second at the largest batch that fits, one bar per method."""
+    rows = view.largest_batches(profile)
+    if not any(rate for _, _, rate in rows):
+        return None
+    names, look = view.labels(profile), view.looks(profile)
+    texts = [f"batch {format_integer(batch)}: {format_rate(rate)} {profile.units}/s" for _, batch, rate in rows]
+    part = plots.Part(
+        "throughput", [look[spec].color for spec, _, _ in rows], [rate or 0.0 for *_, rate in rows], texts
     )
+    notes = [f"batch {format_integer(batch)}" + ("" if rate else ", not timed") for _, batch, rate in rows]
+    called = [plots.row_name(names[spec]) for spec, _, _ in rows]
+    label = "Throughput at the largest batch that fits"
+    return plots.bars("largest-batch", label, called, [part], f"{profile.units} a second", notes)
 
 
-def _row_name(profile: Profile, result: Result) -> str:
-    name = labels(profile)[result.method.spec]
-    return row_label(f"{name} (predicted)" if result.status is Status.PREDICTED else name)
+def timelines(profile: Profile, prefix: str = "") -> list[tuple[Result, Timeline, Figure]]:
+    """Memory over the traced step of every method that has a timeline, all on one scale, the first ones first."""
+    first, rest = view.with_timeline(profile)
+    found = [(each, each.memory.timeline) for each in (*first, *rest) if each.memory and each.memory.timeline]
+    highest = max((_total(line, i) for _, line in found for i in range(len(line.seconds))), default=0)
+    names = view.labels(profile)
+    return [
+        (each, line, _timeline(f"{prefix}timeline-{i}", names[each.method.spec], line, highest))
+        for i, (each, line) in enumerate(found)
+    ]
+
+
+def _timeline(id: str, name: str, line: Timeline, highest: int) -> Figure:
+    kept = thinned(line)
+    held = {category: [sizes[i] for i in kept] for category, sizes in line.categories.items()}
+    doing = [f"block {line.blocks[i]}" if line.blocks[i] >= 0 else "no block" for i in kept]
+    at, size = line.seconds[line.peak_at], _total(line, line.peak_at)
+    peak = (at, size, f"peak: {format_bytes(size)} after {format_seconds(at)}")
+    label = f"Memory over the step under {name}"
+    return plots.areas(id, label, [line.seconds[i] for i in kept], held, doing, line.marks, peak, highest)
+
+
+def thinned(line: Timeline) -> list[int]:
+    """The indices of at most `MOST_POINTS` points: of every stretch the highest and the lowest, so also the peak."""
+    count = len(line.seconds)
+    if count <= MOST_POINTS:
+        return list(range(count))
+    stretches = MOST_POINTS // 2 - 1
+    kept = {0, count - 1}
+    for i in range(stretches):
+        stretch = range(i * count // stretches, (i + 1) * count // stretches)
+        kept |= {max(stretch, key=lambda at: _total(line, at)), min(stretch, key=lambda at: _total(line, at))}
+    return sorted(kept)
+
+
+def _total(line: Timeline, at: int) -> int:
+    return sum(sizes[at] for sizes in line.categories.values())

@@ -8,7 +8,7 @@ from autorev.analysis import Category
 from autorev.format import clean, format_bytes
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result
-from autorev.report.profile.rows import after, by_method, chosen, labels
+from autorev.report.profile import view
 from autorev.words import CATEGORY_TITLES
 
 _LEAST_SHARE = 0.15
@@ -17,16 +17,16 @@ _LEAST_SHARE = 0.15
 
 def explained(profile: Profile) -> list[tuple[Result, Memory]]:
     """The results of which the peak is explained: plain, and the recommended or else the first reversible one."""
-    best = chosen(profile)
-    plain = by_method(profile, "plain")
-    second = best if best and best.memory and best is not plain else after(profile)
+    best = view.chosen(profile)
+    plain = view.by_method(profile, "plain")
+    second = best if best and best.memory and best is not plain else view.after(profile)
     found = [each for each in (plain, second) if each is not None]
     return [(each, each.memory) for each in found if each.memory]
 
 
 def explain(profile: Profile, result: Result, memory: Memory) -> list[str]:
     """Where the peak stands, what it consists of, how much lower it could get, and what would lower it."""
-    name = labels(profile)[result.method.spec]
+    name = view.labels(profile)[result.method.spec]
     sentences = [f"The peak of {name}, {format_bytes(memory.peak_bytes)}, stands in {clean(memory.phase)}."]
     shares = _shares(memory)
     if shares:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 from autorev.finetuning.record import Evaluation, FineTuning, Logged
 from autorev.format import clean, format_integer, plural
 from autorev.report.finetuning.numbers import bits_text, running_mean
-from autorev.report.palette import method_color
-from autorev.report.plotting import DASHES, SYMBOLS
+from autorev.report.palette import Look, Looks
 
-_dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_fills = ("", "-open", "-dot", "-open-dot")
 _LONGEST_LABEL = 44
 """Letters of a name in a figure."""
 
@@ -39,15 +36,6 @@ class Family:
 
     title: str
     runs: tuple[FineTuning, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """How one run is drawn in every figure of a page."""
-
-    color: str
-    symbol: str
-    dash: str
 
 
 def groups(runs: Sequence[FineTuning]) -> list[RunGroup]:
@@ -201,17 +189,17 @@ def labels(runs: Sequence[FineTuning]) -> list[str]:
 
 def looks(runs: Sequence[FineTuning]) -> list[Look]:
     """Colour by the coupling that a run ends with, seeds alike; others of one colour differ in symbol and dash."""
-    seen: dict[str, dict[str, int]] = defaultdict(dict)
-    found = []
-    for run in runs:
-        method = ends_as(run)
-        again = seen[method].setdefault(how_words(run), len(seen[method]))
-        dash = DASHES.get(method, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
-        symbol = SYMBOLS.get(method, "circle")
-        if again:
-            symbol = symbol.removesuffix("-open") + _fills[again % len(_fills)]
-        found.append(Look(method_color(method), symbol, dash))
-    return found
+    found = Looks()
+    return [found.of(ends_as(run), how_words(run)) for run in runs]
+
+
+def ranked(runs: Sequence[FineTuning]) -> list[FineTuning]:
+    """Plain training first, then by the loss after training; what has none comes last."""
+
+    def place(run: FineTuning) -> tuple[bool, float]:
+        return run.method.name != "plain", run.final.loss if run.final and finite(run.final.loss) else inf
+
+    return sorted(runs, key=place)
 
 
 def ends_as(run: FineTuning) -> str:

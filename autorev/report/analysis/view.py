@@ -13,7 +13,7 @@ from autorev.methods import BASELINES
 
 _FARTHEST_CAPACITY = 3
 """In units of the highest peak: a capacity farther away would leave the bars too short to read."""
-_LONGEST_BAR = 2
+LONGEST_BAR = 2
 """In device capacities: a longer bar is cut, or it would hide how the others compare."""
 
 
@@ -102,15 +102,27 @@ def fits(row: MethodRow, analysis: Analysis) -> bool:
     return analysis.device is None or row.prediction.peak_bytes <= analysis.device.usable_bytes
 
 
-def bar_scale(analysis: Analysis) -> tuple[int, int | None]:
+def is_chosen(row: MethodRow, analysis: Analysis) -> bool:
+    """Is it what is recommended?"""
+    return analysis.recommendation is not None and analysis.recommendation.method in row.names
+
+
+def kept_and_scratch(analysis: Analysis) -> tuple[list[MethodRow], list[MethodRow]]:
+    """What a pretrained model can be trained with as it is, and couplings that are for training from scratch."""
+    rows = method_rows(analysis)
+    kept = [row for row in rows if row.prediction.preserves_function or is_chosen(row, analysis)]
+    return kept, [row for row in rows if row not in kept]
+
+
+def bar_scale(analysis: Analysis, rows: list[MethodRow]) -> tuple[int, int | None]:
     """Where the scale of a bar chart of the peaks ends, and the device's capacity if it is on that scale."""
-    highest = max(1, *(prediction.peak_bytes for prediction in analysis.predictions))
+    highest = max([1, *(row.prediction.peak_bytes for row in rows)])
     if analysis.device is None:
         return highest, None
     capacity = analysis.device.memory_bytes
     if capacity > _FARTHEST_CAPACITY * highest:
         return highest, None
-    return min(max(highest, capacity), _LONGEST_BAR * capacity), capacity
+    return min(max(highest, capacity), LONGEST_BAR * capacity), capacity
 
 
 def shown_categories(rows: list[MethodRow]) -> list[Category]:

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from autorev.analysis import Category
-from autorev.format import clean
 from autorev.methods import Method
-from autorev.profiler.readings import Memory
+from autorev.profiler.readings import Memory, Work
 from autorev.profiler.record import Profile, Result, Status
-from autorev.report.palette import method_color
-from autorev.report.plotting import DASHES, SYMBOLS
+from autorev.report.palette import Look, Looks
+from autorev.report.plots import row_name
 
 _NOT_ASKED_FOR = Method("checkpoint")
-_dash_cycle = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """How one method is drawn in every figure of a profile."""
-
-    color: str
-    symbol: str
-    dash: str
 
 
 def results(profile: Profile) -> list[Result]:
@@ -38,14 +25,8 @@ def results(profile: Profile) -> list[Result]:
 
 
 def labels(profile: Profile) -> dict[str, str]:
-    """What each method is called, by spec; two are never called the same."""
-    methods = [each.method for each in results(profile)]
-    names = {v.spec: clean(v.title) or clean(v.spec) for v in methods}
-    shared = {name for name, count in Counter(names.values()).items() if count > 1}
-    names = {spec: f"{name} ({clean(spec)})" if name in shared else name for spec, name in names.items()}
-    for point in profile.points:
-        names.setdefault(point.method, clean(point.method))
-    return names
+    """What each method is called, by spec."""
+    return {each.method.spec: each.method.title for each in results(profile)}
 
 
 def looks(profile: Profile) -> dict[str, Look]:
@@ -53,22 +34,14 @@ def looks(profile: Profile) -> dict[str, Look]:
     methods = {each.method.spec: each.method.name for each in results(profile)}
     for point in profile.points:
         methods.setdefault(point.method, point.method.partition(":")[0])
-    seen: Counter[str] = Counter()
-    found = {}
-    for spec, method in methods.items():
-        symbol = SYMBOLS.get(method, "circle")
-        again = seen[method]
-        seen[method] += 1
-        dash = DASHES.get(method, "solid") if again == 0 else _dash_cycle[again % len(_dash_cycle)]
-        found[spec] = Look(method_color(method), _symbol(symbol, again), dash)
-    return found
+    found = Looks()
+    return {spec: found.of(method, spec) for spec, method in methods.items()}
 
 
-def _symbol(symbol: str, again: int) -> str:
-    """The method's own symbol, and for further methods of it the same shape filled otherwise."""
-    shape = symbol.removesuffix("-open")
-    fills = [symbol, *(f"{shape}{fill}" for fill in ("-open", "-dot", "-open-dot") if f"{shape}{fill}" != symbol)]
-    return fills[again % len(fills)]
+def row_label(profile: Profile, result: Result) -> str:
+    """What a method is called at the left of a row of a plot."""
+    name = labels(profile)[result.method.spec]
+    return row_name(f"{name} (predicted)" if result.status is Status.PREDICTED else name)
 
 
 def by_method(profile: Profile, method: str) -> Result | None:
@@ -105,6 +78,12 @@ def before_and_after(profile: Profile) -> list[Result]:
     """Plain, checkpoint and one reversible method, as far as their memory is known."""
     three = (by_method(profile, "plain"), by_method(profile, "checkpoint"), after(profile))
     return [each for each in three if each is not None and each.memory is not None]
+
+
+def block_results(profile: Profile) -> list[Result]:
+    """Plain, checkpoint and one reversible method, as far as their blocks were timed."""
+    three = (by_method(profile, "plain"), by_method(profile, "checkpoint"), after(profile))
+    return [each for each in three if each is not None and each.work is not None and each.work.blocks]
 
 
 def with_timeline(profile: Profile) -> tuple[list[Result], list[Result]]:
@@ -215,3 +194,52 @@ def peak_categories_shown(profile: Profile) -> list[Category]:
     """The categories that hold a byte at the peak of any method."""
     held = {name for each in profile.results for name, size in peak_categories(each).items() if size}
     return [category for category in Category if category in held]
+
+
+def budget_in_sight(profile: Profile) -> bool:
+    """Is there a budget, near enough to the highest peak that bars on one scale with it can be read?"""
+    peaks = [peak_bytes(each) or 0 for each in profile.results]
+    return profile.budget_bytes is not None and profile.budget_bytes <= 2 * max(peaks, default=0)
+
+
+def front_points(profile: Profile) -> list[tuple[Result, int, float]]:
+    """(result, peak, throughput) of every method that has both."""
+    found = [(each, memory, profile.per_second(each.step_seconds)) for each, memory in measured_memory(profile)]
+    return [(each, memory.peak_bytes, rate) for each, memory, rate in found if rate]
+
+
+def front(points: list[tuple[Result, int, float]]) -> list[tuple[Result, int, float]]:
+    """Those to which no other point is at least equal in both memory and throughput and better in one."""
+
+    def beaten(peak: int, rate: float) -> bool:
+        return any(p <= peak and r >= rate and (p, r) != (peak, rate) for _, p, r in points)
+
+    return [point for point in points if not beaten(point[1], point[2])]
+
+
+def overhead_results(profile: Profile) -> list[tuple[Result, Work]]:
+    """Plain training, and every method of whose step it is known what it was spent on.
+
+    Recomputation inside PyTorch's own checkpointing is a part of its backward pass, and not told apart there.
+    """
+    found = [(each, each.work) for each in profile.results if each.work]
+    return [(each, work) for each, work in found if work.overhead or each.method.name == "plain"]
+
+
+def prediction_ratios(profile: Profile) -> list[tuple[Result, float | None, float | None]]:
+    """(result, predicted over measured peak, attributed over measured peak) where one of the two is known."""
+    found = []
+    for each, memory in measured_memory(profile):
+        peak, attributed = memory.peak_bytes, memory.attributed_bytes
+        predicted = each.prediction.peak_bytes / peak if each.prediction else None
+        followed = attributed / peak if attributed is not None else None
+        if predicted is not None or followed is not None:
+            found.append((each, predicted, followed))
+    return found
+
+
+def largest_batches(profile: Profile) -> list[tuple[str, int, float | None]]:
+    """(spec, largest batch, tokens or samples a second there) of every method for which it was sought."""
+    specs = dict.fromkeys(point.method for point in profile.points if point.axis == "batch")
+    found = [(spec, largest(profile, spec, "batch")) for spec in specs]
+    return [(spec, *reached) for spec, reached in found if reached is not None]
