@@ -57,7 +57,7 @@ def front_table() -> str:
     rows += [[workload, *map(_fine_tuned, runs)] for workload, runs in FINE_TUNINGS.items()]
     rows += [[workload, *_predicted(*columns)] for workload, columns in PREDICTIONS.items()]
     shown = tuple(doc.Row(workload, tuple(cells)) for workload, *cells in rows)
-    return to_markdown([doc.Section(parts=(doc.Table(HEADS, shown),))]).strip()
+    return to_markdown([doc.Section("", (doc.Table(HEADS, shown),))]).strip()
 
 
 def _profiled(name: str, *methods: str | None) -> list[str]:

@@ -96,8 +96,8 @@ def test_conversion_where_only_it_fits() -> None:
     assert found.method == "momentum"
     assert "of which 70.0 GiB are stored, one input per block" in found.why
     assert found.advice[0] == (
-        "autorev.convert(model, method='momentum:k=3,keep_last=0') does it in user code, and autorev.verify(model) checks "
-        "the gradients (from the command line: python cli.py finetune m --method momentum:k=3,keep_last=0)"
+        "autorev.convert(model, method='momentum:k=3,keep_last=0') does it in user code, and autorev.verify(model) "
+        "checks the gradients (from the command line: python cli.py finetune m --method momentum:k=3,keep_last=0)"
     )
 
 
