@@ -45,7 +45,7 @@ PROFILES = {
 """README's table: by workload, a profile and the methods in the columns' order."""
 FINE_TUNINGS = {"SmolLM2-135M, QLoRA (nf4), 1 x 128 tokens": (None, "qlora_nf4_checkpoint", None, "qlora_nf4")}
 PREDICTIONS = {
-    "Llama-3.1-8B, LoRA, 5 x 32,768 tokens, chunked loss, *predicted* for an H100 of 80 GB": (
+    "Llama-3.1-8B, LoRA, 5 x 32,768 tokens, chunked loss, predicted for an H100 of 80 GB": (
         *("llama-3.1-8b_lora_32k", "plain", "checkpoint", "offload", "momentum"),
     ),
 }
