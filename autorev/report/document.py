@@ -261,12 +261,6 @@ def muted(words: str) -> Span:
     return Span(words, "muted")
 
 
-def notes_of(notes: Iterable[str]) -> Bullets:
-    """What the reader should know of a run."""
-    items = tuple(notes)
-    return Bullets(items, ("Note:",) * len(items))
-
-
 def numbered(items: Iterable[str]) -> Bullets:
     """First, second, third."""
     found = tuple(items)

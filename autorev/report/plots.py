@@ -7,7 +7,7 @@ little HTML in its labels.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
@@ -232,131 +232,15 @@ def lines(
 ) -> Figure:
     """Lines and marks on two axes, as high as the entries of the legend need; `marked` places on x have a rule."""
     entries = sum(each.legend for each in series)
-    layout = _layout(height + 11 * max(0, entries - 4 if legend else 0))
-    layout["xaxis"] |= {"title": _title(layout, x_title), "showgrid": False, **(x_axis or {})}
-    layout["yaxis"] |= {"title": _title(layout, y_title), **(y_axis or {})}
+    layout = base_layout(height + 11 * max(0, entries - 4 if legend else 0))
+    layout["xaxis"] |= {"title": axis_title(layout, x_title), "showgrid": False, **(x_axis or {})}
+    layout["yaxis"] |= {"title": axis_title(layout, y_title), **(y_axis or {})}
     layout["showlegend"] = legend
     for at, name in marked:
-        layout["shapes"].append(_rule(at, MUTED, "dot", 1))
+        layout["shapes"].append(rule(at, MUTED, "dot", 1))
         if name:
-            layout["annotations"].append(_above(at, name, MUTED))
+            layout["annotations"].append(above(at, name, MUTED))
     return Figure(id, label, [each.trace() for each in series], layout)
-
-
-def areas(
-    id: str,
-    label: str,
-    seconds: Sequence[float],
-    held: Mapping[str, Sequence[int]],
-    doing: Sequence[str],
-    marks: Iterable[tuple[str, float, float]],
-    peak: tuple[float, int, str] | None,
-    highest: int,
-) -> Figure:
-    """Bytes by category over time, on a scale up to `highest`, its phases named above, its peak as a dot."""
-    unit = unit_for([highest])
-    times = [round(each, 5) for each in seconds]
-    data: list[dict[str, Any]] = []
-    for category, (color, _) in CATEGORY_COLORS.items():
-        if any(held.get(category, ())):
-            sizes = [in_unit(size, unit) for size in held[category]]
-            style = {"line": {"width": 0, "color": color, "shape": "hv"}, "fillcolor": color, "stackgroup": "memory"}
-            hover = f"%{{fullData.name}}: %{{y:.3f}} {unit.name}<extra></extra>"
-            data.append(_area(CATEGORY_TITLES[category], times, sizes) | style | {"hovertemplate": hover})
-    totals = [in_unit(sum(sizes), unit) for sizes in zip(*held.values(), strict=True)]
-    # Nothing to see: it says in the hover which block it is.
-    data.append(
-        _area("at work", times, totals)
-        | {"customdata": list(doing), "line": {"width": 0, "color": MUTED, "shape": "hv"}}
-        | {"hovertemplate": f"all: %{{y:.3f}} {unit.name}, %{{customdata}}<extra></extra>"}
-    )
-    found = list(marks)
-    end = max([*times[-1:], *(stop for _, _, stop in found)], default=0) or 1
-    layout = _layout(300)
-    layout |= {"showlegend": False, "hovermode": "x unified", "margin": {"t": 40, "r": 8, "b": 40, "l": 8}}
-    layout["xaxis"] |= {"title": _title(layout, "seconds of the traced step"), "range": [0, end], "nticks": 6}
-    layout["xaxis"] |= {"showgrid": False}
-    layout["yaxis"] |= {"title": _title(layout, f"live, {unit.name}"), "range": [0, in_unit(highest, unit) * 1.12]}
-    for name, begin, stop in found:
-        _mark_phase(layout, name, begin, stop, end)
-    if peak:
-        at, size, words = peak
-        place = {"x": at, "y": in_unit(size, unit), "yanchor": "bottom", "xanchor": "left" if at < end / 2 else "right"}
-        bold = {"text": f"<b>{format_bytes(size)}</b>", "showarrow": False, "font": {"color": INK, "size": 12}}
-        layout["annotations"].append(place | bold)
-        dot = {"color": INK, "size": 7, "line": {"color": PAPER, "width": 1.5}}
-        mark = {"type": "scatter", "mode": "markers", "name": "peak", "x": [round(at, 5)], "y": [place["y"]]}
-        data.append(mark | {"marker": dot, "hovertemplate": f"{words}<extra></extra>"})
-    return Figure(id, label, data, layout)
-
-
-def _area(name: str, x: list[float], y: list[float]) -> dict[str, Any]:
-    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y}
-
-
-def _mark_phase(layout: dict[str, Any], name: str, begin: float, stop: float, end: float) -> None:
-    """Backward on a tinted ground between forward and optimizer, each named above."""
-    if name == "backward":
-        ground = {"type": "rect", "x0": begin, "x1": stop, "y0": 0, "y1": 1, "yref": "paper", "layer": "below"}
-        layout["shapes"].append(ground | {"fillcolor": PANEL, "line": {"width": 0}})
-    if begin > 0:
-        layout["shapes"].append(_rule(begin, MUTED, "dot", 1))
-    middle, narrow = (begin + stop) / 2, (stop - begin) < 0.2 * end
-    # A phase too narrow for its name has it at that side of the figure.
-    at, anchor = (middle, "center") if not narrow else (0, "left") if middle < end / 2 else (end, "right")
-    layout["annotations"].append(_above(at, escape(clean(name)), MUTED, anchor, 11))
-
-
-def heat(
-    id: str,
-    label: str,
-    values: list[list[float | None]],
-    texts: list[list[str]],
-    rows: Sequence[str],
-    ticks: dict[int, str],
-    marks: Sequence[tuple[int, int]],
-    titles: tuple[str, str],
-) -> Figure:
-    """A map of values between the first and the last of `ticks`; marks are (column, row)."""
-    columns = len(values[0]) if values else 0
-    data: list[dict[str, Any]] = [
-        {
-            "type": "heatmap",
-            "x": list(range(columns)),
-            "y": list(range(len(rows))),
-            "z": values,
-            "customdata": [[escape(each) for each in row] for row in texts],
-            "xgap": 1,
-            "ygap": 1,
-            "zmin": min(ticks),
-            "zmax": max(ticks),
-            "colorscale": [[0, LINE], [1, BAD]],
-            "hovertemplate": "%{customdata}<extra></extra>",
-            "colorbar": {
-                "orientation": "h",
-                "thickness": 9,
-                "len": 0.55,
-                "outlinewidth": 0,
-                "x": 0,
-                "xanchor": "left",
-                "y": 1,
-                "yanchor": "bottom",
-                "tickvals": list(ticks),
-                "ticktext": list(ticks.values()),
-                "tickfont": {"size": 11, "color": MUTED},
-            },
-        }
-    ]
-    if marks:
-        x, y = [column for column, _ in marks], [row for _, row in marks]
-        data.append(Series("chosen", x, y, color=INK, mode="markers", outlined=True).trace())
-    layout = _layout(150 + _ROW * len(rows))
-    layout |= {"showlegend": False, "margin": {"t": 52, "r": 8, "b": 44, "l": 8}}
-    layout["xaxis"] |= {"title": _title(layout, titles[0]), "showgrid": False, "ticks": ""}
-    layout["xaxis"] |= {"range": [-0.5, columns - 0.5]}
-    layout["yaxis"] |= {"title": _title(layout, titles[1]), "showgrid": False, "ticks": ""}
-    layout["yaxis"] |= _row_ticks(rows)
-    return Figure(id, label, data, layout)
 
 
 def log_axis(sizes: Iterable[float], unit: float = 1) -> dict[str, Any]:
@@ -395,7 +279,7 @@ def _rounded(value: float | None) -> float | None:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def _layout(height: int) -> dict[str, Any]:
+def base_layout(height: int) -> dict[str, Any]:
     """The layout of a figure of `height` pixels, as wide as its place."""
     axis = {"gridcolor": LINE, "zeroline": False, "fixedrange": True, "automargin": True, "linecolor": LINE}
     return {
@@ -424,35 +308,35 @@ def _layout(height: int) -> dict[str, Any]:
     }
 
 
-def _title(layout: dict[str, Any], words: str) -> dict[str, Any]:
+def axis_title(layout: dict[str, Any], words: str) -> dict[str, Any]:
     return {"text": escape(words), "font": {"color": MUTED, "size": 12}, "standoff": 10}
 
 
-def _row_ticks(names: Sequence[str]) -> dict[str, Any]:
+def row_ticks(names: Sequence[str]) -> dict[str, Any]:
     """Names at the left of rows 0, 1, 2, ...; two rows may have the same."""
     ticks = {"tickvals": list(range(len(names))), "ticktext": list(names)}
     return {**ticks, "range": [len(names) - 0.5, -0.5]}
 
 
 def _rows_layout(names: Sequence[str], title: str, legend: bool, limit: Limit | None) -> dict[str, Any]:
-    layout = _layout(_ROW * len(names) + (130 if legend else 80) + (14 if limit and limit.text else 0))
+    layout = base_layout(_ROW * len(names) + (130 if legend else 80) + (14 if limit and limit.text else 0))
     layout["showlegend"] = legend
     layout["margin"]["t"] = 30 if limit and limit.text else 8
-    layout["xaxis"]["title"] = _title(layout, title)
-    layout["yaxis"] |= {**_row_ticks(names), "ticklabelstandoff": 6}
+    layout["xaxis"]["title"] = axis_title(layout, title)
+    layout["yaxis"] |= {**row_ticks(names), "ticklabelstandoff": 6}
     if limit:
-        layout["shapes"].append(_rule(limit.value, limit.color, "dash", 1.5))
+        layout["shapes"].append(rule(limit.value, limit.color, "dash", 1.5))
         if limit.text:
-            layout["annotations"].append(_above(limit.value, escape(limit.text), limit.color, "right"))
+            layout["annotations"].append(above(limit.value, escape(limit.text), limit.color, "right"))
     return layout
 
 
-def _rule(at: float, color: str, dash: str, width: float) -> dict[str, Any]:
+def rule(at: float, color: str, dash: str, width: float) -> dict[str, Any]:
     line = {"color": color, "width": width, "dash": dash}
     return {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line}
 
 
-def _above(at: float, words: str, color: str, anchor: str = "center", size: int = 12) -> dict[str, Any]:
+def above(at: float, words: str, color: str, anchor: str = "center", size: int = 12) -> dict[str, Any]:
     place = {"x": at, "xanchor": anchor, "y": 1, "yref": "paper", "yanchor": "bottom"}
     return {"text": words, **place, "showarrow": False, "font": {"color": color, "size": size}}
 

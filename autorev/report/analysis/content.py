@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from autorev.analysis import Analysis, Block, Sweep
+from autorev.analysis import Analysis, Block
 from autorev.format import (
     NOTHING,
     clean,
@@ -23,10 +23,9 @@ from autorev.format import (
     unit_for,
 )
 from autorev.report import document as doc
-from autorev.report import plots
-from autorev.report.analysis import view
+from autorev.report import shared
+from autorev.report.analysis import figures, view
 from autorev.report.analysis.method import method
-from autorev.report.palette import PHASE_LOOKS, look_of
 from autorev.words import CATEGORY_TITLES, device_facts, headline, method_title, model_facts, setting_facts
 
 _MOST_GROUPS = 10
@@ -49,7 +48,7 @@ def screen_of_many(analyses: Sequence[Analysis]) -> Iterator[doc.Section]:
 
 def screen(analysis: Analysis) -> Iterator[doc.Section]:
     """One screen of a terminal: the model, its blocks, the memory of every method, what to do."""
-    head = [doc.text(doc.strong(clean(analysis.model.name)), "  ", doc.muted(", ".join(model_facts(analysis.model))))]
+    head = [shared.name_on_screen(analysis.model)]
     if analysis.setting:
         facts = setting_facts(analysis.setting)
         phrases = [f"batch {analysis.setting.batch}", *(value for name, value in facts.items() if name != "Batch")]
@@ -60,12 +59,8 @@ def screen(analysis: Analysis) -> Iterator[doc.Section]:
     if analysis.predictions:
         yield doc.Section("", tuple(_memory_on_screen(analysis)))
     if advice := analysis.recommendation:
-        title = doc.text(doc.strong("Recommendation  "), doc.Span(headline(advice.method), "accent"))
-        yield doc.Section(
-            "", (title, doc.text(sentence(advice.why), indent=2), doc.numbered(map(sentence, advice.advice)))
-        )
-    if analysis.notes:
-        yield doc.Section("", (doc.notes_of(map(sentence, analysis.notes)),))
+        yield shared.advice_on_screen(headline(advice.method), advice.why, advice.advice)
+    yield from shared.notes_on_screen(analysis.notes)
 
 
 def _blocks_on_screen(analysis: Analysis) -> Iterator[doc.Part]:
@@ -166,7 +161,7 @@ def markdown(analyses: Sequence[Analysis]) -> Iterator[doc.Section]:
     blocks = doc.Table(heads, tuple(rows), words=_WORDS, code_heads=True)
     yield doc.Section("Blocks", (doc.text(f"{_count(analysis).partition(', in')[0]}."), blocks))
     if analysis.notes:
-        yield doc.Section("Notes", (doc.notes_of(map(sentence, analysis.notes)),))
+        yield doc.Section("Notes", (doc.Bullets(tuple(map(sentence, analysis.notes))),))
     versions = ", ".join(f"{name} {version}" for name, version in analysis.versions.items())
     made = f"Made with {versions}; couplings after " if versions else "Reversible couplings after "
     yield doc.Section("", (doc.text(made, doc.Span("arXiv 2512.02056", "link"), "."),))
@@ -189,12 +184,10 @@ def page(analysis: Analysis, command: str) -> doc.Page:
     facts = dict(setting_facts(analysis.setting)) if analysis.setting else {}
     if facts and analysis.device:
         facts["Device"] = device_facts(analysis.device)
-    name = clean(analysis.model.name)
-    head: list[doc.Part] = [doc.text(name), doc.text(" \u00b7 ".join(model_facts(analysis.model)), kind="lead")]
-    head += [doc.Facts(tuple(facts.items()), "facts")] if facts else []
     versions = ", ".join(f"{name} {version}" for name, version in analysis.versions.items())
     foot = (doc.text("Made with", kind="h3"), doc.text(versions), doc.Command(command))
-    return doc.Page(f"{name}: training memory", tuple(head), tuple(_sections(analysis)), foot)
+    title, head = f"{clean(analysis.model.name)}: training memory", shared.page_head(analysis.model, facts)
+    return doc.Page(title, head, tuple(_sections(analysis)), foot)
 
 
 def _sections(analysis: Analysis) -> Iterator[doc.Section]:
@@ -206,8 +199,7 @@ def _sections(analysis: Analysis) -> Iterator[doc.Section]:
     if curves:
         yield doc.Section("How far the memory reaches", curves)
     yield doc.Section("Blocks", tuple(_blocks(analysis)))
-    if analysis.notes:
-        yield doc.Section("Notes on this run", (doc.Bullets(tuple(map(sentence, analysis.notes))),))
+    yield from shared.notes_on_page(analysis.notes)
     yield doc.Section("How every figure was obtained", (method(analysis),))
 
 
@@ -219,27 +211,25 @@ def _advice(analysis: Analysis) -> Iterator[doc.Part]:
     rows = view.method_rows(analysis)
     lead = [row for row in rows if view.is_chosen(row, analysis) or {"plain", "checkpoint"} & set(row.names)]
     if len(lead) > 1:
-        yield _bars(analysis, lead, "lead", "Peak memory of what is recommended and of what it stands against")
+        yield figures.peaks(analysis, lead, "lead", "Peak memory of what is recommended and of what it stands against")
     chosen = analysis.prediction(advice.method) if advice.method else None
     rival = analysis.prediction("plain" if advice.method != "plain" else "checkpoint")
     if chosen:
         reaches = {each.method: each for each in analysis.frontier}
         own, other = reaches.get(chosen.method), reaches.get(rival.method) if rival else None
         over = analysis.device and chosen.peak_bytes > analysis.device.usable_bytes
-        figures: list[tuple[str, str, Any]] = [
+        found: list[tuple[str, str, Any]] = [
             ("Peak memory", format_bytes(chosen.peak_bytes), rival and format_bytes(rival.peak_bytes))
         ]
         for title, field in (("Largest batch", "largest_batch"), ("Longest sequence", "longest_sequence")):
             if own and (most := getattr(own, field)) is not None:
-                figures.append((title, format_integer(most), other and format_integer(getattr(other, field) or 0)))
+                found.append((title, format_integer(most), other and format_integer(getattr(other, field) or 0)))
         seconds = rival and format_seconds(rival.step_seconds)
-        figures.append(("Time of a step, at least", format_seconds(chosen.step_seconds), seconds))
+        found.append(("Time of a step, at least", format_seconds(chosen.step_seconds), seconds))
         name = method_title(rival.method) if rival else ""
-        tiles = [doc.Tile(title, figure, f"{name}: {others}" if others else "") for title, figure, others in figures]
+        tiles = [doc.Tile(title, figure, f"{name}: {others}" if others else "") for title, figure, others in found]
         yield doc.Tiles((replace(tiles[0], warning="does not fit" if over else ""), *tiles[1:]))
-    if advice.advice:
-        yield doc.text("What would help further", kind="h3")
-        yield doc.numbered(map(sentence, advice.advice))
+    yield from shared.helping_further(advice.advice)
 
 
 def _memory(analysis: Analysis) -> Iterator[doc.Part]:
@@ -254,7 +244,7 @@ def _memory(analysis: Analysis) -> Iterator[doc.Part]:
     elif device:
         said += f" Every method stays far below the {format_bytes(device.memory_bytes)} of {clean(device.title)}."
     label = "Peak memory of every method by category"
-    figure = _bars(analysis, rows, "memory-by-method", label)
+    figure = figures.peaks(analysis, rows, "memory-by-method", label)
     yield doc.captioned(figure, doc.Legend(tuple(view.shown_categories(rows))), _categories(rows), caption=said)
     yield doc.text("Every method in numbers", kind="h3")
     yield _methods(analysis, rows, without=("Phase",))
@@ -263,7 +253,7 @@ def _memory(analysis: Analysis) -> Iterator[doc.Part]:
         why = "A pretrained model converted this way starts from another function, and needs fine-tuning to recover."
         parts = (
             doc.text(why),
-            doc.captioned(_bars(analysis, scratch, "from-scratch", label), _categories(scratch)),
+            doc.captioned(figures.peaks(analysis, scratch, "from-scratch", label), _categories(scratch)),
             _methods(analysis, scratch, without=("Phase",)),
         )
         count = plural(sum(len(row.names) for row in scratch), "coupling")
@@ -274,29 +264,7 @@ def _memory(analysis: Analysis) -> Iterator[doc.Part]:
             "does not help."
         )
         caption += " The dashed line is the device's memory." if device else ""
-        yield doc.captioned(_phase_peaks(analysis, rows), title="Peak in each phase", caption=caption)
-
-
-def _bars(analysis: Analysis, rows: list[view.MethodRow], id: str, label: str) -> doc.Figure:
-    """The peak of every method as a bar, stacked by category, with the device's capacity."""
-    scale, capacity = view.bar_scale(analysis, rows)
-    peaks = [row.prediction.peak_bytes for row in rows]
-    return plots.peak_bars(
-        id,
-        label,
-        [plots.row_name(row.label, 26) for row in rows],
-        [row.prediction.categories for row in rows],
-        peaks,
-        [format_bytes(peak) for peak in peaks],
-        bad=[not view.fits(row, analysis) for row in rows],
-        scale=scale,
-        limit=(capacity, _capacity(analysis)) if capacity else None,
-    )
-
-
-def _capacity(analysis: Analysis) -> str:
-    device = analysis.device
-    return f"{clean(device.title)}: {format_bytes(device.memory_bytes)}" if device else ""
+        yield doc.captioned(figures.phase_peaks(analysis, rows), title="Peak in each phase", caption=caption)
 
 
 def _categories(rows: list[view.MethodRow]) -> doc.Table:
@@ -340,29 +308,11 @@ def _phase_peak(peak: int | None, highest: bool) -> doc.Cell:
     return doc.Cell(NOTHING if peak is None else format_bytes(peak), strong=highest)
 
 
-def _phase_peaks(analysis: Analysis, rows: list[view.MethodRow]) -> doc.Figure:
-    peaks = [peak for row in rows for peak in row.prediction.phase_peaks.values() if peak]
-    unit, series = unit_for(peaks), []
-    for phase, (color, symbol) in PHASE_LOOKS.items():
-        sizes = [row.prediction.phase_peaks.get(phase) for row in rows]
-        places = [None if not size else plots.in_unit(size, unit) for size in sizes]
-        texts = [format_bytes(size or 0) for size in sizes]
-        every = list(range(len(rows)))
-        series.append(plots.Series(phase, places, every, texts, color=color, symbol=symbol, size=11, mode="markers"))
-    device = analysis.device
-    limit = plots.Limit(plots.in_unit(device.memory_bytes, unit), "") if device else None
-    names = [plots.row_name(row.label, 26) for row in rows]
-    axis = plots.log_axis([*peaks, *([device.memory_bytes] if device else [])], unit.size)
-    title = f"peak of the phase, {unit.name} (log scale)"
-    label = "Peak memory of every method in forward, backward and optimizer"
-    return plots.dots("phase-peaks", label, names, series, title, limit=limit, axis=axis)
-
-
 def _curve(analysis: Analysis, axis: str) -> doc.Part:
     """The peak of every method along an axis, and how far each fits; a table alone where a curve has few points."""
-    title, along = _AXES[axis]
+    title, x_title = _AXES[axis]
     rows = view.sweep_rows(analysis, axis)
-    figure = _along(analysis, axis, along)
+    figure = figures.along(analysis, axis, title, x_title)
     values = sorted({value for _, line in rows for value in line.values})
     found = [(label, dict(zip(line.values, line.peak_bytes, strict=True))) for label, line in rows]
     made = [
@@ -373,54 +323,6 @@ def _curve(analysis: Analysis, axis: str) -> doc.Part:
     table = doc.Table(heads, tuple(made), f"{title} in figures", fold="Show as a table" if figure else "")
     said = "Everything else as set above. A method fits while its line is below the dashed one."
     return doc.captioned(figure, table, title=title, caption=said if figure else "Everything else as set above.")
-
-
-def _along(analysis: Analysis, axis: str, along: str) -> doc.Figure | None:
-    """On linear axes: what fits is read off both; couplings to train from scratch with are in the table."""
-    kept = {name for row in view.kept_and_scratch(analysis)[0] for name in row.names}
-    rows = [(label, line) for label, line in view.sweep_rows(analysis, axis) if line.method in kept]
-    device = analysis.device
-    highest = view.LONGEST_BAR * device.memory_bytes if device else max(p for _, line in rows for p in line.peak_bytes)
-    values = sorted({v for _, line in rows for v, peak in _points(line) if peak <= highest})
-    if len(values) < plots.FEWEST_POINTS:
-        return None
-    tallest = max(peak for _, line in rows for v, peak in _points(line) if v <= values[-1] and peak <= highest)
-    unit = unit_for([tallest, device.memory_bytes if device else 0])
-    series = []
-    for label, line in rows:
-        points = [(value, peak) for value, peak in _points(line) if value <= values[-1]]
-        texts = [f"{axis} {format_integer(value)}: {format_bytes(peak)}" for value, peak in points]
-        x, y = [value for value, _ in points], [plots.in_unit(peak, unit) for _, peak in points]
-        series.append(plots.Series.like(look_of(line.method), label, x, y, texts=texts))
-    if device:
-        top = plots.in_unit(device.memory_bytes, unit)
-        limit: dict[str, Any] = {"color": "#b3261e", "dash": "dash", "width": 1.5, "mode": "lines"}
-        series.append(plots.Series(_capacity(analysis), [values[0], values[-1]], [top, top], **limit))
-        for name, most in _reached(analysis, axis, kept):
-            look, said = look_of(name), f"fits up to {axis} {format_integer(most)}"
-            mark: dict[str, Any] = {"mode": "markers", "size": 12, "legend": False, "outlined": True, "texts": [said]}
-            if most <= values[-1]:
-                series.append(plots.Series.like(look, name, [most], [top], **mark))
-    chosen = getattr(analysis.setting, axis, None)
-    marked = [(chosen, "as set")] if chosen and chosen <= values[-1] else []
-    y_axis = {
-        "range": [0, plots.in_unit(min(highest, max(tallest, device.memory_bytes if device else 0)), unit) * 1.05]
-    }
-    title = _AXES[axis][0]
-    x_axis, y_title = plots.whole_numbers(values), f"peak, {unit.name}"
-    id = f"memory-by-{axis}"
-    return plots.lines(id, title, series, along, y_title, height=460, x_axis=x_axis, y_axis=y_axis, marked=marked)
-
-
-def _points(line: Sweep) -> list[tuple[int, int]]:
-    return list(zip(line.values, line.peak_bytes, strict=True))
-
-
-def _reached(analysis: Analysis, axis: str, kept: set[str]) -> Iterator[tuple[str, int]]:
-    for reach in analysis.frontier:
-        most = reach.largest_batch if axis == "batch" else reach.longest_sequence
-        if most and reach.method in kept:
-            yield reach.method, most
 
 
 def _count(analysis: Analysis) -> str:

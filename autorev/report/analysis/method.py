@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from autorev.analysis import Analysis
 from autorev.format import clean, format_bandwidth, format_bytes, format_flop_rate
+from autorev.report import shared
 from autorev.report.analysis.view import method_rows, shown_categories
 from autorev.report.document import Facts, Terms
-from autorev.words import CATEGORY_MEANINGS, CATEGORY_TITLES, METHOD_MEANINGS, method_title
 
 _BLOCKS = (
     "The model ran once on tensors that have shapes but no data, so no weights were read. The forward of every "
@@ -39,11 +39,14 @@ def method(analysis: Analysis) -> Facts:
     """What was run, counted and left out."""
     entries: list[tuple[str, str | Terms]] = [("Blocks", _BLOCKS)]
     if analysis.predictions:
-        categories = shown_categories(method_rows(analysis))
+        bits = {
+            p.method: f" Side bits: {p.side_bits} per element and block." for p in analysis.predictions if p.side_bits
+        }
+        said = {p.method: bits.get(p.method, "") for p in analysis.predictions}
         entries += [
             ("Memory", _MEMORY),
-            ("Categories", Terms(tuple((c, CATEGORY_TITLES[c], CATEGORY_MEANINGS[c]) for c in categories))),
-            ("Methods", _methods(analysis)),
+            ("Categories", shared.categories(shown_categories(method_rows(analysis)))),
+            ("Methods", shared.methods(said)),
             ("Reversible methods", _REVERSIBLE),
             (
                 "Kept after forward",
@@ -63,21 +66,6 @@ def method(analysis: Analysis) -> Facts:
             )
         entries.append(("Keeps the pretrained function", _KEEPS))
     return Facts(tuple(entries), "method")
-
-
-def _methods(analysis: Analysis) -> Terms:
-    return Terms(
-        tuple(
-            (
-                None,
-                method_title(p.method),
-                METHOD_MEANINGS[p.method]
-                + (f" Side bits: {p.side_bits} per element and block." if p.side_bits else ""),
-            )
-            for p in analysis.predictions
-            if p.method in METHOD_MEANINGS
-        )
-    )
 
 
 def _roofline(analysis: Analysis) -> str:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from autorev.finetuning.record import EXPORT_LIMIT, FineTuning
-from autorev.format import clean, format_bytes, format_rate, plural, sentence, unit_for
+from autorev.format import clean, format_bytes, format_rate, plural, unit_for
 from autorev.report import document as doc
-from autorev.report import plots
+from autorev.report import plots, shared
 from autorev.report.finetuning import figures, view
 from autorev.report.finetuning import tables_of_many as many
 from autorev.report.finetuning.numbers import bits_text, change_text, loss_text
@@ -24,29 +24,14 @@ Points = list[tuple[int, float]]
 def page(runs: Sequence[FineTuning], command: str) -> doc.Page:
     """What the runs say together; `command` is what made the report."""
     found = [replace(group, runs=tuple(view.ranked(group.runs))) for group in view.groups(runs)]
-    models, count = len({group.model for group in found}), plural(len(runs), "fine-tuning")
-    head: list[doc.Part] = [doc.text(count), doc.text(f"Of {plural(models, 'model')}, compared", kind="lead")]
-    unfinished = [clean(run.name) for run in runs if not run.complete]
-    if unfinished:
-        said, them = ("is", "it") if len(unfinished) == 1 else ("are", "them")
+    lead, notice = f"Of {plural(len({group.model for group in found}), 'model')}, compared", []
+    if unfinished := [clean(run.name) for run in runs if not run.complete]:
+        are, them = ("is", "it") if len(unfinished) == 1 else ("are", "them")
+        title = doc.strong(f"{plural(len(unfinished), 'run')} {are} not complete:")
         words = doc.prose(f" `--resume` goes on with {them}.").spans
-        title = doc.strong(f"{plural(len(unfinished), 'run')} {said} not complete:")
-        head.append(doc.text(title, f" {', '.join(unfinished)}.", *words, kind="notice"))
+        notice.append(doc.text(title, f" {', '.join(unfinished)}.", *words, kind="notice"))
     sections = [section for i, group in enumerate(found) for section in _group(group, f"g{i}")]
-    notes = [f"{clean(run.name)}: {sentence(note)}" for run in runs for note in run.notes]
-    if notes:
-        sections.append(doc.Section("Notes", (doc.Bullets(tuple(notes)),)))
-    sections.append(doc.Section("Where and when they ran", (many.environments(runs),)))
-    foot = (
-        doc.text("Records made with", kind="h3"),
-        doc.Fold(
-            "Show the command of every record",
-            tuple(doc.Command(run.command, f"Command of {clean(run.name)}") for run in runs),
-        ),
-        doc.text("Report made with", kind="h3"),
-        doc.Command(command, "Command of the report"),
-    )
-    return doc.Page(f"{count} compared", tuple(head), tuple(sections), foot)
+    return shared.page_of_many(runs, "fine-tuning", lead, notice, sections, many.environments(runs), command)
 
 
 def _group(group: view.RunGroup, id: str) -> Iterator[doc.Section]:

@@ -13,16 +13,15 @@ from autorev.format import (
     format_rate,
     format_seconds,
     plural,
-    sentence,
     unit_for,
 )
 from autorev.report import document as doc
+from autorev.report import shared
 from autorev.report.finetuning import figures, tables, view
 from autorev.report.finetuning.numbers import change_text, loss_text, perplexity_text
 from autorev.report.finetuning.tables_of_many import runs_table, scratch_table
 from autorev.report.finetuning.verdict import drift_words, export_gap, may_export, memory_words, verdict
-from autorev.report.profile.page import facts_of, made_with
-from autorev.words import model_facts
+from autorev.report.profile.page import facts_of
 
 _LONGEST = 300
 _MOST_EVALUATIONS = 10
@@ -58,17 +57,15 @@ def screen(run: FineTuning) -> Iterator[doc.Section]:
     yield doc.Section(
         "", (doc.text(doc.strong("Verdict  "), doc.Span(found.title, "accent")), doc.text(said, indent=2))
     )
-    if run.notes:
-        yield doc.Section("", (doc.notes_of(map(sentence, run.notes)),))
+    yield from shared.notes_on_screen(run.notes)
 
 
 def _heading(run: FineTuning) -> Iterator[doc.Part]:
     where, corpus = run.environment, run.corpus
     start = () if run.pretrained else ("random weights",)
-    origin = view.short(", ".join((*model_facts(run.model), *start)), _LONGEST)
     words = f"Text: {clean(corpus.source)}, {format_integer(corpus.training_tokens)} tokens"
     machine = f"On {clean(where.machine)}, {plural(where.threads, 'thread')}, {clean(where.date)}"
-    yield doc.text(doc.strong(view.short(run.model.name, _LONGEST)), "  ", doc.muted(origin))
+    yield shared.name_on_screen(run.model, *start)
     yield doc.text(view.short(f"Under {view.how_words(run)}: {view.recipe_title(run)}", _LONGEST))
     yield doc.text(doc.muted(view.short(words, _LONGEST)))
     yield doc.text(doc.muted(view.short(machine, _LONGEST)))
@@ -148,7 +145,7 @@ def markdown(runs: Sequence[FineTuning], made_by: str | None = None) -> Iterator
 
 def page(run: FineTuning, command: str) -> doc.Page:
     """Everything that the record holds; `command` is what made the report."""
-    recipe, name = run.recipe, clean(run.model.name)
+    recipe = run.recipe
     start = "pretrained" if run.pretrained else "from random weights"
     facts = {"Trains": view.trains_words(run), "Coupling": clean(run.method.title)}
     if recipe.schedule:
@@ -157,10 +154,9 @@ def page(run: FineTuning, command: str) -> doc.Page:
         facts["Distillation"] = f"w = {recipe.distill_weight:g}"
     facts |= {"Steps": format_integer(recipe.steps), "Sequence": f"{format_integer(recipe.sequence)} tokens"}
     facts |= {"Precision": clean(recipe.dtype), "Machine": clean(run.environment.machine)}
-    lead = doc.text(" \u00b7 ".join((*model_facts(run.model), start, view.how_words(run))), kind="lead")
-    head = (doc.text(name), lead, doc.Facts(tuple(facts.items()), "facts"))
-    title = f"{name}: fine-tuned under {clean(run.method.title)}"
-    return doc.Page(title, head, tuple(_sections(run)), tuple(made_with(run.command, command)))
+    head = shared.page_head(run.model, facts, start, view.how_words(run))
+    title = f"{clean(run.model.name)}: fine-tuned under {clean(run.method.title)}"
+    return doc.Page(title, head, tuple(_sections(run)), tuple(shared.made_with(run.command, command)))
 
 
 def _sections(run: FineTuning) -> Iterator[doc.Section]:
@@ -189,8 +185,7 @@ def _sections(run: FineTuning) -> Iterator[doc.Section]:
     corpus = doc.Facts(tuple(tables.corpus_facts(run).items()))
     halves = (doc.stack(recipe), doc.stack(doc.text("Text", kind="h3"), corpus))
     yield doc.Section("Recipe", (doc.Grid(halves, kind="pair"),))
-    if run.notes:
-        yield doc.Section("Notes on this run", (doc.Bullets(tuple(map(sentence, run.notes))),))
+    yield from shared.notes_on_page(run.notes)
     yield doc.Section("Where and when it ran", (facts_of(run.environment),))
 
 

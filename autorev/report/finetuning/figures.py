@@ -9,7 +9,7 @@ from typing import Any
 
 from autorev.finetuning.record import Calibration, FineTuning, Logged
 from autorev.format import format_bytes, unit_for
-from autorev.report import plots
+from autorev.report import maps, plots
 from autorev.report.document import Figure
 from autorev.report.finetuning import numbers, view
 from autorev.report.palette import Look
@@ -142,7 +142,7 @@ def sensitivity(run: FineTuning, calibration: Calibration) -> Figure | None:
     values = [[None if value is None else round(_power(value), 4) for value in row] for row in rows]
     marks = [(i, bits.index(chosen[block])) for i, block in enumerate(blocks) if chosen.get(block) in bits]
     label = "Loss increase with one block at fewer side bits"
-    return plots.heat("sensitivity", label, values, texts, [str(k) for k in bits], ticks, marks, ("block", "side bits"))
+    return maps.heat("sensitivity", label, values, texts, [str(k) for k in bits], ticks, marks, ("block", "side bits"))
 
 
 def _power(increase: float) -> float:

@@ -22,7 +22,7 @@ from autorev.format import (
 )
 from autorev.profiler.record import Profile, Result
 from autorev.report import document as doc
-from autorev.report import plots
+from autorev.report import plots, shared
 from autorev.report.palette import look_of
 from autorev.report.profile import view
 from autorev.report.profile.page import timelines
@@ -106,24 +106,15 @@ def screen(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
 def page(profiles: Sequence[Profile], command: str) -> doc.Page:
     """What the records say together; `command` is what made the report."""
     models = len({profile.model.name for profile in profiles})
-    count = plural(len(profiles), "profile")
-    head: list[doc.Part] = [
-        doc.text(count),
-        doc.text(f"Training steps of {plural(models, 'model')}, compared", kind="lead"),
-    ]
-    unfinished = [clean(profile.name) for profile in profiles if not profile.complete]
-    if unfinished:
+    lead, notice = f"Training steps of {plural(models, 'model')}, compared", []
+    if unfinished := [clean(profile.name) for profile in profiles if not profile.complete]:
         said = f"{plural(len(unfinished), 'record')} {'is' if len(unfinished) == 1 else 'are'} incomplete:"
         words = f" {', '.join(unfinished)}. What is shown is what was measured."
-        head.append(doc.text(doc.strong(said), words, kind="notice"))
-    own = tuple(doc.Command(profile.command, f"Command of {clean(profile.name)}") for profile in profiles)
-    foot = (
-        doc.text("Records made with", kind="h3"),
-        doc.Fold("Show the command of every record", own),
-        doc.text("Report made with", kind="h3"),
-        doc.Command(command, "Command of the report"),
-    )
-    return doc.Page(f"{count} compared", tuple(head), tuple(_sections(profiles)), foot)
+        notice.append(doc.text(doc.strong(said), words, kind="notice"))
+    facts = [environment_facts(profile.environment) for profile in profiles]
+    rows = [doc.Row(clean(p.name), tuple(each.values())) for p, each in zip(profiles, facts, strict=True)]
+    places = doc.Table(("Record", *facts[0]), tuple(rows), "Environments", words=(1, 2, 3, 7, 8))
+    return shared.page_of_many(profiles, "profile", lead, notice, _sections(profiles), places, command)
 
 
 def _sections(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
@@ -149,13 +140,6 @@ def _sections(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
         yield doc.Section("Beside the paper", tuple(paper()))
     yield doc.Section("Every method of every record", tuple(_every_method(profile) for profile in profiles))
     yield doc.Section("Memory over one step", tuple(_timelines(profiles)))
-    notes = [f"{clean(profile.name)}: {sentence(note)}" for profile in profiles for note in profile.notes]
-    if notes:
-        yield doc.Section("Notes", (doc.Bullets(tuple(notes)),))
-    facts = [environment_facts(profile.environment) for profile in profiles]
-    rows = [doc.Row(clean(p.name), tuple(each.values())) for p, each in zip(profiles, facts, strict=True)]
-    table = doc.Table(("Record", *facts[0]), tuple(rows), "Environments", words=(1, 2, 3, 7, 8))
-    yield doc.Section("Where and when they ran", (table,))
 
 
 def recommendations(profiles: Sequence[Profile]) -> doc.Table:

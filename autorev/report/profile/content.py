@@ -23,11 +23,12 @@ from autorev.format import (
 from autorev.profiler.points import largest_points, point_per_second
 from autorev.profiler.record import Profile, Result, Status
 from autorev.report import document as doc
+from autorev.report import shared
 from autorev.report.profile import view
 from autorev.report.profile.figures import peak_by_category
 from autorev.report.profile.tables import doubt, gradient_error, loss_change, peak_phase, share_of, state
 from autorev.report.terminal import shortened
-from autorev.words import GOALS, headline, model_facts, setting_facts
+from autorev.words import GOALS, headline, setting_facts
 
 _ROOM_FOR_BARS = 96
 """Columns of a terminal: below, the figures need the room."""
@@ -50,11 +51,8 @@ def screen(profile: Profile) -> Iterator[doc.Section]:
         best = view.chosen(profile)
         if best and (name := view.labels(profile)[best.method.spec]) != best.method.name:
             title += f": {shortened(name, 60)}"
-        head = doc.text(doc.strong("Recommendation  "), doc.Span(title, "accent"))
-        why = doc.text(shortened(sentence(advice.why)), indent=2)
-        yield doc.Section("", (head, why, doc.numbered(map(sentence, advice.advice))))
-    if profile.notes:
-        yield doc.Section("", (doc.notes_of(map(sentence, profile.notes)),))
+        yield shared.advice_on_screen(title, advice.why, advice.advice)
+    yield from shared.notes_on_screen(profile.notes)
 
 
 def headline_of(profile: Profile) -> str:
@@ -68,9 +66,8 @@ def _heading(profile: Profile) -> Iterator[doc.Part]:
     facts, where = setting_facts(profile.setting), profile.environment
     setting = ", ".join([f"batch {profile.setting.batch}", *(v for name, v in facts.items() if name != "Batch")])
     start = () if profile.pretrained else ("random weights",)
-    origin = ", ".join((*model_facts(profile.model), plural(profile.blocks, "block"), *start))
     machine = f"On {clean(where.machine)}, {plural(where.threads, 'thread')}, {clean(where.date)}"
-    yield doc.text(doc.strong(shortened(clean(profile.model.name))), "  ", doc.muted(shortened(origin)))
+    yield shared.name_on_screen(profile.model, plural(profile.blocks, "block"), *start)
     yield doc.text(f"One training step: {setting}")
     yield doc.text(doc.muted(shortened(machine)))
     if profile.budget_bytes is not None:
@@ -265,8 +262,7 @@ def advice_card(profile: Profile) -> doc.Section | None:
         parts.append(figure)
     if found := tiles(profile):
         parts.append(doc.Tiles(tuple(found)))
-    if advice.advice:
-        parts += [doc.text("What would help further", kind="h3"), doc.numbered(map(sentence, advice.advice))]
+    parts += shared.helping_further(advice.advice)
     return doc.Section(headline_of(profile), tuple(parts), eyebrow="Recommendation")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from autorev.format import format_bytes, format_integer, format_rate, format_ratio, format_seconds, unit_for
 from autorev.profiler.readings import Timeline
 from autorev.profiler.record import Profile, Result
-from autorev.report import plots
+from autorev.report import maps, plots
 from autorev.report.document import Figure
 from autorev.report.palette import OVERHEAD_COLORS
 from autorev.report.profile import view
@@ -270,7 +270,7 @@ def _timeline(id: str, name: str, line: Timeline, highest: int) -> Figure:
     at, size = line.seconds[line.peak_at], _total(line, line.peak_at)
     peak = (at, size, f"peak: {format_bytes(size)} after {format_seconds(at)}")
     label = f"Memory over the step under {name}"
-    return plots.areas(id, label, [line.seconds[i] for i in kept], held, doing, line.marks, peak, highest)
+    return maps.areas(id, label, [line.seconds[i] for i in kept], held, doing, line.marks, peak, highest)
 
 
 def thinned(line: Timeline) -> list[int]:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autorev.format import clean, format_bytes, format_flop_rate, plural, sentence
+from autorev.format import clean, format_bytes, format_flop_rate, plural
 from autorev.profiler.readings import Memory, Timeline
 from autorev.profiler.record import Environment, Profile, Result
 from autorev.report import document as doc
+from autorev.report import shared
 from autorev.report.profile import figures, sweep_tables, tables, view
 from autorev.report.profile.content import advice_card
 from autorev.report.profile.paper import paper
 from autorev.report.profile.peak import explain, explained
-from autorev.words import (
-    CATEGORY_MEANINGS,
-    CATEGORY_TITLES,
-    GOALS,
-    METHOD_MEANINGS,
-    method_title,
-    model_facts,
-    setting_facts,
-)
+from autorev.words import GOALS, setting_facts
 
 _MOST_HOLDERS = 12
 """In sight; the rest is folded away."""
+_PREDICTED = (
+    "Predicted from shapes: forward, loss and backward ran on tensors without data, and every storage was counted from "
+    "its birth to its death.",
+    "The least time in which the device can do the work and move its data, at its published figures. A real step takes "
+    "longer.",
+)
+"""How memory and time were obtained."""
+_MEASURED = (
+    "The peak is the allocator's own, of one warm step: gradients and optimizer state exist. Who holds it comes from a "
+    "traced step in which every storage was followed from its birth to its death; the two are compared under "
+    "Prediction against measurement.",
+    "Whole steps, in rounds: every round of a method is a fresh process, and the rounds of all methods take turns, "
+    "so that a machine that slows down slows all of them. Figures are medians over all timed steps.",
+)
 _TIMELINES = (
     "What is alive at every moment of the step in which every tensor was followed; all drawings have the same scale. "
     "The tinted part is the backward pass, the dot the highest point. The traced step is slower than a timed one."
@@ -36,29 +43,18 @@ def page(profile: Profile, command: str) -> doc.Page:
         f"{clean(profile.model.name)}: training steps",
         tuple(_head(profile)),
         tuple(_sections(profile)),
-        tuple(made_with(profile.command, command)),
+        tuple(shared.made_with(profile.command, command)),
     )
-
-
-def made_with(own: str, command: str) -> Iterator[doc.Part]:
-    """The commands of a record and of its report."""
-    yield doc.text("Record made with", kind="h3")
-    yield doc.Command(own, "Command of the record")
-    if command != own:
-        yield doc.text("Report made with", kind="h3")
-        yield doc.Command(command, "Command of the report")
 
 
 def _head(profile: Profile) -> Iterator[doc.Part]:
     start = "pretrained" if profile.pretrained else "random weights"
-    yield doc.text(clean(profile.model.name))
-    yield doc.text(" \u00b7 ".join((*model_facts(profile.model), plural(profile.blocks, "block"), start)), kind="lead")
     budget = "none" if profile.budget_bytes is None else format_bytes(profile.budget_bytes)
     if profile.memory_limit and profile.memory_limit.startswith("+"):
         budget += f" ({clean(profile.memory_limit)} beside weights, gradients and optimizer)"
     facts = setting_facts(profile.setting) | {"Machine": clean(profile.environment.machine), "Budget": budget}
     facts["Wanted"] = GOALS.get(profile.goal, clean(profile.goal))
-    yield doc.Facts(tuple(facts.items()), "facts")
+    yield from shared.page_head(profile.model, facts, plural(profile.blocks, "block"), start)
     if not profile.complete:
         count = view.waiting(profile)
         said = (
@@ -98,8 +94,7 @@ def _sections(profile: Profile) -> Iterator[doc.Section]:
         yield doc.Section(
             "Prediction against measurement", (doc.captioned(figure, tables.prediction_table(profile), caption=said),)
         )
-    if profile.notes:
-        yield doc.Section("Notes on this run", (doc.Bullets(tuple(map(sentence, profile.notes))),))
+    yield from shared.notes_on_page(profile.notes)
     yield doc.Section("How every figure was obtained", (_method(profile),))
     yield doc.Section("Where and when it ran", (facts_of(profile.environment),))
 
@@ -273,39 +268,8 @@ def _sweeps(profile: Profile) -> Iterator[doc.Part]:
 
 
 def _method(profile: Profile) -> doc.Facts:
-    predicted = view.only_predicted(profile)
-    categories = view.shown_categories(view.results(profile))
-    return doc.Facts(
-        (
-            (
-                "Memory",
-                "Predicted from shapes: forward, loss and backward ran on tensors without data, and every storage was "
-                "counted from its birth to its death."
-                if predicted
-                else "The peak is the allocator's own, of one warm step: gradients and optimizer state exist. Who "
-                "holds it comes from a traced step in which every storage was followed from its birth to its death; "
-                "the two are compared under Prediction against measurement.",
-            ),
-            ("Categories", doc.Terms(tuple((c, CATEGORY_TITLES[c], CATEGORY_MEANINGS[c]) for c in categories))),
-            (
-                "Methods",
-                doc.Terms(
-                    tuple(
-                        (None, method_title(name), METHOD_MEANINGS[name])
-                        for name in view.methods(profile)
-                        if name in METHOD_MEANINGS
-                    )
-                ),
-            ),
-            (
-                "Time",
-                "The least time in which the device can do the work and move its data, at its published figures. A "
-                "real step takes longer."
-                if predicted
-                else "Whole steps, in rounds: every round of a method is a fresh process, and the rounds of all "
-                "methods take turns, so that a machine that slows down slows all of them. Figures are medians over "
-                "all timed steps.",
-            ),
-        ),
-        "method",
-    )
+    memory, time = _PREDICTED if view.only_predicted(profile) else _MEASURED
+    categories = shared.categories(view.shown_categories(view.results(profile)))
+    methods = shared.methods(dict.fromkeys(view.methods(profile), ""))
+    entries = (("Memory", memory), ("Categories", categories), ("Methods", methods), ("Time", time))
+    return doc.Facts(entries, "method")
