@@ -297,16 +297,13 @@ def test_a_plain_policy_beside_a_plain_reference(folder: Path, tmp_path: Path, c
     assert not chains_of(trainer.ref_model) and caplog.text == ""
 
 
-@pytest.mark.parametrize("attached", [True, False])
-def test_a_plain_policy_beside_a_converted_reference(folder: Path, tmp_path: Path, attached: bool, caplog: Any) -> None:
+def test_a_plain_policy_beside_a_converted_reference(folder: Path, tmp_path: Path, caplog: Any) -> None:
     """The policy is its user's to convert; it is said once that the two are different functions."""
     model, reference = loaded(folder), loaded(folder)
     autorev.convert(reference)
     trainer = trainer_of("DPO", model, folder, tmp_path, ref_model=reference)
-    if attached:
+    for _ in range(2):
         ReversibleCallback().attach(trainer)
-    reference.eval()
-    first_log(trainer)
     said = "DPOTrainer.ref_model is converted, and the policy beside it computes the plain function"
     assert caplog.text.count(said) == 1
     assert not chains_of(model)
@@ -322,6 +319,8 @@ class Loop:
     def run(self) -> None:
         """One step's beginning."""
         self.model.train()
+        for name in ("ref_model", "teacher_model"):
+            getattr(self, name).eval()
 
 
 def test_a_loop_of_somebody_s_own(folder: Path, caplog: Any) -> None:
@@ -333,6 +332,16 @@ def test_a_loop_of_somebody_s_own(folder: Path, caplog: Any) -> None:
     loop.run()
     assert caplog.text.count("Loop.ref_model computes the plain function") == 1 and "teacher" not in caplog.text
     assert not chains_of(reference) and not chains_of(teacher)
+
+
+def test_a_loop_with_a_plain_policy(folder: Path, caplog: Any) -> None:
+    """The reference notices who holds it."""
+    model, reference, teacher = (loaded(folder) for _ in range(3))
+    autorev.convert(reference)
+    loop = Loop(model, ref_model=reference, teacher_model=teacher)
+    loop.run()
+    loop.run()
+    assert caplog.text.count("Loop.ref_model is converted, and the policy beside it computes the plain function") == 1
 
 
 class Both(torch.nn.Module):
