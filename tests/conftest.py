@@ -1,6 +1,10 @@
 """Stands here so that pytest puts the folder above on the path: tests import `tests.helpers`."""
 
+import os
 from collections.abc import Iterator
+
+# Before torch is imported, and for every process that a test starts: there is a worker of pytest for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

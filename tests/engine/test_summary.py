@@ -172,6 +172,7 @@ def test_what_is_stored_raises_no_peak(name: str) -> None:
 CHOSEN = {"a wide head": [0], "stages": [1, 1], "a wide later stage": [0, 1]}
 
 
+@pytest.mark.slow
 def test_the_choice_does_not_depend_on_the_size_of_the_example() -> None:
     """One row or thousands: the proportions are the same."""
     for name, make in MODELS.items():

@@ -32,6 +32,7 @@ def raised_in(file: str) -> str:
         (f"{TORCH}vision/models/resnet.py", "torchvision/models/resnet.py:1"),
         ("/somewhere/net.py", "net.py:1"),
     ],
+    ids=["torch", "torchvision", "a user"],
 )
 def test_the_models_code(file: str, told: str) -> None:
     """torch's own blocks, a library whose name begins with torch's, a user's file."""
