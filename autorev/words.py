@@ -34,8 +34,6 @@ CATEGORY_MEANINGS = {
     Category.OTHER: "Inputs, embeddings, masks, and the optimizer's temporaries.",
 }
 
-METHOD_MEANINGS = {name: known.meaning for name, known in METHODS.items()}
-
 AGAINST = {"oracle": "the same coupling under ordinary autograd", "plain": "the model as it was"}
 """What a method's gradient is compared with."""
 

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from autorev.analysis import Category
+from autorev.methods import METHODS
 
 THEME = {
     "paper": ("#ffffff", "#15171c"),
@@ -51,30 +52,14 @@ OVERHEAD_COLORS = {
 }
 """Seconds in the colour of the bytes they save or handle."""
 
-_methods = {
-    "plain": (*THEME["ink"], "circle", "solid"),
-    "checkpoint": ("#0b5cc4", "#3a8df0", "square", "solid"),
-    "offload": ("#4fbcf5", "#a4dafc", "square-open", "dash"),
-    "sac": ("#7724f3", "#7555f6", "hexagon", "dash"),
-    "compile": ("#194c38", "#aed279", "hourglass", "dot"),
-    "momentum": ("#d55e00", "#f07a30", "diamond", "solid"),
-    "leapfrog": ("#189c5b", "#22c084", "triangle-up", "solid"),
-    "midpoint": ("#f5b000", "#f9d648", "triangle-down", "dash"),
-    "midpoint_a": ("#7a3e11", "#a8683f", "triangle-down-open", "dot"),
-    "bdia": ("#c06bb4", "#ee86c0", "cross", "dashdot"),
-    "hamiltonian": ("#561a7d", "#9c66ba", "star", "solid"),
-    "revnet": ("#85807f", "#767b83", "star-open", "dash"),
-}
-"""(light, dark, symbol, dash)."""
-
 DARK_FOR_LIGHT = dict(
-    [*THEME.values(), *CATEGORY_COLORS.values(), *((light, dark) for light, dark, *_ in _methods.values())]
+    [*THEME.values(), *CATEGORY_COLORS.values(), *((known.light, known.dark) for known in METHODS.values())]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one method, method or run is drawn in every figure of a page."""
+    """How one method or run is drawn in every figure of a page."""
 
     color: str
     symbol: str
@@ -83,7 +68,8 @@ class Look:
 
 def look_of(method: str, again: int = 0) -> Look:
     """The method's look on light paper; the second, third, ... of its kind differ in symbol and dash."""
-    light, _, symbol, dash = _methods.get(method, (*THEME["muted"], "circle", "solid"))
+    known = METHODS.get(method)
+    light, symbol, dash = (known.light, known.symbol, known.dash) if known else (THEME["muted"][0], "circle", "solid")
     if again:
         shape = symbol.removesuffix("-open")
         fills = [symbol, *(f"{shape}{fill}" for fill in ("-open", "-dot", "-open-dot") if f"{shape}{fill}" != symbol)]

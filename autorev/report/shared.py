@@ -7,9 +7,10 @@ from typing import Any
 
 from autorev.analysis import Category, ModelInfo
 from autorev.format import clean, plural, sentence
+from autorev.methods import METHODS
 from autorev.report import document as doc
 from autorev.report.terminal import shortened
-from autorev.words import CATEGORY_MEANINGS, CATEGORY_TITLES, METHOD_MEANINGS, method_title, model_facts
+from autorev.words import CATEGORY_MEANINGS, CATEGORY_TITLES, method_title, model_facts
 
 
 def name_on_screen(model: ModelInfo, *more: str) -> doc.Text:
@@ -88,5 +89,5 @@ def categories(found: Iterable[Category]) -> doc.Terms:
 
 def methods(found: dict[str, str]) -> doc.Terms:
     """What each method does, with what is said beside it."""
-    known = {name: said for name, said in found.items() if name in METHOD_MEANINGS}
-    return doc.Terms(tuple((None, method_title(name), METHOD_MEANINGS[name] + said) for name, said in known.items()))
+    known = {name: said for name, said in found.items() if name in METHODS}
+    return doc.Terms(tuple((None, method_title(name), METHODS[name].meaning + said) for name, said in known.items()))
