@@ -62,7 +62,7 @@ class Replay:
         self.settings: Settings | None = None
         self.again: Callable[[torch.Tensor], tuple[Any, torch.Tensor]] | None = None
         """The branch, for later runs: x -> (everything else that the block returns, x + f(x)). It holds neither its
-        input nor a history."""
+        input nor a history (Rule 5 of NOTE [ Reconstruction ] in `step`)."""
 
     def add_module(self, module: nn.Module, path: str, writes: Callable[[nn.Module, str], bool]) -> None:
         """`module` is about to run as part of the branch."""

@@ -182,7 +182,7 @@ class Step:
         """Nothing that the branch saved is kept: the tape makes it again, and goes back over the step."""
         tape = self.tape
         tape.go_to_end()  # a gradient may have been taken within the branch (Rule 4)
-        self.saved.made_by(partial(tape.run_again, tape.position))
+        self.saved.made_by(partial(tape.run_again, tape.position))  # autograd's graph refers to the tape (Rule 5)
         step = TapedStep(self.coupling, replay, tape.comparison.first(out), tape.arithmetic)
 
         def append() -> torch.Tensor:
