@@ -105,6 +105,8 @@ def test_commands_are_understood(command: Command) -> None:
             assert (ROOT / script).is_file()
         case ["make", target]:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+        case ["chromium", *_, page]:
+            assert (ROOT / page).is_file()
         case ["pip", "install", *packages]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             asked = [name for package in packages for name in re.findall(r"\.\[(.*)\]", package)]
