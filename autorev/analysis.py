@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import SettingError
-from autorev.given import is_count
+from autorev.given import is_count, is_number
 from autorev.records import Record
 
 if TYPE_CHECKING:
@@ -127,9 +127,9 @@ class Setting:
     sequence: int | None
     """Tokens per sample; None for a model that has no sequence axis."""
     dtype: str
-    """fp32, bf16 or fp16: weights, activations and gradients alike."""
+    """fp32, bf16 or fp16: of weights, and of all else that is not told to be otherwise."""
     optimizer: str
-    """adamw, adamw-8bit, sgd or sgd-momentum."""
+    """adamw, adamw-fused, adamw-8bit, sgd or sgd-momentum."""
     trains: str
     """full, lora or head."""
     lora_rank: int | None
@@ -137,19 +137,38 @@ class Setting:
     """full (the logits are materialised) or chunked (torch.nn.functional.linear_cross_entropy)."""
     device: str
     """Name of a device profile."""
+    autocast: str | None = None
+    """bf16: products are computed in it, over fp32 weights, as under `Trainer`'s `bf16=True`."""
+    accumulate: int = 1
+    """Passes of `batch` samples whose gradients are added up in one optimiser step."""
+    lora_dropout: float = 0.0
+    adapter_dtype: str | None = None
+    """fp32: of adapters beside weights of 16 bits, as `peft.get_peft_model` has them; None: the weights' own."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise SettingError(f"{name} is {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+                *others, last = [str(choice) for choice in choices]
+                raise SettingError(f"{name} is {', '.join(others)} or {last}, not {value!r}")
+        if self.autocast and self.dtype != "fp32":
+            raise SettingError(f"autocast computes over fp32 weights, and dtype is {self.dtype}; leave one of them out")
+        if not is_count(self.accumulate):
+            raise SettingError(f"accumulate is a whole number, 1 or more, not {self.accumulate!r}")
+        if not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+            raise SettingError(f"lora_dropout is 0 or more and below 1, not {self.lora_dropout!r}")
+        given = {"lora_dropout": self.lora_dropout, "adapter_dtype": self.adapter_dtype}
+        for name in (name for name, value in given.items() if value and self.trains != "lora"):
+            raise SettingError(f"{name} has no meaning with trains={self.trains!r}; leave one of them out")
 
 
 CHOICES = {
     "dtype": ("fp32", "bf16", "fp16"),
-    "optimizer": ("adamw", "adamw-8bit", "sgd", "sgd-momentum"),
+    "optimizer": ("adamw", "adamw-fused", "adamw-8bit", "sgd", "sgd-momentum"),
     "trains": ("full", "lora", "head"),
     "loss": ("full", "chunked"),
+    "autocast": (None, "bf16"),
+    "adapter_dtype": (None, "fp32"),
 }
 """What the options of a `Setting` may be."""
 

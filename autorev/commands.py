@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from autorev.analysis import Setting
 
 SPEC = "{spec}"
 """Where the coupling stands in the command."""
-_MEASURED = ("adamw", "sgd", "sgd-momentum")
+_MEASURED = ("adamw", "adamw-fused", "sgd", "sgd-momentum")
 
 
 def training_command(model: str, setting: Setting, can_be_finetuned: bool) -> str:
@@ -27,10 +28,23 @@ def training_command(model: str, setting: Setting, can_be_finetuned: bool) -> st
     size = f"--batch {setting.batch}" + (f" --sequence {setting.sequence}" if setting.sequence else "")
     named = shlex.quote(model)
     fine_tuned = setting.dtype == "fp32" and setting.optimizer == "adamw" and setting.trains in ("full", "lora")
-    if can_be_finetuned and fine_tuned and setting.sequence:
-        return f"{program} finetune {named} --method {spec} {size}" + (f" --lora-rank {lora}" if lora else "")
-    if setting.optimizer not in _MEASURED:
+    if can_be_finetuned and fine_tuned and setting.sequence and not setting.lora_dropout:
+        asked = {"--lora-rank": lora, "--accumulate": setting.accumulate if setting.accumulate > 1 else ""}
+        bf16 = " --autocast bf16" if setting.autocast else ""
+        return f"{program} finetune {named} --method {spec} {size}{_options(asked)}{bf16}"
+    if setting.optimizer not in _MEASURED or setting.accumulate > 1:
         return ""
-    trains = f" --lora-rank {lora}" if lora else f" --trains {setting.trains}"
-    how = f"--dtype {setting.dtype} --optimizer {setting.optimizer}{trains}"
-    return f"{program} profile {named} --method {spec} {size} {how}"
+    how = {
+        "--dtype": setting.dtype,
+        "--autocast": setting.autocast,
+        "--optimizer": setting.optimizer,
+        "--lora-rank": lora,
+        "--trains": "" if lora else setting.trains,
+        "--lora-dropout": setting.lora_dropout,
+        "--adapter-dtype": setting.adapter_dtype,
+    }
+    return f"{program} profile {named} --method {spec} {size}{_options(how)}"
+
+
+def _options(given: Mapping[str, object]) -> str:
+    return "".join(f" {name} {value}" for name, value in given.items() if value)

@@ -88,29 +88,53 @@ def prepare(
     *,
     batch: int | None = None,
     sequence: int | None = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
+    autocast: str | None = None,
+    accumulate: int = 1,
     optimizer: str = "adamw",
     trains: str | None = None,
     lora_rank: int | None = None,
+    lora_dropout: float = 0.0,
+    adapter_dtype: str | None = None,
     loss: str = "full",
     device: str = "h100-80gb",
     progress: Progress = lambda what, fraction: None,
 ) -> tuple[Analysis, Forecaster]:
     """The analysis without predictions, and the fake twin that they are made with.
 
-    `batch` and `sequence` default to the workload's own. Raises what `analyze_workload` raises.
+    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast. Raises what
+    `analyze_workload` raises.
     """
 
     profile = load_device(device)
-    setting, notes = _setting(workload, batch, sequence, dtype, optimizer, trains, lora_rank, loss, profile.name)
-    device_info = profile.info(dtype)
+    notes = _check_sizes(workload, batch, sequence)
+    trains, lora_rank = resolve_lora(trains, lora_rank)
+    setting = Setting(
+        batch=batch or workload.default_batch,
+        sequence=sequence or workload.default_sequence,
+        dtype=dtype or ("fp32" if autocast else "bf16"),
+        optimizer=optimizer,
+        trains=trains,
+        lora_rank=lora_rank,
+        loss=loss,
+        device=profile.name,
+        autocast=autocast,
+        accumulate=accumulate,
+        lora_dropout=lora_dropout,
+        adapter_dtype=adapter_dtype,
+    )
+    if setting.trains == "lora" and setting.dtype != "fp32" and adapter_dtype is None:
+        notes.append(
+            f"adapters are predicted in {setting.dtype}; peft.get_peft_model keeps them in fp32 (`adapter_dtype` fp32)"
+        )
+    device_info = profile.info(setting.autocast or setting.dtype)
 
     progress("building the model without its weights", 0.0)
     mode = new_fake_mode()
     with mode:
-        twin = workload.build(DTYPES[dtype]).train()
+        twin = workload.build(DTYPES[setting.dtype]).train()
         if workload.scheme is not None:
-            notes.append(predicted_quantised(twin, workload.scheme, setting.trains, dtype))
+            notes.append(predicted_quantised(twin, workload.scheme, setting.trains, setting.dtype))
         progress("recording one call", 0.1)
         walks = setting.sequence is not None and walks_through_sequence(twin, workload.example, setting.batch)
         length = setting.sequence
@@ -169,7 +193,8 @@ def predict(
 ) -> Analysis:
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
-    `setting` is any of batch, sequence, dtype, optimizer, trains, lora_rank, loss and device; see `analyze_workload`.
+    `setting` is any of batch, sequence, dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout,
+    adapter_dtype, loss and device; see `analyze_workload` and `autorev.analysis.Setting`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
 
@@ -186,17 +211,12 @@ def predict(
     return analyze_workload(model, **setting)
 
 
-def _setting(
-    workload: Workload,
-    batch: int | None,
-    sequence: int | None,
-    dtype: str,
-    optimizer: str,
-    trains: str | None,
-    lora_rank: int | None,
-    loss: str,
-    device: str,
-) -> tuple[Setting, list[str]]:
+def _check_sizes(workload: Workload, batch: int | None, sequence: int | None) -> list[str]:
+    """Notes on sizes that the workload takes.
+
+    Raises:
+        SettingError: it does not take these.
+    """
     check_step(batch, sequence)
     notes = list(workload.notes)
     if sequence is not None and workload.default_sequence is None:
@@ -211,18 +231,7 @@ def _setting(
         )
     if limit is not None and workload.default_sequence is not None:
         notes.append(f"sequence lengths end at the model's own limit of {limit:,} tokens")
-    trains, lora_rank = resolve_lora(trains, lora_rank)
-    setting = Setting(
-        batch=batch or workload.default_batch,
-        sequence=sequence or workload.default_sequence,
-        dtype=dtype,
-        optimizer=optimizer,
-        trains=trains,
-        lora_rank=lora_rank,
-        loss=loss,
-        device=device,
-    )
-    return setting, notes
+    return notes
 
 
 def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, progress: Progress) -> Analysis:

@@ -47,6 +47,7 @@ AXIS_TITLES = {
 
 _optimizers = {
     "adamw": "AdamW",
+    "adamw-fused": "fused AdamW",
     "adamw-8bit": "8-bit AdamW",
     "sgd": "SGD",
     "sgd-momentum": "SGD with momentum",
@@ -83,7 +84,10 @@ def setting_facts(setting: Setting) -> dict[str, str]:
     facts = {"Batch": plural(setting.batch, "sample")}
     if setting.sequence is not None:
         facts["Sequence"] = f"{format_integer(setting.sequence)} tokens"
-    facts["Precision"] = clean(setting.dtype)
+    if setting.accumulate > 1:
+        facts["Batch"] += f", gradients of {setting.accumulate} passes accumulated"
+    weights = clean(setting.dtype)
+    facts["Precision"] = f"{clean(setting.autocast)} autocast over {weights} weights" if setting.autocast else weights
     facts["Optimizer"] = _optimizers.get(setting.optimizer, clean(setting.optimizer))
     facts["Trains"] = _trained(setting)
     facts["Loss"] = _losses.get(setting.loss, clean(setting.loss))
@@ -92,5 +96,7 @@ def setting_facts(setting: Setting) -> dict[str, str]:
 
 def _trained(setting: Setting) -> str:
     if setting.trains == "lora":
-        return f"LoRA of rank {setting.lora_rank}"
+        dropout = f", dropout {setting.lora_dropout:g}" if setting.lora_dropout else ""
+        adapters = f", {clean(setting.adapter_dtype)} adapters" if setting.adapter_dtype else ""
+        return f"LoRA of rank {setting.lora_rank}{dropout}{adapters}"
     return {"full": "all weights", "head": "the head only"}.get(setting.trains, clean(setting.trains))

@@ -68,14 +68,15 @@ def _savings(case: Case, own: Candidate, can_chunk: bool) -> Iterator[Saving]:
                 f"reversibility cannot lower: LoRA (--trains lora) frees most of {_named(freed, size)}"
             )
             yield Saving("lora", gradients + state, text)
-        if setting.optimizer == "adamw" and state:
+        if setting.optimizer in ("adamw", "adamw-fused") and state:
             # Two moments in the weights' dtype become one byte each.
             share, bytes_ = ("three quarters", 3 * state // 4) if setting.dtype == "fp32" else ("half", state // 2)
             how = "" if case.measured else " (--optimizer adamw-8bit)"
             text = f"an 8-bit optimiser{how} frees {share} of {size(state)} of optimiser state"
             yield Saving("8-bit", bytes_, text)
     if updating:
-        ways = ["a fused optimiser"] if setting.optimizer == "adamw" and own.held(Category.OTHER) else []
+        fused = "a fused optimiser" + ("" if case.measured else " (--optimizer adamw-fused)")
+        ways = [fused] if setting.optimizer == "adamw" and own.held(Category.OTHER) else []
         ways += ["one that steps during backward" if ways else "an optimiser that steps during backward"] * (
             gradients > 0
         )

@@ -69,6 +69,24 @@ class Finite(click.FloatRange):
         return found
 
 
+def lora_details(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of adapters beside their rank."""
+    dtype = click.option(
+        "--adapter-dtype",
+        type=click.Choice(["fp32"]),
+        help="Of adapters beside 16-bit weights; PEFT's own default is fp32.  [default: the weights']",
+    )
+    dropout = click.option(
+        "--lora-dropout",
+        type=Finite(min=0, max=1, max_open=True),
+        default=0.0,
+        show_default=True,
+        metavar="SHARE",
+        help="Of the adapters' inputs.",
+    )
+    return dropout(dtype(command))
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="autorev")
 def main() -> None:

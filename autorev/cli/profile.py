@@ -10,7 +10,18 @@ from typing import Any
 import click
 
 from autorev.cli.ending import COMMAND
-from autorev.cli.group import ANYWHERE, COUNT, FILE, FOLDER, Finite, main, progress, trust_remote_code, what_trains
+from autorev.cli.group import (
+    ANYWHERE,
+    COUNT,
+    FILE,
+    FOLDER,
+    Finite,
+    lora_details,
+    main,
+    progress,
+    trust_remote_code,
+    what_trains,
+)
 from autorev.cli.output import say
 from autorev.cli.report import show
 
@@ -40,7 +51,13 @@ _QUICK_TOKENS = 128
     help="Tokens per sample.  [default: 256, or the model's limit; without MODEL 128]",
 )
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="[default: fp32 on a CPU, bf16 on a GPU]")
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd", "sgd-momentum"]), default="adamw", show_default=True)
+@click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in it, over fp32 weights (Trainer's bf16=True).")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adamw-fused", "sgd", "sgd-momentum"]),
+    default="adamw",
+    show_default=True,
+)
 @click.option("--trains", type=click.Choice(["full", "lora", "head"]), help="[default: full]")
 @click.option(
     "--lora-rank",
@@ -48,6 +65,7 @@ _QUICK_TOKENS = 128
     metavar="INT",
     help="Rank of the adapters; implies --trains lora.  [default: 16]",
 )
+@lora_details
 @click.option("--depth", type=COUNT, metavar="INT", help="So many blocks, with random weights, of a config.")
 @click.option(
     "--text",

@@ -73,12 +73,23 @@ def expand(segments: list[Segment], layout: Layout) -> Iterator[Segment]:
     after = {a: range(a + 1, b) for a, b in zip(ran, [*ran[1:], len(layout.sites)], strict=True)}
     before = {b: range(b - 1, a, -1) for a, b in pairwise(ran)}
     for stretch in stretches:
-        yield from stretch
+        for segment in stretch:
+            yield segment
+            yield from _freed_of_others(segment, layout)
         phase, block = stretch[0].phase, stretch[0].block
         if block is None:
             continue
         for number in after[block] if phase == "forward" else before.get(block, ()):
             yield from own.get((phase, layout.stand_in(number)), ())
+
+
+def _freed_of_others(segment: Segment, layout: Layout) -> Iterator[Segment]:
+    """What the segment would have freed of the blocks that were not run."""
+    for number in range(len(layout.sites)) if segment.freed else ():
+        freed = segment.freed.get(layout.stand_in(number))
+        if freed and number not in layout.active:
+            change = Counter({category: -size for category, size in freed.items()})
+            yield Segment(segment.phase, None, change=change)
 
 
 def _stretches(segments: list[Segment]) -> list[list[Segment]]:

@@ -21,7 +21,7 @@ from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.scaling import ScaledTrace
 from autorev.prediction.simulate import Layout, StepTrace, layout_of, simulate
 from autorev.prediction.stored import blocks_to_store
-from autorev.prediction.training import loss_function, optimizer_bytes
+from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -89,7 +89,9 @@ class Forecaster:
             layout = self._layout_for(call).under(method)
             loss = loss_function(self.twin, self.setting.loss)
             with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
-                return simulate(self.twin, call, layout, method, loss)
+                autocast = DTYPES[self.setting.autocast] if self.setting.autocast else None
+                accumulated = self.setting.accumulate > 1
+                return simulate(self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated)
 
     def _layout_for(self, call: Call) -> Layout:
         """Inline blocks are run from their graph, which holds for one shape: they are traced anew for another."""
@@ -120,7 +122,7 @@ class Forecaster:
             categories={c.value: int(alive.get(c, 0)) for c in Category},
             phase_peaks=dict(cost.phase_peaks),
             kept_bytes=cost.kept_bytes,
-            step_flops=cost.flops,
+            step_flops=cost.flops * self.setting.accumulate,
             step_seconds=self.seconds(cost),
             side_bits=trace.side_bits,
             preserves_function=method.preserves_function,
@@ -137,9 +139,9 @@ class Forecaster:
     def seconds(self, cost: StepCost) -> float:
         """Roofline: matrix products take their FLOPs or their bytes, all else its bytes; host traffic overlaps."""
         products = max(cost.flops / self.device.peak_flops, cost.matmul_bytes / self.device.bandwidth)
-        moved = cost.other_bytes + self.optimizer()[2]
-        on_device = products + moved / self.device.bandwidth
-        return max(on_device, 2 * cost.host_bytes / self.device.host_bandwidth)
+        on_device = products + cost.other_bytes / self.device.bandwidth
+        a_pass = max(on_device, 2 * cost.host_bytes / self.device.host_bandwidth)
+        return self.setting.accumulate * a_pass + self.optimizer()[2] / self.device.bandwidth
 
 
 def walks_through_sequence(twin: nn.Module, example: Example, batch: int) -> bool:

@@ -75,6 +75,7 @@ def _segment(same: Sequence[Segment], weights: Sequence[float]) -> Segment:
         other_bytes=mix([s.other_bytes for s in same]),
         grown=mix([s.grown for s in same]),
         grown_top=mix([s.grown_top for s in same]),
+        freed={block: _combine([s.freed[block] for s in same], weights) for block in first.freed},
     )
 
 

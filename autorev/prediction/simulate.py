@@ -212,11 +212,19 @@ def simulate(
     method: Method,
     loss_of: Callable[[nn.Module, Call], torch.Tensor],
     counting_work: bool = True,
+    autocast: torch.dtype | None = None,
+    accumulated: bool = False,
 ) -> StepTrace:
     """One forward and backward pass of `twin` under `method`; without `counting_work` its memory alone.
 
     The twin's forwards are patched while it runs and restored afterwards; gradients are dropped.
+
+    Args:
+        autocast: the dtype that the forward pass computes in, where it is not that of the weights.
+        accumulated: are there gradients of a pass before, to which those of this one are added?
     """
+    for parameter in twin.parameters() if accumulated else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
@@ -232,7 +240,10 @@ def simulate(
         tracker.begin("forward", None, Category.OTHER)
         steps = _Steps(layout, method, chains, tracker)
         stack.enter_context(steps.patched())
-        loss = loss_of(twin, call)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = loss_of(twin, call)
+            if autocast is not None:
+                tracker.free_for_all()  # its copies of weights end with it
         tracker.begin("backward", None, Category.LOGITS_AND_LOSS)
         _backward(loss)
         del loss

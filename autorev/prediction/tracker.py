@@ -56,6 +56,8 @@ class Segment:
     """What it left behind of all that grows with the batch: parameters and their gradients do not."""
     grown_top: int = 0
     """The same at its own highest point."""
+    freed: dict[int, Counter[Category]] = field(default_factory=dict)
+    """Of what each block's forward had left behind, what it freed: where autocast ends, its copies of weights."""
 
 
 @dataclass(eq=False)
@@ -85,6 +87,7 @@ class MemoryTracker(OwnMode):
         self.owner = ""
         self.gradients: set[int] = set()
         self.counting_work = counting_work
+        self._for_all: Segment | None = None
         self._hooks: list[Any] = []
         self._history: list[tuple[Segment, Live, int]] = []
         """Births and deaths; which of them are of weights is known when the step is over."""
@@ -96,6 +99,11 @@ class MemoryTracker(OwnMode):
         self.segments.append(self.current)
         self.current = Segment(phase, block)
         self.label = label
+
+    def free_for_all(self) -> None:
+        """What the next segment frees of one block's, it frees of all blocks that this one stands for."""
+        self.begin("forward", None, Category.OTHER)
+        self._for_all = self.current
 
     def settle(self, category: Category) -> None:
         """What the current segment allocated as working set and still holds is `category` from now on."""
@@ -135,11 +143,12 @@ class MemoryTracker(OwnMode):
     # -- storages --------------------------------------------------------------------------------------------------
 
     def adopt(self, model: nn.Module) -> None:
-        """Count a model's parameters and buffers, and follow its gradients when they appear."""
+        """Count a model's parameters and buffers, and its gradients: those that are there, and when they appear."""
         for tensor in held_by(model):
             self.see(tensor, Category.PARAMETERS)
         for parameter in model.parameters():
             if parameter.requires_grad:
+                self._gradient_arrived(parameter)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_arrived))
 
     def see(self, tensor: torch.Tensor, category: Category | None = None) -> None:
@@ -150,7 +159,7 @@ class MemoryTracker(OwnMode):
             return
         weakref.finalize(storage, self._freed, key).atexit = False
         live = Live(storage.nbytes(), category or self.label, self.current, self.owner)
-        live.of_weights = live.category in (Category.PARAMETERS, Category.OPTIMIZER_STATE)
+        live.of_weights = live.category in (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
         self.born(key, live)
 
     def _live_of(self, tensor: Any) -> Live | None:
@@ -178,6 +187,8 @@ class MemoryTracker(OwnMode):
         """A storage is gone, or its memory was taken over."""
         self._history.append((self.current, live, -live.bytes))
         self._count(live.category, -live.bytes)
+        if self.current is self._for_all and live.born.block is not None:
+            self.current.freed.setdefault(live.born.block, Counter())[live.category] += live.bytes
 
     def _freed(self, key: int) -> None:
         live = self.live.pop(key, None)
@@ -227,6 +238,8 @@ class MemoryTracker(OwnMode):
             self._forget(args[0])
         result = func(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if func is aten._to_copy.default and self._is_parameter(args[0]):
+            self.see(result, Category.PARAMETERS)  # autocast's copy of a weight
         for tensor in made:
             self.see(tensor)
         total = self._live_of(result) if parts else None
@@ -235,6 +248,10 @@ class MemoryTracker(OwnMode):
         if self.counting_work:
             self._count_work(func, args, kwargs, result, made)
         return result
+
+    def _is_parameter(self, tensor: Any) -> bool:
+        live = self._live_of(tensor)
+        return live is not None and live.category is Category.PARAMETERS
 
     def _is_accumulation(self, args: Any) -> bool:
         if not self.gradients or len(args) != 2 or not isinstance(args[0], torch.Tensor):

@@ -21,19 +21,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LowRank(nn.Module):
-    """A linear layer with a LoRA of rank r beside it, arXiv 2106.09685: `y = W x + B A x`, only A and B train."""
+    """A linear layer with a LoRA of rank r beside it, arXiv 2106.09685: `y = W x + s B A x`, only A and B train.
 
-    def __init__(self, base: nn.Module, inputs: int, outputs: int, rank: int) -> None:
+    Operation by operation what PEFT's `lora.Linear.forward` does.
+    """
+
+    def __init__(self, base: nn.Module, inputs: int, outputs: int, setting: Setting) -> None:
         super().__init__()
-        self.base = base
-        like = next(base.parameters())
-        self.down = nn.Parameter(torch.empty(rank, inputs, dtype=like.dtype))
-        self.up = nn.Parameter(torch.empty(outputs, rank, dtype=like.dtype))
+        self.base, self.dropout = base, nn.Dropout(setting.lora_dropout) if setting.lora_dropout else nn.Identity()
+        dtype = DTYPES[setting.adapter_dtype] if setting.adapter_dtype else next(base.parameters()).dtype
+        self.down = nn.Parameter(torch.empty(setting.lora_rank or 0, inputs, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(outputs, setting.lora_rank or 0, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]"""
-        out: torch.Tensor = self.base(x) + F.linear(F.linear(x, self.down), self.up)
-        return out
+        out: torch.Tensor = self.base(x)
+        x = x.to(self.down.dtype)
+        return (out + F.linear(F.linear(self.dropout(x), self.down), self.up) * 2.0).to(out.dtype)
 
 
 def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -> list[str]:
@@ -56,7 +60,7 @@ def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -
             for name, child in list(parent.named_children()):
                 sizes = linear_sizes(child)
                 if sizes is not None and not isinstance(parent, LowRank):
-                    setattr(parent, name, LowRank(child, *sizes, setting.lora_rank))
+                    setattr(parent, name, LowRank(child, *sizes, setting))
                     adapted += 1
     if not adapted:
         raise SettingError(
@@ -146,6 +150,7 @@ def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
 
 STATE_BYTES_PER_ELEMENT: dict[str, float | None] = {
     "adamw": None,  # two tensors like the parameter
+    "adamw-fused": None,
     "adamw-8bit": 2 + 8 / 256,  # two bytes, and two fp32 scales for every block of 256
     "sgd": 0,
     "sgd-momentum": None,  # one tensor like the parameter
@@ -156,18 +161,18 @@ def optimizer_bytes(model: nn.Module, optimizer: str, device_kind: str) -> tuple
     """(state, temporary, moved) bytes of one update of the trainable parameters.
 
     torch's defaults: on a GPU the multi-tensor (foreach) form, whose temporaries are as large as all parameters
-    together; on a CPU one parameter after the other.
+    together; on a CPU one parameter after the other. The fused form has none.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p in trained]
     elements = sum(p.numel() for p in trained)
     total, largest = sum(sizes), max(sizes, default=0)
     per_element = STATE_BYTES_PER_ELEMENT[optimizer]
-    copies = {"adamw": 2, "sgd-momentum": 1}.get(optimizer, 0)
+    copies = {"adamw": 2, "adamw-fused": 2, "sgd-momentum": 1}.get(optimizer, 0)
     # AdamW also keeps a step count per parameter, one fp32 number.
-    counts = 4 * len(trained) if optimizer == "adamw" else 0
+    counts = 4 * len(trained) if copies == 2 else 0
     state = round(elements * per_element) if per_element is not None else copies * total + counts
-    temporaries = {"adamw": 2 * largest, "adamw-8bit": 0, "sgd": 0, "sgd-momentum": 0}[optimizer]
-    if device_kind == "cuda" and optimizer == "adamw":
-        temporaries = total
+    temporaries = 0
+    if optimizer == "adamw":
+        temporaries = total if device_kind == "cuda" else 2 * largest
     return state, temporaries, 3 * total + 2 * state

@@ -11,7 +11,7 @@ from autorev.profiler.passes.sweep import UNITS
 from autorev.profiler.record import GOALS
 from autorev.profiler.subject import Subject
 
-OPTIMIZERS = ("adamw", "sgd", "sgd-momentum")
+OPTIMIZERS = ("adamw", "adamw-fused", "sgd", "sgd-momentum")
 
 
 @dataclass(frozen=True, slots=True)

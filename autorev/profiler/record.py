@@ -201,7 +201,8 @@ class Profile(Record):
         """Tokens (or samples) a second for a step of `seconds`; at the setting's own size unless told otherwise."""
         if not seconds:
             return None
-        return (batch or self.setting.batch) * (sequence or self.setting.sequence or 1) / seconds
+        batch = (batch or self.setting.batch) * self.setting.accumulate
+        return batch * (sequence or self.setting.sequence or 1) / seconds
 
     def utilisation(self, result: Result) -> float | None:
         """Share of the device's published peak that the work of a step comes to; None without a device or a time."""

@@ -37,9 +37,12 @@ def profile(
     methods: Iterable[str] = ("default",),
     sequence: int | None = None,
     dtype: str | None = None,
+    autocast: str | None = None,
     optimizer: str = "adamw",
     trains: str | None = None,
     lora_rank: int | None = None,
+    lora_dropout: float = 0.0,
+    adapter_dtype: str | None = None,
     depth: int | None = None,
     text: str | Path | None = None,
     rounds: int = 2,
@@ -64,10 +67,13 @@ def profile(
         batch: for a model of yours, what it is called with (a dict, a tuple, or one tensor); for MODEL, samples.
         methods: methods as `autorev.methods` spells them, `default` or `all`.
         sequence: tokens per sample.
-        dtype: fp32, bf16 or fp16; default fp32 on a CPU, bf16 on a GPU.
-        optimizer: adamw, sgd or sgd-momentum.
+        dtype: fp32, bf16 or fp16; default fp32 on a CPU and under autocast, bf16 on a GPU.
+        autocast: bf16 to compute in it over fp32 weights.
+        optimizer: adamw, adamw-fused, sgd or sgd-momentum.
         trains: full, lora or head; default: full.
         lora_rank: of the adapters; implies LoRA; default: 16.
+        lora_dropout: of the adapters' inputs.
+        adapter_dtype: fp32, as PEFT has it beside 16-bit weights; default: the weights' own.
         depth: so many blocks, with random weights.
         text: a file whose tokens are trained on; default: CPython's language reference, where there is a tokenizer.
         rounds: fresh processes per method, which take turns.
@@ -101,10 +107,13 @@ def profile(
     setting = {
         "batch": batch,
         "sequence": sequence,
-        "dtype": dtype or ("bf16" if on == "cuda" else "fp32"),
+        "dtype": dtype or ("bf16" if on == "cuda" and not autocast else "fp32"),
+        "autocast": autocast,
         "optimizer": optimizer,
         "trains": trains,
         "lora_rank": lora_rank,
+        "lora_dropout": lora_dropout,
+        "adapter_dtype": adapter_dtype,
         "loss": "full",
     }
     progress("analysing the model", 0.0)

@@ -45,7 +45,7 @@ def _measured(job: Job, prepared: Prepared) -> Outcome:
         # First, while the model is what it was, and without its memory in the way of the others.
         fidelity = measure_fidelity(model, call, job.method, job.blocks, prepared.texts)
     with in_place(model, job.method, job.blocks, call) as placed:
-        step = TrainingStep(model, call, optimizer_for(model, job.setting.optimizer))
+        step = TrainingStep(model, call, optimizer_for(model, job.setting.optimizer), job.setting.autocast)
         for _ in range(job.warmup):
             step.run()
         times = [step.timed() for _ in range(job.steps)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -65,7 +65,8 @@ def prepare_model(
     if blocks is None:
         blocks = find_blocks(model, call)
     if setting.trains == "lora":
-        _add_adapters(model, blocks, setting.lora_rank or 16)
+        _add_adapters(model, blocks, setting)
+        blocks = replace(blocks, draws_random=blocks.draws_random or setting.lora_dropout > 0)
     else:
         choose_trained(model, [model.get_submodule(path) for path in blocks.paths], setting)
     texts: list[torch.Tensor] = []
@@ -120,9 +121,13 @@ def in_order(model: nn.Module, paths: list[str]) -> tuple[str, ...]:
     return tuple(path for path, _ in model.named_modules() if path in set(paths))
 
 
-def _add_adapters(model: nn.Module, blocks: Blocks, rank: int) -> None:
-    """LoRA beside every linear layer of the blocks; everything else is frozen."""
-    inject(model, lora_config(linear_layers(model, blocks), rank))
+def _add_adapters(model: nn.Module, blocks: Blocks, setting: Setting) -> None:
+    """PEFT's LoRA beside every linear layer of the blocks; everything else is frozen."""
+    rank = setting.lora_rank or 16
+    inject(model, lora_config(linear_layers(model, blocks), rank, lora_dropout=setting.lora_dropout))
+    for parameter in model.parameters() if setting.adapter_dtype else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[setting.adapter_dtype or ""])
 
 
 def linear_layers(model: nn.Module, blocks: Blocks) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from autorev.capture.quantised import held_by
 from autorev.errors import message_of
-from autorev.prediction.training import own_loss
+from autorev.prediction.training import DTYPES, own_loss
 from autorev.profiler.readings import PHASES
 
 if TYPE_CHECKING:
@@ -30,10 +30,13 @@ class TrainingStep:
     model: nn.Module
     call: Call
     optimizer: torch.optim.Optimizer
+    autocast: str | None = None
+    """What the forward pass computes in, where that is not the weights' dtype."""
 
     def run(self, phase: Callable[[str], Any] = lambda name: nullcontext(), update: bool = True) -> float:
         """One step from no gradients; each phase runs inside `phase(name)`. Returns the loss."""
-        with phase("forward"):
+        autocast = torch.autocast(self.device.type, DTYPES.get(self.autocast or ""), enabled=self.autocast is not None)
+        with phase("forward"), autocast:
             loss = own_loss(self.model, self.call)
         with phase("backward"):
             loss.backward()
@@ -72,10 +75,10 @@ class TrainingStep:
 
 
 def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """torch's own optimiser of the parameters that train; adamw, sgd or sgd-momentum."""
+    """torch's own optimiser of the parameters that train; adamw, adamw-fused, sgd or sgd-momentum."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if name == "adamw":
-        return torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    if name in ("adamw", "adamw-fused"):
+        return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=name == "adamw-fused" or None)
     return torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9 if name == "sgd-momentum" else 0.0)
 
 

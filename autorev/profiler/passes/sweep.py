@@ -154,7 +154,8 @@ class _Trial:
         """The method is in place, and the optimiser has its state."""
         model, call = self.prepared.model, self.prepared.call
         with in_place(model, self.job.method, self.job.blocks, call):
-            self.step = TrainingStep(model, call, optimizer_for(model, self.job.setting.optimizer))
+            setting = self.job.setting
+            self.step = TrainingStep(model, call, optimizer_for(model, setting.optimizer), setting.autocast)
             yield
             self.step = None
 

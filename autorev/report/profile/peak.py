@@ -78,7 +78,7 @@ def _ways(profile: Profile, result: Result, category: str) -> Iterator[str]:
     if category in (Category.OPTIMIZER_STATE, Category.GRADIENTS):
         if setting.trains == "full":
             yield "training fewer weights, as LoRA does"
-        if category == Category.OPTIMIZER_STATE and setting.optimizer == "adamw":
+        if category == Category.OPTIMIZER_STATE and setting.optimizer in ("adamw", "adamw-fused"):
             yield "an optimizer that keeps less, such as 8-bit AdamW"
         return
     if category == Category.STORED_ACTIVATIONS and not result.method.reversible:
