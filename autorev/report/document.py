@@ -6,7 +6,7 @@ A content file (`analysis.py`, `profile/`, `finetuning/`) makes these from a rec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class Row:
     """One line: its heading, what is said below that, and one cell per column."""
 
     head: str
-    cells: tuple[Content, ...]
+    cells: tuple[Content, ...] = ()
     notes: tuple[str, ...] = ()
     chosen: bool = False
     """Is it the recommended one?"""
@@ -265,6 +265,12 @@ def numbered(items: Iterable[str]) -> Bullets:
     """First, second, third."""
     found = tuple(items)
     return Bullets(found, tuple(f"  {i}." for i in range(1, len(found) + 1)), "ol")
+
+
+def table(first: str, entries: Sequence[tuple[Row, dict[str, Content]]], **rest: Any) -> Table:
+    """Rows with their cells by heading, below which all of them stand; the first column's heading is `first`."""
+    heads = tuple(entries[0][1]) if entries else ()
+    return Table((first, *heads), tuple(replace(row, cells=tuple(cells.values())) for row, cells in entries), **rest)
 
 
 def stack(*parts: Part) -> Group:

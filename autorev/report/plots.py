@@ -65,6 +65,11 @@ class Series:
         """A series with the look of a method."""
         return cls(name, x, y, color=look.color, symbol=look.symbol, dash=look.dash, **rest)
 
+    @classmethod
+    def level(cls, name: str, ends: Sequence[float], at: float, color: str = BAD) -> Series:
+        """A dashed line across: a limit, or what the rest is compared with."""
+        return cls(name, [ends[0], ends[-1]], [at, at], color=color, dash="dash", width=1.5, mode="lines")
+
     def trace(self) -> dict[str, Any]:
         """As plotly takes it."""
         made: dict[str, Any] = {

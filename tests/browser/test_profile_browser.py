@@ -179,6 +179,26 @@ def test_fifty_records_open_in_two_seconds(browser: Any, tmp_path: Path) -> None
     assert rows == 200
 
 
+def test_tables_sort_and_long_ones_are_filtered(browser: Any, tmp_path: Path) -> None:
+    """A click on a heading sorts by size, not by letters, and once more the other way; a filter hides rows."""
+    show(browser, tmp_path, "smollm2")
+    table = "document.querySelector('[aria-label=\"Every method at a glance\"] table')"
+    peaks = f"return [...{table}.querySelectorAll('tbody')].map(body => body.rows[0].cells[1].textContent)"
+    before = browser.execute_script(peaks)
+    for order in ("ascending", "descending"):
+        browser.execute_script(f"{table}.querySelectorAll('thead th')[1].click()")
+        sizes = [float(peak.split()[0]) for peak in browser.execute_script(peaks)]
+        assert sizes == sorted(sizes, reverse=order == "descending")
+        assert browser.execute_script(f"return {table}.querySelectorAll('thead th')[1].ariaSort") == order
+    assert sorted(browser.execute_script(peaks)) == sorted(before)
+    field = "document.querySelector('[aria-label=\"Every timed step\"]').previousElementSibling"
+    typed = f"const field = {field}; field.value = 'leapfrog'; field.dispatchEvent(new Event('input'))"
+    browser.execute_script(typed)
+    rows = "[...document.querySelectorAll('[aria-label=\"Every timed step\"] tbody')].filter(body => !body.hidden)"
+    heads = browser.execute_script(f"return {rows}.map(body => body.rows[0].cells[0].textContent)")
+    assert heads == ["leapfrog, round 0", "leapfrog, round 1"]
+
+
 def test_is_readable_without_scripts(browser: Any, tmp_path: Path) -> None:
     """Recommendation, figures and reasons do not depend on a plot."""
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})

@@ -249,6 +249,18 @@ class TestHtml:
         digests = {run(program, PYTHONHASHSEED=str(seed)) for seed in (1, 2)}
         assert len(digests) == 1
 
+    def test_is_two_megabytes(self) -> None:
+        """plotly is compressed in it: a folder of reports can be kept."""
+        assert len(render_html([examples.llama_lora()], "autorev analyze")) < 2_200_000
+
+    def test_what_a_pretrained_model_would_lose_its_function_with_is_folded_away(self) -> None:
+        """Its bars and its figures stand behind one title; the recommended one is never there."""
+        page = page_of([examples.llama_lora()], "")
+        drawn = {name: f.layout["yaxis"].get("ticktext", []) for name, f in page.figures.items()}
+        assert drawn["memory-by-method"] == ["plain", "checkpoint", "offload", "momentum"]
+        assert drawn["lead"] == ["plain", "checkpoint", "momentum"]
+        assert any("leapfrog" in name for name in drawn["from-scratch"])
+
     @pytest.mark.parametrize("example", ALL)
     def test_nothing_is_loaded_from_elsewhere(self, example) -> None:
         """No address in any attribute that would load something."""

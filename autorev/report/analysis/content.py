@@ -97,23 +97,20 @@ def _memory_on_screen(analysis: Analysis) -> Iterator[doc.Part]:
     made = []
     for row in rows:
         p, fitting = row.prediction, view.fits(row, analysis)
-        cells = (
-            doc.Bar(p.categories, scale, capacity),
-            doc.Cell(("" if fitting else "!") + unit.number(p.peak_bytes), bad=not fitting, strong=True),
-            unit.number(p.kept_bytes),
-            format_seconds(p.step_seconds),
-            clean(p.phase),
-            *_reach(row),
-        )
-        made.append(doc.Row(row.label, cells, chosen=view.is_chosen(row, analysis)))
-    heads: tuple[str, ...] = (
-        "method",
-        "memory at the peak,\nby category",
-        f"peak\n{unit.name}",
-        f"kept\n{unit.name}",
-    )
-    heads += ("roofline\ntime", "peak\nphase", "largest\nbatch", "longest\nsequence")
-    yield doc.without_empty(doc.Table(heads, tuple(made), words=(5,)), keep=5)
+        batch, sequence = _reach(row)
+        cells: dict[str, doc.Content] = {
+            "memory at the peak,\nby category": doc.Bar(p.categories, scale, capacity),
+            f"peak\n{unit.name}": doc.Cell(
+                ("" if fitting else "!") + unit.number(p.peak_bytes), bad=not fitting, strong=True
+            ),
+            f"kept\n{unit.name}": unit.number(p.kept_bytes),
+            "roofline\ntime": format_seconds(p.step_seconds),
+            "peak\nphase": clean(p.phase),
+            "largest\nbatch": batch,
+            "longest\nsequence": sequence,
+        }
+        made.append((doc.Row(row.label, chosen=view.is_chosen(row, analysis)), cells))
+    yield doc.without_empty(doc.table("method", made, words=(5,)), keep=5)
     yield doc.Legend(tuple(view.shown_categories(rows)))
     yield doc.text(doc.muted("kept: between forward and backward. Roofline time: a lower bound."))
     over = not all(view.fits(row, analysis) for row in [*rows, *scratch])
@@ -280,13 +277,12 @@ def _categories(rows: list[view.MethodRow]) -> doc.Table:
 def _methods(analysis: Analysis, rows: list[view.MethodRow], without: tuple[str, ...]) -> doc.Table:
     """Every figure of every method; columns in which none has one are left out."""
     rivals = {f"Of {name}": analysis.prediction(name) for name in ("plain", "checkpoint")}
-    made: list[doc.Row] = []
-    heads: tuple[str, ...] = ()
+    made = []
     for row in rows:
         p = row.prediction
         over = not view.fits(row, analysis)
         batch, sequence = _reach(row)
-        columns: dict[str, doc.Cell | str] = {
+        columns: dict[str, doc.Content] = {
             "Peak": doc.Cell(format_bytes(p.peak_bytes), "does not fit" if over else "", bad=over, strong=over),
             "Phase": p.phase,
             **{head: format_share(p.peak_bytes, rival.peak_bytes if rival else None) for head, rival in rivals.items()},
@@ -299,9 +295,8 @@ def _methods(analysis: Analysis, rows: list[view.MethodRow], without: tuple[str,
             "Keeps the pretrained function": "yes" if p.preserves_function else "no",
         }
         shown = {head: cell for head, cell in columns.items() if head not in without}
-        heads = ("Method", *shown)
-        made.append(doc.Row(row.label, tuple(shown.values()), row.notes, chosen=view.is_chosen(row, analysis)))
-    return doc.Table(heads, tuple(made), "Every method in numbers")
+        made.append((doc.Row(row.label, notes=row.notes, chosen=view.is_chosen(row, analysis)), shown))
+    return doc.table("Method", made, label="Every method in numbers")
 
 
 def _phase_peak(peak: int | None, highest: bool) -> doc.Cell:

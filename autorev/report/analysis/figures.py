@@ -72,8 +72,7 @@ def along(analysis: Analysis, axis: str, title: str, x_title: str) -> doc.Figure
         series.append(plots.Series.like(look_of(line.method), label, x, y, texts=texts))
     if device:
         top = plots.in_unit(device.memory_bytes, unit)
-        limit: dict[str, Any] = {"color": "#b3261e", "dash": "dash", "width": 1.5, "mode": "lines"}
-        series.append(plots.Series(_capacity(analysis), [values[0], values[-1]], [top, top], **limit))
+        series.append(plots.Series.level(_capacity(analysis), values, top))
         for name, most in _reached(analysis, axis, kept):
             look, said = look_of(name), f"fits up to {axis} {format_integer(most)}"
             mark: dict[str, Any] = {"mode": "markers", "size": 12, "legend": False, "outlined": True, "texts": [said]}

@@ -119,8 +119,8 @@ def validation(runs: Sequence[FineTuning], id: str) -> list[doc.Figure]:
     }
     if len(originals) == 1:
         (level,) = originals
-        name, at = f"original model: {loss_text(level)}", [0.0 if against else level] * 2
-        series.append(plots.Series(name, [0, last], at, color=plots.INK, dash="dash", width=1.5, mode="lines"))
+        name, at = f"original model: {loss_text(level)}", 0.0 if against else level
+        series.append(plots.Series.level(name, [0, last], at, plots.INK))
     label = "Validation loss over the optimiser steps"
     if against:
         return figures.panels(id, label, series, figures.STEPS, "loss less the original's, nats")
@@ -235,14 +235,11 @@ def frontier(runs: Sequence[FineTuning], id: str) -> list[doc.Figure]:
         shown.add(method)
     most = max(value for each in series for value in each.x if value is not None) if series else 1.0
     plain = [run for run in runs if run.method.name == "plain"]
-    levels = {
-        run.recipe.steps: level for run in plain if view.finite(level := view.difference(run.final, run.original))
-    }
+    levels = {run.recipe.steps: view.difference(run.final, run.original) for run in plain}
     for steps, level in levels.items():
-        name, ends = f"plain after {steps} steps: {change_text(level)}", (-0.15, most + 0.15)
-        series.append(
-            plots.Series(name, ends, [level] * 2, color=look_of("plain").color, dash="dash", width=1.5, mode="lines")
-        )
+        if level is not None and view.finite(level):
+            name, ends = f"plain after {steps} steps: {change_text(level)}", (-0.15, most + 0.15)
+            series.append(plots.Series.level(name, ends, level, look_of("plain").color))
     x_axis = {"range": [-0.2, most + 0.2], "dtick": 1}
     title, y_title = "side bits of an element and block, mean", "loss against the original, nats"
     label = "Side bits against the loss relative to the original model"

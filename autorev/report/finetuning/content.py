@@ -99,19 +99,18 @@ def _runs_on_screen(group: view.RunGroup) -> doc.Table:
     for run, name in zip(runs, view.labels(runs), strict=True):
         now, gap = view.latest(run), export_gap(run)
         after = loss_text(now.loss if now and (run.complete or now.step) else None)
-        cells = (
-            view.side_bits_words(run),
-            loss_text(run.original.loss if run.original else None),
-            loss_text(run.zero_shot.loss if run.zero_shot else None),
-            doc.Cell(after if run.complete or after == NOTHING else f"{after}~", strong=True),
-            doc.Cell(change_text(gap), bad=gap is not None and not may_export(run)),
-            change_text(view.against_plain(run, group.runs)),
-            NOTHING if run.peak_bytes is None else unit.number(run.peak_bytes),
-            format_rate(run.tokens_per_second),
-        )
-        rows.append(doc.Row(name, cells))
-    heads = ("run", "side\nbits", "original", "before\ntraining", "after", "as the\nplain", "against\nplain")
-    return doc.Table((*heads, f"peak\n{unit.name}", "tokens\n/s"), tuple(rows))
+        cells: dict[str, doc.Content] = {
+            "side\nbits": view.side_bits_words(run),
+            "original": loss_text(run.original.loss if run.original else None),
+            "before\ntraining": loss_text(run.zero_shot.loss if run.zero_shot else None),
+            "after": doc.Cell(after if run.complete or after == NOTHING else f"{after}~", strong=True),
+            "as the\nplain": doc.Cell(change_text(gap), bad=gap is not None and not may_export(run)),
+            "against\nplain": change_text(view.against_plain(run, group.runs)),
+            f"peak\n{unit.name}": NOTHING if run.peak_bytes is None else unit.number(run.peak_bytes),
+            "tokens\n/s": format_rate(run.tokens_per_second),
+        }
+        rows.append((doc.Row(name), cells))
+    return doc.table("run", rows)
 
 
 def _marks(group: view.RunGroup) -> Iterator[doc.Part]:

@@ -42,7 +42,7 @@ def loss_over_steps(run: FineTuning) -> Figure | None:
     if run.original is not None and view.finite(run.original.loss):
         whose = "original model" if run.pretrained else "random weights"
         name, level = f"{whose}: {numbers.loss_text(run.original.loss)}", run.original.loss
-        series.append(_line(name, [0, end], [level, level], plots.INK, width=1.5, dash="dash"))
+        series.append(plots.Series.level(name, [0, end], level, plots.INK))
     evaluations = [e for e in run.evaluations if view.finite(e.loss)]
     if evaluations:
         x, y = [e.step for e in evaluations], [e.loss for e in evaluations]
@@ -117,8 +117,7 @@ def memory_over_steps(run: FineTuning) -> Figure | None:
     series = [replace(plots.Series.like(view.looks([run])[0], "peak of the step", steps, peaks, texts=texts), size=8)]
     if run.teacher_bytes:
         name = f"of which the teacher: {format_bytes(run.teacher_bytes)}"
-        part = [plots.in_unit(run.teacher_bytes, unit)] * 2
-        series.append(plots.Series(name, [steps[0], steps[-1]], part, dash="dash", width=1.5, mode="lines"))
+        series.append(plots.Series.level(name, steps, plots.in_unit(run.teacher_bytes, unit), plots.MUTED))
     label, y_axis = "Peak memory of the steps that were looked at", {"rangemode": "tozero"}
     legend = bool(run.teacher_bytes)
     return plots.lines("memory", label, series, STEPS, f"peak, {unit.name}", height=300, legend=legend, y_axis=y_axis)
@@ -169,8 +168,8 @@ def assignments(calibration: Calibration) -> list[Figure]:
     if not series:
         return []
     most = max(each.side_bits for each in calibration.assignments)
-    name, level = f"budget: {numbers.change_text(calibration.budget)} nats", [calibration.budget] * 2
-    series.append(plots.Series(name, [0, most], level, color=plots.BAD, dash="dash", width=1.5, mode="lines"))
+    name = f"budget: {numbers.change_text(calibration.budget)} nats"
+    series.append(plots.Series.level(name, [0, most], calibration.budget))
     x_axis = {"range": [-0.1, most + 0.15]}
     label = "Side bits against the loss increase"
     title = "side bits of an element and step, mean"

@@ -18,85 +18,77 @@ from autorev.format import (
     plural,
 )
 from autorev.report import document as doc
-from autorev.report.finetuning import numbers, view
+from autorev.report.document import NO_FIGURE, Cell, Row, Table
+from autorev.report.finetuning import view
+from autorev.report.finetuning.numbers import change_text, divergence_text, loss_text, perplexity_text, share_text
 from autorev.report.finetuning.verdict import export_gap
 from autorev.report.profile.tables import environment_facts, optional_bytes
-
-HEADS = (
-    *("Run", "Trains", "Steps", "Side bits", "Original", "Before training", "After training", "As the plain"),
-    *("Against plain training", "Agreement", "Peak", "Tokens/s", "Teacher"),
-)
 
 _MOST_COLUMNS = 10
 """Steps of a table of training losses."""
 
 
-def runs_table(runs: Sequence[FineTuning], shares: bool = False) -> doc.Table:
+def runs_table(runs: Sequence[FineTuning], shares: bool = False) -> Table:
     """A row per run with the figures that decide; columns in which no run has a figure are left out.
 
     `shares`: with every peak as a share of plain training's."""
-    rows = tuple(_run(run, runs, shares) for run in runs)
-    return doc.without_empty(doc.Table(HEADS, rows, "Every run", words=(1,)))
+    found = doc.table("Run", [_run(run, runs, shares) for run in runs], label="Every run", words=(1,))
+    return doc.without_empty(found)
 
 
-def _run(run: FineTuning, runs: Sequence[FineTuning], shares: bool) -> doc.Row:
-    final, zero, gap = run.final, run.zero_shot, export_gap(run)
+def _run(run: FineTuning, runs: Sequence[FineTuning], shares: bool) -> tuple[Row, dict[str, doc.Content]]:
+    final, zero, gap, recipe = run.final, run.zero_shot, export_gap(run), run.recipe
     notes = [view.how_words(run)]
     if not run.complete:
-        notes.append(f"incomplete: {format_integer(view.steps_done(run))} of {format_integer(run.recipe.steps)} steps")
+        notes.append(f"incomplete: {format_integer(view.steps_done(run))} of {format_integer(recipe.steps)} steps")
     if len({(other.recipe.learning_rate, other.recipe.seed) for other in runs}) > 1:
-        notes.append(f"rate {run.recipe.learning_rate:g}, seed {run.recipe.seed}")
-    cells = (
-        view.trains_words(run),
-        format_integer(run.recipe.steps),
-        view.side_bits_words(run),
-        numbers.loss_text(run.original.loss if run.original else None),
-        doc.Cell(numbers.loss_text(zero.loss), _signed(view.difference(zero, run.original))) if zero else doc.NO_FIGURE,
-        _after(run),
-        doc.Cell(numbers.loss_text(run.vanilla.loss), _signed(gap), bad=gap > EXPORT_LIMIT)
-        if run.vanilla and gap is not None
-        else doc.NO_FIGURE,
-        numbers.change_text(view.against_plain(run, runs)),
-        doc.Cell(numbers.share_text(final.agreement), _kl(final.divergence))
-        if final and final.agreement is not None
-        else doc.NO_FIGURE,
-        _peak(run, view.plain_of(run, runs) if shares else None),
-        doc.Cell(format_rate(run.tokens_per_second), format_seconds(run.step_seconds) if run.step_seconds else ""),
-        optional_bytes(run.teacher_bytes or None),
-    )
-    return doc.Row(clean(run.name), cells, tuple(notes))
+        notes.append(f"rate {recipe.learning_rate:g}, seed {recipe.seed}")
+    before, plain, agreement = NO_FIGURE, NO_FIGURE, NO_FIGURE
+    if zero:
+        before = Cell(loss_text(zero.loss), _signed(view.difference(zero, run.original)))
+    if run.vanilla and gap is not None:
+        plain = Cell(loss_text(run.vanilla.loss), _signed(gap), bad=gap > EXPORT_LIMIT)
+    if final and final.agreement is not None:
+        kl = "" if final.divergence is None else f"KL {divergence_text(final.divergence)}"
+        agreement = Cell(share_text(final.agreement), kl)
+    seconds = format_seconds(run.step_seconds) if run.step_seconds else ""
+    cells: dict[str, doc.Content] = {
+        "Trains": view.trains_words(run),
+        "Steps": format_integer(recipe.steps),
+        "Side bits": view.side_bits_words(run),
+        "Original": loss_text(run.original.loss if run.original else None),
+        "Before training": before,
+        "After training": _after(run),
+        "As the plain": plain,
+        "Against plain training": change_text(view.against_plain(run, runs)),
+        "Agreement": agreement,
+        "Peak": _peak(run, view.plain_of(run, runs) if shares else None),
+        "Tokens/s": Cell(format_rate(run.tokens_per_second), seconds),
+        "Teacher": optional_bytes(run.teacher_bytes or None),
+    }
+    return Row(clean(run.name), notes=tuple(notes)), cells
 
 
-def _peak(run: FineTuning, plain: FineTuning | None) -> doc.Cell:
+def _peak(run: FineTuning, plain: FineTuning | None) -> Cell:
     if run.peak_bytes is None:
-        return doc.NO_FIGURE
+        return NO_FIGURE
     whole = plain.peak_bytes if plain else None
-    return doc.Cell(format_bytes(run.peak_bytes), f"{format_share(run.peak_bytes, whole)} of plain's" if whole else "")
+    return Cell(format_bytes(run.peak_bytes), f"{format_share(run.peak_bytes, whole)} of plain's" if whole else "")
 
 
-def _after(run: FineTuning) -> doc.Cell:
+def _after(run: FineTuning) -> Cell:
     """The final loss, or the latest of a run that goes on, saying so."""
     if run.final:
-        return doc.Cell(
-            numbers.loss_text(run.final.loss), f"ppl {numbers.perplexity_text(run.final.perplexity)}", strong=True
-        )
+        return Cell(loss_text(run.final.loss), f"ppl {perplexity_text(run.final.perplexity)}", strong=True)
     now = view.latest(run)
-    return (
-        doc.Cell(NOTHING, f"{numbers.loss_text(now.loss)} at step {format_integer(now.step)}")
-        if now and now.step
-        else doc.NO_FIGURE
-    )
+    return Cell(NOTHING, f"{loss_text(now.loss)} at step {format_integer(now.step)}") if now and now.step else NO_FIGURE
 
 
 def _signed(change: float | None) -> str:
-    return "" if change is None else numbers.change_text(change)
+    return "" if change is None else change_text(change)
 
 
-def _kl(divergence: float | None) -> str:
-    return "" if divergence is None else f"KL {numbers.divergence_text(divergence)}"
-
-
-def scratch_table(runs: Sequence[FineTuning]) -> doc.Table:
+def scratch_table(runs: Sequence[FineTuning]) -> Table:
     """A row per coupling and recipe: the mean of the final losses over the seeds, each, and the gap to plain's."""
     found: dict[object, list[FineTuning]] = defaultdict(list)
     for run in runs:
@@ -106,13 +98,11 @@ def scratch_table(runs: Sequence[FineTuning]) -> doc.Table:
         *("Tokens/s",),
     )
     return doc.without_empty(
-        doc.Table(
-            heads, tuple(_architecture(members, runs) for members in found.values()), "Every coupling from scratch"
-        )
+        Table(heads, tuple(_architecture(members, runs) for members in found.values()), "Every coupling from scratch")
     )
 
 
-def _architecture(members: Sequence[FineTuning], runs: Sequence[FineTuning]) -> doc.Row:
+def _architecture(members: Sequence[FineTuning], runs: Sequence[FineTuning]) -> Row:
     first = members[0]
     finals = [(run.recipe.seed, run.final.loss) for run in members if run.final]
     gaps = [gap for run in members if (gap := view.against_plain(run, runs)) is not None]
@@ -124,30 +114,26 @@ def _architecture(members: Sequence[FineTuning], runs: Sequence[FineTuning]) -> 
     notes += [f"incomplete: {waiting} of {len(members)} runs"] if waiting else []
     cells = (
         view.side_bits_words(first),
-        doc.Cell(numbers.loss_text(fmean(loss for _, loss in finals)), _of(len(finals)), strong=True)
-        if finals
-        else doc.NO_FIGURE,
-        ", ".join(f"{numbers.loss_text(loss)} ({seed})" for seed, loss in finals) or NOTHING,
-        doc.Cell(numbers.change_text(fmean(gaps)), _of(len(gaps))) if gaps else doc.NO_FIGURE,
-        doc.Cell(numbers.change_text(fmean(exported)), bad=fmean(exported) > EXPORT_LIMIT)
-        if exported
-        else doc.NO_FIGURE,
+        Cell(loss_text(fmean(loss for _, loss in finals)), _of(len(finals)), strong=True) if finals else NO_FIGURE,
+        ", ".join(f"{loss_text(loss)} ({seed})" for seed, loss in finals) or NOTHING,
+        Cell(change_text(fmean(gaps)), _of(len(gaps))) if gaps else NO_FIGURE,
+        Cell(change_text(fmean(exported)), bad=fmean(exported) > EXPORT_LIMIT) if exported else NO_FIGURE,
         optional_bytes(max(peaks, default=None)),
         format_rate(fmean(rates)) if rates else NOTHING,
     )
-    return doc.Row(view.how_words(first), cells, tuple(notes))
+    return Row(view.how_words(first), cells, tuple(notes))
 
 
 def _of(count: int) -> str:
     return f"mean of {count} seeds" if count > 1 else ""
 
 
-def evaluations_by_step(runs: Sequence[FineTuning]) -> doc.Table:
+def evaluations_by_step(runs: Sequence[FineTuning]) -> Table:
     """The validation loss of every run at every step it was evaluated."""
     return _by_step(runs, [{e.step: e.loss for e in run.evaluations} for run in runs], "Validation loss by step")
 
 
-def training_by_step(runs: Sequence[FineTuning]) -> doc.Table:
+def training_by_step(runs: Sequence[FineTuning]) -> Table:
     """The training loss of every run, each a mean over neighbouring steps, at some steps."""
     found = [dict(view.smoothed_training(run)) for run in runs]
     steps = sorted({step for losses in found for step in losses})
@@ -156,17 +142,17 @@ def training_by_step(runs: Sequence[FineTuning]) -> doc.Table:
     return _by_step(runs, shown, "Training loss by step")
 
 
-def _by_step(runs: Sequence[FineTuning], found: Sequence[dict[int, float]], label: str) -> doc.Table:
+def _by_step(runs: Sequence[FineTuning], found: Sequence[dict[int, float]], label: str) -> Table:
     steps = sorted({step for losses in found for step in losses})
     rows = [
-        doc.Row(name, tuple(numbers.loss_text(losses.get(step)) for step in steps))
+        Row(name, tuple(loss_text(losses.get(step)) for step in steps))
         for name, losses in zip(view.labels(runs), found, strict=True)
     ]
     heads = ("Run", *(f"step {format_integer(step)}" for step in steps))
-    return doc.Table(heads, tuple(rows), label, fold="Show as a table")
+    return Table(heads, tuple(rows), label, fold="Show as a table")
 
 
-def environments(runs: Sequence[FineTuning]) -> doc.Table:
+def environments(runs: Sequence[FineTuning]) -> Table:
     """Where the runs were made, those of one machine and one set of versions together, and from when to when."""
     found: dict[tuple[tuple[str, str], ...], list[FineTuning]] = defaultdict(list)
     heads: tuple[str, ...] = ()
@@ -179,5 +165,5 @@ def environments(runs: Sequence[FineTuning]) -> doc.Table:
         days = sorted({clean(run.environment.date)[:10] for run in members})
         values = {**dict(facts_found), "Date": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"}
         names = ", ".join(view.short(run.name) for run in members)
-        rows.append(doc.Row(plural(len(members), "run"), tuple(values[head] for head in heads), (names,)))
-    return doc.Table(("Runs", *heads), tuple(rows), "Environments", words=(1, 2, 3, 7, 8))
+        rows.append(Row(plural(len(members), "run"), tuple(values[head] for head in heads), (names,)))
+    return Table(("Runs", *heads), tuple(rows), "Environments", words=(1, 2, 3, 7, 8))

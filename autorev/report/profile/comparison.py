@@ -15,7 +15,6 @@ from autorev.format import (
     format_change,
     format_integer,
     format_rate,
-    format_seconds,
     plural,
     sentence,
     unit_for,
@@ -27,7 +26,7 @@ from autorev.report.palette import look_of
 from autorev.report.profile import view
 from autorev.report.profile.page import timelines
 from autorev.report.profile.paper import paper
-from autorev.report.profile.tables import environment_facts, glance, optional_bytes
+from autorev.report.profile.tables import environment_facts, glance, optional_bytes, optional_seconds, slower
 from autorev.words import headline, method_title, setting_facts
 
 MOST_WITH_TIMELINES = 4
@@ -82,25 +81,16 @@ def screen(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
         peak, whole = (view.peak_bytes(each) if each else None for each in (best, plain))
         seconds, others = (each.step_seconds if each else None for each in (best, plain))
         reached = view.largest(profile, best.method.spec, "batch") if best else None
-        cells = (
-            doc.Cell(view.labels(profile)[best.method.spec] if best else NOTHING, tone="accent"),
-            NOTHING if peak is None else unit.number(peak),
-            format_change(peak, whole) if peak else NOTHING,
-            NOTHING if seconds is None else format_seconds(seconds),
-            format_change(seconds, others) if seconds else NOTHING,
-            format_integer(reached[0]) if reached else NOTHING,
-        )
-        made.append(doc.Row(clean(profile.name) + ("" if profile.complete else " (incomplete)"), cells))
-    heads = (
-        "record",
-        "recommended",
-        f"peak\n{unit.name}",
-        "against\nplain",
-        "step",
-        "against\nplain",
-        "largest\nbatch",
-    )
-    yield doc.Section("", (doc.Table(heads, tuple(made), words=(1,)),))
+        cells: dict[str, doc.Content] = {
+            "recommended": doc.Cell(view.labels(profile)[best.method.spec] if best else NOTHING, tone="accent"),
+            f"peak\n{unit.name}": NOTHING if peak is None else unit.number(peak),
+            "peak vs\nplain": format_change(peak, whole) if peak else NOTHING,
+            "step": optional_seconds(seconds),
+            "step vs\nplain": format_change(seconds, others) if seconds else NOTHING,
+            "largest\nbatch": format_integer(reached[0]) if reached else NOTHING,
+        }
+        made.append((doc.Row(clean(profile.name) + ("" if profile.complete else " (incomplete)")), cells))
+    yield doc.Section("", (doc.table("record", made, words=(1,)),))
 
 
 def page(profiles: Sequence[Profile], command: str) -> doc.Page:
@@ -144,33 +134,29 @@ def _sections(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
 
 def recommendations(profiles: Sequence[Profile]) -> doc.Table:
     """What each record recommends, and what that saves and costs."""
-    heads = ("Record", "Recommended", "Why", "Peak", "Against plain", "Step against plain", "Machine and date")
-    return doc.Table(heads, tuple(map(_recommended, profiles)), "Recommendations", words=(1, 2, 6))
+    return doc.table("Record", list(map(_recommended, profiles)), label="Recommendations", words=(1, 2, 6))
 
 
-def _recommended(profile: Profile) -> doc.Row:
-    best, plain = view.chosen(profile), view.by_method(profile, "plain")
-    advice, peak = profile.recommendation, None if best is None else view.peak_bytes(best)
-    whole = view.peak_bytes(plain) if plain else None
-    slower = NOTHING
-    if best and plain and best.step_seconds and plain.step_seconds:
-        slower = format_change(best.step_seconds, plain.step_seconds)
+def _recommended(profile: Profile) -> tuple[doc.Row, dict[str, doc.Content]]:
+    best, plain, advice = view.chosen(profile), view.by_method(profile, "plain"), profile.recommendation
+    peak, whole = (view.peak_bytes(each) if each else None for each in (best, plain))
     where = profile.environment
     name = view.labels(profile)[best.method.spec] if best else headline(advice.method) if advice else NOTHING
-    cells = (
-        doc.Cell(name, strong=True),
-        sentence(advice.why) if advice else "No recommendation yet." if not profile.complete else "None.",
-        optional_bytes(peak),
-        format_change(peak, whole) if peak and whole else NOTHING,
-        slower,
-        doc.Cell(clean(where.machine), clean(where.date)[:10]),
-    )
+    none = "None." if profile.complete else "No recommendation yet."
+    cells: dict[str, doc.Content] = {
+        "Recommended": doc.Cell(name, strong=True),
+        "Why": sentence(advice.why) if advice else none,
+        "Peak": optional_bytes(peak),
+        "Against plain": format_change(peak, whole) if peak and whole else NOTHING,
+        "Step against plain": slower(profile, best) if best else NOTHING,
+        "Machine and date": doc.Cell(clean(where.machine), clean(where.date)[:10]),
+    }
     facts = setting_facts(profile.setting)
     notes = [] if profile.model.name == profile.name else [clean(profile.model.name)]
     notes.append(", ".join([f"batch {facts.pop('Batch')}", *facts.values()]))
     if not profile.complete:
         notes.append(f"incomplete: {view.waiting(profile)} of {len(profile.results)} methods are not measured")
-    return doc.Row(clean(profile.name), cells, tuple(notes))
+    return doc.Row(clean(profile.name), notes=tuple(notes)), cells
 
 
 def _every_method(profile: Profile) -> doc.Table:

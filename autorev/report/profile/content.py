@@ -26,7 +26,15 @@ from autorev.report import document as doc
 from autorev.report import shared
 from autorev.report.profile import view
 from autorev.report.profile.figures import peak_by_category
-from autorev.report.profile.tables import doubt, gradient_error, loss_change, peak_phase, share_of, state
+from autorev.report.profile.tables import (
+    doubt,
+    gradient_error,
+    loss_change,
+    optional_seconds,
+    peak_phase,
+    share_of,
+    state,
+)
 from autorev.report.terminal import shortened
 from autorev.words import GOALS, headline, setting_facts
 
@@ -101,29 +109,20 @@ def _methods(profile: Profile) -> Iterator[doc.Part]:
         number = NOTHING if peak is None else unit.number(peak)
         predicted = each.prediction.peak_bytes if each.prediction else None
         bar = doc.Bar(held, max(scale, budget or 0), budget) if held else doc.Cell(view.ended(each), tone="muted")
-        cells: tuple[doc.Content, ...] = (
-            bar,
-            doc.Cell(f"!{number}" if over else number, bad=over, strong=True),
-            share_of(profile, "plain", each),
-            peak_phase(each)[:9],
-            NOTHING if seconds is None else format_seconds(seconds) + ("~" if each.in_doubt else ""),
-            format_rate(profile.per_second(seconds)),
-            gradient_error(each),
-            loss_change(each),
-            format_ratio(predicted, each.memory.peak_bytes if each.memory else None),
-        )
+        cells: dict[str, doc.Content] = {
+            "memory at the peak,\nby category": bar,
+            f"peak\n{unit.name}": doc.Cell(f"!{number}" if over else number, bad=over, strong=True),
+            "of\nplain": share_of(profile, "plain", each),
+            "peak\nphase": peak_phase(each)[:9],
+            "step": NOTHING if seconds is None else format_seconds(seconds) + ("~" if each.in_doubt else ""),
+            f"{profile.units}\n/s": format_rate(profile.per_second(seconds)),
+            "gradient\nerror": gradient_error(each),
+            "loss\nchange": loss_change(each),
+            "predicted/\nmeasured": format_ratio(predicted, each.memory.peak_bytes if each.memory else None),
+        }
         name = shortened(view.labels(profile)[each.method.spec], 58) + ("*" if _changes(profile, each) else "")
-        made.append(doc.Row(name, cells, chosen=view.chosen(profile) is each))
-    heads: tuple[str, ...] = (
-        "method",
-        "memory at the peak,\nby category",
-        f"peak\n{unit.name}",
-        "of\nplain",
-        "peak\nphase",
-        "step",
-    )
-    heads += (f"{profile.units}\n/s", "gradient\nerror", "loss\nchange", "predicted/\nmeasured")
-    yield doc.Table(heads, tuple(made), words=(4,), room=_ROOM_FOR_BARS)
+        made.append((doc.Row(name, chosen=view.chosen(profile) is each), cells))
+    yield doc.table("method", made, words=(4,), room=_ROOM_FOR_BARS)
     mark = f"| the budget, {format_bytes(budget)}" if budget else ""
     yield doc.Legend(tuple(view.peak_categories_shown(profile)), mark, _ROOM_FOR_BARS)
     yield from _marks(profile, rows)
@@ -163,11 +162,9 @@ def markdown(profiles: Sequence[Profile]) -> Iterator[doc.Section]:
 
 
 def _record(profile: Profile) -> doc.Section:
-    heads: tuple[str, ...] = ("method", "peak", "of plain", "kept", "s/step (median)", "spread", f"{profile.units}/s")
-    heads += ("gradient error", "loss change", "predicted/measured peak")
     parts: list[doc.Part] = [
         doc.Command(profile.command),
-        doc.Table(heads, tuple(_markdown_row(profile, each) for each in profile.results)),
+        doc.table("method", [_markdown_row(profile, each) for each in profile.results]),
     ]
     reasons = [f"{_markdown_name(profile, r)}: {r.status.value}; {r.reason}" for r in profile.results if r.reason]
     if reasons:
@@ -185,24 +182,24 @@ def _record(profile: Profile) -> doc.Section:
     )
 
 
-def _markdown_row(profile: Profile, each: Result) -> doc.Row:
-    memory, _fidelity, seconds = each.memory, each.fidelity, each.step_seconds
-    rate, plain = profile.per_second(seconds), profile.result("plain")
-    cells = (
-        _markdown_peak(each),
-        format_share(memory.peak_bytes, plain.memory.peak_bytes if plain and plain.memory else None)
-        if memory
+def _markdown_row(profile: Profile, each: Result) -> tuple[doc.Row, dict[str, doc.Content]]:
+    memory, predicted, plain = each.memory, each.prediction, profile.result("plain")
+    whole = plain.memory.peak_bytes if plain and plain.memory else None
+    cells: dict[str, doc.Content] = {
+        "peak": _markdown_peak(each),
+        "of plain": format_share(memory.peak_bytes, whole) if memory else NOTHING,
+        "kept": format_bytes(memory.kept_bytes) if memory else NOTHING,
+        "s/step (median)": optional_seconds(each.step_seconds),
+        "spread": NOTHING if each.spread is None else f"{each.spread:.1%}{', in doubt' if each.in_doubt else ''}",
+        f"{profile.units}/s": _rate(profile.per_second(each.step_seconds)),
+        "gradient error": gradient_error(each),
+        "loss change": loss_change(each),
+        "predicted/measured peak": format_ratio(predicted.peak_bytes, memory.peak_bytes)
+        if memory and predicted
         else NOTHING,
-        format_bytes(memory.kept_bytes) if memory else NOTHING,
-        NOTHING if seconds is None else format_seconds(seconds),
-        NOTHING if each.spread is None else f"{each.spread:.1%}{', in doubt' if each.in_doubt else ''}",
-        _rate(rate),
-        gradient_error(each),
-        loss_change(each),
-        format_ratio(each.prediction.peak_bytes, memory.peak_bytes) if memory and each.prediction else NOTHING,
-    )
+    }
     best = profile.recommendation is not None and profile.recommendation.method == each.method.spec
-    return doc.Row(_markdown_name(profile, each), cells, chosen=best)
+    return doc.Row(_markdown_name(profile, each), chosen=best), cells
 
 
 def _markdown_name(profile: Profile, each: Result) -> str:

@@ -61,7 +61,7 @@ def memory_against_throughput(profile: Profile) -> Figure | None:
     rates, peaks = [rate for _, _, rate in points], [peak for _, peak, _ in points]
     budget = profile.budget_bytes
     if budget and budget <= 1.5 * max(peaks):
-        series.append(_level(f"budget: {format_bytes(budget)}", [min(rates), max(rates)], plots.in_unit(budget, unit)))
+        series.append(plots.Series.level(f"budget: {format_bytes(budget)}", sorted(rates), plots.in_unit(budget, unit)))
         peaks.append(budget)
     return plots.lines(
         "tradeoff",
@@ -73,10 +73,6 @@ def memory_against_throughput(profile: Profile) -> Figure | None:
         x_axis={"range": _span(min(rates), max(rates)), "showgrid": True},
         y_axis={"range": _span(plots.in_unit(min(peaks), unit), plots.in_unit(max(peaks), unit))},
     )
-
-
-def _level(name: str, ends: list[float], at: float) -> plots.Series:
-    return plots.Series(name, ends, [at, at], color=plots.BAD, dash="dash", width=1.5, mode="lines")
 
 
 def _span(low: float, high: float) -> list[float]:
@@ -225,7 +221,7 @@ def sweep(profile: Profile, axis: str) -> Figure | None:
         series.append(plots.Series.like(look[spec], names[spec], x, y, texts=texts))
     if budget:
         top = plots.in_unit(budget, unit)
-        series.append(_level(f"budget: {format_bytes(budget)}", [values[0], values[-1]], top))
+        series.append(plots.Series.level(f"budget: {format_bytes(budget)}", values, top))
         stopped = [point for point in points if point.peak_bytes is None]
         x, texts = [p.value for p in stopped], [f"{names[p.method]}, {format_integer(p.value)}" for p in stopped]
         how: dict[str, Any] = {"color": plots.BAD, "symbol": "x-thin", "size": 9, "mode": "markers", "outlined": True}
