@@ -60,14 +60,15 @@ def report(
     show(found, ctx.meta[COMMAND], as_json, html)
     if markdown:
         write(markdown, render_markdown(found))
-    from autorev.profiler import exports
+    from autorev.profiler.frames import write_tables
+    from autorev.profiler.trace import write_trace
 
     if csv:
-        exports.write_csv(found, csv)
+        write_tables(found, csv)
     if parquet:
-        exports.write_parquet(found, parquet)
+        write_tables(found, parquet, "parquet")
     if trace:
-        exports.write_trace(found[0], trace)
+        write_trace(found[0], trace)
     for path in (markdown, csv, parquet, trace):
         if path and not as_json:
             say(f"Written: {path}")

@@ -226,8 +226,8 @@ class Profile(Record):
         return self.write(Path(folder) / f"{self.name}.json")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per method; `autorev.profiler.exports` has the steps and the sweeps."""
-        from autorev.profiler.exports import results_frame
+        """One row per method; `autorev.profiler.frames` has the steps and the sweeps."""
+        from autorev.profiler.frames import results_frame
 
         return results_frame([self])
 
