@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 
-# Before torch is imported, and for every process that a test starts: there is a worker of pytest for each core.
+# For the workers of pytest, of which there is one for each core, and for every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # glibc then gives a tensor's memory back to the system
 
 import pytest
 
