@@ -254,7 +254,7 @@ def test_a_reference_under_another_coupling(folder: Path, tmp_path: Path, caplog
     autorev.convert(model, method="leapfrog")
     autorev.convert(reference, method="midpoint")
     ReversibleCallback().attach(trainer_of("DPO", model, folder, tmp_path, ref_model=reference))
-    assert "DPOTrainer.ref_model is converted with another coupling than the policy" in caplog.text
+    assert "DPOTrainer.ref_model is converted with another method than the policy" in caplog.text
 
 
 def test_a_reference_with_other_blocks_converted(folder: Path, tmp_path: Path, caplog: Any) -> None:
