@@ -20,7 +20,7 @@ _SETTING = (
     *("batch", "sequence", "dtype", "autocast", "optimizer", "trains", "lora_rank", "lora_dropout", "adapter_dtype"),
     "device",
 )
-_METHOD = ("method", "loss", "reversible", "preserves_function")
+_METHOD = ("name", "loss", "reversible", "preserves_function")
 _MEMORY = ("peak_bytes", "phase", "kept_bytes", "process_bytes", "host_bytes", "reserved_bytes", "attributed_bytes")
 _OVERHEAD = ("recomputation", "coupling", "packing")
 _PREDICTED = ("peak_bytes", "kept_bytes", "step_seconds")

@@ -15,12 +15,12 @@ CONTAINERS = {
     *("WeakKeyDictionary", "WeakValueDictionary", "WeakSet", "WeakIdKeyDictionary"),
 }
 OF_THE_PROCESS = {
-    "capture/patching.py _installed": "functions of others that have a stand-in, under a lock: each thread has its own",
+    "patching.py _installed": "functions of others that have a stand-in, under a lock: each thread has its own",
     "capture/quantised.py _known": "a cache: what a kind of layer keeps for backward",
     "conversion/references.py _beside": "a mark on a reference model, for each policy",
     "conversion/references.py _following": "likewise",
     "conversion/references.py _checked": "a mark on a trainer",
-    "models/example_call.py _said": "log messages that are not repeated",
+    "integrations/example_call.py _said": "log messages that are not repeated",
     "models/weights.py _said": "likewise",
     "rewrite/block_forward.py _left_empty": "a mark on a key-value cache, whichever model is given it",
 }
