@@ -53,7 +53,7 @@ def main() -> None:
         done = autorev.convert(model, **({"gamma": float(Fraction(gamma))} if gamma else how))
         if gamma:
             autorev.recouple(model, gamma=float(Fraction(gamma)))
-        found = losses(training=how.get("coupling") == "bdia")
+        found = losses(training=how.get("method") == "bdia")
         chain, gap = done.chains[0], found - original
         print(
             f"| {name} | {max(chain.side_bits)} | 2^-{chain.fraction_bits} | {found.mean():.3f} | "

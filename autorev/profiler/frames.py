@@ -42,7 +42,7 @@ _POINTS = (
 # A column's type follows from its name, so that no missing figure changes it. What is in none of these is a number.
 _TEXTS = (
     *("record", "model", "model_class", "dtype", "autocast", "optimizer", "trains", "adapter_dtype", "device"),
-    *("machine", "date", "commit", "goal", "method", "method", "loss", "status", "reason", "phase", "units"),
+    *("machine", "date", "commit", "goal", "method", "name", "loss", "status", "reason", "phase", "units"),
     *("gradient_against", "axis"),
 )
 _FLAGS = ("pretrained", "reversible", "preserves_function", "largest")

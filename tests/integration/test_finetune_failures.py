@@ -244,7 +244,7 @@ def check_stopped(place: Path, out: str, said: str, checkpoint: int | None, **ho
     left = [path.name for path in (place / out).glob("checkpoint-*")]
     assert max(left, default=None) == (f"checkpoint-{checkpoint}" if checkpoint else None)
     if checkpoint:
-        model = autorev.load(place / out / f"checkpoint-{checkpoint}") if "coupling" not in how else None
+        model = autorev.load(place / out / f"checkpoint-{checkpoint}") if "method" not in how else None
         assert model is None or loss_of(model, place / out) < 6
     assert not FineTuning.read(place / out / "run.json").complete
 

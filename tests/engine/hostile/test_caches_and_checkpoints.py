@@ -46,7 +46,7 @@ def test_the_second_segment_sees_the_first(given: bool, how: dict[str, Any]) -> 
     with a gamma next to nothing the numbers are the plain model's."""
     model = llama()
     plain = two_segments(model, DynamicCache(config=model.config))
-    gamma = {} if "coupling" in how else {"gamma": 1 / 256}
+    gamma = {} if "method" in how else {"gamma": 1 / 256}
     autorev.convert(model, **how, **gamma)
     call = {} if given else {"use_cache": True}
     found = two_segments(model, DynamicCache(config=model.config) if given else None, **call)
