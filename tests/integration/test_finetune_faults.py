@@ -89,6 +89,7 @@ def check_free(folder: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write(place: Path, writes: Writes) -> None:
     """One sentence says so, nothing half written is left, and the folder takes the run again."""
     writes.watch(place / "whole")

@@ -119,8 +119,10 @@ QUANTISED: dict[str, tuple[Callable[[Path], Any], Kept]] = {
     "quanto-int8": (by_quanto(quanto.qint8), INPUT),
     "quanto-int4": (by_quanto(quanto.qint4), INPUT),
 }
-each_library = pytest.mark.parametrize("name", QUANTISED)
-one_of_each = pytest.mark.parametrize("name", ["nf4-twice-bf16", "int8", "torchao-int8", "quanto-int4"])
+COMPILES = pytest.param("quanto-int4", marks=pytest.mark.slow)
+"""quanto compiles an extension when it first unpacks four bits."""
+each_library = pytest.mark.parametrize("name", [*(name for name in QUANTISED if name != "quanto-int4"), COMPILES])
+one_of_each = pytest.mark.parametrize("name", ["nf4-twice-bf16", "int8", "torchao-int8", COMPILES])
 
 
 def quantised(name: str, folder: Path) -> Any:
