@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 import torch
-from autorev.prediction.methods import METHODS
 from click.testing import CliRunner
 from torch import nn
 
@@ -22,6 +21,7 @@ from autorev.analysis import Analysis, Category, Prediction, Setting
 from autorev.cli import main
 from autorev.commands import training_command
 from autorev.errors import SettingError
+from autorev.methods import Method
 from autorev.pipeline import prepare
 from autorev.prediction.forecast import Forecaster
 from autorev.prediction.training import DTYPES
@@ -66,7 +66,7 @@ def prepared(family: str, given: dict[str, Any]) -> tuple[Workload, Analysis, Fo
 
 def predict(forecaster: Forecaster, name: str) -> Prediction:
     """One method's prediction at the setting's own sizes."""
-    method = forecaster.settled(next(s for s in METHODS if s.name == name))
+    method = forecaster.settled(Method(name))
     setting = forecaster.setting
     return forecaster.prediction(method, forecaster.trace(method, setting.batch, setting.sequence))
 
