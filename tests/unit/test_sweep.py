@@ -162,7 +162,7 @@ def test_a_step_that_would_take_too_long_ends_the_search() -> None:
     points = machine.search(longest_step=40)
     assert not any(p.largest for p in points)
     assert max(value for value, _ in machine.asked) * 0.5 <= 40
-    assert points[-1].reason == "a step of 256 would take about 128 s; --longest-step allows more"
+    assert points[-1].reason == "a step of 256 would take about 128 s; `longest_step` allows more"
 
 
 def test_the_search_ends_after_so_many_sizes() -> None:
