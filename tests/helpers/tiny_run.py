@@ -41,9 +41,9 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def tune(folder: Path, out: str = "run", model: str = "llm", data: str = "text.txt", **how: Any) -> FineTuning:
-    """Fine-tune `folder/model` on `folder/data` into `folder/out`."""
-    return finetune(str(folder / model), out=folder / out, text=folder / data, **{**USUAL, **how})
+def tune(folder: Path, out: str = "run", model: str = "llm", text: str = "text.txt", **how: Any) -> FineTuning:
+    """Fine-tune `folder/model` on `folder/text` into `folder/out`."""
+    return finetune(str(folder / model), out=folder / out, text=folder / text, **{**USUAL, **how})
 
 
 def figures(record: FineTuning) -> list[tuple[Any, ...]]:
