@@ -177,7 +177,7 @@ def test_weights_that_are_no_numbers(place: Path) -> None:
         *(
             ({name: value}, f"{name} is a whole number, {least} or more, not {value}")
             for name, value, least in (
-                ("steps", 0, 1), ("batch", 0, 1), ("accumulate", 0, 1), ("lora", 0, 1), ("sequence", 0, 2),
+                ("steps", 0, 1), ("batch", 0, 1), ("accumulate", 0, 1), ("lora_rank", 0, 1), ("sequence", 0, 2),
                 ("sequence", 1, 2), ("evaluate_every", 0, 1), ("save_every", -1, 1), ("validation_rows", 0, 1),
                 ("warmup", -1, 0), ("seed", -1, 0), ("steps", 2.5, 1),
             )
