@@ -150,7 +150,7 @@ def test_other_ways_to_train(done: Done, how: dict[str, Any], tolerance: float) 
     assert record.complete and [row.drift for row in record.logged] == [0.0] * STEPS
     assert losses(record) == pytest.approx(losses(done("reversible")), abs=tolerance)
     assert losses(record) != losses(done("reversible"))
-    assert record.recipe.dtype == ("bf16" if how.get("bf16") else "fp32")
+    assert record.recipe.dtype == (how.get("autocast") or "fp32")
     assert record.side_bits() == (2.0 if "k=2" in record.method.spec else 3.0)
 
 

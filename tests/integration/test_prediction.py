@@ -283,7 +283,7 @@ def test_a_head_alone_leaves_nothing_to_reverse() -> None:
     workload = workload_of(model_cls, config_cls(**sizes))
     _, forecaster = prepare(workload, batch=batch, sequence=sequence, dtype="fp32", device="cpu", trains="head")
     predictions = {s: predict(forecaster, s.name) for s in forecaster.methods()}
-    assert len({p.peak_bytes for s, p in predictions.items() if s.kind != "reversible"}) == 1
+    assert len({p.peak_bytes for s, p in predictions.items() if not s.reversible}) == 1
     assert len({p.kept_bytes for p in predictions.values()}) == 1
     stream = 4 * batch * (sequence or 1) * sizes["hidden_size"]
     plain, *others = predictions.values()
