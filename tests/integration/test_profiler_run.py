@@ -201,7 +201,7 @@ def group_lives(group: int) -> bool:
 
 def test_a_record_of_another_run_is_not_gone_on_with(jobs: list[Job], folder: Path) -> None:
     """Other settings, another budget, another goal: told by name, and the record stays as it is."""
-    name: dict[str, Any] = {"folder": "records", "name": "r"}
+    name: dict[str, Any] = {"out": "records", "name": "r"}
     run("profiled_net:make", "plain", **name)
     file = folder / "records" / "r.json"
     before = file.read_text()
@@ -219,7 +219,7 @@ def test_a_record_of_another_run_is_not_gone_on_with(jobs: list[Job], folder: Pa
 
 def test_more_is_measured_of_a_complete_record(jobs: list[Job]) -> None:
     """--resume with another method, more rounds or a sweep runs what is missing and keeps the rest."""
-    name: dict[str, Any] = {"folder": "records", "name": "r"}
+    name: dict[str, Any] = {"out": "records", "name": "r"}
     first = run("profiled_net:make", "plain", **name)
     jobs.clear()
     assert run("profiled_net:make", "plain", **name, resume=True) == first

@@ -157,7 +157,7 @@ def test_options_that_a_model_at_hand_cannot_have(jobs: list[Job]) -> None:
     for model, options, words in (
         (picklable(), {"batch": (TOKENS,), "sequence": 8}, "leave sequence out"),
         (picklable(), {"batch": (TOKENS,), "sweeps": ["batch"]}, "cannot be swept"),
-        (picklable(), {}, "needs example arguments"),
+        (picklable(), {}, "needs a batch"),
         (picklable(), {"batch": (TOKENS,), "depth": 3}, "depth"),
         (picklable(), {"batch": (TOKENS,), "text": "a.txt"}, "text"),
         ("profiled_net:make", {"batch": (TOKENS,)}, "batch is a number"),
