@@ -81,7 +81,7 @@ def _bullet(sign: str, words: str) -> RenderableType:
     return table
 
 
-def shortened(words: str, limit: int = 300) -> str:
+def shortened(words: str, limit: int = 1000) -> str:
     """`words`, cut where they would fill a screen."""
     return words if len(words) <= limit else f"{words[: limit - 3]}..."
 
