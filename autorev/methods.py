@@ -105,7 +105,8 @@ BASELINES = tuple(name for name in METHODS if name not in PRESETS)
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train a model. `str(method)` is its spelling, which `parse` reads.
+    """One way to train a model. `str(method)` is its spelling, which `parse` reads; numbers by block and grids by chain
+    have none, and are given as arguments.
 
     Raises:
         SettingError: there is no method of that name, or an option makes no sense.

@@ -187,7 +187,7 @@ def holders_table(holders: Sequence[Holder], memory: Memory, label: str, fold: s
         Row(
             clean(each.path),
             (
-                CATEGORY_TITLES.get(each.category, clean(each.category)),  # type: ignore[call-overload]
+                CATEGORY_TITLES.get(each.category, clean(each.category)),  # type: ignore[call-overload]  # as text
                 format_bytes(each.bytes),
                 format_share(each.bytes, memory.attributed_bytes),
             ),
