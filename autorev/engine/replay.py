@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,11 +19,17 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.couplings.arithmetic import Arithmetic
 from autorev.couplings.coupling import State
-from autorev.engine.digest import looked_at
+from autorev.engine.digest import Comparison, looked_at
 from autorev.engine.mode import REVERSIBLE, running
 from autorev.engine.modules import ModuleStates, version_of
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
 from autorev.errors import ReconstructionError
+
+if TYPE_CHECKING:
+    from autorev.engine.tiles import SeenTiled
+
+Completes = Callable[[torch.Tensor], None]
+"""Takes what a tiled call returns, once all of its tiles have run."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,17 @@ class Replay:
         self.modules = ModuleStates()
         self.roots: list[nn.Module] = []
         self.arguments: list[tuple[torch.Tensor, int]] = []
+        self.devices: list[tuple[str, int]] = []
         self.random: RandomStates | None = None
         self.settings: Settings | None = None
         self.again: Callable[[torch.Tensor], tuple[Any, torch.Tensor]] | None = None
         """The branch, for later runs: x -> (everything else that the block returns, x + f(x)). It holds neither its
         input nor a history (Rule 5 of NOTE [ Reconstruction ] in `step`)."""
+        self.again_but_for_tiles: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]] | None = None
+        """The same, up to its last call, which is of a tiled module: what is left to do is a function of what that call
+        returns. None: it does not end so."""
+        self.tiled: list[SeenTiled] = []
+        """The tiled calls of the first run, in order."""
 
     def add_module(self, module: nn.Module, path: str, writes: Callable[[nn.Module, str], bool]) -> None:
         """`module` is about to run as part of the branch."""
@@ -78,9 +91,9 @@ class Replay:
     def begins(self) -> None:
         """Called when the first run is about to begin."""
         read = (*(tensor for tensor, _ in self.arguments), *(owned.tensor for owned in self.modules.owned))
-        devices = devices_of(self.input.device, *(tensor.device for tensor in read))
-        self.settings = Settings(devices)
-        self.random = RandomStates(devices) if looked_at() else None
+        self.devices = devices_of(self.input.device, *(tensor.device for tensor in read))
+        self.settings = Settings(self.devices)
+        self.random = RandomStates(self.devices) if looked_at() else None
 
     def ran(self) -> None:
         """Called after the first run."""
@@ -95,16 +108,29 @@ class Replay:
             ReconstructionError: a parameter or an input was changed since, or sharded parameters are not there.
         """
         assert self.again is not None
+        with self.circumstances(asked_by_autograd, self.random), branch_run(BranchRun(self)):
+            return self.again(value.clone() if self.mutates_input else value)
+
+    def run_but_for_tiles(self, value: torch.Tensor, completes: Completes) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same, for autograd, up to the tiled call at its end, whose result `completes` will be given; returns
+        x + f(x) as a function of that."""
+        assert self.again_but_for_tiles is not None
+        with self.circumstances(True, self.random), branch_run(BranchRun(self, last_completes=completes)):
+            return self.again_but_for_tiles(value.clone() if self.mutates_input else value)
+
+    @contextmanager
+    def circumstances(self, asked_by_autograd: bool, random: RandomStates | None) -> Iterator[None]:
+        """Those of the first run. `random`: of the part that is run again."""
         assert self.settings is not None
         with ExitStack() as stack:
             self._make_resident(stack, asked_by_autograd)
             self.check()
-            if self.random is not None:
-                stack.enter_context(self.random.replayed())
+            if random is not None:
+                stack.enter_context(random.replayed())
             stack.enter_context(self.modules.restored())
             stack.enter_context(self.settings.restored())
             stack.enter_context(running(REVERSIBLE))  # whatever this thread runs at the moment
-            return self.again(value.clone() if self.mutates_input else value)
+            yield
 
     def check(self) -> None:
         """Are parameters and arguments what they were?
@@ -154,6 +180,37 @@ class Replay:
                 if not tensor.is_meta and storage.nbytes() == 0:
                     return owned.path
         return None
+
+
+@dataclass(eq=False)
+class BranchRun:
+    """The run of a step's branch that a thread is in."""
+
+    replay: Replay
+    comparison: Comparison | None = None
+    """Of a first run; None: it is a later one."""
+    last_completes: Completes | None = None
+    """Of a later run that stops at its last tiled call."""
+    count: int = 0
+    """Tiled calls so far."""
+
+
+_run: ContextVar[BranchRun | None] = ContextVar("autorev branch run", default=None)
+
+
+@contextmanager
+def branch_run(run: BranchRun | None) -> Iterator[None]:
+    """While it lasts, this thread is in `run`."""
+    token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+def branch_run_here() -> BranchRun | None:
+    """The run that this thread is in."""
+    return _run.get()
 
 
 @contextmanager

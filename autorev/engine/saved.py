@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointError, _checkpoint_hook, _CheckpointFrame
+from torch.utils.checkpoint import CheckpointError, _checkpoint_hook, _CheckpointFrame, _recomputation_hook
 
 from autorev.engine.digest import Comparison
 from autorev.engine.modules import ModuleStates
+from autorev.engine.replay import hooks_of_others_off
 from autorev.errors import ReconstructionError
 
 
@@ -44,7 +45,16 @@ class SavedTensors:
     @property
     def any(self) -> bool:
         """Was anything saved, so that backward may ask for it?"""
-        return bool(self.frame.weak_holders)
+        return self.count > 0
+
+    @property
+    def count(self) -> int:
+        """How many tensors were saved so far."""
+        return len(self.frame.weak_holders)
+
+    def asked_by_another(self, again: Callable[[], object]) -> Callable[[], None]:
+        """What `made_by` was given, run for somebody else than autograd; what it saves is taken all the same."""
+        return partial(_make, weakref.ref(self.frame), again)
 
     @contextmanager
     def dropped(self) -> Iterator[None]:
@@ -52,6 +62,21 @@ class SavedTensors:
         with _checkpoint_hook(self.frame):
             yield
         self.frame.forward_completed = True
+
+
+def _make(reference: weakref.ref[_CheckpointFrame], again: Callable[[], object]) -> None:
+    frame, task = reference(), torch._C._current_graph_task_id()
+    if frame is None or task == -1 or frame.is_recomputed[task]:  # nobody will ask, or it is there already
+        with hooks_of_others_off():
+            again()
+        return
+    try:
+        with _recomputation_hook(reference, task):
+            again()
+        frame.is_recomputed[task] = True
+        frame.check_recomputed_tensors_match(task)
+    except CheckpointError as error:
+        frame.unpack_error_cb(error)
 
 
 def _still_running(path: str) -> None:

@@ -39,7 +39,9 @@ Rule 4. A step that was undone may be asked for again (`retain_graph`, two losse
         new side bits.
 Rule 5. The tape refers to no node of autograd's graph, while that graph refers to the tape; otherwise a forward whose
         backward never runs would never be freed.
-Rule 6. Back at its first state, the tape checks that this is the state it began with.
+Rule 6. Where a branch ends in a call that is tiled (NOTE [ Tiles ] in `tiles`), its second run stops there; the tiles
+        run one by one, as autograd asks for them, and the step is undone when all have.
+Rule 7. Back at its first state, the tape checks that this is the state it began with.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pa
 from autorev.engine.grid import grid_at_start
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.modules import Owned, version_of
-from autorev.engine.replay import Replay
+from autorev.engine.replay import BranchRun, Replay, branch_run
 from autorev.engine.saved import SavedTensors
 from autorev.engine.tape import Tape, TapedStep
 from autorev.errors import ConversionError, ReconstructionError
@@ -148,10 +150,11 @@ class Step:
     def running(self) -> Iterator[None]:
         """Around the run of the branch; what it saves is dropped if it is run again (Rule 1)."""
         if self.replay is None:
-            yield
+            with branch_run(None):
+                yield
             return
         self.replay.begins()
-        with self.saved.dropped():
+        with branch_run(BranchRun(self.replay, self.tape.comparison)), self.saved.dropped():
             yield
         self.replay.ran()
 
@@ -182,7 +185,7 @@ class Step:
         """Nothing that the branch saved is kept: the tape makes it again, and goes back over the step."""
         tape = self.tape
         tape.go_to_end()  # a gradient may have been taken within the branch (Rule 4)
-        self.saved.made_by(partial(tape.run_again, tape.position))  # autograd's graph refers to the tape (Rule 5)
+        self._made_by(replay, partial(tape.run_again, tape.position))  # autograd's graph refers to the tape (Rule 5)
         step = TapedStep(self.coupling, replay, tape.comparison.first(out), tape.arithmetic)
 
         def append() -> torch.Tensor:
@@ -267,7 +270,14 @@ class Step:
     def leave_open(self) -> None:
         """The forward pass ended without another step: what ran since the last one only reads the stream."""
         if self.replay is not None:
-            self.saved.made_by(partial(self.tape.run_reader_again, self.replay))
+            self._made_by(self.replay, partial(self.tape.run_reader_again, self.replay))
+
+    def _made_by(self, replay: Replay, again: Callable[[], None]) -> None:
+        """`again` makes what the branch saved, and the inputs of its tiled calls."""
+        self.saved.made_by(again)
+        for seen in replay.tiled:
+            if (call := seen.call()) is not None:
+                call.reopen = self.saved.asked_by_another(again)
 
 
 def _check_unchanged(owned: list[Owned], path: str) -> None:

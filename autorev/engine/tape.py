@@ -12,10 +12,11 @@ bits, and how its branch is run again. Steps whose activations are stored leave 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +82,17 @@ class TapedStep:
         return self.arithmetic
 
 
+@dataclass(eq=False)
+class Opened:
+    """A step whose input is known again, and whose branch has run up to the tiled call at its end."""
+
+    step: TapedStep
+    value: torch.Tensor
+    """The input of its branch."""
+    rest: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What the tiled call returns -> what the branch returns."""
+
+
 class Tape:
     """The state of one forward pass, and the steps that it can be taken back over."""
 
@@ -93,6 +105,8 @@ class Tape:
         self.steps: list[TapedStep] = []
         self.position = 0
         """Number of steps that `state` lies behind."""
+        self.opened: Opened | None = None
+        """That step, while its tiles run."""
         self.halfway = False
         """Is `state` half-way back: the last step's input known, its partner not yet?"""
         self.label = label
@@ -180,7 +194,25 @@ class Tape:
                 step.dropped.refine_stream(self.state)
             self.halfway = True
         # out_BTD and value_BTD are floats in the model's dtype; the state is H_BTD, V_BTD int32 (or float32).
-        out, value = self._run(step, step.arithmetic_before, asked)  # an error leaves the tape half-way
+        self.opened = None
+        value = step.replay.input.made(self.state, step.arithmetic_before)
+        if asked and step.replay.again_but_for_tiles is not None:  # Rule 6
+            opened = self.opened = Opened(step, value.detach())
+            opened.rest = step.replay.run_but_for_tiles(value, partial(self._complete, opened))
+            return
+        out = self._run(step, value, asked)  # an error leaves the tape half-way
+        self._undone(step, out, value.detach())
+
+    def _complete(self, opened: Opened, result: torch.Tensor) -> None:
+        """All tiles have run, and `result` is what the tiled call returned."""
+        if self.opened is opened:  # else the step was undone without them
+            assert opened.rest is not None
+            out = opened.rest(result)
+            self._compare(opened.step, out)
+            self.opened = None
+            self._undone(opened.step, out, opened.value)
+
+    def _undone(self, step: TapedStep, out: torch.Tensor, value: torch.Tensor) -> None:
         if self.observed is not None:
             self.observed.rebuilt[self.chain.name] = self.observed.rebuilt.get(self.chain.name, 0) + 1
         with torch.no_grad():
@@ -193,22 +225,23 @@ class Tape:
         self.halfway = False
         self.position -= 1
         if self.position == 0:
-            self._check_origin()  # Rule 6
+            self._check_origin()  # Rule 7
 
     def _recover_output(self, step: TapedStep) -> None:
         if step.dropped is not None:
             step.dropped.coarsen_stream(self.state)
         step.coupling.recover_output(self.state, step.arithmetic)
-        self.halfway = False
+        self.halfway, self.opened = False, None
 
-    def _run(self, step: TapedStep, arithmetic: Arithmetic, asked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the branch returns, its input) of a state whose stream is that input."""
-        value = step.replay.input.made(self.state, arithmetic)
-        _, out = step.replay.run(value, asked)
-        out = out.detach()
+    def _run(self, step: TapedStep, value: torch.Tensor, asked: bool) -> torch.Tensor:
+        """What the branch returns of its input."""
+        out = step.replay.run(value, asked)[1].detach()
+        self._compare(step, out)
+        return out
+
+    def _compare(self, step: TapedStep, out: torch.Tensor) -> None:
         if self.comparison.says_other(step.out, out):
             raise self._not_reconstructed(f"{step.replay.path} returned something else", float("nan"))
-        return out, value.detach()
 
     def _go_to(self, position: int) -> None:
         """Undo steps that autograd does not ask for (Rule 3), or take undone ones again (Rule 4)."""
@@ -222,9 +255,10 @@ class Tape:
             while self.position < position:
                 step = self.steps[self.position]
                 self.bring(step.replay.input.device)
-                out, value = self._run(step, self.arithmetic, asked=False)
+                value = step.replay.input.made(self.state, self.arithmetic)
+                out = self._run(step, value, asked=False)
                 with torch.no_grad():
-                    self._forward(step, value, out)
+                    self._forward(step, value.detach(), out)
 
     # -- checks
 

@@ -48,10 +48,12 @@ class KnownAdds:
     """Sub-modules, by path, in whose own code closing adds stand."""
 
     @classmethod
-    def of_block(cls, finding: Finding) -> KnownAdds:
-        """The adds of a block module: each of its residual steps ends with one."""
+    def of_block(cls, finding: Finding, whole: bool = False) -> KnownAdds:
+        """The adds of a block module: each of its residual steps ends with one; the block, if it is one step as a
+        `whole`, with its last."""
         known = cls()
-        known.learn(finding, [step.after for step in finding.steps], None)
+        ends = [step.after for step in finding.steps]
+        known.learn(finding, ends[-1:] if whole else ends, None)
         return known
 
     @classmethod

@@ -35,6 +35,8 @@ class StepsOfBlock(ReversibleForward):
 
     adds: KnownAdds = field(default_factory=KnownAdds)
     steps: int = 0
+    whole: bool = False
+    """Is it one step all the same, taken by its calls, the last of which is tiled?"""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """All steps of the block."""
@@ -56,7 +58,8 @@ class StepsOfBlock(ReversibleForward):
         with fake_call(self.block, *like) as recorded:
             finding = judge(recorded.root)
         if finding.captured is not None and finding.start is not None:
-            self.adds.learn(finding, [step.after for step in finding.steps], None)
+            ends = [step.after for step in finding.steps]
+            self.adds.learn(finding, ends[-1:] if self.whole else ends, None)
 
 
 @dataclass(eq=False)

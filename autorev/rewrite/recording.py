@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from autorev.engine.modules import version_of, without_history
@@ -111,15 +112,26 @@ class Recording:
         """Tensors from outside that have to be the same in a second run."""
         return [kept.tensor for kept in self.outer if kept.before is None]
 
-    def finish(self, result: int | None) -> Callable[[torch.Tensor], tuple[None, torch.Tensor]]:
-        """The step as a function of its input; `result`: the slot that it returns (None: it is run for its effects)."""
+    def last_call_of(self, module: nn.Module) -> int | None:
+        """The number of the latest call, where that is one of `module` that returned one tensor."""
+        if not self.calls:
+            return None
+        latest = self.calls[-1]
+        called = getattr(latest.function, "args", ())
+        if not called or called[0] is not module or [place[:2] for place in latest.returned] != [(0, None)]:
+            return None
+        return len(self.calls) - 1
+
+    def finish(self, result: int | None, tiled: int | None = None) -> Repeated:
+        """The step as a function of its input; `result`: the slot that it returns (None: it is run for its effects);
+        `tiled`: the call that a second run may stop at."""
         self._known.clear()
         last: dict[int, int] = {} if result is None else {result: len(self.calls)}
         for number in range(len(self.calls) - 1, -1, -1):
             for leaf in self.calls[number].leaves:
                 if isinstance(leaf, _Slot):
                     last.setdefault(leaf.number, number)
-        return _Repeated(self.calls, self.outer, last, result)
+        return Repeated(self.calls, self.outer, last, result, tiled)
 
     def _name(self, tensor: torch.Tensor, name: _Slot | _Outer) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), name
@@ -153,7 +165,7 @@ class Recording:
 
 
 @dataclass(eq=False)
-class _Repeated:
+class Repeated:
     """The calls once more."""
 
     calls: list[_Made]
@@ -161,11 +173,37 @@ class _Repeated:
     last: dict[int, int]
     """Slot -> the last call that reads it: behind that it is let go, as the code's own variables were."""
     result: int | None
+    tiled: int | None
 
     def __call__(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
-        values: dict[int, torch.Tensor] = {0: x}
-        outer = [kept.tensor if kept.before is None else kept.before.clone() for kept in self.outer]
-        for number, made in enumerate(self.calls):
+        values = {0: x}
+        self._make(range(len(self.calls)), values, self._outer())
+        return None, x if self.result is None else values[self.result]
+
+    def but_for_tiles(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The calls up to the tiled one; what is left is a function of what that returns."""
+        assert self.tiled is not None
+        assert self.result is not None
+        result, tiled = self.result, self.tiled
+        values, outer = {0: x}, self._outer()
+        self._make(range(tiled + 1), values, outer)
+        values = {slot: value.detach() for slot, value in values.items()}
+        ((_, _, slot),) = self.calls[tiled].returned
+
+        def rest(returned: torch.Tensor) -> torch.Tensor:
+            values[slot] = returned
+            self._make(range(tiled + 1, len(self.calls)), values, outer)
+            return values.pop(result)
+
+        return rest
+
+    def _outer(self) -> list[torch.Tensor]:
+        return [kept.tensor if kept.before is None else kept.before.clone() for kept in self.outer]
+
+    def _make(self, numbers: range, values: dict[int, torch.Tensor], outer: list[torch.Tensor]) -> None:
+        """These calls; what they read is in `values`, and so is what later ones will."""
+        for number in numbers:
+            made = self.calls[number]
             leaves = [self._value(leaf, values, outer) for leaf in made.leaves]
             args, kwargs = tree_unflatten(leaves, made.spec)
             del leaves
@@ -179,7 +217,6 @@ class _Repeated:
             del returned
             for slot in [slot for slot in values if self.last.get(slot, -1) <= number]:
                 del values[slot]
-        return None, x if self.result is None else values[self.result]
 
     def _value(self, leaf: Any, values: dict[int, torch.Tensor], outer: list[torch.Tensor]) -> Any:
         if isinstance(leaf, _Slot):

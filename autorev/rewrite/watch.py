@@ -129,12 +129,16 @@ class Watch(TorchFunctionMode):
         assert form is not None
         assert self.step is not None
         assert self.running is not None
+        tiled = self._tiled_at_the_end(self.step)
+        saved = self.step.saved.count if tiled is not None else 0
         out = self._leaf(_SUMS[name], args, kwargs, in_place=False)
         for layout in reversed(form):
             out = self._leaf(layout.back, (out,), {}, in_place=False)
         if self.recording is not None:
             assert self.step.replay is not None
-            _hand_over(self.recording, self.step.replay, self.recording.slot_of(out))
+            if tiled is not None and self.step.saved.count > saved:
+                tiled = None  # autograd will ask for what the add saves before it comes to the tiles
+            _hand_over(self.recording, self.step.replay, self.recording.slot_of(out), tiled)
         self.running.__exit__(None, None, None)
         self.running = self.recording = None
         step, self.step = self.step, None
@@ -152,6 +156,14 @@ class Watch(TorchFunctionMode):
             self.renamed[id(args[0])] = weakref.ref(args[0]), new
             self._rename_in(self.module)
         return new
+
+    def _tiled_at_the_end(self, step: Step) -> int | None:
+        """The recording's latest call, if it is of a tiled module whose tiles autograd will all ask for."""
+        if self.recording is None or step.replay is None or not step.replay.tiled:
+            return None
+        seen = step.replay.tiled[-1]
+        hooked = seen.module._forward_hooks or torch.nn.modules.module._global_forward_hooks
+        return None if hooked or not seen.wholly_asked_for else self.recording.last_call_of(seen.module)
 
     def end(self, returned: Any) -> Any:
         """The forward has returned; what it returned, with the coupled stream in it.
@@ -337,11 +349,14 @@ class Watch(TorchFunctionMode):
                     self._mark(one, (*form, Reshaped(source.shape, one.shape)))
 
 
-def _hand_over(recording: Recording, replay: Replay, result: int | None) -> None:
-    """What the code did is how the step is run again; `result`: the recording's slot of what it returns."""
+def _hand_over(recording: Recording, replay: Replay, result: int | None, tiled: int | None = None) -> None:
+    """What the code did is how the step is run again; `result`: the recording's slot of what it returns; `tiled`: the
+    call which only the residual add comes after."""
     replay.mutates_input = recording.writes_to_input
     replay.add_arguments(recording.arguments())
-    replay.again = recording.finish(result)
+    replay.again = repeated = recording.finish(result, tiled)
+    if tiled is not None:
+        replay.again_but_for_tiles = repeated.but_for_tiles
 
 
 def _in_place(name: str) -> bool:

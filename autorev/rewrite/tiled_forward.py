@@ -1,0 +1,140 @@
+"""What stands in for the `forward` of a module that acts on each position alone: it runs it a tile at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from autorev.capture.record import ModuleCall
+from autorev.detect.judge import Finding
+from autorev.detect.tokenwise import Mixing, TokenWise, same_positions, tileable
+from autorev.engine.mode import ORACLE, mode
+from autorev.engine.tiles import Tiling, run_tiled
+from autorev.errors import ConversionError
+from autorev.rewrite.block_forward import Replacement
+from autorev.rewrite.compiled import CompiledBlock
+
+SMALLEST = 128
+"""Positions of a tile, at least, where the number is chosen: below that, matrix products become slow."""
+KEPT_BY_A_TILE = 0.5
+"""What one tile may keep for backward, in sizes of the module's input."""
+
+TileSize = int | Literal["auto"]
+
+
+@dataclass(eq=False)
+class TiledForward(Replacement):
+    """A module's own forward, on a tile of positions at a time."""
+
+    found: TokenWise
+    size: TileSize
+    compiling: CompiledBlock = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.compiling = CompiledBlock(self.block)
+
+    def own(self) -> Callable[..., Any]:
+        """The module's own forward, compiled where what calls it is."""
+        return self.compiling.compiled(self.original)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward."""
+        leaves, spec = tree_flatten((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        axis, forward = self.found.axis, self.own()
+        whole = (
+            not inputs
+            or inputs[0].dim() <= axis + 1
+            or not same_positions(inputs, axis)
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or hasattr(inputs[0], "placements")  # spread over processes
+        )
+        size = 0 if whole else self._size(inputs[0].shape[axis])
+        if whole or inputs[0].shape[axis] <= size:
+            return forward(*args, **kwargs)
+        tiling = Tiling(axis, size)
+        function = _Function(forward, [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves], spec)
+        if mode() == ORACLE:
+            if not self.found.draws_random:
+                return forward(*args, **kwargs)
+            tiles = [[x.narrow(axis, *piece) for x in inputs] for piece in tiling.pieces(inputs[0])]
+            return torch.cat([function(*tile) for tile in tiles], axis)  # which draw one after the other
+        del args, kwargs, leaves
+        return run_tiled(self.block, self.path, function, inputs, tiling)
+
+    def _size(self, positions: int) -> int:
+        if self.size != "auto":
+            return self.size
+        return max(SMALLEST, math.ceil(positions * KEPT_BY_A_TILE / self.found.saved))
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A forward as a function of its tensors."""
+
+    forward: Callable[..., Any]
+    leaves: list[tuple[Any] | None]
+    """None: a tensor."""
+    spec: TreeSpec
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        given = iter(tensors)
+        leaves = [next(given) if leaf is None else leaf[0] for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        result: torch.Tensor = self.forward(*args, **kwargs)
+        return result
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """The forwards that tile a model, and the parts of its blocks that they do not, with the reason."""
+
+    forwards: tuple[TiledForward, ...]
+    untiled: tuple[tuple[str, str], ...]
+
+
+def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize) -> Tiled:
+    """What tiles the blocks of `findings`, for `model`; nothing is installed.
+
+    Raises:
+        ConversionError: nothing can be tiled, or `size` is as long as the sequence.
+    """
+    proved: dict[str, TokenWise] = {}
+    untiled: dict[str, str] = {}
+    positions = 0
+    blocks = [finding for finding in findings if not finding.inline]
+    for finding in blocks:
+        call = finding.call
+        for found in tileable(call, call.path):
+            path = f"{call.path}.{found.path}" if call.path else found.path
+            if isinstance(found, Mixing):
+                untiled[path] = found.reason
+            elif path not in proved or proved[path].axis == found.axis:
+                proved[path] = found
+                positions = max(positions, _positions(call, path, found.axis))
+            else:
+                untiled[path] = "it is called with its positions in one axis and in another"
+    proved = {path: found for path, found in proved.items() if path not in untiled}
+    if not proved:
+        which = [f"{path}: {reason}" for path, reason in untiled.items()][:1] or ["no part of them is a module"]
+        raise ConversionError(f"no part of the blocks can be run a tile at a time ({which[0]}); leave tile= out")
+    if size != "auto" and size >= positions:
+        raise ConversionError(
+            f"tile={size} leaves nothing to tile: the blocks are called with {positions} positions; choose fewer, or "
+            "tile='auto'"
+        )
+    forwards = (TiledForward(model.get_submodule(path), path, found, size) for path, found in proved.items())
+    return Tiled(tuple(forwards), tuple(untiled.items()))
+
+
+def _positions(call: ModuleCall, path: str, axis: int) -> int:
+    below = next(child for child in call.walk() if child.path == path)
+    given = tree_flatten((below.args, below.kwargs))[0]
+    return next(int(leaf.shape[axis]) for leaf in given if isinstance(leaf, torch.Tensor))
