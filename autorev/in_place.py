@@ -16,11 +16,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from autorev.chunked_loss import chunk_loss, unchunk_loss
 from autorev.conversion.convert import convert, revert
 from autorev.conversion.summary import Conversion
+from autorev.detection import detect_in
 from autorev.errors import ConversionError
 from autorev.host_store import HostStore
 from autorev.methods import Method
 from autorev.prediction.baselines import selective_policy
 from autorev.prediction.training import NO_LABELS
+from autorev.rewrite.tiled_forward import TileSize, installed, tiled_forwards
 from autorev.workload import Call
 
 
@@ -77,11 +79,25 @@ def in_place(
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
+        if method.tile is not None and not method.reversible:
+            stack.enter_context(_tiled(model, blocks, call, method.tile))
         if method.name == "compile":
             stack.enter_context(_compiled(model, blocks, method.budget or 0.0))
         elif method.name in ("checkpoint", "sac", "offload"):
             stack.enter_context(_checkpointed(model, blocks, method.name, placed))
         yield placed
+
+
+@contextmanager
+def _tiled(model: nn.Module, blocks: Blocks, call: Call, size: TileSize) -> Iterator[None]:
+    detection, _ = detect_in(model, *call)
+    judged = (*(finding for chain in detection.chains for finding in chain), *detection.refused)
+    try:
+        tiled = tiled_forwards(model, (finding for finding in judged if finding.path in blocks.paths), size)
+    except ConversionError as error:
+        raise NotApplicable(str(error)) from error
+    with installed(tiled.forwards):
+        yield
 
 
 @contextmanager

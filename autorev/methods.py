@@ -6,7 +6,7 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
         chooses) and fraction_bits=N; momentum takes k, or gamma = 2^-k
-    every one takes loss=full|chunked
+    every one takes loss=full|chunked, and all but compile tile=N|auto
 
 A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `METHODS`.
 """
@@ -130,6 +130,9 @@ class Method:
     """The fixed-point grid is 2^-fraction_bits, of all chains or by a chain's name; None: fitted by a probe."""
     budget: float | None = None
     """Of compile: the share of the activations that may be kept."""
+    tile: int | Literal["auto"] | None = None
+    """Positions at a time that the parts of a block run on which act on each position alone (`detect/tokenwise.py`);
+    auto: as many as keep little beside a block's input. None: all."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in METHODS:
@@ -154,6 +157,8 @@ class Method:
             object.__setattr__(self, "budget", 0.5 if self.budget is None else self.budget)
             if not (is_number(self.budget) and 0 <= (self.budget or 0) <= 1):
                 raise SettingError(f"budget of compile is a share of 0 to 1, not {self.budget}")
+        if self.tile is not None and self.tile != "auto" and not is_count(self.tile, 1):
+            raise SettingError(f"tile is 'auto' or a number of positions, 1 or more, not {self.tile!r}")
         if self.reversible:
             self._check_conversion()
 
@@ -310,8 +315,8 @@ def _options(name: str) -> tuple[str, ...]:
     """The options that a method of that name takes."""
     if name in PRESETS:
         numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
-        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits")
-    return ("loss", "budget") if name == "compile" else ("loss",)
+        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile")
+    return ("loss", "budget") if name == "compile" else ("loss", "tile")
 
 
 _CHOICES = {"loss": ("full", "chunked"), "arithmetic": ("exact", "float"), "granularity": ("block", "sublayer")}
@@ -336,6 +341,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "keep_last": _count,
     "fraction_bits": int,
     "budget": float,
+    "tile": _count,
 }
 """How the text of an option is read."""
 

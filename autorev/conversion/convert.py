@@ -35,6 +35,7 @@ from autorev.methods import Method, Numbers
 from autorev.rewrite.block_forward import ReversibleForward, replacements_of
 from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.loop_forward import install_loops
+from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
 
 
 def convert(
@@ -48,6 +49,7 @@ def convert(
     granularity: str | None = None,
     keep_last: int | Literal["auto"] | None = None,
     fraction_bits: int | Mapping[str, int] | None = None,
+    tile: int | Literal["auto"] | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Conversion:
@@ -72,6 +74,8 @@ def convert(
             proportions count, not its size).
         fraction_bits: the fixed-point grid is 2^-fraction_bits, for all chains or by chain name; default: chosen per
             chain by a probe of the batch.
+        tile: positions at a time that the parts of a block run on which act on each position alone (an MLP, as a rule),
+            forward and backward; "auto": as many as keep little beside the block's input. Default: all at once.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 
@@ -90,6 +94,7 @@ def convert(
         granularity=granularity,
         keep_last=keep_last,
         fraction_bits=fraction_bits,
+        tile=tile,
     )
     if any(forwards_of(model)):
         raise ConversionError(
@@ -109,12 +114,16 @@ def convert(
     _check_patterns(how, chosen)
     if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
+    every = [finding for chain in chosen.chains for finding in chain]
+    tiled = Tiled() if how.tile is None else tiled_forwards(model, every, how.tile)
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
         built.append(BuiltChain(model, chain, kept, how, taken={item.chain.name for item in built}))
     names = list(model.state_dict())
+    for forward in tiled.forwards:
+        forward.install()
     for item in built:
         item.install()
     install_loops(model, [(item.findings, item.chain) for item in built])
@@ -134,6 +143,9 @@ def convert(
         arithmetic=how.arithmetic,
         granularity=how.granularity,
         chains=tuple(ConvertedChain.of(item, why) for item, why in zip(built, stored.why, strict=True)),
+        tile=how.tile,
+        tiled=tuple(forward.path for forward in tiled.forwards),
+        not_tiled=tiled.untiled,
         not_converted=tuple(chosen.left_out),
         notes=tuple(notes),
         simulated=partial(estimate.memory, how, stored.blocks),

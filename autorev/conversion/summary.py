@@ -90,6 +90,12 @@ class Conversion:
     chains: tuple[ConvertedChain, ...]
     not_converted: tuple[tuple[str, str], ...]
     """(path, reason) of every residual block that was left as it is."""
+    tile: int | str | None = None
+    """Positions at a time, or auto."""
+    tiled: tuple[str, ...] = ()
+    """Modules that run so."""
+    not_tiled: tuple[tuple[str, str], ...] = ()
+    """(path, reason) of those that do not, and keep as much for backward."""
     notes: tuple[str, ...] = ()
     simulated: Callable[[], Memory | str] = field(default=lambda: "it was not asked for", repr=False, compare=False)
     """Simulates a training step of the example call; a string says why it cannot be."""
@@ -119,7 +125,7 @@ class Conversion:
 
     def to_json(self) -> str:
         """One JSON object."""
-        plain = ("coupling", "arithmetic", "granularity", "not_converted", "notes")
+        plain = ("coupling", "arithmetic", "granularity", "not_converted", "tile", "tiled", "not_tiled", "notes")
         told = {name: getattr(self, name) for name in plain}
         told["chains"] = [asdict(chain) for chain in self.chains]
         told["memory"] = None if self.memory is None else asdict(self.memory)
@@ -132,6 +138,7 @@ class Conversion:
         ]
         lines += _compared(self._found, self.chains, len(self.not_converted))
         lines += dict.fromkeys(line for chain in self.chains for line in _stored(chain, len(self.chains)))
+        lines += _tiled(self.tile, self.tiled, self.not_tiled)
         if self.preserves_function:
             lines.append(
                 "The pretrained function is nearly preserved (gamma is small): autorev.verify prints by how much"
@@ -164,6 +171,16 @@ def _stored(chain: ConvertedChain, chains: int) -> Iterator[str]:
     yield f"{what} stored{where} (keep_last={chain.stored_blocks}): {chain.why_stored}"
     if chain.plain_blocks:
         yield f"With gamma = 0 nothing inverts a block: {plural(chain.plain_blocks, 'more block')}{where} stored"
+
+
+def _tiled(tile: int | str | None, tiled: tuple[str, ...], others: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    if tile is None:
+        return
+    size = "a tile" if tile == "auto" else plural(int(tile), "position")
+    yield f"{plural(len(tiled), 'module')} ({tiled[0]}, ...) run {size} at a time (tile={tile})"
+    if others:
+        path, reason = others[0]
+        yield f"Not tiled: {path}: {reason}" + (f" (and {len(others) - 1} more)" if len(others) > 1 else "")
 
 
 def _compared(memory: Memory | str, chains: tuple[ConvertedChain, ...], left_out: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_o
 from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
 from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order
+from autorev.detect.tokenwise import Mixing, TokenWise, tileable
 from autorev.errors import first_line
 
 MOST_OPENED = 8
@@ -76,6 +78,11 @@ class Finding:
             value: torch.Tensor = self.end.meta["val"]
             return value
         return dict(flatten_with_path(self.call.output)).get(self.output_at)
+
+    @cached_property
+    def parts(self) -> tuple[TokenWise | Mixing, ...]:
+        """Which modules of the block may run on a few positions at a time, and why others may not."""
+        return () if self.inline else tuple(tileable(self.call, self.call.path))
 
     def block(self) -> Block:
         """The finding as frozen data."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +69,8 @@ def token_wise(call: ModuleCall, block: str) -> TokenWise | Mixing:
     path = call.path.removeprefix(f"{block}.") if block else call.path
     hushed = logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1)
     try:
-        with hushed:
+        given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
+        with hushed, (getattr(given[0], "fake_mode", None) if given else None) or nullcontext():
             return _proved(call, path)
     except MixesError as error:
         return Mixing(path, str(error))

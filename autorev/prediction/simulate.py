@@ -35,6 +35,7 @@ from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded, r
 from autorev.prediction.chains import Chains
 from autorev.prediction.tracker import MemoryTracker, Segment
 from autorev.rewrite.in_steps import by_steps
+from autorev.rewrite.tiled_forward import installed, tiled_forwards
 from autorev.workload import Call
 
 
@@ -71,6 +72,11 @@ class Layout:
     twin: nn.Module
     stored: tuple[int, ...] = ()
     """Of each chain, how many blocks at its end a reversible method stores instead of recomputing."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of all blocks."""
+        return [*(finding for chain in self.chains for finding in chain), *self.refused]
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -230,6 +236,8 @@ def simulate(
         stack.enter_context(every_layer_kept())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
+        if method.tile is not None:
+            stack.enter_context(installed(tiled_forwards(twin, layout.findings, method.tile).forwards))
         chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)

@@ -51,9 +51,9 @@ class BuiltChain:
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
-        self.forwards = self._forwards(model, pieces)
+        self.forwards = self._forwards(model, pieces, method.tile is not None)
 
-    def _forwards(self, model: nn.Module, pieces: bool) -> list[ReversibleForward]:
+    def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:
         if self.findings[0].inline:
             holder = model.get_submodule(self.findings[0].call.path)
             return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
@@ -77,6 +77,8 @@ class BuiltChain:
             }
             if pieces:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
+            elif tiled and (adds := _last_add_of(finding)) is not None:
+                made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
                 made.append(WholeBlock(**known))
         return made
@@ -94,6 +96,17 @@ class BuiltChain:
             return 0
         per_block = max(len(chain.couplings) // max(len(set(chain.paths)), 1), 1)
         return per_block * max((c.side_bits for c in chain.couplings[: chain.stored_from]), default=0)
+
+
+def _last_add_of(finding: Finding) -> KnownAdds | None:
+    """Of a block that can be taken as one step by the add at its end, so that its second run may leave out what is
+    tiled before that; None for any other."""
+    if finding.captured is None or not finding.steps:
+        return None
+    try:
+        return KnownAdds.of_block(finding, whole=True)
+    except ConversionError:  # it goes by one line of code for that add and for another
+        return None
 
 
 def couplings_of(method: Method, paths: list[str]) -> list[Coupling]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.judge import Finding
-from autorev.detect.tokenwise import Mixing, TokenWise, same_positions, tileable
+from autorev.detect.tokenwise import Mixing, TokenWise, same_positions
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.tiles import Tiling, run_tiled
 from autorev.errors import ConversionError
@@ -96,8 +97,8 @@ class _Function:
 class Tiled:
     """The forwards that tile a model, and the parts of its blocks that they do not, with the reason."""
 
-    forwards: tuple[TiledForward, ...]
-    untiled: tuple[tuple[str, str], ...]
+    forwards: tuple[TiledForward, ...] = ()
+    untiled: tuple[tuple[str, str], ...] = ()
 
 
 def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize) -> Tiled:
@@ -112,7 +113,7 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
     blocks = [finding for finding in findings if not finding.inline]
     for finding in blocks:
         call = finding.call
-        for found in tileable(call, call.path):
+        for found in finding.parts:
             path = f"{call.path}.{found.path}" if call.path else found.path
             if isinstance(found, Mixing):
                 untiled[path] = found.reason
@@ -132,6 +133,16 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
         )
     forwards = (TiledForward(model.get_submodule(path), path, found, size) for path, found in proved.items())
     return Tiled(tuple(forwards), tuple(untiled.items()))
+
+
+@contextmanager
+def installed(forwards: Iterable[TiledForward]) -> Iterator[None]:
+    """While it lasts, they are in place."""
+    with ExitStack() as stack:
+        for forward in forwards:
+            forward.install()
+            stack.callback(forward.remove)
+        yield
 
 
 def _positions(call: ModuleCall, path: str, axis: int) -> int:
