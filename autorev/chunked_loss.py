@@ -27,8 +27,10 @@ from autorev.integrations.transformers import decoder_inputs, output_head
 
 CHUNKS = 8
 LEAST_TOKENS = 64
-"""A chunk is an eighth of the tokens, and this many at least. torch's own choice is many small ones: on a CPU, 256
-tokens and 49,152 words take 3.75 s with it, 0.32 s with these, and 0.30 s with all logits at once."""
+ENOUGH_TOKENS = 256
+"""A chunk is an eighth of the tokens, and `LEAST_TOKENS` at least; of more than `ENOUGH_TOKENS`, no more than have
+logits as large as the hidden states of all tokens. torch's own choice is many small ones: on a CPU, 256 tokens and
+49,152 words take 3.75 s with it, 0.32 s with these, and 0.30 s with all logits at once."""
 _CHECKED_TOKENS = 32
 _SCALES = (1.0, 50.0)
 """Of the made-up logits: small ones show what is added to the loss, large ones what is done to logits."""
@@ -205,7 +207,9 @@ def _head_replaced(head: nn.Linear, forward: Callable[[torch.Tensor], torch.Tens
 def linear_loss(head: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross entropy of `head(hidden)` [..., vocabulary] and `labels` [...], -100 ignored, in torch's chunked form."""
     tokens = labels.numel()
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(LEAST_TOKENS, -(-tokens // CHUNKS)))
+    as_large_as_hidden = max(ENOUGH_TOKENS, tokens * head.in_features // head.out_features)
+    chunk = min(max(LEAST_TOKENS, -(-tokens // CHUNKS)), as_large_as_hidden)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
     return F.linear_cross_entropy(
         hidden.flatten(0, -2),
         head.weight,

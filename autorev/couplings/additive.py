@@ -43,7 +43,7 @@ class Additive(Coupling):
 
     def step(self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor | None:
         """(x, p) -> (p + f(x), x)."""
-        total = arithmetic.add(state.partner, arithmetic.increment(out, value, 1.0))
+        total = arithmetic.add_branch(state.partner, out, value, 1.0)
         state.stream, state.partner = total, state.stream
         return None
 
@@ -64,7 +64,7 @@ class Additive(Coupling):
         arithmetic: Arithmetic,
     ) -> None:
         """p = p' - f(x)."""
-        state.partner = arithmetic.subtract(state.partner, arithmetic.increment(out, value, 1.0))
+        state.partner = arithmetic.subtract_branch(state.partner, out, value, 1.0)
 
     def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:
         """dp = dout = the sum's gradient; dx is its own less what `out` carries of x besides f."""

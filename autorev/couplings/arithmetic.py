@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -54,13 +55,27 @@ class FixedPoint:
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """An int32 stream as a new floating tensor of `dtype`."""
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        # |H| < 2^29 has more bits than a float32 holds: the branch reads a rounded h, the same one in both runs.
-        return stream.to(wide).mul_(2.0**-self.fraction_bits).to(dtype)  # H_BTD int32 -> h_BTD dtype
+        value = torch.empty_like(stream, dtype=dtype)
+        for ints, floats in _slices(stream, value):
+            # |H| < 2^29 has more bits than a float32 holds: the branch reads a rounded h, the same one in both runs.
+            floats.copy_(ints.to(wide).mul_(2.0**-self.fraction_bits))  # H_BTD int32 -> h_BTD dtype
+        return value
 
-    def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
-        """round(c * (out - h) * 2^s), int32: what a branch `out = h + f(h)` adds to the velocity."""
+    def add_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
+        """a + F in a's memory: F = round(c * (out - h) * 2^s) is what a branch `out = h + f(h)` adds."""
+        for total, o, h in _slices(a, out, value):
+            total.add_(self._increment(o, h, factor))
+        return a
+
+    def subtract_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
+        """a - F in a's memory."""
+        for total, o, h in _slices(a, out, value):
+            total.sub_(self._increment(o, h, factor))
+        return a
+
+    def _increment(self, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         # Both are what the branch read and returned, in the model's dtype, so that both runs find the same integers.
-        change = _wide(out) - stream  # f_BTD float32
+        change = _wide(out) - value  # f_BTD float32
         return _to_integers(change.mul_(factor * 2.0**self.fraction_bits).round_())
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -90,8 +105,7 @@ class FixedPoint:
         """The V that `scale` was given, from what it returned, in q's memory."""
         bits = side_bits_of(gamma)
         if side is not None:
-            velocity.bitwise_left_shift_(bits)  # q 2^k, whose low k bits are zero
-            velocity.bitwise_or_(unpack(side, bits, velocity.shape))  # + r
+            unpack(side, bits, velocity.bitwise_left_shift_(bits))  # q 2^k, whose low k bits are zero, + r
         if gamma.numerator == -1:
             return velocity.neg_()
         if gamma.numerator != 1:  # V n is a multiple of n: nothing is rounded
@@ -111,10 +125,17 @@ class Floating:
         """A stream as a new tensor of `dtype`."""
         return stream.to(dtype, copy=True)
 
-    def increment(self, out: torch.Tensor, stream: torch.Tensor, factor: float) -> torch.Tensor:
-        """c * (out - h)."""
-        change = _wide(out) - stream
-        return change if factor == 1 else change.mul_(factor)
+    def add_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
+        """a + c * (out - h), in a's memory."""
+        for total, o, h in _slices(a, out, value):
+            total.add_((_wide(o) - h).mul_(factor))
+        return a
+
+    def subtract_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
+        """a - c * (out - h), in a's memory."""
+        for total, o, h in _slices(a, out, value):
+            total.sub_((_wide(o) - h).mul_(factor))
+        return a
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a + b, in a's memory."""
@@ -158,6 +179,24 @@ def _check_product(velocity: torch.Tensor, factor: int) -> None:
     low, high = torch.aminmax(velocity)  # `abs` would make a copy, and keep -2^31 as it is
     if max(-int(low), int(high)) * abs(factor) >= 2**31:
         raise FixedPointRangeError(f"a velocity times {factor}, the numerator of gamma, left the fixed-point grid")
+
+
+SLICE = 2**16
+"""Elements that are computed with at a time, so that temporaries are small, and are still in the cache when they are
+read."""
+MOST_SLICES = 64
+
+
+def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape, a piece of all at a time."""
+    shape, count = tensors[0].shape, min(MOST_SLICES, tensors[0].numel() // SLICE)
+    if count <= 1:
+        yield tensors
+        return
+    axis = max(range(len(shape)), key=shape.__getitem__)
+    length = -(-shape[axis] // count)
+    for start in range(0, shape[axis], length):
+        yield tuple(tensor.narrow(axis, start, min(length, shape[axis] - start)) for tensor in tensors)
 
 
 _NAN_IS_LEAST = platform.machine() in ("x86_64", "AMD64")

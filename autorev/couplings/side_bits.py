@@ -40,10 +40,18 @@ def pack(stream: torch.Tensor, bits: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (n, bits) uint8
 
 
-def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
-    """The bits that `pack` took from a tensor of `shape`, as int32."""
-    columns = packed.shape[0]
-    found = torch.zeros(_ROWS, columns, dtype=torch.int32, device=packed.device)  # (8, n)
+def unpack(packed: torch.Tensor, bits: int, stream: torch.Tensor) -> torch.Tensor:
+    """Put the bits that `pack` took from a tensor back into `stream`, where they are zeros; returns it."""
+    if stream.is_contiguous() and stream.numel() % _ROWS == 0:
+        _put_back(packed, bits, stream.view(_ROWS, -1))
+        return stream
+    rows = torch.zeros(_ROWS, packed.shape[0], dtype=torch.int32, device=packed.device)
+    _put_back(packed, bits, rows)
+    return stream.bitwise_or_(rows.view(-1)[: stream.numel()].view(stream.shape))  # without the padding
+
+
+def _put_back(packed: torch.Tensor, bits: int, rows: torch.Tensor) -> None:
+    columns = packed.shape[0]  # of rows (8, n)
     row = torch.empty(columns, dtype=torch.int32, device=packed.device)
     for low in range(0, bits, _WORD):
         width = min(_WORD, bits - low)
@@ -52,8 +60,7 @@ def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
         word = word.view(torch.int32).view(-1)  # (n,): the bytes that were cut off are zeros
         for i in range(_ROWS):
             torch.bitwise_right_shift(word, width * i, out=row)  # brings copies of the sign, which the mask takes off
-            found[i].add_(row.bitwise_and_(_mask(width)), alpha=1 << low)
-    return found.view(-1)[: shape.numel()].view(shape)  # without the padding
+            rows[i].add_(row.bitwise_and_(_mask(width)), alpha=1 << low)
 
 
 def _as_rows(stream: torch.Tensor) -> torch.Tensor:

@@ -69,12 +69,11 @@ class Velocity(Coupling):
 
     def step(self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor | None:
         """v' = gamma v + c f; h' = h + v'."""
-        change = arithmetic.increment(out, value, self.c)  # c f_BTD, int32 in exact arithmetic
         if self.gamma == 0:
-            state.partner, side = change, None
+            velocity, side = state.partner.zero_(), None
         else:
             velocity, side = arithmetic.scale(state.partner, self.gamma)  # gamma v_BTD, and its remainder
-            state.partner = arithmetic.add(velocity, change)  # v'_BTD
+        state.partner = arithmetic.add_branch(velocity, out, value, self.c)  # v'_BTD, int32 in exact arithmetic
         state.stream = arithmetic.add(state.stream, state.partner)  # h'_BTD
         return side
 
@@ -95,8 +94,8 @@ class Velocity(Coupling):
         arithmetic: Arithmetic,
     ) -> None:
         """v = (v' - c f) / gamma."""
-        change = arithmetic.increment(out, value, self.c)  # the very integers of the forward pass
-        scaled = arithmetic.subtract(state.partner, change)  # gamma v_BTD, without its remainder
+        # gamma v_BTD, without its remainder: what is taken off are the very integers of the forward pass.
+        scaled = arithmetic.subtract_branch(state.partner, out, value, self.c)
         state.partner = arithmetic.unscale(scaled, self.gamma, side)  # v_BTD
 
     def vjp(self, grad_stream: Gradient, grad_partner: Gradient) -> tuple[Gradient, Gradient, Gradient]:

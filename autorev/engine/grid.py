@@ -63,7 +63,7 @@ class Dropped:
 
 
 def _refined(coarse: torch.Tensor, low: torch.Tensor, bits: int) -> torch.Tensor:
-    return coarse.bitwise_left_shift_(bits).bitwise_or_(unpack(low, bits, coarse.shape))
+    return unpack(low, bits, coarse.bitwise_left_shift_(bits))
 
 
 Taken = tuple[Arithmetic, torch.Tensor | None, Dropped | None]

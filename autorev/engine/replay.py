@@ -28,8 +28,10 @@ from autorev.errors import ReconstructionError
 if TYPE_CHECKING:
     from autorev.engine.tiles import SeenTiled
 
-Completes = Callable[[torch.Tensor], None]
-"""Takes what a tiled call returns, once all of its tiles have run."""
+Completes = Callable[[Callable[[], torch.Tensor]], None]
+"""Told that all tiles of a call have run; is given a function that hands over what they computed."""
+Rest = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+"""What a branch returns, as a function of what its last, tiled call did."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Replay:
         self.again: Callable[[torch.Tensor], tuple[Any, torch.Tensor]] | None = None
         """The branch, for later runs: x -> (everything else that the block returns, x + f(x)). It holds neither its
         input nor a history (Rule 5 of NOTE [ Reconstruction ] in `step`)."""
-        self.again_but_for_tiles: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]] | None = None
+        self.again_but_for_tiles: Callable[[torch.Tensor], Rest] | None = None
         """The same, up to its last call, which is of a tiled module: what is left to do is a function of what that call
         returns. None: it does not end so."""
         self.tiled: list[SeenTiled] = []
@@ -111,8 +113,8 @@ class Replay:
         with self.circumstances(asked_by_autograd, self.random), branch_run(BranchRun(self)):
             return self.again(value.clone() if self.mutates_input else value)
 
-    def run_but_for_tiles(self, value: torch.Tensor, completes: Completes) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same, for autograd, up to the tiled call at its end, whose result `completes` will be given; returns
+    def run_but_for_tiles(self, value: torch.Tensor, completes: Completes) -> Rest:
+        """The same, for autograd, up to the tiled call at its end, of whose result `completes` will be told; returns
         x + f(x) as a function of that."""
         assert self.again_but_for_tiles is not None
         with self.circumstances(True, self.random), branch_run(BranchRun(self, last_completes=completes)):

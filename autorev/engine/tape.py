@@ -25,7 +25,7 @@ from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
 from autorev.engine.digest import Comparison, Digest, looked_at
 from autorev.engine.grid import Dropped, check_largest, largest_of, step_on_grid
-from autorev.engine.replay import Replay, hooks_of_others_off
+from autorev.engine.replay import Replay, Rest, hooks_of_others_off
 from autorev.errors import FixedPointRangeError, ReconstructionError
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ class Opened:
     step: TapedStep
     value: torch.Tensor
     """The input of its branch."""
-    rest: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """What the tiled call returns -> what the branch returns."""
+    rest: Rest | None = None
 
 
 class Tape:
@@ -203,13 +202,13 @@ class Tape:
         out = self._run(step, value, asked)  # an error leaves the tape half-way
         self._undone(step, out, value.detach())
 
-    def _complete(self, opened: Opened, result: torch.Tensor) -> None:
-        """All tiles have run, and `result` is what the tiled call returned."""
+    def _complete(self, opened: Opened, result: Callable[[], torch.Tensor]) -> None:
+        """All tiles have run, and `result` hands over what the tiled call returned."""
         if self.opened is opened:  # else the step was undone without them
             assert opened.rest is not None
             out = opened.rest(result)
             self._compare(opened.step, out)
-            self.opened = None
+            self.opened = opened.rest = None
             self._undone(opened.step, out, opened.value)
 
     def _undone(self, step: TapedStep, out: torch.Tensor, value: torch.Tensor) -> None:

@@ -134,10 +134,12 @@ class TiledCall:
                 "called; look for a decision that its Python code takes anew each time"
             )
         axis, (start, length) = self.tiling.axis, self.tiling.pieces(inputs[0])[number]
-        tiles = [
-            x.narrow(axis, start, length).detach().requires_grad_(requires_grad)
-            for x, requires_grad in zip(inputs, self.requires_grad, strict=True)
-        ]
+        tiles = []
+        for x, requires_grad in zip(inputs, self.requires_grad, strict=True):
+            tile = x.narrow(axis, start, length)
+            # The last one that asks has a copy: what it is a part of need not be kept for its backward.
+            tile = tile.clone() if self.left == {number} else tile.detach()
+            tiles.append(tile.requires_grad_(requires_grad))
         with self.replay.circumstances(True, self.random[number] if self.random else None):
             tile = self.function(*tiles).detach()
         completes = self.completes
@@ -146,10 +148,15 @@ class TiledCall:
             self.out.narrow(axis, start, length).copy_(tile)
         self.left.discard(number)
         if not self.left:
-            out, self.out, self.inputs, self.completes = self.out, None, None, None
-            del inputs, tiles, tile
-            if completes is not None and out is not None:
-                completes(out)
+            self.inputs = self.completes = None
+            del inputs, tiles, tile, x
+            if completes is not None:
+                completes(self._hand_over)
+
+    def _hand_over(self) -> torch.Tensor:
+        out, self.out = self.out, None
+        assert out is not None
+        return out
 
 
 def _nowhere() -> None:

@@ -74,9 +74,11 @@ class Layout:
     """Of each chain, how many blocks at its end a reversible method stores instead of recomputing."""
 
     @property
-    def findings(self) -> list[Finding]:
-        """Of all blocks."""
-        return [*(finding for chain in self.chains for finding in chain), *self.refused]
+    def run(self) -> list[Finding]:
+        """Of the blocks that have to be run."""
+        modules = {id(self.sites[number].module) for number in self.active}
+        every = [*(finding for chain in self.chains for finding in chain), *self.refused]
+        return [finding for finding in every if id(finding.call.module) in modules]
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -237,7 +239,7 @@ def simulate(
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            stack.enter_context(installed(tiled_forwards(twin, layout.findings, method.tile).forwards))
+            stack.enter_context(installed(tiled_forwards(twin, layout.run, method.tile).forwards))
         chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from autorev.engine.modules import version_of, without_history
+from autorev.engine.replay import Rest
 from autorev.errors import ConversionError
 
 
@@ -180,7 +181,7 @@ class Repeated:
         self._make(range(len(self.calls)), values, self._outer())
         return None, x if self.result is None else values[self.result]
 
-    def but_for_tiles(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def but_for_tiles(self, x: torch.Tensor) -> Rest:
         """The calls up to the tiled one; what is left is a function of what that returns."""
         assert self.tiled is not None
         assert self.result is not None
@@ -190,12 +191,28 @@ class Repeated:
         values = {slot: value.detach() for slot, value in values.items()}
         ((_, _, slot),) = self.calls[tiled].returned
 
-        def rest(returned: torch.Tensor) -> torch.Tensor:
-            values[slot] = returned
+        def rest(returned: Callable[[], torch.Tensor]) -> torch.Tensor:
+            values[slot] = returned()
+            if (total := self._added_in_place(values, outer)) is not None:
+                return total
             self._make(range(tiled + 1, len(self.calls)), values, outer)
             return values.pop(result)
 
         return rest
+
+    def _added_in_place(self, values: dict[int, torch.Tensor], outer: list[torch.Tensor]) -> torch.Tensor | None:
+        """What the tiled call returned, with the rest done to it; None where that is more than one add."""
+        assert self.tiled is not None
+        last = self.calls[self.tiled + 1 :]
+        if len(last) != 1 or last[0].function not in (torch.add, torch.sub):
+            return None
+        args, kwargs = tree_unflatten([self._value(leaf, values, outer) for leaf in last[0].leaves], last[0].spec)
+        ((_, _, slot),) = self.calls[self.tiled].returned
+        total = values[slot]
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if any(tensor.dtype != total.dtype or tensor.shape != total.shape for tensor in tensors):
+            return None
+        return last[0].function(*args, **kwargs, out=total)  # type: ignore[no-any-return]
 
     def _outer(self) -> list[torch.Tensor]:
         return [kept.tensor if kept.before is None else kept.before.clone() for kept in self.outer]

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.judge import Finding
-from autorev.detect.tokenwise import Mixing, TokenWise, same_positions
+from autorev.detect.tokenwise import WORTH, Mixing, TokenWise, same_positions, token_wise
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.tiles import Tiling, run_tiled
 from autorev.errors import ConversionError
@@ -111,17 +111,16 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
     untiled: dict[str, str] = {}
     positions = 0
     blocks = [finding for finding in findings if not finding.inline]
-    for finding in blocks:
-        call = finding.call
-        for found in finding.parts:
-            path = f"{call.path}.{found.path}" if call.path else found.path
-            if isinstance(found, Mixing):
-                untiled[path] = found.reason
-            elif path not in proved or proved[path].axis == found.axis:
-                proved[path] = found
-                positions = max(positions, _positions(call, path, found.axis))
-            else:
-                untiled[path] = "it is called with its positions in one axis and in another"
+    parts = [(finding.call, found) for finding in blocks for found in finding.parts]
+    for call, found in [*parts, *_beside(blocks)]:
+        path = f"{call.path}.{found.path}" if call.path else found.path
+        if isinstance(found, Mixing):
+            untiled[path] = found.reason
+        elif path not in proved or proved[path].axis == found.axis:
+            proved[path] = found
+            positions = max(positions, _positions(call, path, found.axis))
+        else:
+            untiled[path] = "it is called with its positions in one axis and in another"
     proved = {path: found for path, found in proved.items() if path not in untiled}
     if not proved:
         which = [f"{path}: {reason}" for path, reason in untiled.items()][:1] or ["no part of them is a module"]
@@ -133,6 +132,17 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
         )
     forwards = (TiledForward(model.get_submodule(path), path, found, size) for path, found in proved.items())
     return Tiled(tuple(forwards), tuple(untiled.items()))
+
+
+def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]:
+    """Modules that are called by what calls the blocks: the norm behind them."""
+    taken = {finding.call.path for finding in blocks}
+    for parent in {id(f.call.parent): f.call.parent for f in blocks if f.call.parent is not None}.values():
+        for child in parent.children:
+            if child.path not in taken and child.draws_random is False:
+                found = token_wise(child, parent.path)
+                if isinstance(found, TokenWise) and found.saved >= WORTH:
+                    yield parent, found
 
 
 @contextmanager
