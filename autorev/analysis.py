@@ -208,6 +208,8 @@ class Prediction:
     """Bits stored per stream element and block."""
     preserves_function: bool
     """Does a pretrained model keep its function when it is converted this way?"""
+    host_bytes: int = 0
+    """On the host between forward and backward; not part of the peak."""
     note: str = ""
     keep_last: tuple[int, ...] = ()
     """Blocks at the end of each chain that are stored, chain by chain; empty for what is no coupling."""

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from autorev.chunked_loss import chunk_loss, unchunk_loss
-from autorev.conversion.convert import convert, revert
+from autorev.conversion.convert import chains_of, convert, revert
 from autorev.conversion.summary import Conversion
 from autorev.detection import detect_in
+from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError
-from autorev.host_store import HostStore
 from autorev.methods import Method
 from autorev.prediction.baselines import selective_policy
 from autorev.prediction.training import NO_LABELS
@@ -75,6 +75,7 @@ def in_place(
                 done = convert(model, call, method=how)
                 stack.callback(revert, model)
                 placed.conversion = done
+                placed.host = next((chain.host for chain in chains_of(model) if chain.host is not None), None)
                 if done.arithmetic == "exact":
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:

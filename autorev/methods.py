@@ -5,7 +5,7 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
-        chooses) and fraction_bits=N; momentum takes k, or gamma = 2^-k
+        chooses), fraction_bits=N and host=side_bits; momentum takes k, or gamma = 2^-k
     every one takes loss=full|chunked, and all but compile tile=N|auto
 
 A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `METHODS`.
@@ -133,6 +133,8 @@ class Method:
     tile: int | Literal["auto"] | None = None
     """Positions at a time that the parts of a block run on which act on each position alone (`detect/tokenwise.py`);
     auto: as many as keep little beside a block's input. None: all."""
+    host: Literal["side_bits"] | None = None
+    """Of a coupling that keeps side bits: where these wait for backward. None: on their device."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in METHODS:
@@ -146,7 +148,7 @@ class Method:
             if field.name not in _options(self.name) and getattr(self, field.name) != field.default:
                 raise SettingError(f"{self.name} has no {field.name}; it takes {', '.join(_options(self.name))}")
         for option, values in _CHOICES.items():
-            if getattr(self, option) not in values:
+            if getattr(self, option) not in values and getattr(self, option) is not None:
                 one = " or ".join(map(repr, values))
                 raise SettingError(f"{option} of {self.name} is {one}, not {getattr(self, option)!r}")
         if isinstance(self.keep_last, list):  # of a config
@@ -170,6 +172,8 @@ class Method:
             raise SettingError(f"keep_last is 'auto' or a number of blocks, 0 or more, not {self.keep_last!r}")
         if self.fraction_bits is not None and self.arithmetic == "float":
             raise SettingError("fraction_bits belongs to arithmetic='exact'; leave it out")
+        if self.host is not None and (self.arithmetic == "float" or not self.preset.keeps_side_bits):
+            raise SettingError(f"{self.spec} keeps no side bits that the host could hold; leave host= out")
         bits = self.fraction_bits
         for number in bits.values() if isinstance(bits, Mapping) else (bits,):
             if number is not None and not (is_count(number, 0) and number <= MOST_FRACTION_BITS):
@@ -315,11 +319,16 @@ def _options(name: str) -> tuple[str, ...]:
     """The options that a method of that name takes."""
     if name in PRESETS:
         numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
-        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile")
+        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "host")
     return ("loss", "budget") if name == "compile" else ("loss", "tile")
 
 
-_CHOICES = {"loss": ("full", "chunked"), "arithmetic": ("exact", "float"), "granularity": ("block", "sublayer")}
+_CHOICES = {
+    "loss": ("full", "chunked"),
+    "arithmetic": ("exact", "float"),
+    "granularity": ("block", "sublayer"),
+    "host": ("side_bits",),
+}
 
 
 def _power(text: str) -> float:
@@ -342,6 +351,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "fraction_bits": int,
     "budget": float,
     "tile": _count,
+    "host": str,
 }
 """How the text of an option is read."""
 

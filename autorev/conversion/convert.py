@@ -50,6 +50,7 @@ def convert(
     keep_last: int | Literal["auto"] | None = None,
     fraction_bits: int | Mapping[str, int] | None = None,
     tile: int | Literal["auto"] | None = None,
+    host: Literal["side_bits"] | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Conversion:
@@ -76,6 +77,7 @@ def convert(
             chain by a probe of the batch.
         tile: positions at a time that the parts of a block run on which act on each position alone (an MLP, as a rule),
             forward and backward; "auto": as many as keep little beside the block's input. Default: all at once.
+        host: "side_bits": these wait for backward in the host's memory (pinned, where the system pins any).
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 
@@ -95,6 +97,7 @@ def convert(
         keep_last=keep_last,
         fraction_bits=fraction_bits,
         tile=tile,
+        host=host,
     )
     if any(forwards_of(model)):
         raise ConversionError(

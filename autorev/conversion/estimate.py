@@ -45,8 +45,8 @@ class Estimate:
     """To be converted."""
     others: Sequence[Finding]
     """Blocks that stay as they are."""
-    steps: dict[tuple[str, Any, Any], tuple[Layout, StepTrace]] = field(default_factory=dict)
-    """By the method's name, `keep_last` and `tile`."""
+    steps: dict[tuple[Any, ...], tuple[Layout, StepTrace]] = field(default_factory=dict)
+    """By what of the method matters."""
     unknown: str = ""
     """Why nothing could be simulated, if that is so."""
 
@@ -87,7 +87,7 @@ class Estimate:
         return Stored(tuple(blocks), (why,) * len(blocks))
 
     def _step(self, method: Method) -> tuple[Layout, StepTrace] | None:
-        key = method.name, method.keep_last, method.tile
+        key = method.name, method.keep_last, method.tile, method.host
         if key not in self.steps and not self.unknown:
             try:
                 self.steps[key] = self._simulated(method)

@@ -36,6 +36,11 @@ class Preset:
         """Is a step of attention followed by one of the MLP, each on its own stream?"""
         return self.family == "additive"
 
+    @property
+    def keeps_side_bits(self) -> bool:
+        """Does exact arithmetic keep bits of each step, unless gamma is given as a whole number?"""
+        return not self.two_streams and (self.gamma is None or self.gamma.denominator > 1)
+
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset

@@ -27,6 +27,7 @@ from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling
 from autorev.engine.digest import looked_at
 from autorev.engine.grid import say_coarsened
+from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
 from autorev.engine.modules import version_of
 from autorev.engine.seeds import Seeds
@@ -70,6 +71,8 @@ class ReversibleChain:
     drifts: dict[str, float] = field(default_factory=dict)
     """What was left of the integrity check in the last backward pass: 0 when exact. By the chain's name; where a
     new chain started within a forward pass, each further piece has an entry of its own."""
+    host: HostStore | None = None
+    """Where side bits wait for backward; None: on their device."""
     magnitudes: Magnitudes | None = None
     """While a grid is being chosen: how large the streams were so far."""
     grids: dict[str, int] = field(default_factory=dict)

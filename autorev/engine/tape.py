@@ -25,6 +25,7 @@ from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
 from autorev.engine.digest import Comparison, Digest, looked_at
 from autorev.engine.grid import Dropped, check_largest, largest_of, step_on_grid
+from autorev.engine.host_store import OnHost
 from autorev.engine.replay import Replay, Rest, hooks_of_others_off
 from autorev.errors import FixedPointRangeError, ReconstructionError
 
@@ -69,7 +70,7 @@ class TapedStep:
     """Digest of what the branch returned."""
     arithmetic: Arithmetic
     """Of the state behind the step."""
-    side: torch.Tensor | None = None
+    side: torch.Tensor | OnHost | None = None
     """Its packed side bits, uint8, while `position` is behind the step."""
     dropped: Dropped | None = None
     """What the state lost just before the step, where its grid had to be coarsened."""
@@ -143,7 +144,8 @@ class Tape:
     def _forward(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> None:
         self.bring(step.replay.input.device)
         at_once = self.state.stream.device.type == "cpu"
-        step.side, step.dropped = self._take(step.coupling, value, out, step.replay.path, at_once)
+        side, step.dropped = self._take(step.coupling, value, out, step.replay.path, at_once)
+        step.side = side if side is None or self.chain.host is None else self.chain.host.put(side)
         step.arithmetic = self.arithmetic
         self.position += 1
 
@@ -194,6 +196,9 @@ class Tape:
             self.halfway = True
         # out_BTD and value_BTD are floats in the model's dtype; the state is H_BTD, V_BTD int32 (or float32).
         self.opened = None
+        for soon in self.steps[max(self.position - 2, 0) : self.position]:
+            if isinstance(soon.side, OnHost):
+                soon.side.fetch()  # while the branch runs
         value = step.replay.input.made(self.state, step.arithmetic_before)
         if asked and step.replay.again_but_for_tiles is not None:  # Rule 6
             opened = self.opened = Opened(step, value.detach())
@@ -216,7 +221,8 @@ class Tape:
             self.observed.rebuilt[self.chain.name] = self.observed.rebuilt.get(self.chain.name, 0) + 1
         with torch.no_grad():
             # The partner is still on the grid of the state behind the step.
-            step.coupling.recover_partner(self.state, out, value, step.side, step.arithmetic)
+            side = step.side.back() if isinstance(step.side, OnHost) else step.side
+            step.coupling.recover_partner(self.state, out, value, side, step.arithmetic)
         if step.dropped is not None:
             step.dropped.refine_partner(self.state)
         self.arithmetic = step.arithmetic_before

@@ -58,12 +58,17 @@ def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
     out: torch.Tensor | None = None
     with torch.no_grad():
         for start, length in tiling.pieces(inputs[0]):
-            tile = function(*(x.narrow(tiling.axis, start, length) for x in inputs))
+            tile = function(*(_cut(x, tiling.axis, start, length) for x in inputs))
             out = _room_for(tile, inputs[0], tiling.axis) if out is None else out
             out.narrow(tiling.axis, start, length).copy_(tile)
             del tile
     assert out is not None
     return out
+
+
+def _cut(x: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
+    """A tile, in memory of its own layout in every run: kernels sum in another order where it is another."""
+    return x.narrow(axis, start, length).contiguous()
 
 
 def _room_for(tile: torch.Tensor, first: torch.Tensor, axis: int) -> torch.Tensor:
@@ -136,7 +141,7 @@ class TiledCall:
         axis, (start, length) = self.tiling.axis, self.tiling.pieces(inputs[0])[number]
         tiles = []
         for x, requires_grad in zip(inputs, self.requires_grad, strict=True):
-            tile = x.narrow(axis, start, length)
+            tile = _cut(x, axis, start, length)
             # The last one that asks has a copy: what it is a part of need not be kept for its backward.
             tile = tile.clone() if self.left == {number} else tile.detach()
             tiles.append(tile.requires_grad_(requires_grad))
@@ -251,7 +256,7 @@ def _read(
         if x.requires_grad:
             passed, tile = _Read.apply(x, axis, start, length)  # type: ignore[no-untyped-call]
         else:
-            tile = x.narrow(axis, start, length)
+            tile = _cut(x, axis, start, length)
         whole.append(passed)
         tiles.append(tile)
     return whole, tiles
@@ -264,7 +269,7 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, axis: int, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.place, ctx.shape = (axis, start, length), x.shape
         ctx.set_materialize_grads(False)
-        return x.view_as(x), x.narrow(axis, start, length)
+        return x.view_as(x), _cut(x, axis, start, length)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -71,6 +71,11 @@ class Chains:
             out = turn(step.given())
         return step.take(out)
 
+    def on_host(self, site: Site) -> int:
+        """Bytes of the site's chain that lie on the host."""
+        host = self.built[site.chain].chain.host if self.built and site.chain is not None else None
+        return 0 if host is None else host.bytes
+
     def kept(self, site: Site) -> Iterator[tuple[Category, torch.Tensor]]:
         """What the engine holds of the site's chain: its state, and side bits."""
         latest = pass_of(self.built[site.chain].chain).latest if self.built and site.chain is not None else None
@@ -79,4 +84,4 @@ class Chains:
         tape = latest.tape
         yield Category.STREAMS, tape.state.stream
         yield Category.STREAMS, tape.state.partner
-        yield from ((Category.SIDE_BITS, step.side) for step in tape.steps if step.side is not None)
+        yield from ((Category.SIDE_BITS, step.side) for step in tape.steps if isinstance(step.side, torch.Tensor))

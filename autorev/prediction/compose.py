@@ -26,12 +26,10 @@ class StepCost:
     matmul_bytes: int
     other_bytes: int
     host_bytes: int
-    """Moved between host and device when blocks' inputs are offloaded, one direction."""
+    """Moved between host and device, one direction."""
 
 
-def compose(
-    trace: StepTrace, layout: Layout, optimizer_state: int, optimizer_temporary: int, offloaded: bool
-) -> StepCost:
+def compose(trace: StepTrace, layout: Layout, optimizer_state: int, optimizer_temporary: int) -> StepCost:
     """Roll the segments of every block up into one step.
 
     `optimizer_state` bytes live throughout (a warm step); `optimizer_temporary` bytes live during the update.
@@ -57,7 +55,7 @@ def compose(
         matmul_bytes += segment.matmul_bytes
         other_bytes += segment.other_bytes
     reach("optimizer", _sum(totals, Counter({Category.OTHER: optimizer_temporary})))
-    host = sum(trace.stream_bytes[layout.stand_in(s.number)] for s in layout.sites) if offloaded else 0
+    host = sum(trace.host_bytes.get(layout.stand_in(site.number), 0) for site in layout.sites)
     return StepCost(peaks, categories, kept, flops, matmul_bytes, other_bytes, host)
 
 

@@ -104,7 +104,7 @@ class Forecaster:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
         layout = self.layout.under(method)
-        return compose(trace, layout, state, temporary, method.name == "offload")
+        return compose(trace, layout, state, temporary)
 
     def optimizer(self) -> tuple[int, int, int]:
         """(state, temporary, moved) bytes of an update."""
@@ -126,6 +126,7 @@ class Forecaster:
             step_seconds=self.seconds(cost),
             side_bits=trace.side_bits,
             preserves_function=method.preserves_function,
+            host_bytes=cost.host_bytes,
             note=_note(method),
             keep_last=tuple(method.stored_of(chain) for chain in range(len(self.layout.lengths)))
             if method.reversible

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from typing import Any
 from unittest import mock
@@ -211,6 +211,8 @@ class StepTrace:
     """Bytes of the stream that enters each block that was run."""
     side_bits: int = 0
     """The most that a recomputed block keeps of an element."""
+    host_bytes: dict[int, int] = field(default_factory=dict)
+    """What each block that was run leaves on the host until backward."""
 
 
 def simulate(
@@ -261,7 +263,7 @@ def simulate(
         segments = tracker.finish()[1:]
     for parameter in twin.parameters():
         parameter.grad = None
-    return StepTrace(dict(start), segments, steps.stream_bytes, chains.side_bits)
+    return StepTrace(dict(start), segments, steps.stream_bytes, chains.side_bits, steps.host_bytes)
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -283,6 +285,7 @@ class _Steps:
         self.calls: dict[int, int] = {}
         self.returned: dict[Any, Any] = {}
         self.stream_bytes: dict[int, int] = {}
+        self.host_bytes: dict[int, int] = {}
         self.last_output: Callable[[], torch.Tensor | None] = lambda: None
 
     @contextmanager
@@ -343,7 +346,10 @@ class _Steps:
         self.stream_bytes[site.number] = stream.numel() * stream.element_size()
         if stream.requires_grad and stream is not self.last_output():
             stream.register_hook(lambda grad: self._enter_backward(None))
+        before = self.chains.on_host(site)
         returned = self._under_method(site, run, stream)
+        offloaded = self.stream_bytes[site.number] if self.method.name == "offload" else 0
+        self.host_bytes[site.number] = offloaded + self.chains.on_host(site) - before
         out = dict(flatten_with_path(returned))[site.output_at]
         if out.requires_grad:
             out.register_hook(lambda grad: self._enter_backward(site.number))

@@ -16,6 +16,7 @@ from autorev.detect.ends import argument_of
 from autorev.detect.judge import Finding
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import USUAL_FRACTION_BITS
+from autorev.engine.host_store import HostStore
 from autorev.engine.tape import TOLERANCE
 from autorev.errors import ConversionError
 from autorev.methods import Method
@@ -51,6 +52,7 @@ class BuiltChain:
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
+        self.chain.host = HostStore() if method.host == "side_bits" else None
         self.forwards = self._forwards(model, pieces, method.tile is not None)
 
     def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:

@@ -6,7 +6,6 @@ python -m pytest tests/engine/test_memory.py
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import autorev
@@ -25,6 +23,7 @@ from tests.helpers.blocks import (
     EXACT_LEAPFROG,
     TOKENS,
     Chain,
+    PeakBytes,
     Setting,
     Storages,
     assert_like_oracle,
@@ -105,34 +104,6 @@ def test_memory_grows_by_the_side_bits_and_nothing_else(name: str, keep_last: in
     kept = [kept_after_forward(chain_of, depth, keep_last=keep_last, **options) for depth in DEPTHS]
 
     assert [b - a for a, b in itertools.pairwise(kept)] == [2 * slope, 2 * slope]
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors alive at once, of those made while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._born(tensor.untyped_storage())
-        return result
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._died, key)
-
-    def _died(self, key: int) -> None:
-        self.alive -= self.sizes.pop(key)
 
 
 def peak_of_a_step(make: Callable[[int], Any], depth: int, **options: Any) -> int:

@@ -1,0 +1,420 @@
+"""Modules that run a tile of positions at a time: the gradients are those of the original code, which knows no tiles.
+
+python -m pytest tests/engine/test_tiles.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import autorev
+from autorev.errors import AutorevError, ConversionError
+from autorev.in_place import Blocks, NotApplicable, in_place
+from autorev.methods import Method
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
+    DOUBLE,
+    EXACT,
+    EXACT_LEAPFROG,
+    TOKENS,
+    PeakBytes,
+    Results,
+    Setting,
+    assert_like_oracle,
+    assert_same,
+    converted,
+    gradients_of,
+    mean_square,
+    small,
+    step,
+)
+
+TILES = 3
+"""Of eight positions, at three a tile."""
+SETTINGS = [
+    EXACT,
+    DOUBLE,
+    EXACT_LEAPFROG,
+    Setting("sublayer", {"granularity": "sublayer"}),
+    Setting("hamiltonian", {"method": "hamiltonian"}),
+    Setting("revnet", {"method": "revnet"}),
+]
+with_tiles = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+
+
+class Dropping(hand.Parts):
+    """Dropout within the MLP, and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 16))  # type: ignore[assignment]
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop(self.attention(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class Scaled(hand.Parts):
+    """Something is done to what the MLP returns, and autograd saves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((16,), 0.5))
+        self.after = nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.scale * self.attention(self.norm1(x))
+        return x + self.after(self.mlp(self.norm2(x)) * self.scale)
+
+
+class InPlace(hand.Parts):
+    """The MLP writes to its own values, and the block to its stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(16, 64), nn.ReLU(inplace=True), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16)
+        )  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x + self.attention(self.norm1(x))
+        h += self.mlp(self.norm2(h))
+        return h
+
+
+class Adding(hand.Parts):
+    """The MLP is given the residual, too, as BLOOM's is, and the block has one add of its own."""
+
+    class Mlp(hand.MLP):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) * torch.sigmoid(residual)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = self.Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x), residual=x)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": hand.Block,
+    "dropping": Dropping,
+    "scaled": Scaled,
+    "in place": InPlace,
+    "adding": Adding,
+    "parallel": hand.Parallel,
+}
+
+
+def tiled(setting: Setting, block: Callable[[], nn.Module] = hand.Block, **options: Any) -> Any:
+    """Four converted blocks, none of which is stored."""
+    return converted(setting, lambda: small(4, block), tile=TILES, keep_last=0, **options)
+
+
+@with_tiles
+@pytest.mark.parametrize("block", BLOCKS)
+def test_gradients_are_those_of_the_original_code(block: str, setting: Setting) -> None:
+    """Whatever the block does with its MLP, under every kind of coupling."""
+    model = tiled(setting, BLOCKS[block])
+    assert_like_oracle(model, setting)
+    assert autorev.drift(model) == {"blocks": 0.0} or "float" in setting.name
+
+
+def calls_of(model: nn.Module, run: Callable[[], object]) -> int:
+    """How often the last layer of the second block's MLP runs."""
+    seen: list[int] = []
+    layer = model.blocks[1].mlp.down  # type: ignore[union-attr,index]
+    hook = layer.register_forward_hook(lambda *args: seen.append(args[1][0].shape[1]))
+    run()
+    hook.remove()
+    assert set(seen) == {3, 2}  # eight positions in tiles of three
+    return sum(seen)
+
+
+@with_tiles
+def test_the_mlp_runs_once_in_each_direction(setting: Setting) -> None:
+    """Eight positions forward, eight again in backward, and no third time."""
+    model = tiled(setting)
+    assert calls_of(model, lambda: step(model)) == 2 * 8
+
+
+def test_where_more_comes_after_the_mlp_it_runs_once_more() -> None:
+    """Autograd asks first for what that saved, so the step has to be whole by then."""
+    model = tiled(EXACT, Scaled)
+    assert calls_of(model, lambda: step(model)) == 3 * 8
+
+
+@pytest.mark.parametrize("name", ["plain", "checkpoint"])
+def test_tiles_without_a_coupling(name: str) -> None:
+    """PyTorch's own ways, tiled: the same gradients, and the MLP runs twice."""
+    torch.manual_seed(0)
+    model = small()
+    expected = step(model)
+    blocks = Blocks(tuple(f"blocks.{n}" for n in range(4)), inline=False, draws_random=False)
+    with in_place(model, Method(name, tile=TILES), blocks, ((TOKENS,), {})):
+        assert_same(step(model), expected, 1e-5)
+        assert calls_of(model, lambda: step(model)) == 2 * 8
+    assert "forward" not in vars(model.blocks[0].mlp)  # type: ignore[arg-type]
+    assert_same(step(model), expected, 0)
+
+
+def test_dropout_of_tiles_is_drawn_again_as_it_was() -> None:
+    """Without a coupling: against the same draws by ordinary autograd."""
+    torch.manual_seed(0)
+    model = small(2, Dropping)
+    blocks = Blocks(("blocks.0", "blocks.1"), inline=False, draws_random=True)
+
+    class ByHand(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.inner = [mlp]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.inner[0](tile) for tile in x.split(TILES, 1)], 1)
+
+    with in_place(model, Method("plain", tile=TILES), blocks, ((TOKENS,), {})):
+        actual = step(model)
+    for block in model.blocks:
+        by_hand = ByHand(block.mlp)  # type: ignore[arg-type]
+        block.mlp.forward = lambda x, f=block.mlp.forward: torch.cat([f(tile) for tile in x.split(TILES, 1)], 1)  # type: ignore[union-attr]
+        del by_hand
+    assert_same(actual, step(model), 1e-5)
+
+
+# -- what users do
+
+
+@pytest.mark.parametrize("frozen", ["mlp", "attention", "embedding", "norm2", "all but the last block"])
+def test_frozen_parameters(frozen: str) -> None:
+    """Where nothing of a tile needs a gradient, nobody asks for it."""
+    model = tiled(EXACT)
+    for name, parameter in model.named_parameters():
+        last = name.startswith("blocks.3") or "head" in name
+        parameter.requires_grad_(last if frozen == "all but the last block" else frozen not in name)
+    assert_like_oracle(model, EXACT)
+
+
+@with_tiles
+def test_two_backward_passes_of_one_forward(setting: Setting) -> None:
+    """`retain_graph`: the tape goes forward again, and the tiles run again."""
+
+    def run() -> Results:
+        model.zero_grad()
+        loss = mean_square(model(TOKENS))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return gradients_of(model)
+
+    model = tiled(setting)
+    assert_like_oracle(model, setting, run)
+
+
+def test_a_gradient_taken_half_way() -> None:
+    """Of one block's parameters alone, and then of all: tiles that nobody asked for are run all the same."""
+
+    def run() -> Results:
+        model.zero_grad()
+        loss = mean_square(model(TOKENS))
+        (some,) = torch.autograd.grad(loss, [model.blocks[2].attention.out.weight], retain_graph=True)
+        loss.backward()
+        return {"some": some, **gradients_of(model)}
+
+    model = tiled(EXACT)
+    assert_like_oracle(model, EXACT, run)
+
+
+def test_two_forward_passes_before_their_backward_passes() -> None:
+    """Each has tiles of its own."""
+
+    def run() -> Results:
+        model.zero_grad()
+        a, b = mean_square(model(TOKENS)), mean_square(model(TOKENS + 7))
+        a.backward()
+        b.backward()
+        return gradients_of(model)
+
+    model = tiled(EXACT)
+    assert_like_oracle(model, EXACT, run)
+
+
+@pytest.mark.parametrize("where", ["mlp", "inside"])
+def test_hooks(where: str) -> None:
+    """One on the tiled module sees all positions, one inside it tiles; what they change counts in both runs."""
+    model = tiled(EXACT)
+    for block in model.blocks:
+        module = block.mlp if where == "mlp" else block.mlp.up
+        module.register_forward_hook(lambda module, args, out: out * 1.5)
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    assert_like_oracle(model, EXACT)
+
+
+def test_shorter_and_other_calls() -> None:
+    """A call with no more positions than a tile has is one tile; other lengths have other tiles."""
+    model = tiled(EXACT)
+    for tokens in (TOKENS[:, :2], TOKENS[:, :3], TOKENS[:, :4], TOKENS[:1], torch.arange(40).reshape(2, 20)):
+        assert_like_oracle(model, EXACT, lambda tokens=tokens: step(model, tokens))
+
+
+def test_autocast() -> None:
+    """Tiles run under the autocast that forward ran under."""
+
+    def run() -> Results:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mean_square(model(TOKENS))
+        loss.backward()
+        return gradients_of(model)
+
+    model = tiled(EXACT)
+    assert_like_oracle(model, Setting("autocast", tolerance=0.02), run)
+
+
+def test_no_gradients_no_graph() -> None:
+    """In eval mode and under `no_grad` the values are those of the untiled blocks."""
+    whole, model = converted(EXACT, small, keep_last=0), tiled(EXACT)
+    with torch.no_grad():
+        assert torch.allclose(whole(TOKENS), model(TOKENS), atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(whole.eval()(TOKENS), model.eval()(TOKENS), atol=1e-6)
+
+
+def test_a_checkpoint_around_the_model() -> None:
+    """The whole forward is run again within backward."""
+
+    def run() -> Results:
+        model.zero_grad()
+        mean_square(checkpoint(model, TOKENS, use_reentrant=False)).backward()
+        return gradients_of(model)
+
+    model = tiled(EXACT)
+    expected = step(model)
+    actual = run()
+    assert_same(actual, {name: value for name, value in expected.items() if name in actual}, 1e-5)
+
+
+def test_code_that_does_something_else_the_second_time_is_an_error() -> None:
+    """A counter outside of the module decides: no gradient of that may be trusted."""
+    count = [0]
+
+    class Counting(hand.MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            count[0] += 1
+            return super().forward(x) * (1 + count[0] % 2)
+
+    class Block(hand.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Counting()
+
+    model = tiled(EXACT, Block)
+    count[0] = 0
+    with pytest.raises(AutorevError):
+        step(model)
+
+
+def test_a_copy_and_a_reverted_model() -> None:
+    """A copy runs its own modules; a reverted model is as it was."""
+    model = tiled(EXACT)
+    expected = step(model)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert_same(step(twin), expected, 1e-6)
+    assert autorev.revert(twin) == 4
+    assert not any("forward" in vars(module) for module in twin.modules())
+
+
+# -- memory
+
+
+class Wide(hand.Block):
+    """An MLP that keeps far more than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16))  # type: ignore[assignment]
+
+
+LONG = torch.arange(512).remainder(50).reshape(1, 512)
+
+
+def peak_of(method: str | None, tile: int | None) -> int:
+    """Bytes alive at the highest point of a step of eight blocks, parameters and their gradients left out."""
+    torch.manual_seed(0)
+    model = small(8, Wide)
+    for parameter in model.blocks.parameters():
+        parameter.requires_grad_(False)
+    if method is not None:
+        autorev.convert(model, batch=(LONG,), method=method, keep_last=0, tile=tile)
+    step(model, LONG)
+    with PeakBytes() as live:
+        step(model, LONG)
+    return live.peak
+
+
+def test_a_step_holds_one_tile_of_an_mlp_at_a_time() -> None:
+    """The MLP's activations, 32 widths wide before and after the GELU, are gone from the peak but for a tile's."""
+    mlp = 2 * 512 * 512 * 4
+    for granularity in ("", ":granularity=sublayer"):
+        whole, tiles = (peak_of(f"leapfrog{granularity}", tile) for tile in (None, 32))
+        assert whole > mlp
+        assert tiles < whole - mlp * 0.9
+    # Twice as many blocks hold no more.
+    assert peak_of("leapfrog", 32) < mlp
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("tile", [8, 100])
+def test_a_tile_as_long_as_the_sequence_is_refused(tile: int) -> None:
+    """In one sentence, and the model is as it was."""
+    model = small()
+    with pytest.raises(ConversionError, match=f"tile={tile} leaves nothing to tile: the blocks are called with 8"):
+        autorev.convert(model, batch=(TOKENS,), tile=tile)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_blocks_without_a_part_that_could_be_tiled_are_refused() -> None:
+    """With the reason, and where in the code it is."""
+
+    class Attending(hand.Parts):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.attention(self.norm1(x))
+
+    with pytest.raises(ConversionError, match=r"no part of the blocks .*scaled_dot_product.*handwritten\.py"):
+        autorev.convert(small(3, Attending), batch=(TOKENS,), tile=2)
+    blocks = Blocks(("blocks.0",), inline=False, draws_random=False)
+    model = small(3, Attending)
+    with (
+        pytest.raises(NotApplicable, match="no part of the blocks"),
+        in_place(model, Method("checkpoint", tile=2), blocks, ((TOKENS,), {})),
+    ):
+        pass
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("tile", [0, -1, 2.5, "all", True])
+def test_a_tile_that_is_no_number_is_refused(tile: Any) -> None:
+    """It names the option."""
+    with pytest.raises(ConversionError, match="tile is 'auto' or a number of positions"):
+        autorev.convert(small(), batch=(TOKENS,), tile=tile)
+
+
+def test_the_summary_says_what_is_tiled_and_what_is_not() -> None:
+    """And why not."""
+    conversion = autorev.convert(small(), batch=(TOKENS,), tile=3)
+    assert conversion.tiled == tuple(f"blocks.{n}.mlp" for n in range(4))
+    assert {path for path, _ in conversion.not_tiled} == {f"blocks.{n}.attention" for n in range(4)}
+    assert "4 modules (blocks.0.mlp, ...) run 3 positions at a time" in str(conversion)
+    assert "Not tiled: blocks.0.attention: " in str(conversion)
