@@ -212,7 +212,7 @@ class Repeated:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if any(tensor.dtype != total.dtype or tensor.shape != total.shape for tensor in tensors):
             return None
-        return last[0].function(*args, **kwargs, out=total)  # type: ignore[no-any-return]
+        return last[0].function(*args, **kwargs, out=total)
 
     def _outer(self) -> list[torch.Tensor]:
         return [kept.tensor if kept.before is None else kept.before.clone() for kept in self.outer]

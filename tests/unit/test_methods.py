@@ -95,8 +95,8 @@ def test_groups_stand_for_their_methods_and_none_comes_twice() -> None:
     [
         ("", "there is no method ''; choose of plain, checkpoint, sac, .*momentum.* or `all` or `default`"),
         ("momentun", "there is no method 'momentun'; choose of plain"),
-        ("plain:k=3", "plain has no option 'k=3'; it takes loss$"),
-        ("plain:loss", "plain has no option 'loss'; it takes loss$"),
+        ("plain:k=3", "plain has no option 'k=3'; it takes loss, tile$"),
+        ("plain:loss", "plain has no option 'loss'; it takes loss, tile$"),
         ("leapfrog:gamma=1", "leapfrog has no option 'gamma=1'; it takes loss, c, arithmetic, granularity, keep_last"),
         ("sac:budget=1", "sac has no option 'budget=1'"),
         ("plain:loss=half", "loss of plain is 'full' or 'chunked', not 'half'"),

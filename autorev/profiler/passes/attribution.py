@@ -218,7 +218,7 @@ class _Watcher:
             for stream in (tape.state.stream, tape.state.partner):
                 self.ledger.relabel(stream, Category.STREAMS)
             for step in tape.steps if self.phase == "forward" else ():
-                if step.side is not None:
+                if isinstance(step.side, torch.Tensor):
                     self.ledger.relabel(step.side, Category.SIDE_BITS)
 
     def _gradient_came(self, path: str, grad: torch.Tensor) -> None:
