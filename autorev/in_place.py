@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from autorev.chunked_loss import chunk_loss, unchunk_loss
 from autorev.conversion.convert import chains_of, convert, revert
 from autorev.conversion.summary import Conversion
+from autorev.detect.chains import Detection
 from autorev.detection import detect_in
 from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError
@@ -80,8 +81,16 @@ def in_place(
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
-        if method.tile is not None and not method.reversible:
-            stack.enter_context(_tiled(model, blocks, call, method.tile))
+        if not method.reversible and (method.tile is not None or method.keep_last != "auto"):
+            detection, _ = detect_in(model, *call)
+            if method.tile is not None:
+                stack.enter_context(_tiled(model, blocks, detection, method.tile))
+            stored = {
+                finding.path
+                for number, chain in enumerate(detection.chains)
+                for finding in chain[max(len(chain) - method.stored_of(number), 0) :]
+            }
+            blocks = replace(blocks, paths=tuple(path for path in blocks.paths if path not in stored))
         if method.name == "compile":
             stack.enter_context(_compiled(model, blocks, method.budget or 0.0))
         elif method.name in ("checkpoint", "sac", "offload"):
@@ -90,8 +99,7 @@ def in_place(
 
 
 @contextmanager
-def _tiled(model: nn.Module, blocks: Blocks, call: Call, size: TileSize) -> Iterator[None]:
-    detection, _ = detect_in(model, *call)
+def _tiled(model: nn.Module, blocks: Blocks, detection: Detection, size: TileSize) -> Iterator[None]:
     judged = (*(finding for chain in detection.chains for finding in chain), *detection.refused)
     try:
         tiled = tiled_forwards(model, (finding for finding in judged if finding.path in blocks.paths), size)

@@ -6,7 +6,7 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
         chooses), fraction_bits=N and host=side_bits; momentum takes k, or gamma = 2^-k
-    every one takes loss=full|chunked, and all but compile tile=N|auto
+    every one takes loss=full|chunked, all but compile tile=N|auto, and what runs blocks twice keep_last=N
 
 A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `METHODS`.
 """
@@ -125,7 +125,7 @@ class Method:
     """block, or sublayer for a step per residual add."""
     keep_last: int | tuple[int, ...] | Literal["auto"] = "auto"
     """Blocks at the end of each chain whose activations are stored instead of recomputed: of all alike, or one by one;
-    auto: as many as do not raise the peak."""
+    auto: as many as do not raise the peak, and none without a coupling."""
     fraction_bits: int | Mapping[str, int] | None = None
     """The fixed-point grid is 2^-fraction_bits, of all chains or by a chain's name; None: fitted by a probe."""
     budget: float | None = None
@@ -161,15 +161,15 @@ class Method:
                 raise SettingError(f"budget of compile is a share of 0 to 1, not {self.budget}")
         if self.tile is not None and self.tile != "auto" and not is_count(self.tile, 1):
             raise SettingError(f"tile is 'auto' or a number of positions, 1 or more, not {self.tile!r}")
+        stored = self.keep_last if isinstance(self.keep_last, tuple) else (self.keep_last,)
+        if stored != ("auto",) and not all(is_count(number, 0) for number in stored):
+            raise SettingError(f"keep_last is 'auto' or a number of blocks, 0 or more, not {self.keep_last!r}")
         if self.reversible:
             self._check_conversion()
 
     def _check_conversion(self) -> None:
         for option in ("gamma", "c"):
             check_numbers(option, getattr(self, option))
-        stored = self.keep_last if isinstance(self.keep_last, tuple) else (self.keep_last,)
-        if stored != ("auto",) and not all(is_count(number, 0) for number in stored):
-            raise SettingError(f"keep_last is 'auto' or a number of blocks, 0 or more, not {self.keep_last!r}")
         if self.fraction_bits is not None and self.arithmetic == "float":
             raise SettingError("fraction_bits belongs to arithmetic='exact'; leave it out")
         if self.host is not None and (self.arithmetic == "float" or not self.preset.keeps_side_bits):
@@ -320,7 +320,7 @@ def _options(name: str) -> tuple[str, ...]:
     if name in PRESETS:
         numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
         return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "host")
-    return ("loss", "budget") if name == "compile" else ("loss", "tile")
+    return {"compile": ("loss", "budget"), "plain": ("loss", "tile")}.get(name, ("loss", "keep_last", "tile"))
 
 
 _CHOICES = {

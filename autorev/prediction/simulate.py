@@ -368,6 +368,8 @@ class _Steps:
         if self.method.reversible:
             in_chain = site.chain is not None and site.turn is not None
             return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
+        if site.chain is not None and site.from_end < self.layout.stored[site.chain]:
+            return run(stream)
         runs = {"checkpoint": run_checkpointed, "sac": run_selective, "offload": run_offloaded}
         return runs[self.method.name](run, stream) if self.method.name in runs else run(stream)
 
