@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autorev.methods import Method as Method
     from autorev.pipeline import analyze as analyze
     from autorev.pipeline import predict as predict
+    from autorev.planning.fit import fit as fit
     from autorev.profiler.run import profile as profile
     from autorev.verification import verify as verify
 
@@ -33,6 +34,7 @@ _home = {
     "convert": "autorev.conversion.convert",
     "drift": "autorev.conversion.convert",
     "finetune": "autorev.finetuning.run",
+    "fit": "autorev.planning.fit",
     "load": "autorev.conversion.load",
     "Method": "autorev.methods",
     "predict": "autorev.pipeline",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from autorev.cli.ending import COMMAND
-from autorev.cli.group import COUNT, FILE, lora_details, main, progress, trust_remote_code, what_trains
+from autorev.cli.group import COUNT, FILE, main, progress, training_step, trust_remote_code, what_trains
 from autorev.cli.output import file_name, say, write
 from autorev.cli.report import show
 
@@ -30,46 +30,7 @@ from autorev.cli.report import show
     metavar="INT",
     help="Tokens per sample.  [default: 2048, or the model's limit]",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Of weights, activations and gradients.  [default: bf16; with --autocast fp32]",
-)
-@click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in it, over fp32 weights (Trainer's bf16=True).")
-@click.option(
-    "--accumulate",
-    type=COUNT,
-    default=1,
-    show_default=True,
-    metavar="INT",
-    help="Passes whose gradients one optimizer step adds up.",
-)
-@click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "adamw-fused", "adamw-8bit", "sgd", "sgd-momentum"]),
-    default="adamw",
-    show_default=True,
-    help="Whose state is counted.",
-)
-@click.option(
-    "--trains",
-    type=click.Choice(["full", "lora", "head"]),
-    help="Everything, adapters, or the output layer.  [default: full]",
-)
-@click.option(
-    "--lora-rank",
-    type=COUNT,
-    metavar="INT",
-    help="Rank of the adapters; implies --trains lora.  [default: 16]",
-)
-@lora_details
-@click.option(
-    "--loss",
-    type=click.Choice(["full", "chunked"]),
-    default="full",
-    show_default=True,
-    help="Materialise all logits, or never more than a chunk.",
-)
+@training_step
 @click.option(
     "--device",
     default="h100-80gb",

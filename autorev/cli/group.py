@@ -87,6 +87,57 @@ def lora_details(command: Callable[..., Any]) -> Callable[..., Any]:
     return dropout(dtype(command))
 
 
+def training_step(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the training step that is predicted, beside its size."""
+    options = (
+        click.option(
+            "--dtype",
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Of weights, activations and gradients.  [default: bf16; with --autocast fp32]",
+        ),
+        click.option(
+            "--autocast", type=click.Choice(["bf16"]), help="Compute in it, over fp32 weights (Trainer's bf16=True)."
+        ),
+        click.option(
+            "--accumulate",
+            type=COUNT,
+            default=1,
+            show_default=True,
+            metavar="INT",
+            help="Passes whose gradients one optimizer step adds up.",
+        ),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["adamw", "adamw-fused", "adamw-8bit", "sgd", "sgd-momentum"]),
+            default="adamw",
+            show_default=True,
+            help="Whose state is counted.",
+        ),
+        click.option(
+            "--trains",
+            type=click.Choice(["full", "lora", "head"]),
+            help="Everything, adapters, or the output layer.  [default: full]",
+        ),
+        click.option(
+            "--lora-rank",
+            type=COUNT,
+            metavar="INT",
+            help="Rank of the adapters; implies --trains lora.  [default: 16]",
+        ),
+        lora_details,
+        click.option(
+            "--loss",
+            type=click.Choice(["full", "chunked"]),
+            default="full",
+            show_default=True,
+            help="Materialise all logits, or never more than a chunk.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="autorev")
 def main() -> None:

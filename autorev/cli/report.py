@@ -50,8 +50,8 @@ def report(
 
     found = _read(_files(records))
     kind = found[0].kind
-    if kind == "analysis" and len(found) > 1 and (html or markdown):
-        raise click.UsageError("a page is of one analysis; name one")
+    if kind in ("analysis", "plan") and len(found) > 1 and (html or markdown):
+        raise click.UsageError(f"a page is of one {kind}; name one")
     if trace and len(found) != 1:
         raise click.UsageError("--trace is of one record; name one")
     for option, path in {"--csv": csv, "--parquet": parquet, "--trace": trace}.items():
@@ -94,10 +94,11 @@ def _read(files: list[Path]) -> list[Any]:
     """The records of files, all of one kind."""
     from autorev.analysis import Analysis
     from autorev.finetuning.record import FineTuning
+    from autorev.planning.plan import Plan
     from autorev.profiler.record import Profile
     from autorev.records import kind_of
 
-    classes: dict[str | None, Any] = {"analysis": Analysis, "fine-tuning": FineTuning}
+    classes: dict[str | None, Any] = {"analysis": Analysis, "fine-tuning": FineTuning, "plan": Plan}
     kinds = {kind_of(path) for path in files}
     if len(kinds) > 1 and kinds & {*classes}:
         raise click.UsageError("records of different kinds have reports of their own; name one kind at a time")

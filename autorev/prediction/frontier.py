@@ -35,15 +35,23 @@ class Exploration:
         return Reach(self.method.name, self.limits.get("batch"), self.limits.get("sequence"))
 
 
-def explore(forecaster: Forecaster, method: Method, here: StepTrace) -> Exploration:
-    """Vary batch and sequence around `here`, a simulated step at the setting's own sizes."""
+def explore(
+    forecaster: Forecaster,
+    method: Method,
+    here: StepTrace,
+    axes: tuple[str, ...] = AXES,
+    room: int | None = None,
+) -> Exploration:
+    """Vary batch and sequence around `here`, a simulated step at the setting's own sizes; `room` is in bytes, and by
+    default what the device has."""
     exploration = Exploration(method)
-    for axis in AXES:
+    room = forecaster.device.usable_bytes if room is None else room
+    for axis in axes:
         if size_at(forecaster, axis) is None or (axis == "batch" and not forecaster.resizable):
             continue
         try:
             curve = _curve(forecaster, method, here, axis)
-            limit, curve = _limit(forecaster, method, curve, axis)
+            limit, curve = _limit(forecaster, method, curve, axis, room)
         except Exception as error:  # the model ran at the setting's sizes; that it does not at others is an answer
             exploration.problems.append(f"the {axis} axis could not be varied: {first_line(error)}")
             continue
@@ -79,9 +87,8 @@ def _curve(forecaster: Forecaster, method: Method, here: StepTrace, axis: str) -
     return ScaledTrace(points, tuple(traces))
 
 
-def _limit(forecaster: Forecaster, method: Method, curve: ScaledTrace, axis: str) -> tuple[int, ScaledTrace]:
+def _limit(forecaster: Forecaster, method: Method, curve: ScaledTrace, axis: str, room: int) -> tuple[int, ScaledTrace]:
     """The largest size that fits, and the curve sharpened there: it proposes a size, a simulated step disposes."""
-    room = forecaster.device.usable_bytes
     most = 2**20 if axis == "batch" else forecaster.longest_sequence or 2**24
 
     def fits(size: int) -> bool:

@@ -43,7 +43,11 @@ class ScaledTrace:
             block: round(sum(w * t.stream_bytes[block] for w, t in zip(weights, self.traces, strict=True)))
             for block in self.traces[0].stream_bytes
         }
-        return StepTrace(dict(start), segments, streams)
+        host = {
+            block: round(sum(w * t.host_bytes[block] for w, t in zip(weights, self.traces, strict=True)))
+            for block in self.traces[0].host_bytes
+        }
+        return StepTrace(dict(start), segments, streams, self.traces[0].side_bits, host)
 
 
 def lagrange(points: Sequence[int], at: int) -> list[float]:

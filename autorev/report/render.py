@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autorev.report import terminal
+from autorev.report import plan, terminal
 from autorev.report.analysis import content as analysis
 from autorev.report.document import Page, Section
 from autorev.report.finetuning import comparison as finetunings
@@ -35,6 +35,7 @@ class _Kind:
 _kinds = {
     "analysis": _Kind(analysis.screen, analysis.screen_of_many, analysis.markdown, analysis.page, None),
     "profile": _Kind(profile.screen, profiles.screen, profile.markdown, profile_page, profiles.page),
+    "plan": _Kind(plan.screen, plan.screen_of_many, plan.markdown, plan.page, None),
     "fine-tuning": _Kind(
         finetuning.screen, finetuning.screen_of_many, finetuning.markdown, finetuning.page, finetunings.page
     ),
@@ -69,7 +70,7 @@ def page_of(records: Sequence[Any], command: str) -> Page:
     if len(records) == 1:
         return kind.page(records[0], command)
     if kind.page_of_many is None:
-        raise ValueError("a page is of one analysis")
+        raise ValueError(f"a page is of one {records[0].kind}")
     return kind.page_of_many(records, command)
 
 

@@ -25,7 +25,7 @@ LAYERS = """
     conversion pipeline
     in_place verification
     profiler
-    fx
+    fx planning
     finetuning
     report
     cli

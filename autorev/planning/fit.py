@@ -1,0 +1,211 @@
+"""`autorev.fit`: the fastest way to train a model in the memory there is; or, the other way round, how much fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from autorev.analysis import Analysis, resolve_lora
+from autorev.chunked_loss import head_of
+from autorev.errors import SettingError
+from autorev.given import is_count
+from autorev.models.resolve import resolve
+from autorev.pipeline import prepare
+from autorev.planning.plan import Measured, Plan, Reached
+from autorev.planning.search import Search
+from autorev.prediction.forecast import Forecaster
+from autorev.profiler.environment import parse_memory
+from autorev.profiler.run import profile
+from autorev.profiler.subject import live_subject
+from autorev.profiles import load_device
+from autorev.workload import Workload
+
+Progress = Callable[[str, float], None]
+Size = int | Literal["auto"] | None
+MOST_TIGHTENED = 3
+"""Plans that are run before there is said to be none."""
+
+
+def fit(
+    model: nn.Module | str | os.PathLike[str] | Workload | None = None,
+    batch: Any = None,
+    *,
+    memory: str | int | None = None,
+    device: str = "h100-80gb",
+    sequence: Size = None,
+    host: bool = True,
+    pretrained: bool = True,
+    measure: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda what, fraction: None,
+    **setting: Any,
+) -> Plan:
+    """The fastest way to train `model` that fits.
+
+    Args:
+        model: a model of yours, a name as the command line has it, or a workload; None: the embedded SmolLM2.
+        batch: for a model of yours what it is called with (a dict, a tuple, or one tensor), for a name the number of
+            samples, or "auto" for as many as fit.
+        memory: what a step may take in all, as in `24GiB`, or in bytes; `+2GiB` is beside weights and optimiser state.
+            Default: what `device` has to use.
+        device: a device profile, whose speed the times are of.
+        sequence: tokens per sample, or "auto" for as many as fit.
+        host: may plans use the host's memory?
+        pretrained: does the model have a function that has to be kept?
+        measure: run the plan here, and take a tighter one where it does not hold.
+        trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
+        progress: is told what is being done, and the fraction done.
+        setting: dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout, adapter_dtype, loss.
+
+    Raises:
+        SettingError: an option makes no sense, or the axis that is asked for cannot be varied.
+        AutorevError: the model cannot be built, called or trained that way.
+    """
+    room = None if memory is None else _bytes_of(memory)
+    for name, given in (("batch", batch), ("sequence", sequence)):
+        if isinstance(given, str) and given != "auto":
+            raise SettingError(f"{name} is a whole number, or 'auto' for as many as fit, not {given!r}")
+    if sequence not in (None, "auto") and not is_count(sequence, 1):
+        raise SettingError(f"sequence is a whole number, or 'auto' for as many as fit, not {sequence!r}")
+    auto = [name for name, given in (("batch", batch), ("sequence", sequence)) if isinstance(given, str)]
+    if len(auto) == 2:
+        raise SettingError("batch and sequence cannot both be as large as fits; give one of them")
+    axis = auto[0] if auto else None
+    progress("analysing the model", 0.0)
+    if isinstance(model, nn.Module):
+        if auto or sequence is not None:
+            raise SettingError("a model of yours is planned for on the batch that it is given; leave `sequence` out")
+        analysis, forecaster = _live(model, batch, device, setting)
+    else:
+        if batch is not None and axis != "batch" and not is_count(batch, 1):
+            raise SettingError("with a model by name, batch is a number of samples; a batch of tensors needs the model")
+        workload = model if isinstance(model, Workload) else resolve(_named(model), trust_remote_code=trust_remote_code)
+        sizes: dict[str, Any] = {
+            "batch": None if axis == "batch" else batch,
+            "sequence": None if axis == "sequence" else sequence,
+        }
+        analysis, forecaster = prepare(workload, device=device, progress=progress, **sizes, **setting)
+    assert analysis.device is not None
+    chunked = head_of(forecaster.twin) is not None
+    limit = analysis.device.usable_bytes if room is None else room[0] + (_standing(forecaster) if room[1] else 0)
+    search = Search(forecaster, limit, pretrained, host, chunked, progress)
+    longest: tuple[Reached, ...] = ()
+    if axis is not None:
+        longest = tuple(search.reach(axis))
+        size = longest[0].size
+        if size:
+            forecaster = replace(
+                forecaster, setting=replace(forecaster.setting, **{axis: size}), probed={}, simulated={}
+            )
+            search = Search(forecaster, limit, pretrained, host, chunked, progress)
+    search.all()
+    plan = _plan(analysis, search, longest, axis)
+    return _measured(plan, search, model, batch, trust_remote_code, setting) if measure else plan
+
+
+def _plan(analysis: Analysis, search: Search, longest: tuple[Reached, ...], axis: str | None) -> Plan:
+    assert analysis.device is not None
+    chosen = search.best()
+    rungs = () if chosen is None else tuple(search.rungs(chosen))
+    options = tuple(sorted(search.seen.values(), key=search.rank))
+    impossible = [f"{spec}: {reason}" for spec, reason in search.impossible.items()]
+    return Plan(
+        model=analysis.model,
+        setting=search.forecaster.setting,
+        device=analysis.device,
+        memory_bytes=search.room,
+        method=None if chosen is None else chosen.method,
+        why=search.why(chosen),
+        options=options,
+        rungs=rungs,
+        longest=longest,
+        axis=axis,
+        notes=(*analysis.notes, *impossible),
+        versions=analysis.versions,
+    )
+
+
+def _measured(
+    plan: Plan, search: Search, model: Any, batch: Any, trust_remote_code: bool, setting: dict[str, Any]
+) -> Plan:
+    """The plan with what a real step of it takes here; a tighter one where that is more than there is."""
+    for attempt in range(MOST_TIGHTENED):
+        chosen = search.best()
+        if chosen is None:
+            return replace(
+                plan, method=None, why="no plan that was predicted to fit holds when it is run", measured=None
+            )
+        search.progress(f"running {chosen.method.spec}", 0.95)
+        size = batch if isinstance(model, nn.Module) else search.forecaster.setting.batch
+        how = {name: value for name, value in setting.items() if name not in ("loss", "accumulate")}
+        sequence = None if isinstance(model, nn.Module) else search.forecaster.setting.sequence
+        dtype = {} if isinstance(model, nn.Module) else {"dtype": search.forecaster.setting.dtype}
+        record = profile(
+            model if isinstance(model, nn.Module) else _named(model),
+            size,
+            methods=[chosen.method.spec],
+            sequence=sequence,
+            rounds=1,
+            timed_steps=1,
+            trust_remote_code=trust_remote_code,
+            **{**how, **dtype},
+        )
+        (result,) = record.results
+        if result.memory is None:
+            raise SettingError(f"{chosen.method.spec} could not be run here: {result.reason or result.status.value}")
+        found = Measured(
+            result.memory.peak_bytes,
+            result.memory.host_bytes,
+            result.step_seconds or 0.0,
+            result.memory.peak_bytes <= search.room,
+        )
+        plan = replace(
+            plan, method=chosen.method, why=search.why(chosen), rungs=tuple(search.rungs(chosen)), measured=found
+        )
+        if found.holds or attempt == MOST_TIGHTENED - 1:
+            return plan
+        search.refuse(chosen, found.peak_bytes)
+    return plan
+
+
+def _live(model: nn.Module, batch: Any, device: str, setting: dict[str, Any]) -> tuple[Analysis, Forecaster]:
+    trains, lora_rank = resolve_lora(setting.pop("trains", None), setting.pop("lora_rank", None))
+    wanted = {
+        "autocast": None,
+        "optimizer": "adamw",
+        "lora_dropout": 0.0,
+        "adapter_dtype": None,
+        "loss": "full",
+        **setting,
+        "batch": None,
+        "sequence": None,
+        "dtype": None,
+        "trains": trains,
+        "lora_rank": lora_rank,
+    }
+    subject = live_subject(model, batch, load_device(device), wanted)
+    if subject.forecaster is None:
+        raise SettingError("; ".join(subject.notes) or "nothing can be predicted of this model")
+    return (
+        Analysis(subject.info, (), (), setting=subject.setting, device=subject.device, notes=subject.notes),
+        subject.forecaster,
+    )
+
+
+def _named(model: Any) -> str | None:
+    named: str | None = os.fspath(model) if isinstance(model, os.PathLike) else model
+    return named
+
+
+def _bytes_of(memory: str | int) -> tuple[int, bool]:
+    if is_count(memory, 1):
+        return int(memory), False
+    return parse_memory(memory)  # type: ignore[arg-type]
+
+
+def _standing(forecaster: Forecaster) -> int:
+    return standing_bytes(forecaster.twin, forecaster.setting.optimizer)
