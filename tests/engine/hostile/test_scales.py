@@ -149,6 +149,32 @@ def test_float_arithmetic_is_watched_in_training() -> None:
     assert raised
 
 
+def test_float_arithmetic_is_watched_where_backward_ends_early() -> None:
+    """Gradients of the upper blocks alone: nothing comes to the beginning, where it is looked at what is left over."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Growing() for _ in range(24))), torch.randn(4, 16)
+    autorev.convert(model, batch=(x,), arithmetic="float", **LEAPFROG)
+    upper = dict(model[10:].named_parameters())
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(model(x).square().mean(), list(upper.values()))
+        return dict(zip(upper, found, strict=True))
+
+    raised = False
+    for step in range(14):
+        for block in model:
+            block.factor = 0.25 * 1.35**step
+        try:
+            found = gradients()
+        except ReconstructionError as error:
+            assert "arithmetic='exact'" in str(error)
+            raised = True
+            continue
+        with running("oracle"):
+            assert_close(found, gradients(), 3e-2)
+    assert raised
+
+
 class Growing(nn.Module):
     """A branch with a factor; its derivative amplifies what is off."""
 
