@@ -45,12 +45,16 @@ class Owned:
     requires_grad: bool
     address: int
     values: Digest | None
+    wholly: bool
+    """Are all of its values looked at? Of all weights, twice a step, that would cost a tenth of it. Version counters
+    see ordinary writes, and where a branch is run again, what it returns tells, too."""
 
     @classmethod
-    def found(cls, path: str, tensor: torch.Tensor) -> Owned:
+    def found(cls, path: str, tensor: torch.Tensor, wholly: bool = False) -> Owned:
         """`tensor` as it is now; of one with a history (a weight-normalised one) only its values are kept."""
         kept = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
-        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), _values(tensor))
+        values = _values(tensor, wholly)
+        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), values, wholly)
 
     def change(self) -> str | None:
         """What has become of it, in words; None: it holds what it held."""
@@ -63,13 +67,12 @@ class Owned:
         return None
 
     def _same_values(self) -> bool:
-        return self.values is None or _values(self.tensor) == self.values
+        return self.values is None or _values(self.tensor, self.wholly) == self.values
 
 
-def _values(tensor: torch.Tensor) -> Digest | None:
-    """Of a part: all weights, twice a step, would cost a tenth of it, and version counters see ordinary writes. A GPU
-    is not waited for: weights there are compared among what the branch saved."""
-    return digest(tensor, exact=True, wholly=False) if tensor.device.type == "cpu" else None
+def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
+    """A GPU is not waited for: weights there are compared among what the branch saved."""
+    return digest(tensor, exact=True, wholly=wholly) if tensor.device.type == "cpu" else None
 
 
 @dataclass(eq=False)

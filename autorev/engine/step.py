@@ -138,7 +138,7 @@ class Step:
         if self.replay is not None:
             self.replay.add_module(module, path, self.branch.writes)
         elif torch.is_grad_enabled() and not self.oracle:
-            self.owned += [Owned.found(f"{path}.{name}", parameter) for name, parameter in module.named_parameters()]
+            self.owned += [Owned.found(f"{path}.{name}", p, wholly=True) for name, p in module.named_parameters()]
 
     def given(self) -> torch.Tensor:
         """What the branch is called with: the input, or a copy for a block that writes to it."""
