@@ -54,7 +54,7 @@ import torch
 from torch import nn
 
 from autorev.engine.autograd import couple, enter, read_out, straight_through
-from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of
+from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of, values_of
 from autorev.engine.grid import grid_at_start
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.modules import Owned, version_of
@@ -240,6 +240,7 @@ class Step:
             carried = Carried(
                 number=self.number,
                 memory=memory_of(new),
+                values=values_of(new),
                 dtype=new.dtype,
                 requires_grad=new.requires_grad,
                 partner=partner,
