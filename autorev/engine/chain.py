@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autorev.couplings.arithmetic import Arithmetic, FixedPoint
+from autorev.couplings.arithmetic import MOST_FRACTION_BITS, Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling
 from autorev.engine.digest import Digest, digest, looked_at
 from autorev.engine.grid import say_coarsened
@@ -72,6 +72,8 @@ class ReversibleChain:
     new chain started within a forward pass, each further piece has an entry of its own."""
     magnitudes: Magnitudes | None = None
     """While a grid is being chosen: how large the streams were so far."""
+    finest: int = MOST_FRACTION_BITS
+    """No forward pass begins with more: one that did outgrew its grid on a device that is not waited for."""
     grids: dict[str, int] = field(default_factory=dict)
     """The config's entry of fraction bits by chain, kept up to date."""
     seeds: Seeds = field(default_factory=Seeds)

@@ -104,7 +104,7 @@ class Step:
         self.coupling = coupling
         self.oracle = mode() == ORACLE
         if carried is None:
-            arithmetic = grid_at_start(chain.arithmetic, stream, chain.name)
+            arithmetic = grid_at_start(chain, stream)
             state = coupling.initial_state(arithmetic.encode(stream.detach()))
             self.tape = Tape(chain, state, arithmetic, label)
             self.through = stream.dtype

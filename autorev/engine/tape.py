@@ -241,6 +241,7 @@ class Tape:
             except FixedPointRangeError:
                 coarse = FixedPoint(self.arithmetic.fraction_bits - 4)
                 self.chain.coarsen(self.arithmetic, coarse, self.chain.name)
+                self.chain.finest = min(self.chain.finest, coarse.fraction_bits)
                 raise
 
     def _settle(self) -> None:
