@@ -99,8 +99,8 @@ class ModuleStates:
         self.compared: set[int] = set()
         """Storages whose values are looked after here: among what the branch saves, they are not compared again."""
         self.hides = False
-        """Is one of the parameters zero (a fresh LoRA, ReZero, adaLN-zero)? Then the output does not tell what the
-        branch computes before it, and what it saves is looked at wholly."""
+        """Is a parameter zero (a fresh LoRA, ReZero, adaLN-zero), or a trained argument? Then the output does not tell
+        what the branch computes before it, and what it saves is looked at wholly."""
         self.small: list[tuple[Callable[[], dict[str, Any]], str, Owned, torch.Tensor]] = []
         """Small tensors with their values, until it is known whether the branch writes to them."""
         self._copies: dict[int, tuple[Any, Any]] = {}
@@ -120,7 +120,7 @@ class ModuleStates:
             for key, parameter in child._parameters.items():
                 if parameter is not None:
                     self.owned.append(Owned.found(f"{prefix}.{key}", parameter))
-                    self.hides = self.hides or (key != "bias" and _is_zero(parameter))
+                    self.hides = self.hides or (key != "bias" and is_zero(parameter))
                     if self.owned[-1].values is not None:
                         self.compared.add(parameter.untyped_storage()._cdata)
             for key, buffer in child._buffers.items():
@@ -316,7 +316,8 @@ def set_generator(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-def _is_zero(parameter: torch.Tensor) -> bool:
+def is_zero(parameter: torch.Tensor) -> bool:
+    """By a few of its elements."""
     if parameter.device.type != "cpu" or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
         return parameter.device.type != "cpu"  # not waited for, and looking at all of it costs little there
     if parameter.layout is not torch.strided or not parameter.numel():

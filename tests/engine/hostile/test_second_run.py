@@ -251,6 +251,51 @@ def test_requires_grad_is_flipped_between_forward_and_backward() -> None:
     assert_close(results[True], results[False], 2e-2)  # gamma is nearly 0
 
 
+class GatedFromOutside(nn.Module):
+    """Its branch is multiplied by a gate that it is given, and by a mask that no module holds."""
+
+    mask = torch.ones(64, 96)
+
+    def __init__(self, d: int = 96) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return x + gate * self.b(torch.tanh(self.a(x)) * GatedFromOutside.mask)
+
+
+class Gating(nn.Module):
+    """adaLN-zero with one modulation for all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(3, 96)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.blocks = nn.ModuleList(GatedFromOutside() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        gate = self.modulation(condition)
+        for block in self.blocks:
+            x = block(x, gate)
+        return x
+
+
+@ARITHMETICS
+def test_a_gate_of_zero_from_outside_hides_nothing(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a mask are another in the second run: the output is the same, and the gate's gradient is not."""
+    torch.manual_seed(0)
+    model, call = Gating(), (torch.randn(64, 96), torch.randn(3))
+    autorev.convert(model, batch=call, arithmetic=arithmetic, keep_last=0, **LEAPFROG)
+    results_of(model, lambda: model(*call))
+    loss = model(*call).square().mean()
+    other = torch.ones(64, 96)
+    other[3:5] = 0.0
+    monkeypatch.setattr(GatedFromOutside, "mask", other)
+    with pytest.raises(ReconstructionError, match="computed something else in backward"):
+        loss.backward()
+
+
 class Recurrent(nn.Module):
     """Its kernel saves its own memory, of which it writes a part."""
 
