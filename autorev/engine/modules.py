@@ -29,6 +29,7 @@ _ABSENT = object()
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 """Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
+SHARDED = "_is_fsdp_managed_module"
 _MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
 """Packages whose objects are no data that a forward reads its numbers from."""
 _LARGE = 10_000
@@ -220,8 +221,8 @@ def _restore(held: _Held, fresh: dict[int, tuple[Any, Any]]) -> None:
     home = held.home
     for key, value in held.attributes.items():
         if key in TORCH_DICTS:
-            now = home.get(key)
-            if not same_entries(now, value):
+            # Which parameters of a sharded module are in place, whole ones or parts, goes by its own hooks.
+            if not ((key == "_parameters" and SHARDED in home) or same_entries(home.get(key), value)):
                 home[key] = value.copy()
         elif key in held.containers:
             home[key] = copied(value, fresh)  # a list that the branch appends to is not appended to once more

@@ -367,7 +367,7 @@ def test_a_step_that_cannot_be_simulated_is_no_obstacle() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_scripted_blocks_are_refused_in_words() -> None:
-    """Their class has no forward that could be asked for; what fake tensors meet in there depends on the interpreter."""
+    """Their class has no forward that could be asked for; what fake tensors meet inside depends on its interpreter."""
     model = hand.Stack(*(torch.jit.script(nn.Sequential(nn.Linear(hand.WIDTH, hand.WIDTH))) for _ in range(3)))
-    with pytest.raises(autorev.AutorevError, match="no residual block|TorchScript"):
+    with pytest.raises(autorev.AutorevError, match=r"no residual block|TorchScript"):
         autorev.convert(model, TOKENS)
