@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from autorev.patching import patched_here, this_thread
+from autorev.patching import is_here, patched_here, this_thread
 
 
 @contextmanager
@@ -35,22 +35,23 @@ def warnings_hushed(modules: str) -> Iterator[None]:
     `warnings.catch_warnings` exchanges the filters of the whole process, and of two threads one may leave its own.
     Here one filter is added that applies to this thread, and taken away again; the others are left where they are.
     """
-    here = _ThisThread(modules)
-    ours: Any = ("ignore", None, Warning, here, 0)
-    warnings.filters.insert(0, ours)  # type: ignore[attr-defined]  # typed as a sequence; it is this list that is asked
-    try:
-        yield
-    finally:
-        here.ended = True  # somebody may have saved the filters, and put ours back
-        with suppress(ValueError):
-            warnings.filters.remove(ours)  # type: ignore[attr-defined]
+    with this_thread() as thread:
+        here = _ThisThread(modules, thread)
+        ours: Any = ("ignore", None, Warning, here, 0)
+        warnings.filters.insert(0, ours)  # type: ignore[attr-defined]  # a sequence, it says; this list is asked
+        try:
+            yield
+        finally:
+            here.ended = True  # somebody may have saved the filters, and put ours back
+            with suppress(ValueError):
+                warnings.filters.remove(ours)  # type: ignore[attr-defined]
 
 
 class _ThisThread:
     """What stands in a filter for the pattern of a module's name: `match` is all that is asked of it."""
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern, self.thread, self.ended = re.compile(pattern), this_thread(), False
+    def __init__(self, pattern: str, thread: object) -> None:
+        self.pattern, self.thread, self.ended = re.compile(pattern), thread, False
 
     def match(self, module: str) -> bool:
-        return not self.ended and this_thread() is self.thread and self.pattern.match(module) is not None
+        return not self.ended and is_here(self.thread) and self.pattern.match(module) is not None

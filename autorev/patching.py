@@ -32,16 +32,41 @@ _inherited = object()
 class _Thread:
     """Stands for a thread and for its backward passes."""
 
+    users = 0
 
-def this_thread() -> object:
-    """The same object whenever the calling thread asks, and in backward passes that it started; no other thread's.
+
+@contextmanager
+def this_thread() -> Iterator[_Thread]:
+    """While it lasts, what `is_here` knows the calling thread by, and backward passes that it starts; no other thread.
 
     It is kept where torch keeps what autograd's own threads are to find as the thread that called `backward` had it.
-    A thread's number would not do: those threads have others, and the number of a dead one is used again.
+    A thread's number would not do: those threads have others, and the number of a dead one is used again. Nothing is
+    left there: at a thread's end torch asks Python to let go of that, and while Python itself ends, the answer is that
+    the process is aborted.
     """
-    if not torch._C._is_key_in_tls(_KEY):
-        torch._C._stash_obj_in_tls(_KEY, _Thread())
-    return torch._C._get_obj_in_tls(_KEY)
+    thread = _found() or _Thread()
+    if not thread.users:
+        torch._C._stash_obj_in_tls(_KEY, thread)
+    thread.users += 1
+    try:
+        yield thread
+    finally:
+        thread.users -= 1
+        if not thread.users and _found() is thread:
+            _remove(_KEY)
+
+
+def is_here(thread: object) -> bool:
+    """Is the calling thread, or who started the backward pass that it runs, `thread`?"""
+    return _found() is thread
+
+
+def _found() -> _Thread | None:
+    found: _Thread | None = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    return found
+
+
+_remove: Callable[[str], None] = getattr(torch._C, "_remove_obj_from_tls", lambda key: None)  # torch 2.9 has none
 
 
 @contextmanager
@@ -52,23 +77,23 @@ def patched_here(owner: Any, name: str, replace: Callable[[Callable[..., Any]], 
     original is the outer one. Where `owner` is a class and `name` a method of it, a classmethod too, the replacement
     and the original are given the object or class first.
     """
-    caller = this_thread()
-    with _lock:
-        overridden = _installed.get((id(owner), name))
-        if overridden is None:
-            overridden = _Overridden(owner, name)
-        stack = overridden.stacks.setdefault(caller, [])
-        entry = replace(stack[-1] if stack else overridden.original)
-        stack.append(entry)
-    try:
-        yield
-    finally:
+    with this_thread() as caller:
         with _lock:
-            stack.remove(entry)
-            if not stack:
-                del overridden.stacks[caller]
-            if not overridden.stacks:
-                overridden.put_back()
+            overridden = _installed.get((id(owner), name))
+            if overridden is None:
+                overridden = _Overridden(owner, name)
+            stack = overridden.stacks.setdefault(caller, [])
+            entry = replace(stack[-1] if stack else overridden.original)
+            stack.append(entry)
+        try:
+            yield
+        finally:
+            with _lock:
+                stack.remove(entry)
+                if not stack:
+                    del overridden.stacks[caller]
+                if not overridden.stacks:
+                    overridden.put_back()
 
 
 class _Overridden:
@@ -109,8 +134,9 @@ def _stand_in(original: Callable[..., Any], stacks: dict[object, list[Callable[.
     @wraps(original)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         # A thread that compiles its model just now compiles the original into it.
-        if not torch.compiler.is_dynamo_compiling() and torch._C._is_key_in_tls(_KEY):
-            stack = stacks.get(torch._C._get_obj_in_tls(_KEY))
+        if not torch.compiler.is_dynamo_compiling():
+            thread = _found()
+            stack = stacks.get(thread) if thread is not None else None
             if stack:
                 return stack[-1](*args, **kwargs)
         return original(*args, **kwargs)

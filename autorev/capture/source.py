@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from inspect import getsourcelines, unwrap
+from inspect import getattr_static, getsourcelines, unwrap
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -65,7 +65,7 @@ def short_path(filename: str) -> str:
 
 def definition_line(module: Any) -> str:
     """`file.py:line` where the module's `forward` is written."""
-    forward = unwrap(type(module).forward)
+    forward = unwrap(getattr_static(type(module), "forward"))
     try:
         _, line = getsourcelines(forward)
         return f"{short_path(forward.__code__.co_filename)}:{line}"

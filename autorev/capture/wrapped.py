@@ -75,14 +75,15 @@ def _rebound(held: Any, memo: dict[int, Any]) -> Any:
 
 def _encloses(wrapper: Any, module: nn.Module) -> bool:
     """Does it lead to the class's forward of `module`, through however many wrappers?"""
-    if hasattr(wrapper, "__wrapped__") and inspect.unwrap(wrapper) is inspect.unwrap(type(module).forward):
+    own = inspect.getattr_static(type(module), "forward")  # a scripted module's class has none to ask for
+    if hasattr(wrapper, "__wrapped__") and inspect.unwrap(wrapper) is inspect.unwrap(own):
         return True
     function = getattr(wrapper, "__func__", wrapper)
     for cell in getattr(function, "__closure__", None) or ():
         if _is_empty(cell):
             continue
         held = cell.cell_contents
-        if getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is type(module).forward:
+        if getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is own:
             return True
         if callable(held) and held is not wrapper and getattr(held, "__closure__", None) and _encloses(held, module):
             return True

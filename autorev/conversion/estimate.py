@@ -104,6 +104,8 @@ class Estimate:
         with torch.inference_mode(False), torch.enable_grad(), mode:
             call = fake_copy(self.call, mode)
             layout = layout_of(list(self.chains), list(self.others), self.twin).under(method)
+            if len(layout.lengths) != len(self.chains):
+                raise AutorevError("the turns of a loop hand on more than their stream, and cannot be told apart")
             return layout, simulate(self.twin, call, layout, method, own_loss, counting_work=False)
 
 

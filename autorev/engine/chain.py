@@ -23,9 +23,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autorev.couplings.arithmetic import Arithmetic, FixedPoint
+from autorev.couplings.arithmetic import MOST_FRACTION_BITS, Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling
-from autorev.engine.digest import looked_at
+from autorev.engine.digest import Digest, digest, looked_at
 from autorev.engine.grid import say_coarsened
 from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
@@ -75,6 +75,8 @@ class ReversibleChain:
     """Where side bits wait for backward; None: on their device."""
     magnitudes: Magnitudes | None = None
     """While a grid is being chosen: how large the streams were so far."""
+    finest: int = MOST_FRACTION_BITS
+    """No forward pass begins with more: one that did outgrew its grid on a device that is not waited for."""
     grids: dict[str, int] = field(default_factory=dict)
     """The config's entry of fraction bits by chain, kept up to date."""
     seeds: Seeds = field(default_factory=Seeds)
@@ -120,6 +122,8 @@ class Carried:
     """The step that returned the stream."""
     memory: tuple[Any, ...]
     """See `memory_of`."""
+    values: Digest | None
+    """See `values_of`."""
     dtype: torch.dtype
     """In which the stream was handed on."""
     requires_grad: bool
@@ -135,6 +139,12 @@ class Carried:
 def memory_of(stream: torch.Tensor) -> tuple[Any, ...]:
     """Which part of its storage, and how often written to."""
     return stream.storage_offset(), stream.shape, stream.stride(), stream.dtype, version_of(stream)
+
+
+def values_of(stream: torch.Tensor) -> Digest | None:
+    """Whoever writes through `.data` or NumPy is not counted. None on a GPU, which is not waited for: there, what runs
+    again in backward differs."""
+    return digest(stream.detach(), exact=True) if stream.device.type == "cpu" else None
 
 
 # -- one forward pass
@@ -215,7 +225,7 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
 
 def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
     found: Carried | None = chain.carried.get(stream.untyped_storage())
-    if found is None or found.memory != memory_of(stream):
+    if found is None or found.memory != memory_of(stream) or found.values != values_of(stream):
         return None
     if stream.is_inference() and not _is_copy(found, stream):
         return None  # these do not count how often they are written to

@@ -208,14 +208,17 @@ class Comparison:
                 self.scale = torch.maximum(torch.as_tensor(self.scale, device=size.device), size)
         return found
 
-    def says_other(self, first: Digest | None, tensor: torch.Tensor, wholly: bool = True) -> bool:
-        """Is it known by now that `tensor`, of a second run, is another than the first run's?"""
+    def says_other(
+        self, first: Digest | None, tensor: torch.Tensor, wholly: bool = True, rounding: float = FLOAT_TOLERANCE
+    ) -> bool:
+        """Is it known by now that `tensor`, of a second run, is another than the first run's? `rounding`: the relative
+        difference of floats that is none, where the arithmetic is not exact."""
         second = None if first is None else self._digest(tensor, wholly)
         if first is None or second is None:
             return False
         if isinstance(first, int):
             return first != second
-        tolerance = FLOAT_TOLERANCE if tensor.is_floating_point() else FLIPPED
+        tolerance = rounding if tensor.is_floating_point() else FLIPPED
         if isinstance(first, tuple) and isinstance(second, tuple):
             floor = FLOOR * float(self.scale)
             for size, at, count in _groups(len(first), first[0], tensor.numel()):

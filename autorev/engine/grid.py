@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from autorev.couplings.side_bits import pack, unpack
 from autorev.engine.digest import looked_at
 from autorev.errors import FixedPointRangeError
 
+if TYPE_CHECKING:
+    from autorev.engine.chain import ReversibleChain
+
 USUAL_FRACTION_BITS = 16
 """Of a grid that nothing is known for."""
 HEAD_ROOM = 4.0
@@ -27,6 +31,12 @@ HEAD_ROOM = 4.0
 COARSEST_FOR_INPUT = 2.0**-7
 """Steps of the grid, in terms of the input's root mean square, beyond which a finer one is begun on: bfloat16's own
 resolution."""
+COARSEST_FOR_ROW = 2.0**-4
+"""The same in terms of its smallest row (a token, a sample), which may be far below the others: branches normalise."""
+SMALLEST_ROW = 2.0**-23
+"""In terms of the largest value; no grid has steps for a smaller one."""
+NOTHING = 1e-12
+"""A row that small is what a model has in the place of zero (the embedding of a token that was never trained)."""
 FINE_FOR_INPUT = 2.0**-14
 MOST_DROPPED = 28
 """Bits by which one step may coarsen the grid; beyond, the stream has become another thing altogether."""
@@ -70,27 +80,44 @@ Taken = tuple[Arithmetic, torch.Tensor | None, Dropped | None]
 """How a step was taken: with which arithmetic, its side bits, and what the state lost just before it."""
 
 
-def grid_at_start(usual: Arithmetic, stream: torch.Tensor, name: str) -> Arithmetic:
-    """The arithmetic to begin a forward pass through the chain `name` with: `usual`, or another grid for an input that
-    is too small or too large for it.
+def grid_at_start(chain: ReversibleChain, stream: torch.Tensor) -> Arithmetic:
+    """The arithmetic to begin a forward pass with: the usual one, or another grid for an input that is too small
+    or too large for it, or of which a part is.
 
     Raises:
         FixedPointRangeError: the input holds something that is not a number.
     """
+    usual = chain.arithmetic
     if not isinstance(usual, FixedPoint) or not stream.numel() or stream.is_meta or not looked_at():
         return usual
     wide = stream.detach().float() if stream.dtype is not torch.float64 else stream.detach()
-    size, largest = (float(t) for t in torch.stack([wide.square().mean().sqrt(), wide.abs().amax()]))
+    rows, top = _sizes_of_rows(wide), wide.abs().amax()
+    held = rows > SMALLEST_ROW * top
+    row_held, row_lost = rows.where(held, torch.inf).amin(), rows.where(~held & (rows > NOTHING), 0).amax()
+    sizes = torch.stack([rows.square().mean().sqrt(), top, row_held, row_lost])
+    size, largest, row, lost = (float(number) for number in sizes)
     if not math.isfinite(largest):
-        raise FixedPointRangeError(f"the input of {name} holds values that are not numbers (inf or NaN)")
+        raise FixedPointRangeError(f"the input of {chain.name} holds values that are not numbers (inf or NaN)")
     if largest == 0:
         return usual
+    if lost:
+        chain.warn_once(
+            f"were given a row of size {lost:.3g} beside values of {largest:.3g}: no fixed-point grid holds both, and "
+            "the small one is rounded away; scale it, or convert with arithmetic='float'"
+        )
     size = max(size, largest * 2.0**-20)  # squares of the smallest floats are zero
     if largest * 2.0**usual.fraction_bits >= LIMIT:
         return FixedPoint(grid_for(largest, HEAD_ROOM))
-    if 2.0**-usual.fraction_bits <= COARSEST_FOR_INPUT * size:
+    if 2.0**-usual.fraction_bits <= min(COARSEST_FOR_INPUT * size, COARSEST_FOR_ROW * row):
         return usual
-    return FixedPoint(min(math.ceil(-math.log2(FINE_FOR_INPUT * size)), grid_for(largest, HEAD_ROOM)))
+    step = min(FINE_FOR_INPUT * size, COARSEST_FOR_ROW * row)
+    return FixedPoint(min(math.ceil(-math.log2(step)), grid_for(largest, HEAD_ROOM), chain.finest))
+
+
+def _sizes_of_rows(stream: torch.Tensor) -> torch.Tensor:
+    """Root mean squares of its tokens or, of images and the like, of its samples."""
+    rows = stream.flatten(1) if stream.dim() > 3 else stream
+    return rows.square().mean(-1).sqrt()
 
 
 def step_on_grid(

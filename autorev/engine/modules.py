@@ -29,6 +29,7 @@ _ABSENT = object()
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 """Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
+SHARDED = "_is_fsdp_managed_module"
 _MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
 """Packages whose objects are no data that a forward reads its numbers from."""
 _LARGE = 10_000
@@ -45,12 +46,16 @@ class Owned:
     requires_grad: bool
     address: int
     values: Digest | None
+    wholly: bool
+    """Are all of its values looked at? Of all weights, twice a step, that would cost a tenth of it. Version counters
+    see ordinary writes, and where a branch is run again, what it returns tells, too."""
 
     @classmethod
-    def found(cls, path: str, tensor: torch.Tensor) -> Owned:
+    def found(cls, path: str, tensor: torch.Tensor, wholly: bool = False) -> Owned:
         """`tensor` as it is now; of one with a history (a weight-normalised one) only its values are kept."""
         kept = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
-        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), _values(tensor))
+        values = _values(tensor, wholly)
+        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), values, wholly)
 
     def change(self) -> str | None:
         """What has become of it, in words; None: it holds what it held."""
@@ -63,13 +68,12 @@ class Owned:
         return None
 
     def _same_values(self) -> bool:
-        return self.values is None or _values(self.tensor) == self.values
+        return self.values is None or _values(self.tensor, self.wholly) == self.values
 
 
-def _values(tensor: torch.Tensor) -> Digest | None:
-    """Of a part: all weights, twice a step, would cost a tenth of it, and version counters see ordinary writes. A GPU
-    is not waited for: weights there are compared among what the branch saved."""
-    return digest(tensor, exact=True, wholly=False) if tensor.device.type == "cpu" else None
+def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
+    """A GPU is not waited for: weights there are compared among what the branch saved."""
+    return digest(tensor, exact=True, wholly=wholly) if tensor.device.type == "cpu" else None
 
 
 @dataclass(eq=False)
@@ -96,8 +100,8 @@ class ModuleStates:
         self.compared: set[int] = set()
         """Storages whose values are looked after here: among what the branch saves, they are not compared again."""
         self.hides = False
-        """Is one of the parameters zero (a fresh LoRA, ReZero, adaLN-zero)? Then the output does not tell what the
-        branch computes before it, and what it saves is looked at wholly."""
+        """Is a parameter zero (a fresh LoRA, ReZero, adaLN-zero), or a trained argument? Then the output does not tell
+        what the branch computes before it, and what it saves is looked at wholly."""
         self.small: list[tuple[Callable[[], dict[str, Any]], str, Owned, torch.Tensor]] = []
         """Small tensors with their values, until it is known whether the branch writes to them."""
         self._copies: dict[int, tuple[Any, Any]] = {}
@@ -117,7 +121,7 @@ class ModuleStates:
             for key, parameter in child._parameters.items():
                 if parameter is not None:
                     self.owned.append(Owned.found(f"{prefix}.{key}", parameter))
-                    self.hides = self.hides or (key != "bias" and _is_zero(parameter))
+                    self.hides = self.hides or (key != "bias" and is_zero(parameter))
                     if self.owned[-1].values is not None:
                         self.compared.add(parameter.untyped_storage()._cdata)
             for key, buffer in child._buffers.items():
@@ -217,8 +221,8 @@ def _restore(held: _Held, fresh: dict[int, tuple[Any, Any]]) -> None:
     home = held.home
     for key, value in held.attributes.items():
         if key in TORCH_DICTS:
-            now = home.get(key)
-            if not same_entries(now, value):
+            # Which parameters of a sharded module are in place, whole ones or parts, goes by its own hooks.
+            if not ((key == "_parameters" and SHARDED in home) or same_entries(home.get(key), value)):
                 home[key] = value.copy()
         elif key in held.containers:
             home[key] = copied(value, fresh)  # a list that the branch appends to is not appended to once more
@@ -313,7 +317,8 @@ def set_generator(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-def _is_zero(parameter: torch.Tensor) -> bool:
+def is_zero(parameter: torch.Tensor) -> bool:
+    """By a few of its elements."""
     if parameter.device.type != "cpu" or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
         return parameter.device.type != "cpu"  # not waited for, and looking at all of it costs little there
     if parameter.layout is not torch.strided or not parameter.numel():

@@ -21,7 +21,7 @@ from autorev.couplings.arithmetic import Arithmetic
 from autorev.couplings.coupling import State
 from autorev.engine.digest import Comparison, looked_at
 from autorev.engine.mode import REVERSIBLE, running
-from autorev.engine.modules import ModuleStates, version_of
+from autorev.engine.modules import ModuleStates, is_zero, version_of
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
 from autorev.errors import ReconstructionError
 
@@ -87,8 +87,10 @@ class Replay:
 
     def add_arguments(self, structure: Any) -> None:
         """The tensors in `structure` are read by the branch."""
-        tensors = (leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor))
+        tensors = [leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
         self.arguments += [(tensor, version_of(tensor)) for tensor in tensors]
+        gates = any(tensor.requires_grad and is_zero(tensor) for tensor in tensors)
+        self.modules.hides = self.modules.hides or gates
 
     def begins(self) -> None:
         """Called when the first run is about to begin."""

@@ -111,7 +111,7 @@ class _Look:
         self.wholly = True
         if not first:
             self.second = tensor
-        elif tensor.untyped_storage()._cdata not in modules.compared:
+        elif not _is_workspace(tensor) and tensor.untyped_storage()._cdata not in modules.compared:
             self.wholly = modules.hides
             self.first = comparison.first(tensor, self.wholly)
 
@@ -127,3 +127,8 @@ class _Look:
 
     def __str__(self) -> str:
         return f"{tuple(self.shape)} {self.dtype}"
+
+
+def _is_workspace(tensor: torch.Tensor) -> bool:
+    """A kernel's own memory (of oneDNN's and cuDNN's recurrent layers), parts of which are never written."""
+    return tensor.dtype is torch.uint8 and tensor.dim() == 1

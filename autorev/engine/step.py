@@ -56,7 +56,7 @@ import torch
 from torch import nn
 
 from autorev.engine.autograd import couple, enter, read_out, straight_through
-from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of
+from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of, values_of
 from autorev.engine.grid import grid_at_start
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.modules import Owned, version_of
@@ -106,7 +106,7 @@ class Step:
         self.coupling = coupling
         self.oracle = mode() == ORACLE
         if carried is None:
-            arithmetic = grid_at_start(chain.arithmetic, stream, chain.name)
+            arithmetic = grid_at_start(chain, stream)
             state = coupling.initial_state(arithmetic.encode(stream.detach()))
             self.tape = Tape(chain, state, arithmetic, label)
             self.through = stream.dtype
@@ -140,7 +140,7 @@ class Step:
         if self.replay is not None:
             self.replay.add_module(module, path, self.branch.writes)
         elif torch.is_grad_enabled() and not self.oracle:
-            self.owned += [Owned.found(f"{path}.{name}", parameter) for name, parameter in module.named_parameters()]
+            self.owned += [Owned.found(f"{path}.{name}", p, wholly=True) for name, p in module.named_parameters()]
 
     def given(self) -> torch.Tensor:
         """What the branch is called with: the input, or a copy for a block that writes to it."""
@@ -243,6 +243,7 @@ class Step:
             carried = Carried(
                 number=self.number,
                 memory=memory_of(new),
+                values=values_of(new),
                 dtype=new.dtype,
                 requires_grad=new.requires_grad,
                 partner=partner,

@@ -11,6 +11,7 @@ from torch import nn
 
 from autorev.engine.digest import looked_at
 from autorev.engine.modules import (
+    SHARDED,
     TORCH_DICTS,
     ModuleStates,
     copied,
@@ -52,7 +53,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             put_back(home, entries)
         for held in states.held:
             # fully_shard goes by its own record of which parameters, whole ones or its part of them, are in place.
-            sharded = {"_parameters"} if "_is_fsdp_managed_module" in held.home else set()
+            sharded = {"_parameters"} if SHARDED in held.home else set()
             for key in (held.containers & TORCH_DICTS) - sharded:
                 if not same_entries(held.home[key], held.attributes[key]):
                     held.home[key].clear()

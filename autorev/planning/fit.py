@@ -19,6 +19,7 @@ from autorev.planning.plan import Measured, Plan, Reached
 from autorev.planning.search import Search
 from autorev.prediction.forecast import Forecaster
 from autorev.profiler.environment import parse_memory
+from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.run import profile
 from autorev.profiler.subject import live_subject
 from autorev.profiles import load_device
@@ -98,9 +99,8 @@ def fit(
         longest = tuple(search.reach(axis))
         size = longest[0].size
         if size:
-            forecaster = replace(
-                forecaster, setting=replace(forecaster.setting, **{axis: size}), probed={}, simulated={}
-            )
+            sized: Any = {axis: size}
+            forecaster = replace(forecaster, setting=replace(forecaster.setting, **sized), probed={}, simulated={})
             search = Search(forecaster, limit, pretrained, host, chunked, progress)
     search.all()
     plan = _plan(analysis, search, longest, axis)

@@ -68,7 +68,7 @@ def expand(segments: list[Segment], layout: Layout) -> Iterator[Segment]:
     stretches = _stretches(segments)
     own = {(stretch[0].phase, stretch[0].block): stretch for stretch in stretches}
     ran = sorted({s.block for s in segments if s.block is not None})
-    after = {a: range(a + 1, b) for a, b in zip(ran, [*ran[1:], len(layout.sites)], strict=True)}
+    after = {a: range(a + 1, b) for a, b in pairwise([*ran, len(layout.sites)])}
     before = {b: range(b - 1, a, -1) for a, b in pairwise(ran)}
     for stretch in stretches:
         for segment in stretch:

@@ -146,7 +146,9 @@ def replacements_of(model: nn.Module) -> Iterator[Replacement]:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"this is of models, torch.nn.Modules, and a {type(model).__name__} is none")
     for module in model.modules():
-        own = getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
+        own = getattr(module.__dict__.get("forward"), "__func__", None) is inspect.getattr_static(
+            type(module), "forward"
+        )
         if HANDLE in module.__dict__ and (own or "forward" not in module.__dict__):
             # A library that had wrapped the forward before has put back what it had found: the conversion is gone.
             for lost in module.__dict__[HANDLE][::-1]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import autorev
 from autorev.errors import ReconstructionError
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import (
@@ -79,6 +80,38 @@ def test_a_parameter_changed_behind_autograds_back_is_an_error(
     loss = mean_square(model(TOKENS))
     change(model.blocks[block].mlp.up.weight)
     with pytest.raises(ReconstructionError, match=rf"blocks\.{block}\.mlp\.up\.weight was .*\.data"):
+        loss.backward()
+
+
+def _prune_a_row(weight: torch.Tensor) -> None:
+    weight.data[3].zero_()
+
+
+def _clip(weight: torch.Tensor) -> None:
+    weight.data.clamp_(max=float(weight.data.flatten().sort().values[-2]))
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+@pytest.mark.parametrize("change", [_prune_a_row, _clip])
+def test_a_large_parameter_of_which_a_part_was_changed_is_an_error(
+    change: Callable[[torch.Tensor], None], keep_last: int
+) -> None:
+    """Of a large one, a stored block is compared wholly, and one that is run again by what it returns."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(96, 96)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.tanh(self.linear(x))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Wide() for _ in range(3))), torch.randn(5, 96)
+    autorev.convert(model, batch=(x,), keep_last=keep_last)
+    loss = model(x).square().mean()
+    change(model[-1].linear.weight)
+    with pytest.raises(ReconstructionError, match=r"2\.linear\.weight was .*\.data|2 returned something else"):
         loss.backward()
 
 

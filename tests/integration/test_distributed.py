@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float leapfrog": {"method": "leapfrog", "arithmetic": "float"},
 }
 MODELS = ["llama", "hand-written"]
-WRAPPERS = ["ddp", "ddp finding unused", "fsdp", "fsdp keeping blocks whole"]
+WRAPPERS = ["ddp", "ddp finding unused", "fsdp", "fsdp keeping blocks whole", "fsdp of children"]
 ACCUMULATING = ["ddp", "fsdp"]
 FIRST: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "fsdp", "exact momentum", SETTINGS["exact momentum"]),
@@ -104,6 +104,9 @@ def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
     mesh = init_device_mesh("cpu", (RANKS,))
     blocks = model.model.layers if hasattr(model, "model") else model.blocks
     for block in blocks:
+        for child in block.children() if "children" in wrapper else ():
+            if any(True for _ in child.parameters()):
+                fully_shard(child, mesh=mesh)
         fully_shard(block, mesh=mesh, reshard_after_forward="whole" not in wrapper)
     fully_shard(model, mesh=mesh)
     return model

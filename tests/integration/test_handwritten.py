@@ -340,3 +340,34 @@ def test_without_velocity_the_steps_compute_what_the_model_computes(name: str) -
     loss, found = one_step(model, example, loss=total)
     assert torch.allclose(loss, expected_loss, rtol=1e-12)
     assert gap(found, expected) < 1e-9
+
+
+class _Quantiser(nn.Module):
+    """A loop whose branches are used outside of it, and whose last state is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(hand.WIDTH, hand.WIDTH), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            part = layer(x)
+            x, total = x - part, total + part
+        return total
+
+
+def test_a_step_that_cannot_be_simulated_is_no_obstacle() -> None:
+    """What it saves is not known, and is said to be; its gradients are right."""
+    model = _Quantiser()
+    converted = autorev.convert(model, SEQUENCE)
+    assert "what it saves was not counted" in str(converted)
+    assert autorev.verify(model, SEQUENCE).passed
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_blocks_are_refused_in_words() -> None:
+    """Their class has no forward that could be asked for; what fake tensors meet inside depends on its interpreter."""
+    model = hand.Stack(*(torch.jit.script(nn.Sequential(nn.Linear(hand.WIDTH, hand.WIDTH))) for _ in range(3)))
+    with pytest.raises(autorev.AutorevError, match=r"no residual block|TorchScript"):
+        autorev.convert(model, TOKENS)

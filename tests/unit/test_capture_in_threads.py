@@ -765,3 +765,39 @@ os._exit(0)  # torch, with threads for such a backward, does not always end in p
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert run.stdout.split("\n")[:2] == ["True mine", "False mine"]
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_remove_obj_from_tls"), reason="this torch cannot take anything away there")
+def test_the_process_ends_in_peace_after_threads_that_captured() -> None:
+    """What a thread leaves where torch keeps it is let go of at the thread's end, for which torch takes the GIL: that
+    may be while Python ends, and then the process is aborted. So nothing is left there."""
+    code = """
+import sys, threading, torch, autorev
+from torch import nn
+from autorev.hush import warnings_hushed
+from autorev.patching import patched_here
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+def work():
+    with patched_here(sys, "getsizeof", lambda original: original), warnings_hushed("x"):
+        pass
+    autorev.analyze(nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 4))
+    together.wait()
+    assert not torch._C._is_key_in_tls(autorev.patching._KEY)
+
+together = threading.Barrier(4)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")

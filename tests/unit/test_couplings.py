@@ -25,6 +25,7 @@ from autorev.couplings.coupling import Coupling, State
 from autorev.couplings.presets import PRESETS
 from autorev.couplings.side_bits import pack, unpack
 from autorev.couplings.velocity import Bdia, Velocity
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import check_largest, grid_at_start, largest_of, step_on_grid
 from autorev.engine.mode import running
 from autorev.errors import ConversionError, FixedPointRangeError, SettingError
@@ -227,6 +228,28 @@ def test_encoding_rounds_to_the_nearest_grid_point() -> None:
     assert float((GRID.decode(stream, torch.float64) - value.double()).abs().max()) <= 2.0**-17
 
 
+def chain_on(grid: FixedPoint) -> ReversibleChain:
+    """Of no blocks."""
+    return ReversibleChain("layers", [], grid, 0, False, [])
+
+
+def test_a_small_row_has_steps_of_the_grid(caplog: pytest.LogCaptureFixture) -> None:
+    """A row beside far larger ones begins on a finer grid; where none holds both, that is said, but for a row that
+    stands for zero. A chain that outgrew such a grid on a GPU begins on a coarser one."""
+    chain, x = chain_on(FixedPoint(10)), torch.ones(4, 8)
+    assert grid_at_start(chain, x) == FixedPoint(10)
+    for row, bits in ((2.0**-5, 10), (2.0**-8, 15), (2.0**-20, 24), (1e-20, 10), (0.0, 10)):
+        x[2] = row
+        assert grid_at_start(chain, x) == FixedPoint(bits), row
+    assert not caplog.records
+    x[2] = 1e-9
+    assert grid_at_start(chain, x) == FixedPoint(10)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "a row of size 1e-09 beside values of 1" in message
+    x[2], chain.finest = 2.0**-20, 14
+    assert grid_at_start(chain, x) == FixedPoint(14)
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_an_error_that_names_the_block(value: float, size: int) -> None:
@@ -237,7 +260,7 @@ def test_what_is_no_number_is_an_error_that_names_the_block(value: float, size: 
     with pytest.raises(FixedPointRangeError, match=r"layers\.3\.mlp returned values that are not numbers"):
         step_on_grid(Velocity(Fraction(1), 1.0), state, values, torch.zeros(size), GRID, "layers.3.mlp", at_once=True)
     with pytest.raises(FixedPointRangeError, match="not numbers"):
-        grid_at_start(GRID, values, "layers")
+        grid_at_start(chain_on(GRID), values)
 
 
 @pytest.mark.parametrize("value", [2.0**13, -(2.0**13), 2.0**16, 2.0**17, -1e9, 1e9])

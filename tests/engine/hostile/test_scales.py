@@ -85,6 +85,35 @@ def test_a_stream_that_grows_within_a_forward_keeps_both_ends(how: dict[str, Any
         assert_close(found, results_of(model, lambda: run_blocks(model, x) / 1e6), 1e-3)
 
 
+class Normalised(nn.Module):
+    """A branch that reads every token at the same size, and returns it at the token's own."""
+
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        self.a = nn.Linear(d, d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.detach().square().mean(-1, keepdim=True).sqrt()
+        return x + size * torch.tanh(self.a(x / size))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e3, 1e5, 1e6])
+def test_tokens_of_different_sizes_keep_their_digits(ratio: float) -> None:
+    """Half of them are far larger than the others, which count as much in the loss."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Normalised() for _ in range(4))), torch.randn(2, 4, 16)
+    x[:, :2] *= ratio
+    plain = copy.deepcopy(model)
+    autorev.convert(model, batch=(x,), keep_last=0, **LEAPFROG)
+
+    def alike(out: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(out / out.detach().square().mean(-1, keepdim=True).sqrt() - 1)
+
+    assert_close(
+        results_of(model, lambda: alike(model(x))), results_of(plain, lambda: alike(run_blocks(plain, x))), 0.1
+    )
+
+
 def test_training_that_outgrows_its_grid_goes_on() -> None:
     """Weights that grow by half at each of forty steps: never an error, and the losses are float leapfrog's."""
     losses: dict[str, list[float]] = {}
@@ -146,6 +175,32 @@ def test_float_arithmetic_is_watched_in_training() -> None:
             break
         with running("oracle"):
             assert_close(found, results_of(model, lambda: model(x)), 3e-2)
+    assert raised
+
+
+def test_float_arithmetic_is_watched_where_backward_ends_early() -> None:
+    """Gradients of the upper blocks alone: nothing comes to the beginning, where it is looked at what is left over."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Growing() for _ in range(24))), torch.randn(4, 16)
+    autorev.convert(model, batch=(x,), arithmetic="float", **LEAPFROG)
+    upper = dict(model[10:].named_parameters())
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(model(x).square().mean(), list(upper.values()))
+        return dict(zip(upper, found, strict=True))
+
+    raised = False
+    for step in range(14):
+        for block in model:
+            block.factor = 0.25 * 1.35**step
+        try:
+            found = gradients()
+        except ReconstructionError as error:
+            assert "arithmetic='exact'" in str(error)
+            raised = True
+            continue
+        with running("oracle"):
+            assert_close(found, gradients(), 3e-2)
     assert raised
 
 

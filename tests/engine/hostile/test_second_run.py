@@ -251,6 +251,79 @@ def test_requires_grad_is_flipped_between_forward_and_backward() -> None:
     assert_close(results[True], results[False], 2e-2)  # gamma is nearly 0
 
 
+class GatedFromOutside(nn.Module):
+    """Its branch is multiplied by a gate that it is given, and by a mask that no module holds."""
+
+    mask = torch.ones(64, 96)
+
+    def __init__(self, d: int = 96) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return x + gate * self.b(torch.tanh(self.a(x)) * GatedFromOutside.mask)
+
+
+class Gating(nn.Module):
+    """adaLN-zero with one modulation for all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(3, 96)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.blocks = nn.ModuleList(GatedFromOutside() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        gate = self.modulation(condition)
+        for block in self.blocks:
+            x = block(x, gate)
+        return x
+
+
+@ARITHMETICS
+def test_a_gate_of_zero_from_outside_hides_nothing(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of a mask are another in the second run: the output is the same, and the gate's gradient is not."""
+    torch.manual_seed(0)
+    model, call = Gating(), (torch.randn(64, 96), torch.randn(3))
+    autorev.convert(model, batch=call, arithmetic=arithmetic, keep_last=0, **LEAPFROG)
+    results_of(model, lambda: model(*call))
+    loss = model(*call).square().mean()
+    other = torch.ones(64, 96)
+    other[3:5] = 0.0
+    monkeypatch.setattr(GatedFromOutside, "mask", other)
+    with pytest.raises(ReconstructionError, match="computed something else in backward"):
+        loss.backward()
+
+
+class Recurrent(nn.Module):
+    """Its kernel saves its own memory, of which it writes a part."""
+
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.norm, self.rnn = nn.LayerNorm(d), nn.LSTM(d, d, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.rnn(self.norm(x))[0]
+
+
+@ARITHMETICS
+def test_a_kernels_own_memory_is_not_compared(arithmetic: str) -> None:
+    """oneDNN's LSTM leaves in it what was there before, which is another thing in the second run."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(*(Recurrent() for _ in range(3))), torch.randn(2, 12, 32)
+    model = copy.deepcopy(plain)
+    autorev.convert(model, batch=(x,), arithmetic=arithmetic, keep_last=0, **LEAPFROG)
+    expected = results_of(plain, lambda: run_blocks(plain, x))
+    for number in range(3):
+        model.zero_grad(set_to_none=True)
+        loss = model(x).square().mean()
+        used = [torch.full((size,), 1.5 + number) for size in (1000, 5000, 14336, 20000)]
+        del used
+        loss.backward()
+        assert_close({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}, expected)
+
+
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_zeros_of_either_sign_hide_what_is_before_them(zero: float) -> None:
     linear, states = nn.Linear(80, 80, bias=False), ModuleStates()

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -200,6 +201,41 @@ def test_a_new_chain_says_where_it_starts_and_drift_knows(
     assert "blocks.3" in message and "starts a new chain" in message
     autorev.revert(model)
     by_hand = lambda: run_blocks(model.blocks[3:], change(run_blocks(model.blocks[:3], model.inward(x))))  # noqa: E731
+    assert_close(found, results_of(model, by_hand))
+
+
+UNCOUNTED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "data": lambda h: h.data.mul_(0.5),
+    "numpy": lambda h: np.multiply(h.detach().numpy(), 0.5, out=h.detach().numpy()),
+    "a part": lambda h: h.data[:, 1:2].mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"arithmetic": "float"}, {"keep_last": 6}], ids=str)
+@pytest.mark.parametrize("name", UNCOUNTED)
+@pytest.mark.parametrize("size", [5, 300])
+def test_a_stream_that_is_written_to_uncounted_starts_a_new_chain(
+    name: str, size: int, how: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No version tells of a hook that writes through `.data` or NumPy: its values do, in training and without
+    gradients."""
+    torch.manual_seed(0)
+    model, x = Stack(), torch.randn(3, size, 8)
+    autorev.convert(model, batch=(x,), **{"keep_last": 0, **LEAPFROG, **how})
+    model.blocks[2].register_forward_hook(lambda module, args, out: (UNCOUNTED[name](out), None)[1])
+    found = results_of(model, lambda: model(x))
+    with torch.no_grad():
+        assert float(model(x).square().mean()) == pytest.approx(float(found["loss"]), rel=1e-6)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "blocks.3" in message and "changed on the way" in message
+    autorev.revert(model)
+    model.blocks[2]._forward_hooks.clear()
+
+    def by_hand() -> torch.Tensor:
+        h = run_blocks(model.blocks[:3], model.inward(x))
+        UNCOUNTED[name](h)
+        return run_blocks(model.blocks[3:], h)
+
     assert_close(found, results_of(model, by_hand))
 
 
