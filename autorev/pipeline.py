@@ -23,6 +23,7 @@ from autorev.commands import training_command
 from autorev.detect.chains import Detection, detect
 from autorev.detection import call_of, detect_in, forward_failed
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError, first_line
+from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import predicted_quantised
 from autorev.models.resolve import resolve
@@ -106,6 +107,8 @@ def prepare(
     `analyze_workload` raises.
     """
 
+    if wrong := no_function(progress=progress):
+        raise SettingError(wrong)
     profile = load_device(device)
     notes = _check_sizes(workload, batch, sequence)
     trains, lora_rank = resolve_lora(trains, lora_rank)

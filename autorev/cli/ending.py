@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from autorev.cli.output import say, show_what_cannot_be_written
-from autorev.errors import AutorevError, Terminated, message_of, one_line
+from autorev.errors import AutorevError, Terminated, is_out_of_memory, message_of, one_line
 from autorev.format import visible
 
 COMMAND = "autorev.command"
@@ -119,18 +119,12 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
         where = error.filename or "a file"
         return f"{where} cannot be written: {error.strerror}; free some space, or have it written somewhere else"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"this machine has not the memory for it ({text or type(error).__name__}); ask for less"
     return (
         f"autorev failed on {one_line(error)}. This is a bug in autorev: please report "
         "it with the command, and set AUTOREV_TRACEBACK=1 for the traceback."
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    from autorev.profiler.passes.step import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 @contextmanager
