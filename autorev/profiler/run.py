@@ -13,7 +13,7 @@ import torch
 
 from autorev.analysis import resolve_lora
 from autorev.errors import SettingError
-from autorev.files import path_of
+from autorev.files import path_of, why_not_written
 from autorev.lock import held
 from autorev.methods import Method, parse_methods
 from autorev.models.load import load_model
@@ -98,6 +98,8 @@ def profile(
     wanted = parse_methods(methods)
     requests = parse_sweeps(sweeps)
     folder = None if out is None else path_of(out)
+    if folder is not None and (why := why_not_written(folder)):
+        raise SettingError(f"{folder} cannot be written to: {why}; name another `out`")
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
     trains, lora_rank = resolve_lora(trains, lora_rank)

@@ -136,7 +136,8 @@ def test_export_and_evaluate(trained: Path, place: Path) -> None:
         ("llm --lr -1", "learning rate is a number above 0, not -1"),
         ("llm --decay foo", "not 'foo'"),
         ("llm --resume", "holds no run to go on with"),
-        ("llm --out text.txt/x", "cannot be written to; name another --out"),
+        ("llm --out text.txt/x", "cannot be written to: Not a directory; name another --out"),
+        ("llm --html text.txt/x", "Could not open file 'text.txt/x': Not a directory; name another file"),
         ("llm --lr 1e30 --clip 0 --out broken", "holds values that are not numbers"),
     ],
 )
