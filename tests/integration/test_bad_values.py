@@ -95,6 +95,13 @@ def test_what_is_no_model(function: Any, model: Any) -> None:
         function(model)
 
 
+@pytest.mark.parametrize("function", [autorev.analyze, autorev.profile])
+def test_what_is_converted_already(converted: Any, function: Any) -> None:
+    """It has no plain training to compare with, and other blocks."""
+    with pytest.raises(ConversionError, match=rf"is converted, and autorev.{function.__name__} is of plain models"):
+        function(converted, CALL)
+
+
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
