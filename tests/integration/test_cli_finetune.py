@@ -217,6 +217,17 @@ def test_ctrl_c_and_resume(place: Path, trained: Path, monkeypatch: pytest.Monke
     assert record.command.splitlines()[1].endswith("--resume")
 
 
+def test_a_run_that_is_complete_but_for_its_report(place: Path, trained: Path) -> None:
+    """Killed while it was rendered, or the disk was full: `--resume` renders it, and trains nothing."""
+    page, weights = place / trained / "report.html", place / trained / "model.safetensors"
+    page.unlink()
+    before = weights.stat().st_mtime_ns, FineTuning.read(place / trained / "run.json")
+    done = run("finetune", "--resume", "--out", str(trained))
+    assert done.exit_code == 0, done.output
+    assert "<html" in page.read_text()
+    assert (weights.stat().st_mtime_ns, FineTuning.read(place / trained / "run.json")) == before
+
+
 def test_ctrl_c_of_a_terminal(place: Path) -> None:
     """The whole program: SIGINT in the middle of a long run ends it with a checkpoint, a message and exit code 1."""
     command = [sys.executable, "cli.py", "finetune", str(place / "llm"), *QUICK, "--steps", "100000"]
