@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,19 @@ from autorev.analysis import Setting
 
 SPEC = "{spec}"
 """Where the coupling stands in the command."""
+_BESIDE = re.compile(r"(.*) \(from the command line: (.*)\)")
 _MEASURED = ("adamw", "adamw-fused", "sgd", "sgd-momentum")
+
+
+def beside(advice: str, command: str) -> str:
+    """The advice with the command that follows it, if there is one."""
+    return f"{advice} (from the command line: {command})" if command else advice
+
+
+def apart(advice: str) -> tuple[str, str]:
+    """What `beside` was given: a command is copied from a line of its own."""
+    found = _BESIDE.fullmatch(advice)
+    return (found[1], found[2]) if found else (advice, "")
 
 
 def training_command(model: str, setting: Setting, can_be_finetuned: bool) -> str:

@@ -15,10 +15,11 @@ from autorev.capture.record import record
 from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
-from autorev.errors import AutorevError, CaptureError, first_line
+from autorev.errors import AutorevError, CaptureError, ConversionError, first_line
 from autorev.integrations.accelerate import fetched
 from autorev.integrations.example_call import example_call_for
 from autorev.integrations.transformers import is_transformers, without_cache
+from autorev.rewrite.block_forward import replacements_of
 from autorev.workload import Call
 
 
@@ -58,6 +59,19 @@ def _given(batch: Any, function: str) -> Call:
     if not all(isinstance(name, str) for name in kwargs):
         raise CaptureError(f"a batch of keyword arguments for autorev.{function} has names, not {[*kwargs]!r}")
     return args, kwargs
+
+
+def refuse_converted(model: nn.Module, function: str) -> None:
+    """Raise where blocks of `model` are reversible already: what they were before is what is asked of.
+
+    Raises:
+        ConversionError: they are; `function` is the one of autorev's that the user called.
+    """
+    if any(replacements_of(model)):
+        raise ConversionError(
+            f"{type(model).__name__} is converted, and autorev.{function} is of plain models; call "
+            f"autorev.revert(model) first, or autorev.{function} before autorev.convert"
+        )
 
 
 def detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.Module]:

@@ -85,6 +85,14 @@ def message_of(error: BaseException) -> str:
         return ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did an allocation fail? The CPU's allocator has no exception of its own; torch's class is known by its name."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = message_of(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
 def one_line(error: BaseException) -> str:
     """Its type, and what it says."""
     text = message_of(error)

@@ -6,7 +6,10 @@ a program can walk, and its whole numbers are sizes that a computer can have.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,27 @@ def path_of(given: str | Path) -> Path:
     except OSError as error:
         raise UnreadableError(f"{shortened(str(given))} cannot be looked up: {error.strerror}") from None
     return path
+
+
+def why_not_written(path: Path) -> str:
+    """Why nothing could be written to a file, or a folder, of that name, as the system says it; empty where it could.
+
+    It is tried where its folder is, or the first one above it that is there: what may be written is not all there is to
+    it (read-only and virtual file systems), and nothing is left behind.
+    """
+    try:
+        path = path.resolve()
+        if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device
+            return "" if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+        inside = path if path.is_dir() else path.parent
+        while not inside.exists():
+            inside = inside.parent
+        with tempfile.TemporaryFile(dir=inside):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    except RuntimeError:  # links that lead to each other
+        return os.strerror(errno.ELOOP)
 
 
 def parse_json(text: str | bytes) -> Any:

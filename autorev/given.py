@@ -30,3 +30,8 @@ def wrong_number(given: Any) -> str:
         if not is_number(number):
             return f"a finite number for {pattern!r}, not {number!r}"
     return ""
+
+
+def no_function(**given: Any) -> str:
+    """Which of these, by the names of their parameters, cannot be called; empty where all can."""
+    return next((f"{name} is a function, not {value!r}" for name, value in given.items() if not callable(value)), "")

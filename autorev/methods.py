@@ -290,6 +290,8 @@ def parse_methods(texts: str | Iterable[str]) -> list[Method]:
     Raises:
         SettingError: one spells none, or there is none.
     """
+    if not isinstance(texts, Iterable):
+        raise SettingError(f"methods are named by text, or a list of it, not {texts!r}")
     expanded: list[str] = []
     for text in [texts] if isinstance(texts, str) else texts:
         expanded += {"all": ALL, "default": DEFAULT}.get(text, (text,))

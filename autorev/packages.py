@@ -12,6 +12,10 @@ from pathlib import Path
 from autorev.errors import MissingPackageError
 
 _CHECKOUT = Path(__file__).parents[1]
+_MODULE = re.compile(r"[A-Za-z_][\w.]*")
+_WANTED = re.compile(r"'([A-Za-z][\w.-]*[^']*)' distribution was not found")
+_OTHER_VERSION = re.compile(r"(?:^|\s)([A-Za-z][\w.-]*[<>=!~]\S*) is required .*but found (\S+?)\.?(?:\s|$)")
+"""In the words of `transformers`."""
 _REQUIREMENT = re.compile(r"([\w.-]+)([^;]*);.*extra == ['\"]([\w-]+)['\"]")
 
 
@@ -24,6 +28,22 @@ def require(what: str, *packages: str) -> None:
     for package in packages:
         if not is_installed(package):
             raise MissingPackageError(f"{what} needs {package}, which is not installed: {how_to_install(package)}")
+
+
+def missing_by(error: ImportError) -> str:
+    """What an import that failed lacks, and the command that installs it; empty where no package is missing or too old.
+
+    `transformers` looks for what it needs as it is imported, and writes a sentence where Python has the module's name.
+    """
+    said = f"{error.name} {error}"
+    if found := _WANTED.search(said):
+        return f"{found[1]}, which is not installed: {pip_install(found[1])}"
+    if found := _OTHER_VERSION.search(said):
+        return f"{found[1]}, and {found[2]} is installed: {pip_install(found[1])}"
+    package = str(error.name).partition(".")[0]
+    if _MODULE.fullmatch(error.name or "") and not is_installed(package):
+        return f"{package}, which is not installed: {how_to_install(package)}"
+    return ""
 
 
 def is_installed(package: str) -> bool:

@@ -21,8 +21,9 @@ from autorev.capture.source import raised_line
 from autorev.chunked_loss import head_of
 from autorev.commands import training_command
 from autorev.detect.chains import Detection, detect
-from autorev.detection import call_of, detect_in, forward_failed
+from autorev.detection import call_of, detect_in, forward_failed, refuse_converted
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError, first_line
+from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import predicted_quantised
 from autorev.models.resolve import resolve
@@ -51,6 +52,7 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise CaptureError(f"autorev.analyze needs a torch.nn.Module instance, and got {what}")
+    refuse_converted(model, "analyze")
     args, kwargs = call_of(model, batch, "analyze")
     detection, twin = detect_in(model, args, kwargs)  # whose quantised weights have their own number of elements
     return _analysis(detection, twin, type(model).__name__, "a model in user code")
@@ -106,6 +108,8 @@ def prepare(
     `analyze_workload` raises.
     """
 
+    if wrong := no_function(progress=progress):
+        raise SettingError(wrong)
     profile = load_device(device)
     notes = _check_sizes(workload, batch, sequence)
     trains, lora_rank = resolve_lora(trains, lora_rank)
@@ -178,7 +182,8 @@ def _detect_on_twin(twin: nn.Module, call: Call, progress: Progress) -> Detectio
     except DATA_DEPENDENT as error:
         raise CaptureError(
             f"the forward of {type(twin).__name__} looks at the values of its tensors ({raised_line(error)}), and "
-            "on the command line there are none; call autorev.analyze(model, ...) with the real model instead"
+            "a prediction has none; of a model that is there, autorev.analyze(model, batch) finds the blocks, and "
+            "autorev.profile(model, batch) measures its steps"
         ) from None
     except AutorevError:
         raise

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from autorev.conversion.convert import chains_of
-from autorev.detection import call_of
+from autorev.detection import call_of, forward_failed
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
 from autorev.engine.tape import observing
 from autorev.engine.undisturbed import undisturbed
-from autorev.errors import ConversionError
+from autorev.errors import AutorevError, CaptureError, ConversionError, is_out_of_memory
+from autorev.given import no_function
 from autorev.integrations.transformers import without_cache
 from autorev.losses import floating_outputs, returned_loss
 
@@ -90,6 +91,7 @@ def verify(model: nn.Module, batch: Any = None, *, loss: Callable[[Any], torch.T
 
     Raises:
         ConversionError: the model is not converted, or there is nothing to compare.
+        CaptureError: the model cannot be called on the batch.
         ReconstructionError: the reconstruction itself noticed that it went wrong.
     """
     _check_converted(model)
@@ -103,14 +105,16 @@ def verify_call(
 ) -> Verification:
     """`verify` on the call `model(*args, **kwargs)`, without printing."""
     _check_converted(model)
-    scalar = loss or _default_loss
+    scalar = _default_loss if loss is None else loss
+    if wrong := no_function(loss=scalar):
+        raise ConversionError(f"{wrong}: it takes what the model returns to a scalar")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ConversionError(f"no parameter of {type(model).__name__} requires a gradient; unfreeze some")
 
     def run(how: str) -> tuple[float, Gradients]:
         with running(how), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-            value = _checked(scalar(model(*args, **kwargs)))
+            value = _checked(scalar(_called(model, args, kwargs)))
             if how == ORIGINAL:
                 return float(value.detach()), {}
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
@@ -124,7 +128,10 @@ def verify_call(
     with torch.no_grad():
         original_loss, _ = run(ORIGINAL)
     losses = (own_loss, oracle_loss, original_loss)
-    return _verdict(list(parameters.values()), compare(own, expected), losses, observed.drifts, rebuilt)
+    found = compare(own, expected)
+    if not math.isfinite(oracle_loss) or not math.isfinite(found.size):
+        raise ConversionError(_not_finite(oracle_loss, expected))
+    return _verdict(list(parameters.values()), found, losses, observed.drifts, rebuilt)
 
 
 Gradients = Mapping[str, torch.Tensor | None]
@@ -208,9 +215,32 @@ def _verdict(
     )
 
 
+def _not_finite(loss: float, gradients: Gradients) -> str:
+    """Of the oracle, which is then none."""
+    what = f"the loss is {loss}"
+    if math.isfinite(loss):
+        bad = next(name for name, found in gradients.items() if found is not None and not found.isfinite().all())
+        what = f"the gradient of {bad} is not finite"
+    return (
+        f"{what} under ordinary autograd, so there is nothing to compare: that is no fault of the reversible blocks; "
+        "look at the model and the loss, or use another batch"
+    )
+
+
 def _check_converted(model: nn.Module) -> None:
     if not chains_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+
+
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except AutorevError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CaptureError(forward_failed(model, error)) from error
 
 
 def _checked(loss: Any) -> torch.Tensor:
@@ -218,6 +248,15 @@ def _checked(loss: Any) -> torch.Tensor:
         raise ConversionError(f"the loss is a {type(loss).__name__}, not a tensor; let loss= return one")
     if loss.numel() != 1:
         raise ConversionError(f"the loss is {list(loss.shape)} numbers; let loss= return one, such as their mean")
+    if not loss.is_floating_point():
+        raise ConversionError(
+            f"the loss is of dtype {loss.dtype}, which has no gradient; let loss= return a real number"
+        )
+    if not loss.requires_grad:
+        raise ConversionError(
+            "the loss depends on no parameter that requires a gradient: it was detached, or made of none of them; let "
+            "loss= return what training calls backward on"
+        )
     return loss
 
 

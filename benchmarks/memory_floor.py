@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory_floor [BLOCKS ...] > benchmarks/memory_floor_MACHINE_DATE.md
 
-A Llama of width 256, 4,096 tokens, LoRA, fp32, chunked loss. U is one hidden state (4 MiB here). `keeps` is what is alive
-between forward and backward, `peak` the highest point of the second step; weights and optimiser state, which are the
-same for all, are left out of both.
+A Llama of width 256, 4,096 tokens, LoRA, fp32, chunked loss. U is one hidden state (4 MiB here). `keeps` is what is
+alive between forward and backward, `peak` the highest point of the second step; weights and optimiser state, which are
+the same for all, are left out of both.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import replace
 from autorev.advice.case import COMFORT, Candidate, Case
 from autorev.advice.savings import CHUNKED, Saving, move, savings
 from autorev.analysis import Category, Reach
-from autorev.commands import SPEC
+from autorev.commands import SPEC, beside
 from autorev.format import format_integer, plural
 from autorev.methods import Method
 from autorev.words import CATEGORY_TITLES
@@ -58,7 +58,7 @@ def how(method: Method) -> str:
 
 def _how(case: Case, candidate: Candidate) -> str:
     command = case.possible.command.replace(SPEC, candidate.method.spec.removesuffix(",loss=chunked"))
-    return how(candidate.method) + (f" (from the command line: {command})" if command else "")
+    return beside(how(candidate.method), command)
 
 
 # -- other ways that fit

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from autorev.cli.ending import COMMAND
-from autorev.cli.group import COUNT, FILE, main, progress, training_step, trust_remote_code, what_trains
-from autorev.cli.output import file_name, say, write
+from autorev.cli.group import COUNT, OUTPUT, main, progress, training_step, trust_remote_code, what_trains
+from autorev.cli.output import REPORTS, check_place, file_name, say, write
 from autorev.cli.report import show
 
 
@@ -42,14 +42,14 @@ from autorev.cli.report import show
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.option(
     "--html",
-    type=FILE,
+    type=OUTPUT,
     metavar="PATH",
     help="Where to write the report.  [default: reports/analyze-MODEL.html; with --json: nowhere]",
 )
 @click.option("--no-html", is_flag=True, help="Write no HTML report.")
 @click.option(
     "--markdown",
-    type=FILE,
+    type=OUTPUT,
     metavar="PATH",
     help="Also write the report as Markdown.",
 )
@@ -79,6 +79,9 @@ def analyze(
     setting["trains"], setting["lora_rank"] = what_trains(setting["trains"], setting["lora_rank"])
     if html and no_html:
         raise click.UsageError("--html and --no-html contradict each other; give one of them")
+    page_of_its_own = html is None and not no_html and not as_json
+    if page_of_its_own:
+        check_place(REPORTS / "analyze-MODEL.html")
     # Before anything slow: a mistyped device is told at once.
     from autorev.profiles import load_device
 
@@ -92,8 +95,8 @@ def analyze(
         from autorev.pipeline import analyze_workload
 
         analysis = analyze_workload(workload, named=model or EMBEDDED, **setting, progress=tell)
-    if html is None and not no_html and not as_json:
-        html = Path("reports") / f"analyze-{file_name(analysis.model.name)}.html"
+    if page_of_its_own:
+        html = REPORTS / f"analyze-{file_name(analysis.model.name)}.html"
     show([analysis], ctx.meta[COMMAND], as_json, html)
     if markdown:
         from autorev.report.render import render_markdown

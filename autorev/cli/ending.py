@@ -14,22 +14,22 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from autorev.cli.output import say, show_what_cannot_be_written
-from autorev.errors import AutorevError, Terminated, message_of, one_line
+from autorev.errors import AutorevError, Terminated, is_out_of_memory, message_of, one_line
 from autorev.format import visible
 
 COMMAND = "autorev.command"
 """Where the command as it was typed is kept in click's context: a report says how it was made."""
 _INTERRUPTED, _TERMINATED = 130, 143
 """What a shell reports for a program that Ctrl-C, or SIGTERM, ended."""
-_NAME = re.compile(r"[A-Za-z_][\w.]*")
-"""Of a module."""
+_ENDS = ("_exit", "execv", "execve")
+"""Functions of os that no handler of exceptions sees; `os.execl` and the others call these."""
 _PARAMETER = re.compile(r"`(\w+)(?:=([^`]+))?`")
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -69,7 +69,7 @@ class Group(click.Group):
         except (click.Abort, click.exceptions.Exit):
             raise
         except Terminated as error:
-            say(f"Terminated: {_in_flags(str(error), ctx)}.", err=True)
+            say(f"Terminated: {_in_flags(str(error) or _what_is_left(ctx), ctx)}.", err=True)
             ctx.exit(_TERMINATED)
         except KeyboardInterrupt:
             say("Interrupted.", err=True)
@@ -82,12 +82,26 @@ class Group(click.Group):
             raise click.ClickException(visible(_in_flags(_in_words(error), ctx))) from None
 
 
-def _in_flags(text: str, ctx: click.Context) -> str:
-    """What the library says of its parameters, as `lora_rank=16`, in the flags of the command."""
+def _options_of(ctx: click.Context) -> dict[str | None, click.Parameter]:
+    """Of the command that was given, by the names of the library's parameters."""
     group = ctx.command
     assert isinstance(group, click.Group)
     command = group.commands.get(ctx.invoked_subcommand or "")
-    options = {option.name: option for option in command.params} if command else {}
+    return {option.name: option for option in command.params} if command else {}
+
+
+def _what_is_left(ctx: click.Context) -> str:
+    """After SIGTERM: some commands write as they go, and go on from there."""
+    if "resume" in _options_of(ctx):
+        return (
+            "ended by SIGTERM; what was written until then stays, and a run whose record is there goes on by `resume`"
+        )
+    return "ended by SIGTERM, so there is no result"
+
+
+def _in_flags(text: str, ctx: click.Context) -> str:
+    """What the library says of its parameters, as `lora_rank=16`, in the flags of the command."""
+    options = _options_of(ctx)
 
     def flag(found: re.Match[str]) -> str:
         option = options.get(found[1])
@@ -110,16 +124,15 @@ def _in_words(error: BaseException) -> str:
         return (
             f"{type(error).__name__} was raised at {raised_line(error)} ({text or 'no message'}), so there is no result"
         )
-    if isinstance(error, ImportError) and _NAME.fullmatch(error.name or ""):  # a library may write a sentence there
-        from autorev.packages import how_to_install, is_installed
+    if isinstance(error, ImportError):
+        from autorev.packages import missing_by
 
-        package = str(error.name).partition(".")[0]
-        if not is_installed(package):
-            return f"this needs {package}, which is not installed: {how_to_install(package)}"
+        if missing := missing_by(error):
+            return f"this needs {missing}"
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
         where = error.filename or "a file"
         return f"{where} cannot be written: {error.strerror}; free some space, or have it written somewhere else"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"this machine has not the memory for it ({text or type(error).__name__}); ask for less"
     return (
         f"autorev failed on {one_line(error)}. This is a bug in autorev: please report "
@@ -127,18 +140,12 @@ def _in_words(error: BaseException) -> str:
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    from autorev.profiler.passes.step import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
 @contextmanager
 def _terminated() -> Iterator[None]:
     """SIGTERM ends what goes on as Ctrl-C does: it is cleaned up."""
 
     def end(number: int, frame: Any) -> None:
-        raise Terminated("ended by SIGTERM; what was saved stays, and a run goes on with --resume")
+        raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -152,22 +159,38 @@ def _terminated() -> Iterator[None]:
 
 @contextmanager
 def _exit_noticed() -> Iterator[None]:
-    """`os._exit(0)` in a model's code would end the command in silence, and as if there were a result."""
-    leave, command = os._exit, os.getpid()
+    """`os._exit(0)` and `os.execv` in a model's code would end the command in silence, and as if there were a result.
 
-    def noticed(status: int) -> NoReturn:
-        if os.getpid() != command:  # a forked process ends so
-            leave(status)
-        code = sys._getframe(1).f_code
-        where = f"{os.path.basename(code.co_filename)}, {code.co_name}"  # noqa: PTH119 - a name, maybe of no file
-        say(f"Error: the process was ended by os._exit({status}) in {where}, so there is no result", err=True)
-        leave(status or 1)
+    What ends it behind Python's back (`_exit` of the C library, by ctypes or in compiled code) cannot be noticed in the
+    process itself: nothing is printed then, and a record that was begun is not marked as complete.
+    """
+    command, before = os.getpid(), {name: getattr(os, name) for name in _ENDS}
 
-    os._exit = noticed
+    def noticed(name: str) -> Callable[..., Any]:
+        def end(*arguments: Any) -> Any:
+            if os.getpid() != command:  # a forked process ends so
+                return before[name](*arguments)
+            status = arguments[0] if name == "_exit" else ""
+            say(f"Error: the process was ended by os.{name}({status}) in {_model_s()}, so there is no result", err=True)
+            return before["_exit"](status or 1)
+
+        return end
+
+    for name in _ENDS:
+        setattr(os, name, noticed(name))
     try:
         yield
     finally:
-        os._exit = leave
+        for name, own in before.items():
+            setattr(os, name, own)
+
+
+def _model_s() -> str:
+    """The file and the function that called the one in os, be it by others in os."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals is vars(os):
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}, {frame.f_code.co_name}"  # noqa: PTH119 - maybe of no file
 
 
 class _Visible(logging.Formatter):

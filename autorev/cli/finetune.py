@@ -12,7 +12,18 @@ import click
 from click.core import ParameterSource
 
 from autorev.cli.ending import COMMAND
-from autorev.cli.group import COUNT, COUNT_OR_NONE, FILE, FOLDER, Finite, base, main, steps_told, trust_remote_code
+from autorev.cli.group import (
+    COUNT,
+    COUNT_OR_NONE,
+    FILE,
+    FOLDER,
+    OUTPUT,
+    Finite,
+    base,
+    main,
+    steps_told,
+    trust_remote_code,
+)
 from autorev.cli.output import file_name, say
 from autorev.cli.report import show
 
@@ -72,7 +83,7 @@ from autorev.cli.report import show
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR, by its own options, from its last checkpoint.")
 @trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
-@click.option("--html", type=FILE, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
+@click.option("--html", type=OUTPUT, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
 @click.pass_context
 def finetune(
     ctx: click.Context, /, model: str | None, out: Path | None, as_json: bool, html: Path | None, **options: Any

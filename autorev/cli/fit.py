@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from autorev.cli.ending import COMMAND
-from autorev.cli.group import COUNT, FILE, main, steps_told, training_step, trust_remote_code, what_trains
+from autorev.cli.group import COUNT, OUTPUT, main, steps_told, training_step, trust_remote_code, what_trains
 from autorev.cli.report import show
 
 
@@ -51,7 +51,7 @@ SIZE = CountOrAuto(COUNT.min, COUNT.max)
 @click.option("--measure", is_flag=True, help="Run the plan here, and take a tighter one where it does not hold.")
 @trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-@click.option("--html", type=FILE, metavar="PATH", help="Also write a page, with time against memory.")
+@click.option("--html", type=OUTPUT, metavar="PATH", help="Also write a page, with time against memory.")
 @click.pass_context
 def fit(
     ctx: click.Context,

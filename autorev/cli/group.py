@@ -15,7 +15,7 @@ import click
 from autorev import __version__
 from autorev.analysis import resolve_lora
 from autorev.cli.ending import Group
-from autorev.cli.output import say
+from autorev.cli.output import check_place, say
 from autorev.errors import UnreadableError
 from autorev.files import path_of
 from autorev.format import visible
@@ -39,7 +39,17 @@ class Where(click.Path):
             self.fail(str(error), param, ctx)
 
 
-FILE, FOLDER, ANYWHERE = Where(dir_okay=False), Where(file_okay=False), Where()
+class Output(Where):
+    """A file that will be written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As any path, and one that can be written to."""
+        path = super().convert(value, param, ctx)
+        check_place(path)
+        return path
+
+
+FILE, FOLDER, ANYWHERE, OUTPUT = Where(dir_okay=False), Where(file_okay=False), Where(), Output(dir_okay=False)
 trust_remote_code = click.option(
     "--trust-remote-code",
     is_flag=True,

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autorev.files import why_not_written
 from autorev.format import visible
 from autorev.records import replace_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+REPORTS = Path("reports")
+"""Where pages go that nobody gave a place."""
 _LONGEST_NAME = 100
 """Letters; a file system takes 255 bytes."""
 
@@ -56,12 +59,22 @@ def console() -> Console:
     return Screen()
 
 
+def check_place(path: Path) -> None:
+    """Raise where a report could not be written to `path`: better said before the work than after it."""
+    if why := why_not_written(path):
+        raise _unwritten(path, why)
+
+
 def write(path: Path, text: str) -> None:
     """Write a report, whole or not at all."""
     try:
         replace_whole(path, text)
     except OSError as error:
-        raise click.FileError(str(path), f"{error.strerror}; name another file") from None
+        raise _unwritten(path, error.strerror) from None
+
+
+def _unwritten(path: Path, why: str | None) -> click.ClickException:
+    return click.FileError(str(path), f"{why}; name another file")
 
 
 def file_name(model: str) -> str:

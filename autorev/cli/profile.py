@@ -13,8 +13,8 @@ from autorev.cli.ending import COMMAND
 from autorev.cli.group import (
     ANYWHERE,
     COUNT,
-    FILE,
     FOLDER,
+    OUTPUT,
     Finite,
     lora_details,
     main,
@@ -22,7 +22,7 @@ from autorev.cli.group import (
     trust_remote_code,
     what_trains,
 )
-from autorev.cli.output import say
+from autorev.cli.output import REPORTS, check_place, say
 from autorev.cli.report import show
 
 _RECORDS = Path("profiles/recorded")
@@ -122,7 +122,7 @@ _QUICK_TOKENS = 128
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON and nothing else.")
 @click.option(
     "--html",
-    type=FILE,
+    type=OUTPUT,
     metavar="PATH",
     help="Where to write the report.  [default: reports/profile-NAME.html; with --json: nowhere]",
 )
@@ -154,6 +154,9 @@ def profile(
     options["trains"], options["lora_rank"] = what_trains(options["trains"], options["lora_rank"])
     if html and no_html:
         raise click.UsageError("--html and --no-html contradict each other; give one of them")
+    page_of_its_own = html is None and not no_html and not as_json
+    if page_of_its_own:
+        check_place(REPORTS / "profile-NAME.html")
     if model is None:
         methods = methods or _QUICK
         options["sequence"] = options["sequence"] or _QUICK_TOKENS
@@ -164,8 +167,8 @@ def profile(
         from autorev.profiler.run import profile as run
 
         record = run(model, methods=methods or ("default",), command=command, progress=tell, **options)
-    if html is None and not no_html and not as_json:
-        html = Path("reports") / f"profile-{record.name}.html"
+    if page_of_its_own:
+        html = REPORTS / f"profile-{record.name}.html"
     show([record], command, as_json, html)
     if not as_json:
         say(f"Record: {Path(options['out']) / record.name}.json")

@@ -10,17 +10,17 @@ from typing import Any
 import click
 
 from autorev.cli.ending import COMMAND
-from autorev.cli.group import ANYWHERE, FILE, main
+from autorev.cli.group import ANYWHERE, OUTPUT, main
 from autorev.cli.output import console, printing, say, write
 
 
 @main.command(short_help="Render recorded analyses, profiles or fine-tunings.")
 @click.argument("records", nargs=-1, required=True, type=ANYWHERE, metavar="RECORD...")
-@click.option("--html", type=FILE, metavar="PATH", help="One offline page.")
-@click.option("--markdown", type=FILE, metavar="PATH", help="GitHub tables.")
-@click.option("--csv", type=FILE, metavar="PATH", help="One row per method.")
-@click.option("--parquet", type=FILE, metavar="PATH", help="One row per method; needs pyarrow.")
-@click.option("--trace", type=FILE, metavar="PATH", help="For chrome://tracing or Perfetto; of one record.")
+@click.option("--html", type=OUTPUT, metavar="PATH", help="One offline page.")
+@click.option("--markdown", type=OUTPUT, metavar="PATH", help="GitHub tables.")
+@click.option("--csv", type=OUTPUT, metavar="PATH", help="One row per method.")
+@click.option("--parquet", type=OUTPUT, metavar="PATH", help="One row per method; needs pyarrow.")
+@click.option("--trace", type=OUTPUT, metavar="PATH", help="For chrome://tracing or Perfetto; of one record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON and nothing else.")
 @click.pass_context
 def report(

@@ -26,7 +26,7 @@ from autorev.conversion.notes import notes_on
 from autorev.conversion.probe import choose_grids
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
-from autorev.conversion.trained_by import notice_trainers, stop_noticing
+from autorev.conversion.trained_by import Passes, notice_trainers, stop_noticing
 from autorev.couplings.presets import PRESETS
 from autorev.detection import call_of
 from autorev.engine.chain import ReversibleChain
@@ -129,7 +129,7 @@ def convert(
         forward.install()
     for item in built:
         item.install()
-    install_loops(model, [(item.findings, item.chain) for item in built])
+    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
     try:
         notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.capture.fake import fake_copy
+from autorev.capture.fake import DATA_DEPENDENT, fake_copy
+from autorev.capture.source import raised_line
 from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
 from autorev.errors import AutorevError, ConversionError, first_line, message_of
@@ -92,7 +93,7 @@ class Estimate:
             try:
                 self.steps[key] = self._simulated(method)
             except Exception as error:  # whatever is wrong with a backward without data: it may train all the same
-                self.unknown = message_of(error) if isinstance(error, AutorevError) else first_line(error)
+                self.unknown = _why(error)
         return self.steps.get(key)
 
     def _simulated(self, method: Method) -> tuple[Layout, StepTrace]:
@@ -107,6 +108,15 @@ class Estimate:
             if len(layout.lengths) != len(self.chains):
                 raise AutorevError("the turns of a loop hand on more than their stream, and cannot be told apart")
             return layout, simulate(self.twin, call, layout, method, own_loss, counting_work=False)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, DATA_DEPENDENT):
+        return (
+            f"its forward looks at the values of its tensors, {raised_line(error)}, as where tokens choose their "
+            "experts, and a simulation has none; autorev.profile(model, batch), before the conversion, measures it"
+        )
+    return message_of(error) if isinstance(error, AutorevError) else first_line(error)
 
 
 def _storing(method: Method, keep_last: int | tuple[int, ...]) -> Method:

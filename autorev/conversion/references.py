@@ -62,7 +62,7 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
     if policy is None or not (trainer or references) or not _holds(held, policy):
         return trainer
     if not _is_converted(policy):
-        _tell_of_plain_policy(owner, policy, references)
+        tell_of_plain_policy(owner)
         return trainer
     for name, module in references.items():
         if policy not in (seen := _beside.setdefault(module, WeakSet())):
@@ -77,6 +77,30 @@ def match_references(owner: Any, policy: nn.Module | None = None) -> bool:
         _tell_of_servers(owner)
         _checked.add(owner)
     return True
+
+
+def tell_of_plain_policy(owner: Any) -> None:
+    """Log a warning, once, where `owner` holds a converted reference beside a policy that is not.
+
+    The other way round than `match_references`: the policy would have to be converted, and that is up to who trains it.
+    """
+    held = _modules_of(owner)
+    references = {name: module for name, module in held.items() if is_reference(name)}
+    policy = held.get("model")
+    if policy is None or not references or not _holds(held, policy):
+        return
+    for name, module in references.items():
+        seen = _beside.setdefault(module, WeakSet())
+        if policy in seen or not _is_converted(module) or _is_converted(policy):
+            continue
+        seen.add(policy)
+        logging.getLogger("autorev").warning(
+            "%s.%s is converted, and the policy beside it computes the plain function: from the first step on they "
+            "differ by more than what was trained. Convert the policy with the same settings, before the trainer "
+            "is made, or autorev.revert the reference",
+            type(owner).__name__,
+            name,
+        )
 
 
 def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -> bool:
@@ -126,20 +150,6 @@ def _match(what: str, module: nn.Module, trained: nn.Module, convert_it: bool) -
 
 def _is_converted(model: nn.Module) -> bool:
     return any(HANDLE in module.__dict__ for module in model.modules())
-
-
-def _tell_of_plain_policy(owner: Any, policy: nn.Module, references: Mapping[str, nn.Module]) -> None:
-    """The other way round: it is the policy that would have to be converted, and that is up to who trains it."""
-    for name, module in references.items():
-        if _is_converted(module) and policy not in (seen := _beside.setdefault(module, WeakSet())):
-            seen.add(policy)
-            logging.getLogger("autorev").warning(
-                "%s.%s is converted, and the policy beside it computes the plain function: from the first step on they "
-                "differ by more than what was trained. Convert the policy with the same settings, before the trainer "
-                "is made, or autorev.revert the reference",
-                type(owner).__name__,
-                name,
-            )
 
 
 def _function_of(model: nn.Module) -> dict[str, Any]:

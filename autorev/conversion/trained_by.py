@@ -1,7 +1,8 @@
 """A converted model notices who trains it: a trainer may hold a reference model beside it, which is not converted.
 
 Every trainer calls `model.train()` or `model.eval()` before it calls the model. That is when its attributes are looked
-at, and what is found there is left to `autorev.conversion.references`.
+at, and what is found there is left to `autorev.conversion.references`. A reference it may just call: of one that is
+converted, beside a policy that is not, the passes without gradients are looked at, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -34,6 +36,28 @@ class Train:
 def notice_trainers(model: nn.Module) -> None:
     """Put the look in the method's place."""
     model.__dict__["train"] = Train(model)
+
+
+@dataclass(eq=False)
+class Passes:
+    """Is called before each pass of a converted model: who runs a reference need not have called its `train` or `eval`.
+
+    That happens without gradients. Looking takes part of a millisecond, so that it is done in the first of such passes,
+    in the second, the fourth, the eighth, ...
+    """
+
+    count: int = 0
+
+    def __call__(self) -> None:
+        if torch.is_grad_enabled():
+            return
+        self.count += 1
+        if self.count & (self.count - 1):
+            return
+        from autorev.conversion.references import tell_of_plain_policy
+
+        for owner in _callers():
+            tell_of_plain_policy(owner)
 
 
 def stop_noticing(model: nn.Module) -> None:

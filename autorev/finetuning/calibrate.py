@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
+from typing import Any
 
 from torch import nn
 
@@ -17,9 +18,10 @@ from autorev.conversion.config_entry import KEY
 from autorev.conversion.convert import chains_of
 from autorev.conversion.recouple import recouple
 from autorev.couplings.velocity import Bdia, Velocity
-from autorev.errors import ConversionError, FixedPointRangeError
+from autorev.errors import ConversionError, FixedPointRangeError, SettingError
 from autorev.finetuning.record import Assignment, Calibration, Sensitivity
 from autorev.finetuning.teacher import as_original
+from autorev.given import is_count, is_number, no_function
 
 MOST_BITS = 4
 """All blocks begin with gamma = 1/16."""
@@ -49,12 +51,20 @@ def calibrate(
     Raises:
         ConversionError: the model is not converted, its gammas are fixed, or 4 side bits everywhere exceed the budget;
             its numbers are then as they were.
+        SettingError: an argument makes no sense.
     """
+    check = loss if check is None else check
+    if wrong := no_function(loss=loss, check=check, progress=progress):
+        raise SettingError(wrong)
+    if not (is_number(max_loss_increase) and max_loss_increase >= 0):
+        raise SettingError(f"max_loss_increase is a number of nats, 0 or more, not {max_loss_increase!r}")
+    if not is_count(tokens, 0):
+        raise SettingError(f"tokens is a whole number, 0 or more, not {tokens!r}")
     before = [list(chain.couplings) for chain in chains_of(model)]
     config = getattr(model, "config", None)
     remembered = getattr(config, KEY, None)
     try:
-        return _calibrated(model, loss, check or loss, max_loss_increase, tokens, progress)
+        return _calibrated(model, loss, check, max_loss_increase, tokens, progress)
     except BaseException:
         for chain, couplings in zip(chains_of(model), before, strict=True):
             chain.couplings[:] = couplings
@@ -77,13 +87,13 @@ def _calibrated(
     def measured_with(bits: Bits, by: Callable[[], float]) -> float:
         recouple(model, gamma={path: 2.0**-k for path, k in bits.items()})
         try:
-            return by()
+            return _nats(by())
         except FixedPointRangeError:
             return inf  # too large a gamma for this grid
 
     progress("calibrating", 0.0)
     with as_original(model):
-        original = check()
+        original = _nats(check())
     least = measured_with(finest, check) - original
     measured = {MOST_BITS * len(blocks): Assignment(_mean_bits(model), least)}
     if not least <= budget:  # NaN included
@@ -111,6 +121,14 @@ def _calibrated(
     total = sum(chosen.values())
     rows = [replace(row, chosen=at == total) for at, row in sorted(measured.items(), reverse=True)]
     return Calibration(budget, tokens, tuple(found), tuple(rows))
+
+
+def _nats(found: Any) -> float:
+    """What `loss` or `check` returned, be it a tensor of one number."""
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise SettingError(f"loss and check return a number, not a {type(found).__name__}") from None
 
 
 def _in_order(found: list[Sensitivity]) -> list[tuple[str, int]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from autorev.errors import SettingError
+from autorev.files import why_not_written
 from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, discard, last_checkpoint
 from autorev.finetuning.record import FILE, HELD_OUT, FineTuning
 from autorev.intact import FILE as MARK
@@ -53,9 +53,8 @@ def finished(folder: Path) -> FineTuning | None:
 def _check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SettingError(f"{folder} is there already, and holds no run; {_INSTEAD}")
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise SettingError(f"{folder} cannot be made: {above} cannot be written to; {_INSTEAD}")
+    if why := why_not_written(folder):
+        raise SettingError(f"{folder} cannot be written to: {why}; {_INSTEAD}")
 
 
 def _check_free(folder: Path) -> None:

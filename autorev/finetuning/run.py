@@ -22,6 +22,7 @@ from autorev.finetuning.folder import claimed
 from autorev.finetuning.options import Options, check, settled
 from autorev.finetuning.record import FILE, FineTuning, Recipe
 from autorev.finetuning.setup import set_up
+from autorev.given import no_function
 from autorev.integrations.quirks import quiet_files
 from autorev.models.quantization import bitsandbytes_config, cannot_train
 from autorev.packages import require
@@ -119,7 +120,11 @@ def finetune(
             saved until then stays.
     """
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    folder = Path(out)
+    folder = path_of(out)
+    if wrong := no_function(progress=progress):
+        raise SettingError(wrong)
+    if not isinstance(callbacks, tuple | list):
+        raise SettingError(f"callbacks are a tuple of TrainerCallbacks, not {callbacks!r}")
     if name is not None:
         check_name(name, "the run")
     with ExitStack() as stack:

@@ -27,7 +27,7 @@ from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
-from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, message_of
+from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, is_out_of_memory, message_of
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.callback import ReversibleCallback
 from autorev.finetuning.checkpoints import (
@@ -50,7 +50,6 @@ from autorev.in_place import NotApplicable, in_place
 from autorev.integrations.peft import lora_config, wrap
 from autorev.models.load import load_model
 from autorev.profiler.passes.prepare import linear_layers
-from autorev.profiler.passes.step import is_out_of_memory
 from autorev.records import write_whole
 
 Progress = Callable[[str, float], None]

@@ -57,7 +57,7 @@ def record_in(folder: Path) -> FineTuning | None:
         raise SettingError(f"{folder} is no folder; give the one that autorev finetune wrote")
     path = folder / FILE
     if not path.is_file():
-        check_intact(folder)
+        _without_record(folder)
         return None
     record = FineTuning.read(path)
     if not record.complete:
@@ -77,6 +77,30 @@ def record_in(folder: Path) -> FineTuning | None:
         )
     check_intact(folder)
     return record
+
+
+def _without_record(folder: Path) -> None:
+    """A checkpoint, a part of a run's folder, or no run's at all: what its files say of themselves.
+
+    Raises:
+        DamagedError: they are not what was written, or adapters that belong to a model which only a record names.
+    """
+    check_intact(folder)
+    mark = read_mark(folder)
+    if mark is None:
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise DamagedError(
+            f"{folder / FILE}, which says what model these adapters belong to, is missing; copy the whole folder once "
+            "more, or, if they are a checkpoint's, finish its run with `resume`"
+        )
+    _log.warning(
+        "%s has no %s: it is taken for the model of a run after step %d; whether that was its last step, and on what "
+        "it was trained, is not known",
+        folder,
+        FILE,
+        mark.step,
+    )
 
 
 def trained_model(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from autorev.analysis import CHOICES
 from autorev.errors import SettingError
-from autorev.given import is_count, is_number
+from autorev.given import is_count, is_number, no_function
 from autorev.profiler.passes.sweep import UNITS
 from autorev.profiler.record import GOALS
 from autorev.profiler.subject import Subject
@@ -42,10 +44,25 @@ class SweepRequest:
         return cls(axis, tuple(sorted(set(numbers))))
 
 
-def check_options(optimizer: str, goal: str, rounds: int, timed_steps: int, trains: str, longest_step: float) -> None:
+def parse_sweeps(texts: str | Iterable[str]) -> list[SweepRequest]:
+    """One sweep as text, or several.
+
+    Raises:
+        SettingError: one is none.
+    """
+    if not isinstance(texts, Iterable):
+        raise SettingError(f"sweeps are text, or a list of it, not {texts!r}")
+    return [SweepRequest.parse(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+
+def check_options(
+    optimizer: str, goal: str, rounds: int, timed_steps: int, trains: str, longest_step: float, progress: Any
+) -> None:
     """Raises:
     SettingError: an option of `profile` makes no sense, whatever the model.
     """
+    if wrong := no_function(progress=progress):
+        raise SettingError(wrong)
     if optimizer not in OPTIMIZERS:
         raise SettingError(f"the optimizers that are measured are {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     if goal not in GOALS:

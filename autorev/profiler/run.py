@@ -13,13 +13,13 @@ import torch
 
 from autorev.analysis import resolve_lora
 from autorev.errors import SettingError
-from autorev.files import path_of
+from autorev.files import path_of, why_not_written
 from autorev.lock import held
 from autorev.methods import Method, parse_methods
 from autorev.models.load import load_model
 from autorev.prediction.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
-from autorev.profiler.options import SweepRequest, check_options, check_sweeps
+from autorev.profiler.options import check_options, check_sweeps, parse_sweeps
 from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.record import Environment, Profile, Result, Status
 from autorev.profiler.schedule import Progress, Schedule
@@ -96,11 +96,14 @@ def profile(
             a method is part of the record.
     """
     wanted = parse_methods(methods)
-    requests = [SweepRequest.parse(text_) for text_ in ([sweeps] if isinstance(sweeps, str) else sweeps)]
+    requests = parse_sweeps(sweeps)
+    folder = None if out is None else path_of(out)
+    if folder is not None and (why := why_not_written(folder)):
+        raise SettingError(f"{folder} cannot be written to: {why}; name another `out`")
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
     trains, lora_rank = resolve_lora(trains, lora_rank)
-    check_options(optimizer, goal, rounds, timed_steps, trains, longest_step)
+    check_options(optimizer, goal, rounds, timed_steps, trains, longest_step, progress)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = device_profile(on, device)
@@ -132,14 +135,14 @@ def profile(
         _check_weights(model, subject, trust_remote_code)
     blank = _blank(subject, wanted, name, depth, goal, memory, limit, command, environment(on, torch.get_num_threads()))
     with ExitStack() as stack:
-        if out is not None:
-            what, instead = f"the record {Path(out) / blank.name}.json", "give this one another `name`"
-            stack.enter_context(held(Path(out), blank.name, what, instead))
-            drop_parts(Path(out) / f"{blank.name}.json")
-        record = _resumed(blank, out, resume)
-        place = stack.enter_context(scratch(out, blank.name))
+        if folder is not None:
+            what, instead = f"the record {folder / blank.name}.json", "give this one another `name`"
+            stack.enter_context(held(folder, blank.name, what, instead))
+            drop_parts(folder / f"{blank.name}.json")
+        record = _resumed(blank, folder, resume)
+        place = stack.enter_context(scratch(folder, blank.name))
         named = model if isinstance(model, str) else None
-        run = Schedule(subject, record, place, out, on, depth, named, progress, trust_remote_code)
+        run = Schedule(subject, record, place, folder, on, depth, named, progress, trust_remote_code)
         run.predict()
         run.write()
         if not predict:
@@ -209,13 +212,13 @@ def _name_of(subject: Subject, depth: int | None) -> str:
     return re.sub(r"[^\w.-]+", "-", "_".join(filter(None, parts))).strip("-.") or "profile"
 
 
-def _resumed(blank: Profile, folder: str | Path | None, resume: bool) -> Profile:
+def _resumed(blank: Profile, folder: Path | None, resume: bool) -> Profile:
     """The record of the same run that is gone on with, or `blank`.
 
     Raises:
         SettingError: there is an interrupted record, and it was not asked for; or it is of another run.
     """
-    path = None if folder is None else Path(folder) / f"{blank.name}.json"
+    path = None if folder is None else folder / f"{blank.name}.json"
     if path is None or not path.is_file():
         if resume:
             raise SettingError(f"there is no record {path or blank.name} to go on with; leave `resume` out")

@@ -13,7 +13,7 @@ from autorev.analysis import DeviceInfo, ModelInfo, Setting
 from autorev.capture.fake import fake_copy
 from autorev.capture.quantised import parameters_of
 from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself
-from autorev.detection import call_of, detect_in
+from autorev.detection import call_of, detect_in, refuse_converted
 from autorev.errors import AutorevError, SettingError, UnreadableError
 from autorev.files import read_bytes
 from autorev.in_place import Blocks
@@ -108,8 +108,9 @@ def live_subject(model: nn.Module, batch: Any, profile: DeviceProfile, wanted: d
     """A model in user code, on the batch that it is given.
 
     Raises:
-        AutorevError: the model cannot be called with that batch.
+        AutorevError: the model cannot be called with that batch, or is converted already.
     """
+    refuse_converted(model, "profile")
     call = call_of(model, batch, "profile")
     if wanted["sequence"] is not None:
         raise SettingError("a model in user code is profiled on the batch that it is given; leave sequence out")

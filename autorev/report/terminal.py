@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from rich.text import Text as Line
 
 from autorev.analysis import Category
+from autorev.commands import apart
 from autorev.report import document as doc
 from autorev.report.palette import CATEGORY_COLORS
 from autorev.words import CATEGORY_TITLES
@@ -33,7 +34,7 @@ def print_sections(sections: Iterable[doc.Section], console: Console) -> None:
         if i:
             console.print()
         title = [Line(section.title, "bold")] if section.title else []
-        console.print(Group(*title, *(_shown(part, console) for part in section.parts)), highlight=False)
+        console.print(Group(*title, *(_shown(part, console) for part in section.parts)), highlight=False, crop=False)
 
 
 def to_text(sections: Iterable[doc.Section]) -> str:
@@ -75,10 +76,12 @@ def _fact(title: str, figure: str, against: str) -> Line:
 
 
 def _bullet(sign: str, words: str) -> RenderableType:
-    """`words` with its wrapped lines indented to stand under its first."""
+    """`words` with its wrapped lines indented to stand under its first, and a command on one line, however long."""
+    words, command = apart(words)
     table = Grid.grid(padding=(0, 1))
-    table.add_row(Line(sign, no_wrap=True), Line(shortened(words)))
-    return table
+    table.add_row(Line(sign, no_wrap=True), Line(shortened(f"{words}; from the command line:" if command else words)))
+    indent = " " * (len(sign) + 1)
+    return Group(table, Line(indent + command, no_wrap=True, overflow="ignore")) if command else table
 
 
 def shortened(words: str, limit: int = 1000) -> str:

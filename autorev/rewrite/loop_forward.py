@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,26 @@ class LoopForward(Replacement):
     """The forward of the module whose loop runs the blocks: it knows where a pass through the chains ends."""
 
     chains: list[ReversibleChain]
+    begins: Callable[[], None]
+    """Told of each pass before it."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The loop, as it is."""
+        self.begins()
         with one_pass(self.chains, (args, kwargs)):
             return self.original(*args, **kwargs)
 
 
-def install_loops(model: nn.Module, built: list[tuple[list[Finding], ReversibleChain]]) -> None:
-    """A `LoopForward` for each module whose loop runs a chain of block modules."""
+def install_loops(
+    model: nn.Module, built: list[tuple[list[Finding], ReversibleChain]], begins: Callable[[], None]
+) -> None:
+    """A `LoopForward` for each module whose loop runs a chain of block modules; `begins` is called before each pass."""
     chains: dict[str, list[ReversibleChain]] = {}
     for findings, chain in built:
         if not findings[0].inline:
             chains.setdefault(_loop_of(model, [f.call.path for f in findings]), []).append(chain)
     for path, of_loop in chains.items():
-        LoopForward(model.get_submodule(path), path, of_loop).install()
+        LoopForward(model.get_submodule(path), path, of_loop, begins).install()
 
 
 def _loop_of(model: nn.Module, paths: list[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -235,3 +236,25 @@ def test_what_cannot_be_simulated_is_said() -> None:
     done = autorev.convert(Frozen(*(Mlp(64) for _ in range(3))), batch=(x,))
     assert done.memory is None and done.chains[0].stored_blocks == 0
     assert "not counted: a training step of the example call cannot be simulated (no output of Frozen" in str(done)
+
+
+def test_why_experts_that_tokens_choose_have_no_figure() -> None:
+    """Their sizes depend on values, which a simulation has none of: it says so, where, and what measures instead."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out, chosen = torch.zeros_like(x), x.argmax(-1) % 2
+            for number, expert in enumerate(self.experts):
+                rows = (chosen == number).nonzero().flatten()
+                out = out.index_add(0, rows, expert(x[rows]))
+            return x + out
+
+    model, x = nn.Sequential(*(Experts() for _ in range(3))), torch.randn(ROWS, WIDTH)
+    done = autorev.convert(model, batch=(x,))
+    assert done.memory is None
+    why = r"its forward looks at the values of its tensors, \S*test_summary\.py:\d+, as .* before the conversion"
+    assert re.search(rf"cannot be simulated \({why}", str(done))

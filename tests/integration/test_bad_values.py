@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import autorev
+from autorev.conversion.convert import chains_of
 from autorev.errors import AutorevError, CaptureError, ConversionError, RecordError, SettingError
 from tests.helpers.tiny_llm import tiny_llm, tiny_model
 
@@ -94,12 +95,23 @@ def test_what_is_no_model(function: Any, model: Any) -> None:
         function(model)
 
 
+@pytest.mark.parametrize("function", [autorev.analyze, autorev.profile])
+def test_what_is_converted_already(converted: Any, function: Any) -> None:
+    """It has no plain training to compare with, and other blocks."""
+    with pytest.raises(ConversionError, match=rf"is converted, and autorev.{function.__name__} is of plain models"):
+        function(converted, CALL)
+
+
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
         (lambda out: None, "a NoneType, not a tensor"),
         (lambda out: 1.0, "a float, not a tensor"),
         (lambda out: out.logits, r"\[1, 8, 259\] numbers"),
+        (lambda out: out.logits.sum().detach(), "depends on no parameter that requires a gradient"),
+        (lambda out: out.logits.sum().long(), "of dtype torch.int64, which has no gradient"),
+        (lambda out: out.logits.sum() * 1j, "of dtype torch.complex64, which has no gradient"),
+        (3, "loss is a function, not 3"),
     ],
 )
 def test_a_loss_that_is_none(converted: Any, loss: Any, words: str) -> None:
@@ -108,11 +120,56 @@ def test_a_loss_that_is_none(converted: Any, loss: Any, words: str) -> None:
         autorev.verify(converted, CALL, loss=loss)
 
 
+@pytest.mark.parametrize("batch", [[1], 3, {}, {"stranger": 3}, "text"], ids=str)
+def test_verify_on_no_batch(converted: Any, batch: Any) -> None:
+    """As `convert` says it: where the model fails, and on what."""
+    with pytest.raises(CaptureError, match=r"the forward of LlamaForCausalLM failed at transformers/.*; check"):
+        autorev.verify(converted, batch)
+
+
+def test_verify_without_memory(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no fault of the batch's."""
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(converted, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        autorev.verify(converted, CALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        *(({"max_loss_increase": v}, "max_loss_increase is a number of nats") for v in (NAN, INFINITE, "x", None, -1)),
+        *(({"tokens": value}, "tokens is a whole number") for value in ("x", -1, 1.5)),
+        *(({name: 3}, f"{name} is a function, not 3") for name in ("loss", "check", "progress")),
+        *(
+            ({"loss": lambda value=value: value}, "loss and check return a number")
+            for value in (None, "x", torch.ones(2))
+        ),
+        ({"check": lambda: None}, "loss and check return a number, not a NoneType"),
+    ],
+    ids=str,
+)
+def test_calibrate(converted: Any, given: dict[str, Any], words: str) -> None:
+    """The couplings are as they were."""
+    before = [list(chain.couplings) for chain in chains_of(converted)]
+    with pytest.raises(SettingError, match=words):
+        autorev.calibrate(converted, **{"loss": lambda: 1.0, **given})
+    assert [list(chain.couplings) for chain in chains_of(converted)] == before
+
+
 @pytest.mark.parametrize("path", [None, 3, []])
-def test_what_is_no_path(path: Any) -> None:
-    """`load` says so."""
+def test_what_is_no_path(folder: str, path: Any) -> None:
+    """`load` says so, and whatever writes."""
     with pytest.raises(AutorevError, match="a path is text"):
         autorev.load(path)
+    with pytest.raises(AutorevError, match="a path is text"):
+        autorev.finetune(folder, out=path)
+    if path is not None:
+        with pytest.raises(AutorevError, match="a path is text"):
+            autorev.profile(folder, out=path, predict=True)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +178,7 @@ def test_what_is_no_path(path: Any) -> None:
         *({name: value} for name in ("batch", "sequence") for value in ("x", 1.5, True, NAN)),
         *({"lora_rank": value} for value in ("x", 1.5, True)),
         *({"device": value} for value in (3, [])),
+        {"progress": None},
     ],
     ids=str,
 )
@@ -133,11 +191,11 @@ def test_forecast(folder: str, given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        *({"methods": value} for value in ([1], "", [None])),
+        *({"methods": value} for value in ([1], "", [None], None, 3)),
         *({name: value} for name in ("rounds", "timed_steps") for value in ("x", 1.5, NAN, True)),
-        *({"sweeps": value} for value in ([3], ["batch="], "x")),
+        *({"sweeps": value} for value in ([3], ["batch="], "x", 3, None)),
         *({"longest_step": value} for value in (NAN, "x", 0, INFINITE)),
-        *({"memory": 3}, {"device": 3}, {"name": 3}, {"lora_rank": "x"}, {"text": 3}),
+        *({"memory": 3}, {"device": 3}, {"name": 3}, {"lora_rank": "x"}, {"text": 3}, {"progress": None}),
     ],
     ids=str,
 )
@@ -154,7 +212,7 @@ def test_profile(folder: str, tmp_path: Path, given: dict[str, Any]) -> None:
         *({name: v} for name in ("learning_rate", "clip", "max_loss_increase") for v in ("x", NAN, INFINITE, True)),
         *({"distill": True, "distill_weight": value} for value in ("x", NAN)),
         *({name: True} for name in ("steps", "lora_rank", "batch")),
-        {"method": 3},
+        *({"method": 3}, {"callbacks": 3}, {"progress": 3}),
     ],
     ids=str,
 )

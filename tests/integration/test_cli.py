@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 
 from autorev import pipeline
 from autorev.analysis import Analysis, ModelInfo
-from autorev.cli import main
+from autorev.cli import main, output
 from autorev.errors import NoBlocksError
+from autorev.files import why_not_written
 from autorev.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -296,13 +297,47 @@ def test_reports_are_written_where_they_are_said_to_be(folder: Path) -> None:
     assert not default.exists()
 
 
-def test_a_report_that_cannot_be_written_is_said(asked: dict[str, Any], folder: Path) -> None:
-    """A path below a file is answered with the path and the reason."""
+@pytest.mark.parametrize("option", ["--html", "--markdown"])
+@pytest.mark.parametrize("place", ["taken/report.html", "/proc/report.html", "loop"])
+def test_a_report_that_cannot_be_written_is_said(asked: dict[str, Any], folder: Path, option: str, place: str) -> None:
+    """A path below a file is answered with the path and the reason, before the work."""
     (folder / "taken").write_text("")
-    result = autorev("user_net:make", "--html", "taken/report.html")
+    (folder / "loop").symlink_to("loop")
+    result = autorev("user_net:make", option, place)
     assert result.exit_code == 1
+    assert place in result.stderr
+    assert "name another file" in result.stderr
+    assert not asked
+
+
+def test_no_place_for_the_report_of_its_own(asked: dict[str, Any], folder: Path) -> None:
+    """Likewise; whoever wants no page needs none."""
+    (folder / "reports").write_text("")
+    result = autorev("user_net:make")
+    assert (result.exit_code, asked) == (1, {})
+    assert "'reports/analyze-MODEL.html'" in result.stderr
+    assert autorev("user_net:make", "--no-html").exit_code == 0
+
+
+def test_a_report_that_cannot_be_written_any_more(asked: dict[str, Any], folder: Path, monkeypatch: Any) -> None:
+    """The disk may become full meanwhile."""
+    (folder / "taken").write_text("")
+    monkeypatch.setattr(output, "why_not_written", lambda path: "")
+    result = autorev("user_net:make", "--html", "taken/report.html")
+    assert (result.exit_code, bool(asked)) == (1, True)
     assert "taken/report.html" in result.stderr
     assert "name another file" in result.stderr
+
+
+def test_whether_a_place_can_be_written_to(folder: Path) -> None:
+    """Nothing is left behind: not the file, nor its folder."""
+    before = sorted(folder.iterdir())
+    for place in (folder / "new" / "deep" / "report.html", folder / "user_net.py", Path("/dev/null"), folder):
+        assert why_not_written(place) == ""
+    (folder / "link").symlink_to("/proc/absent")
+    assert why_not_written(folder / "link")
+    (folder / "link").unlink()
+    assert sorted(folder.iterdir()) == before
 
 
 def test_the_installed_command_runs_as_a_program(folder: Path) -> None:

@@ -136,7 +136,8 @@ def test_export_and_evaluate(trained: Path, place: Path) -> None:
         ("llm --lr -1", "learning rate is a number above 0, not -1"),
         ("llm --decay foo", "not 'foo'"),
         ("llm --resume", "holds no run to go on with"),
-        ("llm --out text.txt/x", "cannot be written to; name another --out"),
+        ("llm --out text.txt/x", "cannot be written to: Not a directory; name another --out"),
+        ("llm --html text.txt/x", "Could not open file 'text.txt/x': Not a directory; name another file"),
         ("llm --lr 1e30 --clip 0 --out broken", "holds values that are not numbers"),
     ],
 )
@@ -214,6 +215,17 @@ def test_ctrl_c_and_resume(place: Path, trained: Path, monkeypatch: pytest.Monke
     record, expected = (FineTuning.read(place / path / "run.json") for path in ("stopped", trained))
     assert figures(record) == figures(expected) and record.final == expected.final
     assert record.command.splitlines()[1].endswith("--resume")
+
+
+def test_a_run_that_is_complete_but_for_its_report(place: Path, trained: Path) -> None:
+    """Killed while it was rendered, or the disk was full: `--resume` renders it, and trains nothing."""
+    page, weights = place / trained / "report.html", place / trained / "model.safetensors"
+    page.unlink()
+    before = weights.stat().st_mtime_ns, FineTuning.read(place / trained / "run.json")
+    done = run("finetune", "--resume", "--out", str(trained))
+    assert done.exit_code == 0, done.output
+    assert "<html" in page.read_text()
+    assert (weights.stat().st_mtime_ns, FineTuning.read(place / trained / "run.json")) == before
 
 
 def test_ctrl_c_of_a_terminal(place: Path) -> None:

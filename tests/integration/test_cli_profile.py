@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from autorev.cli import main
+from autorev.cli import main, output
 from autorev.profiler.job import Job
 from autorev.profiler.record import Profile, Status
 from tests.helpers import profile_examples as examples
@@ -168,10 +168,16 @@ def test_wrong_usage_ends_with_2(arguments: list[str], words: str) -> None:
     assert_one_line(autorev("profile", "profiled_net:make", *arguments), words, 2)
 
 
-def test_a_page_that_cannot_be_written_is_said(folder: Path, jobs: list[Job]) -> None:
-    """The record is kept all the same."""
+def test_a_page_that_cannot_be_written_is_said(folder: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the work; the record is kept all the same, where it is noticed only then."""
     (folder / "taken").write_text("")
-    result = autorev("profile", "profiled_net:make", *QUICK, "--html", "taken/page.html", "--json", "--name", "mine")
+    typed = ("profile", "profiled_net:make", *QUICK, "--html", "taken/page.html", "--json", "--name", "mine")
+    result = autorev(*typed)
+    assert result.exit_code == 1
+    assert "name another file" in result.stderr
+    assert not jobs and not (folder / "profiles").exists()
+    monkeypatch.setattr(output, "why_not_written", lambda path: "")
+    result = autorev(*typed)
     assert result.exit_code == 1
     assert "taken/page.html" in result.stderr
     assert "name another file" in result.stderr

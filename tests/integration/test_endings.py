@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from autorev import pipeline, records
 from autorev.cli import main
-from autorev.errors import RecordError
+from autorev.errors import RecordError, Terminated
 from autorev.packages import is_installed
 from autorev.profiler import launch, schedule
 from autorev.profiler.job import Job, Outcome
@@ -72,6 +73,15 @@ def factory_leaves():
 def forward_leaves():
     return make(lambda: os._exit(0))
 
+def forward_becomes_another():
+    return make(lambda: os.execv("/bin/true", ["true"]))
+
+def forward_becomes_one_on_the_path():
+    return make(lambda: os.execlp("true", "true"))
+
+def forward_becomes_one_elsewhere():
+    return make(lambda: os.execvpe("/bin/true", ["true"], {}))
+
 class Mute(Exception):
     def __str__(self):
         raise ValueError("no text")
@@ -83,9 +93,10 @@ def forward_mute():
     return make(lambda: _raise(Mute()))
 
 def forks():
-    if os.fork() == 0:
-        os._exit(0)
-    os.wait()
+    for end in (lambda: os._exit(0), lambda: os.execv("/bin/true", ["true"])):
+        if os.fork() == 0:
+            end()
+        assert os.wait()[1] == 0
     return make()
 
 def waits():
@@ -131,6 +142,18 @@ def test_a_process_that_code_ends_at_once_says_so(name: str) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "os._exit(0) in ends.py" in done.stderr
     assert os._exit.__module__ == "posix"
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("another", "execv"), ("one_on_the_path", "execv"), ("one_elsewhere", "execve")]
+)
+@pytest.mark.parametrize("command", ["analyze", "verify"])
+def test_a_process_that_becomes_another_program_says_so(command: str, name: str, way: str) -> None:
+    """`os.execv` and its kin: /bin/true would end with 0."""
+    done = process(command, f"ends:forward_becomes_{name}", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"the process was ended by os.{way}() in ends.py, <lambda>, so there is no result" in done.stderr
+    assert os.execv.__module__ == "posix"
 
 
 def test_a_forked_process_may_end_so() -> None:
@@ -196,6 +219,19 @@ def failing_with(error: BaseException) -> Callable[..., object]:
             "this needs nothing_9, which is",
         ),
         (ImportError("tell: 'x>=1' is required", name="The 'x>=1' package"), 1, "failed on ImportError: tell: 'x>=1'"),
+        (
+            PackageNotFoundError(
+                "The 'nothing_9>=0.8' distribution was not found and is required by this application."
+            ),
+            *(1, "this needs nothing_9>=0.8, which is not installed: "),
+        ),
+        (
+            ImportError(
+                "nothing_9>=2,<3 is required for a normal functioning of this module, but found nothing_9==1.0."
+            ),
+            *(1, "this needs nothing_9>=2,<3, and nothing_9==1.0 is installed: "),
+        ),
+        (ImportError("cannot import name 'x' from 'torch'", name="torch"), 1, "This is a bug in autorev"),
         (ZeroDivisionError("x"), 1, "This is a bug in autorev"),
         (Speechless(), 1, "autorev failed on Speechless. This is a bug in autorev"),
     ],
@@ -284,9 +320,19 @@ def test_a_reader_that_leaves_is_quiet() -> None:
     assert done.returncode == 1
 
 
-def test_ctrl_c_ends_with_130_and_one_word() -> None:
-    """In the model's own code, too."""
-    command = [sys.executable, str(ROOT / "cli.py"), "analyze", "ends:waits"]
+@pytest.mark.parametrize(
+    ("number", "typed", "said"),
+    [
+        (signal.SIGINT, "analyze", "Interrupted."),
+        (signal.SIGTERM, "analyze", "Terminated: ended by SIGTERM, so there is no result."),
+        (signal.SIGTERM, "verify", "Terminated: ended by SIGTERM, so there is no result."),
+        (signal.SIGTERM, "profile", "Terminated: ended by SIGTERM; what was written until then stays, and a run whose "
+         "record is there goes on by --resume."),
+    ],
+)  # fmt: skip
+def test_what_ends_a_command_from_outside(number: int, typed: str, said: str) -> None:
+    """In the model's own code, too: the exit code of a shell, and one line that promises nothing else."""
+    command = [sys.executable, str(ROOT / "cli.py"), typed, "ends:waits"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -294,6 +340,22 @@ def test_ctrl_c_ends_with_130_and_one_word() -> None:
         assert running.stderr is not None
         while "waiting" not in running.stderr.readline():
             time.sleep(0.01)
-        running.send_signal(signal.SIGINT)
-        assert running.stderr.read() == "Interrupted.\n"
-    assert running.returncode == 130
+        running.send_signal(number)
+        assert running.stderr.read() == said + "\n"
+    assert running.returncode == 128 + number
+
+
+def _terminated(*args: object, **kwargs: object) -> None:
+    raise Terminated
+
+
+def test_every_command_promises_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--resume` is spoken of where there is one."""
+    for name, command in main.commands.items():
+        needed = {"export": ["x", "--out", "y"]}.get(name, ["x"])
+        monkeypatch.setattr(command, "callback", _terminated)
+        result = CliRunner().invoke(main, [name, *needed])
+        assert result.exit_code == 143
+        has = any(option.name == "resume" for option in command.params)
+        assert ("--resume" in result.stderr) == has, result.stderr
+        assert ("there is no result" in result.stderr) != has

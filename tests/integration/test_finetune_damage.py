@@ -184,6 +184,25 @@ def test_a_checkpoint_is_a_model_too(copies: Path) -> None:
             use()
 
 
+def test_a_model_without_its_record(copies: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its mark says after which step; that this was the last one, nobody knows. Adapters without a base are none."""
+    for name in ("full", "lora", "plain"):
+        (copies / name / "run.json").unlink()
+    said = "full has no run.json: it is taken for the model of a run after step 7"
+    for use in uses(copies / "full", copies / "out"):
+        caplog.clear()
+        use()
+        assert said in caplog.text
+    assert examine(str(copies / "plain")).tokens
+    assert "plain has no run.json" in caplog.text
+    for use in uses(copies / "lora", copies / "other"):
+        with pytest.raises(DamagedError, match=r"run\.json, which says what model these adapters belong to, is"):
+            use()
+    caplog.clear()
+    assert examine(str(copies / "out")).tokens  # no run's folder
+    assert caplog.text == ""
+
+
 def test_the_model_of_another_run(copies: Path) -> None:
     """Its files with their mark, in the place of this run's; or without any mark."""
     tune(copies, out="other", seed=1)

@@ -299,7 +299,7 @@ def test_a_folder_that_is_there(stopped: Path, place: Path) -> None:
         tune(place, resume=True)
     with pytest.raises(SettingError, match="holds no run; name another `out`"):
         tune(place, out="text.txt")
-    with pytest.raises(SettingError, match=r"text\.txt cannot be written to; name another `out`"):
+    with pytest.raises(SettingError, match=r"text\.txt/run cannot be written to: Not a directory; name another `out`"):
         tune(place, out="text.txt/run")
 
 

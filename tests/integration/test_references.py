@@ -309,6 +309,22 @@ def test_a_plain_policy_beside_a_converted_reference(folder: Path, tmp_path: Pat
     assert not chains_of(model)
 
 
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_a_plain_policy_beside_a_converted_reference_is_noticed_without_our_callback(
+    folder: Path, tmp_path: Path, kind: str, caplog: Any
+) -> None:
+    """The trainer runs its reference, without gradients: then it is looked at who does. Alone, a model says nothing."""
+    model, reference = loaded(folder), loaded(folder)
+    autorev.convert(reference)
+    with torch.no_grad():
+        reference(torch.arange(8)[None], use_cache=False)
+    assert "plain function" not in caplog.text
+    first_log(trainer_of(kind, model, folder, tmp_path, ref_model=reference, max_steps=2))
+    said = f"{kind}Trainer.ref_model is converted, and the policy beside it computes the plain function"
+    assert caplog.text.count(said) == 1
+    assert not chains_of(model)
+
+
 class Loop:
     """Somebody's own loop."""
 

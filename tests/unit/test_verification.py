@@ -93,6 +93,33 @@ def test_nothing_of_the_user_s_is_touched() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda logits: logits.sum() * float("inf"), "the loss is inf|the loss is -inf"),
+        (lambda logits: logits.sum() * float("nan"), "the loss is nan"),
+        (lambda logits: (logits - logits.detach()).sqrt().sum(), r"the gradient of \S+ is not finite"),
+    ],
+)
+def test_what_is_not_finite_is_no_difference(loss: Any, said: str) -> None:
+    """Where the oracle has no gradients, nothing is compared, and the conversion is not blamed."""
+    with pytest.raises(ConversionError, match=rf"^({said}) under ordinary autograd, so there is nothing to compare"):
+        autorev.verify(converted(), TOKENS, loss=loss)
+
+
+def test_what_is_not_finite_in_the_chain_alone_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that the reversible blocks spoil."""
+    right = Velocity.vjp
+
+    def spoilt(self: Velocity, grad_stream: Any, grad_partner: Any) -> Any:
+        into, velocity, out = right(self, grad_stream, grad_partner)
+        return into, velocity, out * float("inf")
+
+    model = converted(keep_last=0)
+    monkeypatch.setattr(Velocity, "vjp", spoilt)
+    assert not autorev.verify(model, TOKENS).passed
+
+
 def test_the_loss_may_be_the_user_s_own() -> None:
     """`loss` takes what the model returns; a batch may be a dict."""
     model = converted()

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from autorev.errors import AutorevError, first_line
+from autorev.errors import AutorevError, first_line, is_out_of_memory
 from autorev.in_place import NotApplicable, in_place
 from autorev.profiler.job import Job, Outcome
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.attribution import attribute
 from autorev.profiler.passes.fidelity import measure_fidelity
 from autorev.profiler.passes.prepare import Prepared, prepare_model
-from autorev.profiler.passes.step import TrainingStep, is_out_of_memory, optimizer_for
+from autorev.profiler.passes.step import TrainingStep, optimizer_for
 from autorev.profiler.passes.stopwatch import measure_work
 from autorev.profiler.passes.sweep import sweep
 from autorev.profiler.readings import Fidelity, Memory, Round, Work

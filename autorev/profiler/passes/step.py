@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from autorev.capture.quantised import held_by
-from autorev.errors import message_of
 from autorev.prediction.training import DTYPES, own_loss
 from autorev.profiler.readings import PHASES
 
@@ -92,14 +91,6 @@ def tensors_of(structure: Any) -> list[torch.Tensor]:
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of their storages, each counted once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Did an allocation fail? The CPU's allocator has no exception of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = message_of(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 def synchronize(device: torch.device) -> None:

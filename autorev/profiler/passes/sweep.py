@@ -18,12 +18,13 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from autorev.analysis import Setting
+from autorev.errors import is_out_of_memory
 from autorev.in_place import in_place
 from autorev.prediction.training import optimizer_bytes
 from autorev.profiler.job import Job, Sweep
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.prepare import Prepared, prepare_model, with_text
-from autorev.profiler.passes.step import TrainingStep, is_out_of_memory, optimizer_for, storage_bytes
+from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes
 from autorev.profiler.record import Point, Status
 from autorev.workload import Call
 
