@@ -19,7 +19,7 @@ from autorev.errors import AutorevError, CaptureError, ConversionError, first_li
 from autorev.integrations.accelerate import fetched
 from autorev.integrations.example_call import example_call_for
 from autorev.integrations.transformers import is_transformers, without_cache
-from autorev.rewrite.block_forward import replacements_of
+from autorev.rewrite.replacement import replacements_of
 from autorev.workload import Call
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 import torch._functorch.config as functorch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from autorev.chunked_loss import chunk_loss, unchunk_loss
 from autorev.conversion.convert import chains_of, convert, revert
@@ -21,9 +18,10 @@ from autorev.detection import detect_in
 from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError
 from autorev.methods import Method
-from autorev.prediction.baselines import selective_policy
 from autorev.prediction.training import NO_LABELS
-from autorev.rewrite.tiled_forward import TileSize, installed, tiled_forwards
+from autorev.rewrite.checkpointed_forward import checkpointed_forwards
+from autorev.rewrite.replacement import installed
+from autorev.rewrite.tiled_forward import TileSize, tiled_forwards
 from autorev.workload import Call
 
 
@@ -94,7 +92,10 @@ def in_place(
         if method.name == "compile":
             stack.enter_context(_compiled(model, blocks, method.budget or 0.0))
         elif method.name in ("checkpoint", "sac", "offload"):
-            stack.enter_context(_checkpointed(model, blocks, method.name, placed))
+            if blocks.inline:
+                raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
+            forwards, placed.host = checkpointed_forwards(model, blocks.paths, method.name)
+            stack.enter_context(installed(forwards))
         yield placed
 
 
@@ -107,30 +108,6 @@ def _tiled(model: nn.Module, blocks: Blocks, detection: Detection, size: TileSiz
         raise NotApplicable(str(error)) from error
     with installed(tiled.forwards):
         yield
-
-
-@contextmanager
-def _checkpointed(model: nn.Module, blocks: Blocks, name: str, placed: InPlace) -> Iterator[None]:
-
-    if blocks.inline:
-        raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
-    run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
-    if name == "sac":
-        run = partial(run, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
-    elif name == "offload":
-        placed.host = HostStore()
-        run = partial(placed.host.around, run)
-    modules = [model.get_submodule(path) for path in blocks.paths]
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.__dict__["forward"] = partial(run, module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
 
 
 @contextmanager

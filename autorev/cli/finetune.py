@@ -40,6 +40,7 @@ from autorev.cli.report import show
     help="What `profile --method` takes: momentum:k=2, leapfrog, ..., and for comparison plain or checkpoint; each "
     "with :option=value (loss=chunked, keep_last=4).",
 )
+@click.option("--plan", type=FILE, metavar="FILE", help="Train as a plan says that `autorev fit --json` wrote.")
 @click.option("--lora-rank", type=COUNT, metavar="INT", help="Train adapters of this rank.  [default: all weights]")
 @click.option(
     "--quantize",
@@ -86,7 +87,14 @@ from autorev.cli.report import show
 @click.option("--html", type=OUTPUT, metavar="PATH", help="Where to write the report.  [default: DIR/report.html]")
 @click.pass_context
 def finetune(
-    ctx: click.Context, /, model: str | None, out: Path | None, as_json: bool, html: Path | None, **options: Any
+    ctx: click.Context,
+    /,
+    model: str | None,
+    out: Path | None,
+    as_json: bool,
+    html: Path | None,
+    plan: Path | None,
+    **options: Any,
 ) -> None:
     """Convert MODEL, train it with transformers' Trainer, and say what became of its quality.
 
@@ -109,6 +117,8 @@ def finetune(
     for name in options:  # the defaults are for --help: a run that goes on has its own
         if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name not in ("resume", "trust_remote_code"):
             options[name] = None
+    if plan is not None:
+        options |= _planned(plan, options)
     page = html or folder / "report.html"
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     with steps_told() as tell, redirect_stdout(sys.stderr):
@@ -121,6 +131,21 @@ def finetune(
     show([record], command, as_json, page)
     if not as_json:
         say(f"Model and record: {folder}")
+
+
+def _planned(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of options that were not given."""
+    from autorev.plan import Plan
+
+    plan = Plan.read(path)
+    if plan.method is None:
+        raise click.UsageError(f"--plan {path} says that nothing fits; make one for a shorter sequence or more memory")
+    if options["method"] is not None:
+        raise click.UsageError("--plan says by which method; leave --method out")
+    setting = plan.setting
+    said = {"sequence": setting.sequence, "batch": setting.batch, "lora_rank": setting.lora_rank}
+    said |= {"accumulate": setting.accumulate, "autocast": setting.autocast}
+    return {"method": plan.method.spec, **{name: value for name, value in said.items() if options[name] is None}}
 
 
 @main.command(short_help="A fine-tuned model as the plain architecture.")

@@ -94,7 +94,7 @@ def _read(files: list[Path]) -> list[Any]:
     """The records of files, all of one kind."""
     from autorev.analysis import Analysis
     from autorev.finetuning.record import FineTuning
-    from autorev.planning.plan import Plan
+    from autorev.plan import Plan
     from autorev.profiler.record import Profile
     from autorev.records import kind_of
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from autorev.integrations.transformers import CHECKPOINTING_METHODS, is_checkpointed, stop_checkpointing
-from autorev.rewrite.block_forward import HANDLE, ReversibleForward
+from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.replacement import HANDLE
 
 SWITCH_OFF = (
     "call model.gradient_checkpointing_disable() (it is PEFT's prepare_model_for_kbit_training that switches it on, "

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from autorev.chunked_loss import chunk_loss
 from autorev.conversion import config_entry
+from autorev.conversion.baseline import baseline
 from autorev.conversion.checkpointing import (
     SWITCH_OFF,
     checkpoints_itself,
@@ -27,14 +29,16 @@ from autorev.conversion.probe import choose_grids
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import Passes, notice_trainers, stop_noticing
-from autorev.couplings.presets import PRESETS
 from autorev.detection import call_of
 from autorev.engine.chain import ReversibleChain
 from autorev.errors import ConversionError, SettingError
 from autorev.methods import Method, Numbers
-from autorev.rewrite.block_forward import ReversibleForward, replacements_of
+from autorev.plan import Plan, method_of
+from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
+from autorev.rewrite.checkpointed_forward import CheckpointedForward
 from autorev.rewrite.loop_forward import install_loops
+from autorev.rewrite.replacement import replacements_of
 from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
 
 
@@ -61,8 +65,10 @@ def convert(
 
     Args:
         batch: what the model is called with in the probe that chooses the grid: a dict of keyword arguments, a tuple of
-            positional ones, or one tensor (`autorev.detection.call_of`).
-        method: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet, with options
+            positional ones, or one tensor (`autorev.detection.call_of`). A plan of `autorev.fit` says how to train, and
+            needs a `transformers` model; its loss in chunks is put in place, too.
+        method: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet, or checkpoint, offload or sac
+            around the blocks as they are, or plain with tiles; with options
             (`momentum:k=2,keep_last=4`) as `autorev.methods` spells them. The arguments that follow are these options,
             and take what no text says: numbers by block, grids by chain.
         gamma: for momentum: a number n / 2^k, or a dict from block patterns to numbers. Default 1/8.
@@ -88,7 +94,10 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"autorev.convert needs a torch.nn.Module, and got a {type(model).__name__}")
     blocks, exclude = patterns(blocks), patterns(exclude)
-    how = _coupling(
+    planned = batch if isinstance(batch, Plan) else None
+    if planned is not None:
+        batch, method = None, method_of(planned, model)
+    how = _asked(
         method,
         gamma=gamma,
         c=c,
@@ -98,8 +107,9 @@ def convert(
         fraction_bits=fraction_bits,
         tile=tile,
         host=host,
+        planned=planned is not None,
     )
-    if any(forwards_of(model)):
+    if any(replacements_of(model)):
         raise ConversionError(
             f"{type(model).__name__} is converted already; call autorev.revert(model) before converting it anew"
         )
@@ -117,9 +127,12 @@ def convert(
     _check_patterns(how, chosen)
     if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
+    chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain]
     tiled = Tiled() if how.tile is None else tiled_forwards(model, every, how.tile)
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
+    if not how.reversible:
+        return _as_baseline(model, chosen, how, tiled, estimate, None if planned is None else chunked)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
@@ -132,6 +145,8 @@ def convert(
     install_loops(model, [(item.findings, item.chain) for item in built], Passes())
     try:
         notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
+        if chunked:
+            chunk_loss(model)
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
@@ -155,6 +170,29 @@ def convert(
     )
 
 
+def _as_baseline(
+    model: nn.Module, chosen: Chosen, how: Method, tiled: Tiled, estimate: Estimate, chunked: bool | None
+) -> Conversion:
+    """`chunked`: what a plan says of the loss; None: there is none."""
+    found = baseline(model, chosen, how, planned=chunked is not None)
+    if chunked:
+        chunk_loss(model)
+    for forward in (*tiled.forwards, *found.forwards):
+        forward.install()
+    return Conversion(
+        coupling=how.name,
+        arithmetic="",
+        granularity="block",
+        chains=(),
+        not_converted=tuple(chosen.left_out),
+        checkpointed=found.paths,
+        tile=how.tile,
+        tiled=tuple(forward.path for forward in tiled.forwards),
+        not_tiled=tiled.untiled,
+        simulated=partial(estimate.memory, how, ()),
+    )
+
+
 def revert(model: nn.Module) -> int:
     """Restore every converted block of `model`; returns how many there were. The weights stay as they are.
 
@@ -166,7 +204,7 @@ def revert(model: nn.Module) -> int:
     restore_checkpointing_enable(model)
     stop_noticing(model)
     config_entry.remove(model)
-    return sum(isinstance(replacement, ReversibleForward) for replacement in found)
+    return sum(isinstance(replacement, ReversibleForward | CheckpointedForward) for replacement in found)
 
 
 def drift(model: nn.Module) -> dict[str, float]:
@@ -192,8 +230,9 @@ def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
 # -- arguments
 
 
-def _coupling(method: str | Method, **options: Any) -> Method:
-    """`method` with the options that are given beside it."""
+def _asked(method: str | Method, **options: Any) -> Method:
+    """`method` with the options that are given beside it; a `planned` one may chunk the loss."""
+    planned = options.pop("planned")
     given = {name: value for name, value in options.items() if value is not None}
     try:
         said = Method.parse(method) if isinstance(method, str) else method
@@ -206,11 +245,11 @@ def _coupling(method: str | Method, **options: Any) -> Method:
         how = replace(said, **given)
     except SettingError as error:
         raise ConversionError(str(error)) from None
-    if not how.reversible:
-        raise ConversionError(f"{how.name} is no coupling; choose one of {', '.join(PRESETS)}")
-    if how.loss != "full":
+    if how.name == "compile":
+        raise ConversionError("compile is nothing that convert does; call block.compile() on the blocks")
+    if how.loss != "full" and not planned:
         raise ConversionError(
-            "a coupling leaves the loss as it is; call autorev.chunk_loss(model), too, and leave loss=chunked out"
+            "convert leaves the loss as it is; call autorev.chunk_loss(model), too, and leave loss=chunked out"
         )
     return how
 

@@ -76,7 +76,8 @@ class Estimate:
     def memory(self, method: Method, keep_last: tuple[int, ...]) -> Memory | str:
         """The step under plain autograd, under checkpointing, and as converted; or why that is not known."""
         found = []
-        for compared in (PLAIN, CHECKPOINT, _storing(method, keep_last)):
+        own = _storing(method, keep_last) if method.reversible else method
+        for compared in (PLAIN, CHECKPOINT, own):
             step = self._step(compared)
             if step is None:
                 return self.unknown

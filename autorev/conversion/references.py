@@ -29,7 +29,8 @@ from autorev.integrations.trainers import (
     servers_of,
     unwrapped,
 )
-from autorev.rewrite.block_forward import HANDLE, ReversibleForward
+from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.replacement import HANDLE
 
 _SAME = 1e-3
 """Relative difference of two sums of log-probabilities of the same function."""

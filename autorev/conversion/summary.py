@@ -90,6 +90,8 @@ class Conversion:
     chains: tuple[ConvertedChain, ...]
     not_converted: tuple[tuple[str, str], ...]
     """(path, reason) of every residual block that was left as it is."""
+    checkpointed: tuple[str, ...] = ()
+    """Blocks that PyTorch's own checkpoint was put around."""
     tile: int | str | None = None
     """Positions at a time, or auto."""
     tiled: tuple[str, ...] = ()
@@ -125,8 +127,8 @@ class Conversion:
 
     def to_json(self) -> str:
         """One JSON object."""
-        plain = ("coupling", "arithmetic", "granularity", "not_converted", "tile", "tiled", "not_tiled", "notes")
-        told = {name: getattr(self, name) for name in plain}
+        plain = ("coupling", "arithmetic", "granularity", "not_converted", "checkpointed")
+        told = {name: getattr(self, name) for name in (*plain, "tile", "tiled", "not_tiled", "notes")}
         told["chains"] = [asdict(chain) for chain in self.chains]
         told["memory"] = None if self.memory is None else asdict(self.memory)
         return json.dumps({**told, "preserves_function": self.preserves_function}, indent=1)
@@ -136,10 +138,14 @@ class Conversion:
             f"{chain.name}: {_reversible(chain)}, {self.coupling}{_numbers(chain)}, {self.arithmetic}{_grid(chain)}"
             for chain in self.chains
         ]
+        if not self.chains:
+            lines.append(f"{plural(len(self.checkpointed), 'block')} run twice ({self.coupling}); none is reversible")
         lines += _compared(self._found, self.chains, len(self.not_converted))
         lines += dict.fromkeys(line for chain in self.chains for line in _stored(chain, len(self.chains)))
         lines += _tiled(self.tile, self.tiled, self.not_tiled)
-        if self.preserves_function:
+        if not self.chains:
+            lines.append("The function is the model's own")
+        elif self.preserves_function:
             lines.append(
                 "The pretrained function is nearly preserved (gamma is small): autorev.verify prints by how much"
             )
@@ -196,7 +202,7 @@ def _compared(memory: Memory | str, chains: tuple[ConvertedChain, ...], left_out
     peak = beside(converted.peak, plain.peak, checkpoint.peak)
     yield f"  kept between forward and backward, in the example call: {kept}"
     yield f"  at the peak of that step, beside weights, their gradients and optimiser state: {peak}"
-    if converted.peak > min(plain.peak, checkpoint.peak):
+    if chains and converted.peak > min(plain.peak, checkpoint.peak):
         lower = "plain training" if plain.peak <= checkpoint.peak else "checkpointing"
         yield f"Do not convert to save memory: {lower} peaks lower here, {_because(memory, chains, left_out)}"
 

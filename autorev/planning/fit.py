@@ -15,7 +15,7 @@ from autorev.errors import SettingError
 from autorev.given import is_count
 from autorev.models.resolve import resolve
 from autorev.pipeline import prepare
-from autorev.planning.plan import Measured, Plan, Reached
+from autorev.plan import Measured, Plan, Reached
 from autorev.planning.search import Search
 from autorev.prediction.forecast import Forecaster
 from autorev.profiler.environment import parse_memory

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from autorev.analysis import Category, Prediction
 from autorev.errors import AutorevError, SettingError
+from autorev.format import plural
 from autorev.methods import Method
-from autorev.planning.plan import Option, Reached, Rung
+from autorev.plan import Option, Reached, Rung
 from autorev.prediction.forecast import Forecaster
 from autorev.prediction.frontier import explore
 
@@ -106,6 +107,9 @@ class Search:
 
     def best(self) -> Option | None:
         """The fastest of those that fit."""
+        plain = self.seen.get(Method("plain", loss=self.forecaster.setting.loss))
+        if plain is not None and plain.fits:
+            return plain  # whatever is said of chunks: nothing has to be done
         fitting = [option for option in self.seen.values() if option.fits]
         return min(fitting, key=self.rank, default=None)
 
@@ -168,7 +172,7 @@ class Search:
             here = replace(here, host=method.host)
             changes.append(("side bits on the host", here))
         if method != here:
-            changes.append((f"the last {method.keep_last} blocks stored", method))
+            changes.append((f"{plural(int(str(method.keep_last)), 'block')} at the end stored", method))
         for what, step in changes:
             option = self.option(step)
             if option is not None:
@@ -184,8 +188,9 @@ class Search:
         if method.name == "plain" and method.tile is None:
             return "a loss in chunks is enough"
         if method.name == "checkpoint":
-            stored = "" if method.keep_last in ("auto", 0) else f", and the last {method.keep_last} blocks need none"
-            return f"checkpointing is enough{'' if method.tile is None else ' with tiles'}{stored}"
+            stored = method.keep_last if isinstance(method.keep_last, int) else 0
+            rest = f"; {plural(stored, 'block')} at the end can be stored" if stored else ""
+            return f"checkpointing is enough{'' if method.tile is None else ', with tiles'}{rest}"
         rivals = [o for o in self.seen.values() if o.fits and not o.method.reversible and o.method != method]
         if not rivals:
             return "nothing that PyTorch does by itself fits"

@@ -35,7 +35,8 @@ from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded, r
 from autorev.prediction.chains import Chains
 from autorev.prediction.tracker import MemoryTracker, Segment
 from autorev.rewrite.in_steps import by_steps
-from autorev.rewrite.tiled_forward import installed, tiled_forwards
+from autorev.rewrite.replacement import installed
+from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
 
 

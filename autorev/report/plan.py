@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.format import NOTHING, clean, format_bytes, format_integer, format_seconds, sentence, unit_for
-from autorev.planning.plan import Option, Plan, Rung
+from autorev.plan import Option, Plan, Rung
 from autorev.report import document as doc
 from autorev.report import plots, shared
 from autorev.report.palette import look_of
@@ -75,7 +75,9 @@ _TIME = "Times are roofline times on the device: lower bounds, which compare met
 
 
 def _title(plan: Plan) -> str:
-    return "Nothing fits" if plan.method is None else f"Train with {plan.method.spec}"
+    if plan.method is None:
+        return "Nothing fits"
+    return "Train as it is" if plan.method.spec == "plain" else f"Train with {plan.method.spec}"
 
 
 def _answer(plan: Plan) -> Iterator[doc.Part]:

@@ -25,7 +25,8 @@ from autorev.engine.chain import ReversibleChain, one_pass
 from autorev.engine.step import Branch
 from autorev.errors import AutorevError, ConversionError, one_line
 from autorev.rewrite.adds import KnownAdds
-from autorev.rewrite.block_forward import HANDLE, ReversibleForward
+from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.replacement import HANDLE
 from autorev.rewrite.watch import Watch
 
 

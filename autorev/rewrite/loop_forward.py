@@ -11,7 +11,7 @@ from torch import nn
 from autorev.detect.inline import common_start
 from autorev.detect.judge import Finding
 from autorev.engine.chain import ReversibleChain, one_pass
-from autorev.rewrite.block_forward import Replacement
+from autorev.rewrite.replacement import Replacement
 
 
 @dataclass(eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from autorev.detect.tokenwise import WORTH, Mixing, TokenWise, same_positions, t
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.tiles import Tiling, run_tiled
 from autorev.errors import ConversionError
-from autorev.rewrite.block_forward import Replacement
 from autorev.rewrite.compiled import CompiledBlock
+from autorev.rewrite.replacement import Replacement
 
 SMALLEST = 128
 """Positions of a tile, at least, where the number is chosen: below that, matrix products become slow."""
@@ -40,6 +39,13 @@ class TiledForward(Replacement):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.compiling = CompiledBlock(self.block)
+
+    def for_replica(self, replica: nn.Module) -> Replacement:
+        """It compiles the copy by itself."""
+        own = super().for_replica(replica)
+        assert isinstance(own, TiledForward)
+        own.compiling = CompiledBlock(replica, compiler=self.compiling.compiler)
+        return own
 
     def own(self) -> Callable[..., Any]:
         """The module's own forward, compiled where what calls it is."""
@@ -143,16 +149,6 @@ def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]
                 found = token_wise(child, parent.path)
                 if isinstance(found, TokenWise) and found.saved >= WORTH:
                     yield parent, found
-
-
-@contextmanager
-def installed(forwards: Iterable[TiledForward]) -> Iterator[None]:
-    """While it lasts, they are in place."""
-    with ExitStack() as stack:
-        for forward in forwards:
-            forward.install()
-            stack.callback(forward.remove)
-        yield
 
 
 def _positions(call: ModuleCall, path: str, axis: int) -> int:

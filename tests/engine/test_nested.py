@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import autorev
-from autorev.rewrite.block_forward import ReversibleForward, replacements_of
+from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.replacement import replacements_of
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import TOKENS, Mlp, Setting, assert_like_oracle, each_setting, small, states
 

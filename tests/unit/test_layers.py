@@ -17,7 +17,7 @@ LAYERS = """
     capture
     engine methods records
     analysis intact
-    commands detect profiles words
+    commands detect plan profiles words
     advice models rewrite
     detection losses
     chunked_loss

@@ -27,7 +27,8 @@ from autorev.patching import patched_here
 from autorev.prediction.tracker import Live, MemoryTracker, Segment
 from autorev.profiler.passes.step import TrainingStep, tensors_of
 from autorev.profiler.readings import Holder, Memory, Timeline
-from autorev.rewrite.block_forward import HANDLE, ReversibleForward
+from autorev.rewrite.block_forward import ReversibleForward
+from autorev.rewrite.replacement import HANDLE
 
 MOST_POINTS = 300
 """Of a time line; each is the highest of the events that it stands for."""

@@ -6,8 +6,10 @@ Sizes are bytes, times seconds by the roofline of a device: lower bounds, which 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from autorev.analysis import DeviceInfo, ModelInfo, Setting
+from autorev.errors import ConversionError
 from autorev.methods import Method
 from autorev.records import Record
 
@@ -101,3 +103,19 @@ class Plan(Record):
         from autorev.report.render import render_text
 
         return render_text(self)
+
+
+def method_of(plan: Plan, model: Any) -> Method:
+    """What `plan` says of `model`.
+
+    Raises:
+        ConversionError: nothing fitted, or it is a plan for another model.
+    """
+    if plan.method is None:
+        raise ConversionError(f"the plan says that nothing fits ({plan.why}); there is nothing to convert")
+    names = {type(part).__name__ for part in model.modules()}
+    if plan.model.class_name not in names:
+        raise ConversionError(
+            f"the plan is for {plan.model.class_name}, and this is {type(model).__name__}; make one for this model"
+        )
+    return plan.method

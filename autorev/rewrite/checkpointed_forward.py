@@ -1,0 +1,72 @@
+"""What stands in for a block's `forward` where PyTorch's own checkpoint is put around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from autorev.engine.host_store import HostStore
+from autorev.rewrite.replacement import Replacement
+
+
+@dataclass(eq=False)
+class CheckpointedForward(Replacement):
+    """A block's own forward, run again in backward."""
+
+    around: Callable[..., Any]
+    """Runs a forward under a checkpoint."""
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward."""
+        return self.around(self.own(), *args, **kwargs)
+
+
+def checkpointed_forwards(
+    model: nn.Module, paths: tuple[str, ...], name: str
+) -> tuple[tuple[CheckpointedForward, ...], HostStore | None]:
+    """What checkpoints the blocks at `paths` as the method `name` does (checkpoint, sac or offload), and the host's
+    memory that it uses; nothing is installed."""
+    around: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+    store: HostStore | None = None
+    if name == "sac":
+        around = partial(around, context_fn=selecting)
+    elif name == "offload":
+        store = HostStore()
+        around = partial(store.around, around)
+    made = (CheckpointedForward(model.get_submodule(path), path, around) for path in dict.fromkeys(paths))
+    return tuple(made), store
+
+
+def selecting() -> Any:
+    """The two contexts of a selective checkpoint."""
+    return create_selective_checkpoint_contexts(selective_policy())
+
+
+def selective_policy() -> Callable[..., CheckpointPolicy]:
+    """A policy as large training runs use it: attention's output is kept, and every second matrix product."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+    products = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default}
+    counts = {False: 0, True: 0}  # in the first run and in the second
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in attention:
+            return CheckpointPolicy.MUST_SAVE
+        if op in products:
+            counts[context.is_recompute] += 1
+            if counts[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
