@@ -143,7 +143,7 @@ def _planned(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     if options["method"] is not None:
         raise click.UsageError("--plan says by which method; leave --method out")
     setting = plan.setting
-    said = {"sequence": setting.sequence, "batch": setting.batch, "lora_rank": setting.lora_rank}
+    said: dict[str, Any] = {"sequence": setting.sequence, "batch": setting.batch, "lora_rank": setting.lora_rank}
     said |= {"accumulate": setting.accumulate, "autocast": setting.autocast}
     return {"method": plan.method.spec, **{name: value for name, value in said.items() if options[name] is None}}
 

@@ -107,8 +107,9 @@ class Tiled:
     untiled: tuple[tuple[str, str], ...] = ()
 
 
-def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize) -> Tiled:
-    """What tiles the blocks of `findings`, for `model`; nothing is installed.
+def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize, as_long: bool = True) -> Tiled:
+    """What tiles the blocks of `findings`, for `model`; nothing is installed. `as_long`: is the call that they were
+    found in as long as others will be?
 
     Raises:
         ConversionError: nothing can be tiled, or `size` is as long as the sequence.
@@ -131,7 +132,7 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
     if not proved:
         which = [f"{path}: {reason}" for path, reason in untiled.items()][:1] or ["no part of them is a module"]
         raise ConversionError(f"no part of the blocks can be run a tile at a time ({which[0]}); leave tile= out")
-    if size != "auto" and size >= positions:
+    if as_long and size != "auto" and size >= positions:
         raise ConversionError(
             f"tile={size} leaves nothing to tile: the blocks are called with {positions} positions; choose fewer, or "
             "tile='auto'"

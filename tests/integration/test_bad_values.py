@@ -150,7 +150,7 @@ def test_verify_without_memory(converted: Any, monkeypatch: pytest.MonkeyPatch) 
         ),
         ({"check": lambda: None}, "loss and check return a number, not a NoneType"),
     ],
-    ids=str,
+    ids=lambda given: ", ".join(given) if isinstance(given, dict) else given[:40],
 )
 def test_calibrate(converted: Any, given: dict[str, Any], words: str) -> None:
     """The couplings are as they were."""
