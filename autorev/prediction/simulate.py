@@ -349,7 +349,8 @@ class _Steps:
             stream.register_hook(lambda grad: self._enter_backward(None))
         before = self.chains.on_host(site)
         returned = self._under_method(site, run, stream)
-        offloaded = self.stream_bytes[site.number] if self.method.name == "offload" else 0
+        offloads = self.method.name == "offload" and not self._stored(site)
+        offloaded = self.stream_bytes[site.number] if offloads else 0
         self.host_bytes[site.number] = offloaded + self.chains.on_host(site) - before
         out = dict(flatten_with_path(returned))[site.output_at]
         if out.requires_grad:
@@ -369,10 +370,14 @@ class _Steps:
         if self.method.reversible:
             in_chain = site.chain is not None and site.turn is not None
             return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
-        if site.chain is not None and site.from_end < self.layout.stored[site.chain]:
+        if self._stored(site):
             return run(stream)
         runs = {"checkpoint": run_checkpointed, "sac": run_selective, "offload": run_offloaded}
         return runs[self.method.name](run, stream) if self.method.name in runs else run(stream)
+
+    def _stored(self, site: Site) -> bool:
+        """Does the method leave it as it is?"""
+        return site.chain is not None and site.from_end < self.layout.stored[site.chain]
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET

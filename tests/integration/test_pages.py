@@ -22,7 +22,7 @@ from tests.helpers.tiny_llm import tiny_llm, tiny_model, tokenizer_of_bytes
 OBSTACLES = ROOT / "docs" / "obstacles.md"
 """Its examples have a test of their own (tests/unit/test_docs.py)."""
 NUMBER = re.compile(r"[-+]?\b\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?\b(?: (?:[KMGT]i)?B\b)?")
-DETERMINED = ("analyze", "report")
+DETERMINED = ("analyze", "fit", "report")
 """Commands whose figures are the same on every machine."""
 
 pytestmark = [
