@@ -94,7 +94,7 @@ def in_place(
         elif method.name in ("checkpoint", "sac", "offload"):
             if blocks.inline:
                 raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
-            forwards, placed.host = checkpointed_forwards(model, blocks.paths, method.name)
+            forwards, placed.host = checkpointed_forwards(model, blocks.paths, method)
             stack.enter_context(installed(forwards))
         yield placed
 

@@ -7,6 +7,7 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
         chooses), fraction_bits=N and host=side_bits; momentum takes k, or gamma = 2^-k
     every one takes loss=full|chunked, all but compile tile=N|auto, and what runs blocks twice keep_last=N
+    and (but sac) keep=attention
 
 A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `METHODS`.
 """
@@ -133,6 +134,8 @@ class Method:
     tile: int | Literal["auto"] | None = None
     """Positions at a time that the parts of a block run on which act on each position alone (`detect/tokenwise.py`);
     auto: as many as keep little beside a block's input. None: all."""
+    keep: Literal["attention"] | None = None
+    """attention: what its kernel returned is kept, and not computed again in backward. None: nothing is."""
     host: Literal["side_bits"] | None = None
     """Of a coupling that keeps side bits: where these wait for backward. None: on their device."""
 
@@ -321,14 +324,16 @@ def _options(name: str) -> tuple[str, ...]:
     """The options that a method of that name takes."""
     if name in PRESETS:
         numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
-        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "host")
-    return {"compile": ("loss", "budget"), "plain": ("loss", "tile")}.get(name, ("loss", "keep_last", "tile"))
+        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "keep", "host")
+    others = {"compile": ("loss", "budget"), "plain": ("loss", "tile"), "sac": ("loss", "keep_last", "tile")}
+    return others.get(name, ("loss", "keep_last", "tile", "keep"))
 
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("full", "chunked"),
     "arithmetic": ("exact", "float"),
     "granularity": ("block", "sublayer"),
+    "keep": ("attention",),
     "host": ("side_bits",),
 }
 
@@ -353,6 +358,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "fraction_bits": int,
     "budget": float,
     "tile": _count,
+    "keep": str,
     "host": str,
 }
 """How the text of an option is read."""

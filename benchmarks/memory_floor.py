@@ -48,6 +48,10 @@ METHODS = (
     "leapfrog:keep_last=0,tile=auto",
 )
 
+FEW = ("checkpoint", "checkpoint:tile=auto", "momentum:k=3,keep_last=0,tile=auto", "leapfrog:keep_last=0,tile=auto")
+"""Of more than `DEEP` blocks, whose steps take a minute."""
+DEEP = 24
+
 
 def config_of(blocks: int) -> LlamaConfig:
     """Llama-3.1-8B's proportions at a sixteenth of its width."""
@@ -87,7 +91,7 @@ def main(depths: tuple[int, ...]) -> None:
         print(f"\n## {blocks} blocks\n")
         print("| method | keeps | peak | predicted | error | on the host | seconds |")
         print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
-        for spec in METHODS:
+        for spec in METHODS if blocks <= DEEP else FEW:
             method = forecaster.settled(Method.parse(spec))
             predicted = forecaster.prediction(method, forecaster.trace(method, 1, TOKENS))
             # The optimiser's state of a warm step, and the weights.

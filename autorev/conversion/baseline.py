@@ -40,7 +40,7 @@ def baseline(model: nn.Module, chosen: Chosen, method: Method, planned: bool) ->
     paths += _modules([finding for finding in chosen.others if _keeps_shape(finding)])
     if not paths:
         raise ConversionError(f"there is no block to put a {method.name} around: all are turns of loops, or stored")
-    forwards, _ = checkpointed_forwards(model, tuple(paths), method.name)
+    forwards, _ = checkpointed_forwards(model, tuple(paths), method)
     return Baseline(forwards, tuple(dict.fromkeys(paths)))
 
 

@@ -24,7 +24,7 @@ from autorev.conversion.checkpointing import (
     restore_checkpointing_enable,
 )
 from autorev.conversion.estimate import Estimate
-from autorev.conversion.notes import notes_on
+from autorev.conversion.notes import notes_on, without_kernel
 from autorev.conversion.probe import choose_grids
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
@@ -54,6 +54,7 @@ def convert(
     keep_last: int | Literal["auto"] | None = None,
     fraction_bits: int | Mapping[str, int] | None = None,
     tile: int | Literal["auto"] | None = None,
+    keep: Literal["attention"] | None = None,
     host: Literal["side_bits"] | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -83,6 +84,7 @@ def convert(
             chain by a probe of the batch.
         tile: positions at a time that the parts of a block run on which act on each position alone (an MLP, as a rule),
             forward and backward; "auto": as many as keep little beside the block's input. Default: all at once.
+        keep: "attention": what its kernel returns is kept, a hidden state a block, and not computed again in backward.
         host: "side_bits": these wait for backward in the host's memory (pinned, where the system pins any).
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
@@ -106,6 +108,7 @@ def convert(
         keep_last=keep_last,
         fraction_bits=fraction_bits,
         tile=tile,
+        keep=keep,
         host=host,
         planned=planned is not None,
     )
@@ -147,6 +150,7 @@ def convert(
         notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
         if chunked:
             chunk_loss(model)
+        notes += without_kernel(every[0]) if how.keep == "attention" else []
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")

@@ -89,7 +89,7 @@ class Estimate:
         return Stored(tuple(blocks), (why,) * len(blocks))
 
     def _step(self, method: Method) -> tuple[Layout, StepTrace] | None:
-        key = method.name, method.keep_last, method.tile, method.host
+        key = method.name, method.keep_last, method.tile, method.keep, method.host
         if key not in self.steps and not self.unknown:
             try:
                 self.steps[key] = self._simulated(method)

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
+from autorev.detect.judge import Finding
 from autorev.engine.chain import ReversibleChain
+from autorev.engine.kept import KeptOutputs
 from autorev.integrations.accelerate import fetched
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.compiled import IN_STEPS
+
+
+def without_kernel(finding: Finding) -> list[str]:
+    """A note where the block has no attention whose result could be kept."""
+    call, kept = finding.call, KeptOutputs()
+    owned = next((p for p in call.module.parameters() if hasattr(p, "fake_mode")), None)
+    if finding.inline or owned is None:
+        return []
+    mode: Any = owned.fake_mode
+    with suppress(Exception), mode, kept.first():
+        call.module.forward(*call.args, **call.kwargs)
+    if kept.outputs:
+        return []
+    return [
+        f"keep=attention: none of PyTorch's fused kernels ran in {finding.path} when it was looked at on a CPU; where "
+        "none runs in training either (attn_implementation='eager', dropout on a CPU), nothing is kept"
+    ]
 
 
 def notes_on(

@@ -73,6 +73,8 @@ class ReversibleChain:
     new chain started within a forward pass, each further piece has an entry of its own."""
     host: HostStore | None = None
     """Where side bits wait for backward; None: on their device."""
+    keeps_attention: bool = False
+    """Is what attention returns kept, so that a second run need not compute it?"""
     magnitudes: Magnitudes | None = None
     """While a grid is being chosen: how large the streams were so far."""
     finest: int = MOST_FRACTION_BITS

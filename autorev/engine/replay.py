@@ -8,7 +8,7 @@ is compared: parameters and arguments, and, in `saved`, everything that the bran
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from autorev.couplings.arithmetic import Arithmetic
 from autorev.couplings.coupling import State
 from autorev.engine.digest import Comparison, looked_at
+from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import REVERSIBLE, running
 from autorev.engine.modules import ModuleStates, is_zero, version_of
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
@@ -76,6 +77,8 @@ class Replay:
         self.again_but_for_tiles: Callable[[torch.Tensor], Rest] | None = None
         """The same, up to its last call, which is of a tiled module: what is left to do is a function of what that call
         returns. None: it does not end so."""
+        self.kept: KeptOutputs | None = None
+        """What attention returned in the first run, where a second need not compute it."""
         self.tiled: list[SeenTiled] = []
         """The tiled calls of the first run, in order."""
 
@@ -112,15 +115,19 @@ class Replay:
             ReconstructionError: a parameter or an input was changed since, or sharded parameters are not there.
         """
         assert self.again is not None
-        with self.circumstances(asked_by_autograd, self.random), branch_run(BranchRun(self)):
+        with self.circumstances(asked_by_autograd, self.random), branch_run(BranchRun(self)), self._returning_kept():
             return self.again(value.clone() if self.mutates_input else value)
 
     def run_but_for_tiles(self, value: torch.Tensor, completes: Completes) -> Rest:
         """The same, for autograd, up to the tiled call at its end, of whose result `completes` will be told; returns
         x + f(x) as a function of that."""
         assert self.again_but_for_tiles is not None
-        with self.circumstances(True, self.random), branch_run(BranchRun(self, last_completes=completes)):
+        run = BranchRun(self, last_completes=completes)
+        with self.circumstances(True, self.random), branch_run(run), self._returning_kept():
             return self.again_but_for_tiles(value.clone() if self.mutates_input else value)
+
+    def _returning_kept(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.kept is None else self.kept.later()
 
     @contextmanager
     def circumstances(self, asked_by_autograd: bool, random: RandomStates | None) -> Iterator[None]:

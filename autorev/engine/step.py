@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,6 +58,7 @@ from torch import nn
 from autorev.engine.autograd import couple, enter, read_out, straight_through
 from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of, values_of
 from autorev.engine.grid import grid_at_start
+from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.modules import Owned, version_of
 from autorev.engine.replay import BranchRun, Replay, branch_run
@@ -131,6 +132,7 @@ class Step:
         if torch.is_grad_enabled() and not self.oracle:
             if coupling.invertible and self.number < chain.stored_from and branch.recomputable:
                 self.replay = Replay(branch.path, self.x, self.through, branch.mutates_input)
+                self.replay.kept = KeptOutputs() if chain.keeps_attention else None
                 self.saved = SavedTensors(branch.path, self.tape.comparison, self.replay.modules)
             if branch.module is not None:
                 self.add_module(branch.module, branch.path)
@@ -154,7 +156,9 @@ class Step:
                 yield
             return
         self.replay.begins()
-        with branch_run(BranchRun(self.replay, self.tape.comparison)), self.saved.dropped():
+        kept = self.replay.kept
+        keeping = nullcontext() if kept is None else kept.first()
+        with branch_run(BranchRun(self.replay, self.tape.comparison)), self.saved.dropped(), keeping:
             yield
         self.replay.ran()
 

@@ -227,6 +227,8 @@ class Tape:
             step.dropped.refine_partner(self.state)
         self.arithmetic = step.arithmetic_before
         step.side = step.dropped = None
+        if step.replay.kept is not None:
+            step.replay.kept.let_go()
         self.halfway = False
         self.position -= 1
         if self.position == 0:

@@ -88,6 +88,8 @@ class Search:
                 found.append(base)
                 if loss == losses[-1]:
                     found.append(replace(base, tile="auto"))
+                    if name != "plain":
+                        found.append(replace(base, tile="auto", keep="attention"))
                     if name in PRESERVING and self.host:
                         found.append(replace(base, tile="auto", host="side_bits"))
         return found
@@ -163,11 +165,14 @@ class Search:
             here = replace(here, loss=method.loss)
             changes.append(("the loss in chunks", here))
         if method.name != "plain":
-            here = replace(method, tile=None, host=None, keep_last=0 if method.reversible else "auto")
+            here = replace(method, tile=None, keep=None, host=None, keep_last=0 if method.reversible else "auto")
             changes.append((_WORDS.get(method.name, method.name), here))
         if method.tile is not None:
             here = replace(here, tile=method.tile)
             changes.append(("what acts on each token alone, a tile at a time", here))
+        if method.keep is not None:
+            here = replace(here, keep=method.keep)
+            changes.append(("attention not computed twice", here))
         if method.host is not None:
             here = replace(here, host=method.host)
             changes.append(("side bits on the host", here))

@@ -9,27 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from autorev.rewrite.checkpointed_forward import selecting
+from autorev.methods import Method
+from autorev.rewrite.checkpointed_forward import checkpoint_of
 
 Run = Callable[[torch.Tensor], Any]
 """Runs one block: stream in, whatever the block returns out."""
 
 
-def run_checkpointed(run: Run, stream: torch.Tensor) -> Any:
-    """PyTorch's own non-reentrant checkpoint: keeps the block's input."""
-    return checkpoint(run, stream, use_reentrant=False)
+def run_checkpointed(method: Method, run: Run, stream: torch.Tensor) -> Any:
+    """PyTorch's own non-reentrant checkpoint: keeps the block's input, and what `method` says."""
+    return checkpoint_of(method)(run, stream, use_reentrant=False)
 
 
-def run_selective(run: Run, stream: torch.Tensor) -> Any:
-    """PyTorch's selective checkpoint: keeps the block's input and what `selective_policy` says."""
-    return checkpoint(run, stream, use_reentrant=False, context_fn=selecting)
-
-
-def run_offloaded(run: Run, stream: torch.Tensor) -> Any:
+def run_offloaded(method: Method, run: Run, stream: torch.Tensor) -> Any:
     """A checkpoint whose input is kept on the host: forgotten here, allocated again when it is needed."""
-    return checkpoint(_WithoutInput(run, stream), use_reentrant=False)
+    return checkpoint_of(method)(_WithoutInput(run, stream), use_reentrant=False)
 
 
 class _WithoutInput:

@@ -31,7 +31,7 @@ from autorev.detect.outline import Outlined, outline
 from autorev.hush import logs_hushed
 from autorev.integrations.transformers import without_caches
 from autorev.methods import Method
-from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded, run_selective
+from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded
 from autorev.prediction.chains import Chains
 from autorev.prediction.tracker import MemoryTracker, Segment
 from autorev.rewrite.in_steps import by_steps
@@ -372,8 +372,8 @@ class _Steps:
             return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
         if self._stored(site):
             return run(stream)
-        runs = {"checkpoint": run_checkpointed, "sac": run_selective, "offload": run_offloaded}
-        return runs[self.method.name](run, stream) if self.method.name in runs else run(stream)
+        runs = {"checkpoint": run_checkpointed, "sac": run_checkpointed, "offload": run_offloaded}
+        return runs[self.method.name](self.method, run, stream) if self.method.name in runs else run(stream)
 
     def _stored(self, site: Site) -> bool:
         """Does the method leave it as it is?"""

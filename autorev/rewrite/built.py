@@ -53,6 +53,7 @@ class BuiltChain:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
         self.chain.host = HostStore() if method.host == "side_bits" else None
+        self.chain.keeps_attention = method.keep == "attention"
         self.forwards = self._forwards(model, pieces, method.tile is not None)
 
     def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from autorev.engine.host_store import HostStore
+from autorev.engine.kept import ATTENTION
+from autorev.methods import Method
 from autorev.rewrite.replacement import Replacement
 
 
@@ -28,40 +30,36 @@ class CheckpointedForward(Replacement):
 
 
 def checkpointed_forwards(
-    model: nn.Module, paths: tuple[str, ...], name: str
+    model: nn.Module, paths: tuple[str, ...], method: Method
 ) -> tuple[tuple[CheckpointedForward, ...], HostStore | None]:
-    """What checkpoints the blocks at `paths` as the method `name` does (checkpoint, sac or offload), and the host's
-    memory that it uses; nothing is installed."""
-    around: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+    """What checkpoints the blocks at `paths` as `method` does (checkpoint, sac or offload), and the host's memory that
+    it uses; nothing is installed."""
+    around: Callable[..., Any] = partial(checkpoint_of(method), use_reentrant=False)
     store: HostStore | None = None
-    if name == "sac":
-        around = partial(around, context_fn=selecting)
-    elif name == "offload":
+    if method.name == "offload":
         store = HostStore()
         around = partial(store.around, around)
     made = (CheckpointedForward(model.get_submodule(path), path, around) for path in dict.fromkeys(paths))
     return tuple(made), store
 
 
-def selecting() -> Any:
-    """The two contexts of a selective checkpoint."""
-    return create_selective_checkpoint_contexts(selective_policy())
+def checkpoint_of(method: Method) -> Callable[..., Any]:
+    """PyTorch's checkpoint, with what `method` keeps besides the input."""
+    if method.name == "sac":
+        return partial(checkpoint, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
+    if method.keep == "attention":
+        return partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, [*ATTENTION]))
+    return checkpoint
 
 
 def selective_policy() -> Callable[..., CheckpointPolicy]:
     """A policy as large training runs use it: attention's output is kept, and every second matrix product."""
     aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    }
     products = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default}
     counts = {False: 0, True: 0}  # in the first run and in the second
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in attention:
+        if op in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         if op in products:
             counts[context.is_recompute] += 1

@@ -41,7 +41,7 @@ THEIR_WORDS = {
 """What `autorev.integrations` asks of other people's libraries."""
 KNOW_THEM = ("integrations", "models", "finetuning")
 """Models are loaded by transformers, and trained by its Trainer."""
-SHOWN = ("analysis.py", "profiler/record.py", "finetuning/record.py")
+SHOWN = ("analysis.py", "plan.py", "profiler/record.py", "finetuning/record.py")
 """`print` of a record shows what the terminal report shows: these ask for it where they are printed, and only there."""
 
 

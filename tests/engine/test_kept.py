@@ -1,0 +1,152 @@
+"""Attention that is computed once: the numbers are those of computing it twice.
+
+python -m pytest tests/engine/test_kept.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autorev
+from autorev.engine.kept import ATTENTION
+from autorev.errors import SettingError
+from autorev.methods import Method
+from tests.helpers import handwritten as hand
+from tests.helpers.blocks import (
+    EXACT,
+    TOKENS,
+    Results,
+    Storages,
+    assert_like_oracle,
+    assert_same,
+    converted,
+    gradients_of,
+    mean_square,
+    no_collection,
+    small,
+    step,
+)
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"method": "leapfrog"},
+    {"method": "leapfrog", "arithmetic": "float"},
+    {"granularity": "sublayer"},
+    {"method": "hamiltonian"},
+    {"tile": 3},
+]
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How often a fused attention kernel runs."""
+    runs = [0]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            runs[0] += func in ATTENTION
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        yield runs
+
+
+@pytest.mark.parametrize("how", OPTIONS, ids=str)
+def test_attention_runs_once_and_the_numbers_are_the_same(how: dict[str, Any]) -> None:
+    """Bit for bit in exact arithmetic; without the option it runs twice."""
+    twice = converted(EXACT, small, keep_last=0, **how)
+    once = converted(EXACT, small, keep_last=0, keep="attention", **how)
+    with counted() as runs:
+        expected = step(twice)
+    assert runs[0] == 8
+    with counted() as runs:
+        actual = step(once)
+    assert runs[0] == 4
+    assert_same(actual, expected, 1e-6 if "arithmetic" in how else 0)  # a rebuilt float stream is off by a rounding
+    assert_like_oracle(once, EXACT)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "offload"])
+def test_checkpoints_keep_it_too(name: str) -> None:
+    """By PyTorch's own selective checkpoint."""
+    torch.manual_seed(0)
+    model = small()
+    expected = step(model)
+    autorev.convert(model, (TOKENS,), method=name, keep="attention")
+    with counted() as runs:
+        actual = step(model)
+    assert runs[0] == 4
+    assert_same(actual, expected, 1e-6)
+
+
+def test_a_second_backward_computes_it_again() -> None:
+    """What was kept is let go once it has been used."""
+
+    def run() -> Results:
+        model.zero_grad()
+        loss = mean_square(model(TOKENS))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return gradients_of(model)
+
+    model = converted(EXACT, small, keep_last=0, keep="attention")
+    assert_like_oracle(model, EXACT, run)
+
+
+def test_a_gradient_taken_half_way() -> None:
+    """Steps that autograd does not ask for are undone with what was kept."""
+
+    def run() -> Results:
+        model.zero_grad()
+        loss = mean_square(model(TOKENS))
+        (some,) = torch.autograd.grad(loss, [model.blocks[1].mlp.down.weight], retain_graph=True)
+        loss.backward()
+        return {"some": some, **gradients_of(model)}
+
+    model = converted(EXACT, small, keep_last=0, keep="attention")
+    assert_like_oracle(model, EXACT, run)
+
+
+def test_what_is_kept_goes_with_the_graph() -> None:
+    """No circle holds it: without a collection, nothing is left of a forward pass whose backward never runs."""
+    model = converted(EXACT, small, keep_last=0, keep="attention")
+    step(model)
+    with no_collection(), Storages() as storages:
+        out = model(TOKENS)
+        before = sum(storages.alive())
+        del out
+        assert sum(storages.alive()) < before / 4
+
+
+def test_written_out_attention_is_said() -> None:
+    """There is no kernel whose result could be kept."""
+
+    class Eager(hand.Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out((q @ k.mT).softmax(-1) @ v)
+
+    class Block(hand.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Eager()
+
+    torch.manual_seed(0)
+    conversion = autorev.convert(small(3, Block), (TOKENS,), keep="attention")
+    assert any("none of PyTorch's fused kernels ran in blocks.0" in note for note in conversion.notes)
+    assert not autorev.convert(small(3), (TOKENS,), keep="attention").notes
+
+
+def test_methods_without_a_second_run_have_no_such_option() -> None:
+    """Plain training computes nothing twice, and sac keeps what it keeps."""
+    for spec in ("plain:keep=attention", "sac:keep=attention", "compile:keep=attention"):
+        with pytest.raises(SettingError, match="has no option 'keep=attention'"):
+            Method.parse(spec)
+    with pytest.raises(SettingError, match="keep of momentum is 'attention', not 'mlp'"):
+        Method.parse("momentum:keep=mlp")
