@@ -19,6 +19,8 @@ CHANGING = ("leapfrog:keep_last=0",)
 """Couplings for a model that has no function yet."""
 ORDER = ("plain", "checkpoint", "momentum", "leapfrog", "offload")
 """Of two that are as fast, the simpler: what PyTorch does by itself, and what needs no host."""
+LONG = 4096
+"""Tokens from which on attention costs enough for its results to be worth keeping."""
 MOST_TRIES = 5
 """Simulated steps to find how many blocks can be stored."""
 FIXED = (Category.PARAMETERS, Category.OPTIMIZER_STATE)
@@ -88,7 +90,7 @@ class Search:
                 found.append(base)
                 if loss == losses[-1]:
                     found.append(replace(base, tile="auto"))
-                    if name != "plain":
+                    if name != "plain" and (self.forecaster.setting.sequence or 0) >= LONG:
                         found.append(replace(base, tile="auto", keep="attention"))
                     if name in PRESERVING and self.host:
                         found.append(replace(base, tile="auto", host="side_bits"))
