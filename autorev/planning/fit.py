@@ -173,7 +173,7 @@ def _measured(
 
 
 def _live(model: nn.Module, batch: Any, device: str, setting: dict[str, Any]) -> tuple[Analysis, Forecaster]:
-    trains, lora_rank = resolve_lora(setting.pop("trains", None), setting.pop("lora_rank", None))
+    trains, lora_rank = resolve_lora(setting.get("trains"), setting.get("lora_rank"))
     wanted = {
         "autocast": None,
         "optimizer": "adamw",

@@ -178,11 +178,14 @@ def test_as_much_as_fits(axis: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_that_is_run_holds(folder: Path) -> None:
-    """By the allocator, in a process of its own; one that does not hold is replaced by a tighter one."""
-    plan = autorev.fit(
-        str(folder), 8, sequence=64, memory="+2MiB", device="cpu", dtype="fp32", measure=True, lora_rank=2
-    )
+@pytest.mark.parametrize("live", [False, True], ids=["by name", "of the user's own"])
+def test_a_plan_that_is_run_holds(live: bool, folder: Path) -> None:
+    """By the allocator, in a process of its own, with the adapters that it was made for."""
+    how: dict[str, Any] = {"device": "cpu", "measure": True, "lora_rank": 2}
+    if live:
+        plan = autorev.fit(llama(), BATCH, memory="+9MiB", **how)
+    else:
+        plan = autorev.fit(str(folder), 8, sequence=64, memory="+2MiB", dtype="fp32", **how)
     assert plan.measured is not None
     assert plan.measured.holds
     assert plan.option is not None
