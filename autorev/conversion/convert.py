@@ -129,7 +129,7 @@ def convert(
         raise ConversionError(_nothing(model, chosen))
     chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain]
-    tiled = Tiled() if how.tile is None else tiled_forwards(model, every, how.tile)
+    tiled = Tiled() if how.tile is None else tiled_forwards(model, every, how.tile, how.in_pieces)
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
     if not how.reversible:
         return _as_baseline(model, chosen, how, tiled, estimate, None if planned is None else chunked)

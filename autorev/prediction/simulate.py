@@ -242,7 +242,7 @@ def simulate(
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            stack.enter_context(installed(tiled_forwards(twin, layout.run, method.tile).forwards))
+            stack.enter_context(installed(tiled_forwards(twin, layout.run, method.tile, method.in_pieces).forwards))
         chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)

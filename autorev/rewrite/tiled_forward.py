@@ -15,7 +15,7 @@ from autorev.capture.record import ModuleCall
 from autorev.detect.judge import Finding
 from autorev.detect.tokenwise import WORTH, Mixing, TokenWise, same_positions, token_wise
 from autorev.engine.mode import ORACLE, mode
-from autorev.engine.tiles import Tiling, run_tiled
+from autorev.engine.tiles import Tiling, cut, run_tiled
 from autorev.errors import ConversionError
 from autorev.rewrite.compiled import CompiledBlock
 from autorev.rewrite.replacement import Replacement
@@ -71,7 +71,7 @@ class TiledForward(Replacement):
         if mode() == ORACLE:
             if not self.found.draws_random:
                 return forward(*args, **kwargs)
-            tiles = [[x.narrow(axis, *piece) for x in inputs] for piece in tiling.pieces(inputs[0])]
+            tiles = [[cut(x, axis, *piece) for x in inputs] for piece in tiling.pieces(inputs[0])]
             return torch.cat([function(*tile) for tile in tiles], axis)  # which draw one after the other
         del args, kwargs, leaves
         return run_tiled(self.block, self.path, function, inputs, tiling)
@@ -107,8 +107,9 @@ class Tiled:
     untiled: tuple[tuple[str, str], ...] = ()
 
 
-def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize) -> Tiled:
-    """What tiles the blocks of `findings`, for `model`; nothing is installed.
+def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize, in_pieces: bool = False) -> Tiled:
+    """What tiles the blocks of `findings`, for `model`; nothing is installed. `in_pieces`: each residual add of a block
+    ends a step.
 
     Raises:
         ConversionError: nothing can be tiled, or `size` is as long as the sequence.
@@ -117,11 +118,14 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
     untiled: dict[str, str] = {}
     positions = 0
     blocks = [finding for finding in findings if not finding.inline]
+    for finding in blocks if in_pieces else ():
+        for inner in finding.captured.opened if finding.captured is not None else ():
+            untiled[".".join(filter(None, (finding.call.path, inner)))] = "a residual add stands in it, and ends a step"
     parts = [(finding.call, found) for finding in blocks for found in finding.parts]
     for call, found in [*parts, *_beside(blocks)]:
         path = f"{call.path}.{found.path}" if call.path else found.path
         if isinstance(found, Mixing):
-            untiled[path] = found.reason
+            untiled.setdefault(path, found.reason)
         elif path not in proved or proved[path].axis == found.axis:
             proved[path] = found
             positions = max(positions, _positions(call, path, found.axis))
