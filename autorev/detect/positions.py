@@ -83,9 +83,8 @@ class Operators(OwnMode):
         plain = name.rstrip("_") if not name.startswith("_") else name
         numbers = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor) and plain not in SIZED]
         self.computed.append((name, f"{numbers}"))
-        rule = _RULES.get(plain) if space == "aten" else None
-        if rule is None and torch.Tag.pointwise in func.tags and space == "aten":
-            rule = _pointwise
+        usual = _pointwise if torch.Tag.pointwise in func.tags else None
+        rule = _RULES.get(plain, usual) if space == "aten" else None
         if self.length == 1:
             rule = _anywhere
         try:
@@ -283,7 +282,6 @@ def _transposed(op: _Asked) -> Answer:
 
 
 def _cut(op: _Asked) -> Answer:
-    """A piece of another axis, or all of the positions."""
     axis = (op.named.get("dim") or 0) % op.first.dim()
     if axis == op.at.axis and op.result.shape != op.first.shape:
         raise op.mixes()
@@ -291,16 +289,14 @@ def _cut(op: _Asked) -> Answer:
 
 
 def _pieces(op: _Asked) -> Answer:
-    axis = (op.named.get("dim") or 0) % op.first.dim()
-    if axis == op.at.axis:
+    if (axis := (op.named.get("dim") or 0) % op.first.dim()) == op.at.axis:
         raise op.mixes()
     gone = axis < op.at.axis and op.name == "unbind"
     return [replace(op.at, axis=op.at.axis - gone)] * len(op.result)
 
 
 def _selected(op: _Asked) -> Answer:
-    axis = op.named["dim"] % op.first.dim()
-    if axis == op.at.axis:
+    if (axis := op.named["dim"] % op.first.dim()) == op.at.axis:
         raise op.mixes()
     return replace(op.at, axis=op.at.axis - (axis < op.at.axis))
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class TokenWise:
     saved: float
     """What it keeps for backward, in sizes of its input."""
     draws_random: bool
+    dims: int = 3
+    """Of its input."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,25 @@ class Mixing:
     reason: str
 
 
-def token_wise(call: ModuleCall, block: str) -> TokenWise | Mixing:
-    """Does the module of `call`, recorded on fake tensors, act on each position alone? `block`: the path above it."""
+def token_wise(call: ModuleCall, block: str, axis: int | None = None) -> TokenWise | Mixing:
+    """Does the module of `call`, recorded on fake tensors, act on each position alone? `block`: the path above it;
+    `axis`: where the positions are, if not in the longest."""
     path = call.path.removeprefix(f"{block}.") if block else call.path
     hushed = logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1)
     try:
         given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
         with hushed, (getattr(given[0], "fake_mode", None) if given else None) or nullcontext():
-            return _proved(call, path)
+            return _proved(call, path, axis)
     except MixesError as error:
         return Mixing(path, str(error))
     except Exception as error:
         return Mixing(path, f"it cannot be run by itself ({one_line(error)})")
 
 
-def _proved(call: ModuleCall, path: str) -> TokenWise:
-    tensors, axis = _positions_of(call)
+def _proved(call: ModuleCall, path: str, axis: int | None) -> TokenWise:
+    if has_hooks_inside(call.module):
+        raise MixesError(HOOKED)
+    tensors, axis = _positions_of(call, axis)
     positions, before, drawn = tensors[0].shape[axis], _held(call.module), _drawn()
     whole = _computed(call, tensors, axis, positions)
     if _held(call.module) != before:
@@ -85,7 +91,36 @@ def _proved(call: ModuleCall, path: str) -> TokenWise:
         found = _computed(call, tensors, axis, other)
         if found != whole and (other > 1 or _without_layout(found) != _without_layout(whole)):
             raise MixesError(f"its code does something else for {'more' if other == MANY else 'fewer'} positions")
-    return TokenWise(path, axis, _saved(call) / max(_bytes(tensors[0]), 1), call.draws_random)
+    saved = _saved(call) / max(_bytes(tensors[0]), 1)
+    return TokenWise(path, axis, saved, call.draws_random, tensors[0].dim())
+
+
+HOOKED = "a module in it has a hook, which is to see all positions"
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks_inside(module: nn.Module) -> bool:
+    """Would anybody's hook see a tile? Those of the module itself see all positions."""
+    return any(vars(child)[kind] for child in module.modules() if child is not module for kind in _KINDS)
+
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def kind_of(module: nn.Module, structure: Any) -> Any:
+    """What a proof holds for, to be compared: the modules, how they are set, and how they are called."""
+    leaves, spec = tree_flatten(structure)
+    given = tuple(leaf.dim() if isinstance(leaf, torch.Tensor) else _set_to(leaf) for leaf in leaves)
+    plain = (*_PLAIN, FunctionType, BuiltinFunctionType)
+    held = (
+        (name, type(home), *((key, value) for key, value in vars(home).items() if isinstance(value, plain)))
+        for name, home in module.named_modules()
+    )
+    return str(spec), given, tuple(held)
+
+
+def _set_to(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, bool | str | torch.dtype) else type(leaf)
 
 
 def _held(module: nn.Module) -> list[Any]:
@@ -122,12 +157,16 @@ def tileable(call: ModuleCall, block: str) -> Iterator[TokenWise | Mixing]:
             yield found
 
 
-def _positions_of(call: ModuleCall) -> tuple[list[torch.Tensor], int]:
+def _positions_of(call: ModuleCall, axis: int | None) -> tuple[list[torch.Tensor], int]:
     """The tensors that a module is called with, and their axis of positions."""
-    given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
+    leaves = tree_leaves((call.args, call.kwargs))
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    for leaf in leaves:
+        if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+            raise MixesError(f"it is called with a {type(leaf).__name__}, which may hold anything")
     if not given or not given[0].is_floating_point() or given[0].dim() < 2:
         raise MixesError("its first argument is no stream")
-    axis = position_axis(given[0])
+    axis = position_axis(given[0]) if axis is None else axis
     if given[0].shape[axis] < 3:
         raise MixesError("there are too few positions to tell")
     if not same_positions(given, axis):

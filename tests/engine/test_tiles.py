@@ -193,9 +193,16 @@ def calls_of(model: nn.Module, run: Callable[[], object]) -> int:
     """How often the last layer of the second block's MLP runs."""
     seen: list[int] = []
     layer = model.blocks[1].mlp.down  # type: ignore[union-attr,index]
-    hook = layer.register_forward_hook(lambda *args: seen.append(args[1][0].shape[1]))
-    run()
-    hook.remove()
+
+    def counting(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if self is layer:
+            seen.append(x.shape[1])
+        return forward(self, x)
+
+    forward = nn.Linear.forward
+    with pytest.MonkeyPatch.context() as patch:  # a hook would be shown all positions
+        patch.setattr(nn.Linear, "forward", counting)
+        run()
     assert set(seen) == {3, 2}  # eight positions in tiles of three
     return sum(seen)
 
@@ -315,6 +322,102 @@ def test_hooks(where: str) -> None:
         module.register_forward_hook(lambda module, args, out: out * 1.5)
         module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
     assert_like_oracle(model, EXACT)
+
+
+class Mixing(nn.Module):
+    """Looks at all positions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+def hook_forward(mlp: Any) -> None:
+    """A user's hook, after the conversion."""
+    mlp.up.register_forward_hook(lambda module, args, out: out - out.mean(1, keepdim=True))
+
+
+def hook_backward(mlp: Any) -> None:
+    """In backward."""
+    mlp.up.register_full_backward_hook(lambda module, into, out: (into[0] - into[0].mean(1, keepdim=True),))
+
+
+def put_in(mlp: Any) -> None:
+    """Another module in the place of one that was there."""
+    mlp.up = nn.Sequential(mlp.up, Mixing())
+
+
+def wrap(mlp: Any) -> None:
+    """As `put_in`, without a change of the modules."""
+    mlp.up.forward = lambda x, forward=mlp.up.forward: forward(x) - x.mean()
+
+
+@pytest.mark.parametrize("change", [hook_forward, hook_backward, put_in, wrap], ids=lambda change: change.__name__)
+def test_what_comes_after_the_conversion_is_analysed_anew(
+    change: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What looks across positions now is run whole, which is said once."""
+    model = tiled(EXACT)
+    assert_like_oracle(model, EXACT)
+    assert not caplog.messages
+    for block in model.blocks:
+        change(block.mlp)
+    assert_like_oracle(model, EXACT)
+    (said,) = (text for text in caplog.messages if "run whole" in text)
+    assert said.startswith("blocks.0.mlp was to be run a tile at a time, and is run whole: ")
+
+
+def test_an_adapter_that_comes_after_the_conversion_is_tiled() -> None:
+    """It acts on each position alone."""
+    model = tiled(EXACT)
+    for block in model.blocks:
+        block.mlp.up = nn.Sequential(block.mlp.up, nn.Linear(32, 32))
+    assert_like_oracle(model, EXACT)
+    assert calls_of(model, lambda: step(model)) == 2 * 8
+
+
+def test_another_mode_is_analysed_by_itself() -> None:
+    """Converted in training, trained in eval mode, in which the module looks at all positions."""
+
+    class Frozen(hand.MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if self.training else x - x.mean(1, keepdim=True))
+
+    class Block(hand.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Frozen()
+
+    model = tiled(EXACT, Block)
+    assert_like_oracle(model, EXACT)
+    assert_like_oracle(model.eval(), EXACT)
+
+
+def test_another_call_is_analysed_by_itself() -> None:
+    """An argument that decides, and a stream of other axes."""
+
+    class Choosing(hand.MLP):
+        def forward(self, x: torch.Tensor, mix: bool = False) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x - x.mean(1, keepdim=True) if mix else x)
+
+    class Block(hand.Parts):
+        mix = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Choosing()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.attention(self.norm1(x))
+            return x + self.mlp(self.norm2(x), self.mix)
+
+    model = tiled(EXACT, Block)
+    assert_like_oracle(model, EXACT)
+    Block.mix = True
+    assert_like_oracle(model, EXACT)
+    x = torch.randn(2, 2, 8, hand.WIDTH)
+    with torch.no_grad():
+        here = model.blocks[0].mlp(x)
+        assert torch.equal(here, Choosing.forward(model.blocks[0].mlp, x))
 
 
 def test_shorter_and_other_calls() -> None:
