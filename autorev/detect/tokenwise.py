@@ -42,7 +42,6 @@ class TokenWise:
     """A module that acts on each position alone."""
 
     path: str
-    """Below the block."""
     axis: int
     """Of its input and of its output, whose positions are told apart: the longest but the last."""
     saved: float
@@ -60,22 +59,21 @@ class Mixing:
     reason: str
 
 
-def token_wise(call: ModuleCall, block: str, axis: int | None = None) -> TokenWise | Mixing:
-    """Does the module of `call`, recorded on fake tensors, act on each position alone? `block`: the path above it;
-    `axis`: where the positions are, if not in the longest."""
-    path = call.path.removeprefix(f"{block}.") if block else call.path
+def token_wise(call: ModuleCall, axis: int | None = None) -> TokenWise | Mixing:
+    """Does the module of `call`, recorded on fake tensors, act on each position alone? `axis`: where the positions are,
+    if not in the longest."""
     hushed = logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1)
     try:
         given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
         with hushed, (getattr(given[0], "fake_mode", None) if given else None) or nullcontext():
-            return _proved(call, path, axis)
+            return _proved(call, axis)
     except MixesError as error:
-        return Mixing(path, str(error))
+        return Mixing(call.path, str(error))
     except Exception as error:
-        return Mixing(path, f"it cannot be run by itself ({one_line(error)})")
+        return Mixing(call.path, f"it cannot be run by itself ({one_line(error)})")
 
 
-def _proved(call: ModuleCall, path: str, axis: int | None) -> TokenWise:
+def _proved(call: ModuleCall, axis: int | None) -> TokenWise:
     if has_hooks_inside(call.module):
         raise MixesError(HOOKED)
     tensors, axis = _positions_of(call, axis)
@@ -92,7 +90,7 @@ def _proved(call: ModuleCall, path: str, axis: int | None) -> TokenWise:
         if found != whole and (other > 1 or _without_layout(found) != _without_layout(whole)):
             raise MixesError(f"its code does something else for {'more' if other == MANY else 'fewer'} positions")
     saved = _saved(call) / max(_bytes(tensors[0]), 1)
-    return TokenWise(path, axis, saved, call.draws_random, tensors[0].dim())
+    return TokenWise(call.path, axis, saved, call.draws_random, tensors[0].dim())
 
 
 HOOKED = "a module in it has a hook, which is to see all positions"
@@ -142,16 +140,16 @@ def _drawn() -> Any:
     return random.getstate(), bytes(numpy[1]), numpy[2:]
 
 
-def tileable(call: ModuleCall, block: str) -> Iterator[TokenWise | Mixing]:
+def tileable(call: ModuleCall) -> Iterator[TokenWise | Mixing]:
     """Of the modules that the module of `call` calls, the largest that act on each position alone and keep enough for
     backward to be worth it; of the others that keep as much, why they do not."""
     for child in call.children:
-        found = token_wise(child, block)
+        found = token_wise(child)
         if isinstance(found, TokenWise):
             if found.saved >= WORTH:
                 yield found
             continue
-        below = list(tileable(child, block))
+        below = list(tileable(child))
         yield from below
         if not any(isinstance(one, TokenWise) for one in below):
             yield found

@@ -106,7 +106,7 @@ def _last_add_of(finding: Finding) -> KnownAdds | None:
     tiled before that; None for any other."""
     if finding.captured is None or not finding.steps:
         return None
-    if any(part.path in finding.captured.opened for part in finding.parts if isinstance(part, TokenWise)):
+    if any(part.path in finding.opened for part in finding.parts if isinstance(part, TokenWise)):
         return None  # the add may stand in what is tiled (BLOOM's MLP adds its residual)
     try:
         return KnownAdds.of_block(finding, whole=True)

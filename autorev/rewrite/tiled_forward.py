@@ -25,6 +25,7 @@ from autorev.detect.tokenwise import (
     token_wise,
 )
 from autorev.engine.mode import ORACLE, mode
+from autorev.engine.replay import branch_run_here
 from autorev.engine.tiles import Tiling, cut, run_tiled
 from autorev.errors import ConversionError, one_line
 from autorev.rewrite.compiled import CompiledBlock
@@ -64,6 +65,11 @@ class TiledForward(Replacement):
         assert isinstance(own, TiledForward)
         own.compiling = CompiledBlock(replica, compiler=self.compiling.compiler)
         return own
+
+    @property
+    def passes_through(self) -> bool:
+        """Not while a forward pass that was made before is run again."""
+        return self.reverted and branch_run_here() is None
 
     def own(self) -> Callable[..., Any]:
         """The module's own forward, compiled where what calls it is."""
@@ -114,7 +120,7 @@ class TiledForward(Replacement):
     def _analysed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
         try:
             with fake_call(self.block, *tree_map_only(torch.Tensor, shape_of, (args, kwargs))) as recorded:
-                return token_wise(recorded.root, "", self.found.axis)
+                return token_wise(recorded.root, self.found.axis)
         except ConversionError as error:
             return Mixing(self.path, one_line(error))
 
@@ -162,11 +168,10 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
     positions = 0
     blocks = [finding for finding in findings if not finding.inline]
     for finding in blocks if in_pieces else ():
-        for inner in finding.captured.opened if finding.captured is not None else ():
-            untiled[".".join(filter(None, (finding.call.path, inner)))] = "a residual add stands in it, and ends a step"
+        untiled |= dict.fromkeys(finding.opened, "a residual add stands in it, and ends a step")
     parts = [(finding.call, found) for finding in blocks for found in finding.parts]
     for call, found in [*parts, *_beside(blocks)]:
-        path = f"{call.path}.{found.path}" if call.path else found.path
+        path = found.path
         if isinstance(found, Mixing):
             untiled.setdefault(path, found.reason)
         elif path not in proved or proved[path].axis == found.axis:
@@ -199,6 +204,6 @@ def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]
     for parent in {id(f.call.parent): f.call.parent for f in blocks if f.call.parent is not None}.values():
         for child in parent.children:
             if child.path not in taken and child.draws_random is False:
-                found = token_wise(child, parent.path)
+                found = token_wise(child)
                 if isinstance(found, TokenWise) and found.saved >= WORTH:
                     yield parent, found

@@ -420,6 +420,33 @@ def test_another_call_is_analysed_by_itself() -> None:
         assert torch.equal(here, Choosing.forward(model.blocks[0].mlp, x))
 
 
+@with_tiles
+def test_one_mlp_of_all_blocks(setting: Setting) -> None:
+    """It is called by each, under one name."""
+
+    def sharing() -> nn.Module:
+        model = small(4)
+        for block in model.blocks:
+            block.mlp = model.blocks[0].mlp  # type: ignore[union-attr]
+        return model
+
+    model = converted(setting, sharing, tile=TILES, keep_last=0)
+    assert model.blocks[0].mlp.forward.__self__ is model.blocks[3].mlp
+    assert_like_oracle(model, setting)
+
+
+def test_reverted_between_forward_and_backward() -> None:
+    """The forward pass was made with tiles, and so is its second run."""
+    model = tiled(EXACT)
+    expected = step(model)
+    model.zero_grad()
+    loss = mean_square(model(TOKENS))
+    autorev.revert(model)
+    loss.backward()
+    assert_same({"loss": loss.detach(), **gradients_of(model)}, expected, 1e-6)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_shorter_and_other_calls() -> None:
     """A call with no more positions than a tile has is one tile; other lengths have other tiles."""
     model = tiled(EXACT)

@@ -212,7 +212,7 @@ def judged(module: nn.Module, *args: torch.Tensor) -> TokenWise | Mixing:
     mode = new_fake_mode()
     model, given = fake_copy(Model(), mode), fake_copy(args, mode)
     with mode:
-        return token_wise(record(model, given, {}).root.children[0], "")
+        return token_wise(record(model, given, {}).root.children[0])
 
 
 @pytest.mark.parametrize("name", ALONE)
