@@ -34,7 +34,7 @@ class MixesError(Exception):
     """An operator looks across positions, or may."""
 
 
-SIZED = frozenset({"view", "_unsafe_view", "reshape", "expand", "slice"})
+SIZED = frozenset({"view", "_unsafe_view", "reshape", "expand", "slice", "new_empty", "new_zeros", "new_ones"})
 """Operators that are told sizes, and compute nothing."""
 LAYOUT = SIZED | {"permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "alias"}
 """Operators that compute nothing; which of them run depends on how memory lies, where an axis is of size one."""
@@ -84,9 +84,7 @@ class Operators(OwnMode):
         numbers = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor) and plain not in SIZED]
         self.computed.append((name, f"{numbers}"))
         usual = _pointwise if torch.Tag.pointwise in func.tags else None
-        rule = _RULES.get(plain, usual) if space == "aten" else None
-        if self.length == 1:
-            rule = _anywhere
+        rule = _anywhere if self.length == 1 else _RULES.get(plain, usual) if space == "aten" else None
         try:
             if rule is None:
                 raise MixesError(f"`{name}` at {caller_line()} may look across positions")
@@ -183,6 +181,12 @@ def _same(op: _Asked) -> Answer:
     return op.at
 
 
+def _made(op: _Asked) -> Answer:
+    """New memory: it has the positions where its first axes are those of the stream, for any number of positions."""
+    last = op.at.axis + 1
+    return op.at if op.result.shape[:last] == op.first.shape[:last] else None
+
+
 def _anywhere(op: _Asked) -> Answer:
     """A single position is wherever one looks for it."""
     return Positions(0)
@@ -244,8 +248,7 @@ def _linear(op: _Asked) -> Answer:
 def _viewed(op: _Asked) -> Answer:
     """Elements keep their order: the same steps lead over the positions."""
     at, shape, length = op.at, op.result.shape, op.watch.length
-    before = math.prod(op.first.shape[: at.axis]) * at.outer
-    passed = 1
+    before, passed = math.prod(op.first.shape[: at.axis]) * at.outer, 1
     for axis, size in enumerate(shape):
         if before % passed == 0 and size % (before // passed * length) == 0:
             outer = before // passed
@@ -264,14 +267,12 @@ def _unsqueezed(op: _Asked) -> Answer:
 
 
 def _squeezed(op: _Asked) -> Answer:
-    asked = op.axes("dim")
-    gone = [axis for axis in asked if op.first.shape[axis] == 1 and axis < op.at.axis]
+    gone = [axis for axis in op.axes("dim") if op.first.shape[axis] == 1 and axis < op.at.axis]
     return replace(op.at, axis=op.at.axis - len(gone))
 
 
 def _permuted(op: _Asked) -> Answer:
-    order = [axis % op.first.dim() for axis in op.named["dims"]]
-    return replace(op.at, axis=order.index(op.at.axis))
+    return replace(op.at, axis=[axis % op.first.dim() for axis in op.named["dims"]].index(op.at.axis))
 
 
 def _transposed(op: _Asked) -> Answer:
@@ -303,11 +304,9 @@ def _selected(op: _Asked) -> Answer:
 
 def _joined(op: _Asked) -> Answer:
     """Beside each other, all with the same positions."""
-    found = {op.where(tensor) for tensor in op.read}
-    if len(found) != 1 or None in found:
+    where = op.where(op.read[0])
+    if where is None or any(op.where(tensor) != where for tensor in op.read):
         raise op.mixes()
-    where = found.pop()
-    assert where is not None
     axis = (op.named.get("dim") or 0) % op.result.dim()
     if op.name == "stack":
         return replace(where, axis=where.axis + (axis <= where.axis))
@@ -326,6 +325,7 @@ def _looked_up(op: _Asked) -> Answer:
 
 _RULES: dict[str, Callable[[_Asked], Answer]] = {
     **dict.fromkeys(("_to_copy", "clone", "detach", "alias", "lift_fresh", "native_dropout", "bernoulli"), _same),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones"), _made),
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"), _same),
     **dict.fromkeys(("uniform", "normal", "fill", "zero"), _same),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _over_features),

@@ -262,7 +262,7 @@ def _keeps_apart(node: Any, made: dict[Any, torch.Tensor], watch: Operators) -> 
         returned = node.apply(*grads)
     returned = returned if isinstance(returned, tuple) else (returned,)
     for grad, following in zip(returned, node.next_functions, strict=False):
-        if grad is None or following[0] is None:
+        if grad is None or following[0] is None or watch.length == 1:
             continue
         given = made.get(following)
         if given is None or watch.positions(given) is None or watch.positions(grad) != watch.positions(given):

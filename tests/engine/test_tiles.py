@@ -149,6 +149,18 @@ class AddingInside(hand.Parts):
         return self.mlp(self.norm2(x), residual=x)
 
 
+class Multiplied(hand.Parts):
+    """The add itself saves what the MLP returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((16,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return torch.addcmul(x, self.scale, self.mlp(self.norm2(x)))
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain": hand.Block,
     "dropping": Dropping,
@@ -156,6 +168,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "in place": InPlace,
     "adding": Adding,
     "parallel": hand.Parallel,
+    "multiplied": Multiplied,
     "written": Written,
     "flat": Flat,
 }
@@ -509,6 +522,8 @@ def test_code_that_does_something_else_the_second_time_is_an_error() -> None:
     count[0] = 1
     with pytest.raises(AutorevError):
         step(model)
+    with pytest.raises(AutorevError, match="returned something else"):  # before the chain's beginning
+        torch.autograd.grad(mean_square(model(TOKENS)), [model.blocks[3].attention.out.weight])
 
 
 def test_a_copy_and_a_reverted_model() -> None:

@@ -95,6 +95,14 @@ class Gelu(torch.autograd.Function):
         return grads[0] * torch.tanh(x)
 
 
+class Averaging(Gelu):
+    """Its backward goes by the number of positions."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] / grads[0].shape[1]
+
+
 class Scaling(torch.autograd.Function):
     """It has a gradient for a parameter."""
 
@@ -139,6 +147,7 @@ ALONE: dict[str, Callable[..., Any]] = {
     "in place": lambda m, x: m.up(x).mul_(2).relu_(),
     "clamped": lambda m, x: x.clamp(-1, 1).softmax(-1) / x.norm(dim=-1, keepdim=True),
     "a backward of its own": lambda m, x: m.down(Gelu.apply(m.up(x))),
+    "new memory": lambda m, x: x.new_zeros(x.shape) + x * x.new_ones(WIDTH),
     "a table's row": lambda m, x: x + m.table[2] * m.table.mean(0),
     "outer": lambda m, x: (x.unsqueeze(-1) * x.unsqueeze(-2)).sum(-1),
     "sorted": lambda m, x: x.sort(-1)[0] + x.topk(3, -1)[0].sum(-1, keepdim=True),
@@ -182,12 +191,15 @@ MIXED: dict[str, tuple[Callable[..., Any], str]] = {
     "squeezed": (lambda m, x: x.squeeze() * 2, "no value for each position"),
     "its own backward": (lambda m, x: Normalising.apply(x), "Normalising has a backward of its own"),
     "its own backward for a parameter": (lambda m, x: Scaling.apply(x, m.vector), "Scaling has a backward of its own"),
+    "its own backward, by number": (lambda m, x: Averaging.apply(x), "something else for fewer"),
     "a tensor's hook": (hooked, "puts a hook on a tensor"),
     "the input's hook": (lambda m, x: x.requires_grad and x.register_hook(torch.tanh) and x * 2, "puts a hook"),
     "a list": (lambda m, x: m.log.append(1) or x * 2, "writes to attributes"),
     "a tensor": (lambda m, x: m.seen.add_(1) * 0 + x * 2, "writes to attributes"),
     "Python's random": (lambda m, x: x * random.random(), "draws random numbers of Python"),
     "stochastic depth": (lambda m, x: x * (torch.rand(x.shape[0], 1, 1) < 0.5), "`rand` at"),
+    "a sample dropped": (lambda m, x: x * x.new_empty(2, 1, 1).bernoulli_(0.5), "random numbers that positions share"),
+    "memory by their number": (lambda m, x: x * x.new_ones(x.shape[1]).sum(), "something else for fewer"),
     "dropped weights": (lambda m, x: x @ F.dropout(m.up.weight, 0.5).T, "random numbers that positions share"),
     "counted words": (lambda m, x: F.embedding(x.argmax(-1), m.table, scale_grad_by_freq=True), "`embedding` at"),
     "batch and time confused": (lambda m, x: x.reshape(x.shape[1], -1, WIDTH).sum(1).expand(2, -1, -1), ""),
@@ -255,6 +267,16 @@ def test_inputs_that_go_together() -> None:
     found = judged(Of(two_inputs), x, torch.randn(WIDTH))
     assert isinstance(found, Mixing)
     assert found.reason == "it is called with a tensor that has other positions"
+
+
+def test_a_quantised_layer() -> None:
+    """What stands in for it makes room for its unpacked weight, and has a backward of its own."""
+    library = pytest.importorskip("bitsandbytes")
+    layers = [
+        library.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4") for _ in range(2)
+    ]
+    module = nn.Sequential(layers[0].to("cpu"), nn.GELU(), layers[1].to("cpu"))
+    assert isinstance(judged(module, torch.randn(2, POSITIONS, 64)), TokenWise)
 
 
 def test_dropout_is_seen() -> None:
