@@ -247,6 +247,25 @@ def test_tiles_without_a_coupling(name: str) -> None:
     assert_same(step(model), expected, 0)
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "other data"])
+def test_a_weight_that_changes_before_backward_is_an_error(how: str) -> None:
+    """Without a coupling, too: a tile is run again with the weights of then, or not at all."""
+    model = small(2)
+    weight: Any = model.blocks[1].mlp.up.weight  # type: ignore[union-attr]
+    blocks = Blocks(("blocks.0", "blocks.1"), inline=False, draws_random=False)
+    with in_place(model, Method("plain", tile=TILES), blocks, ((TOKENS,), {})), torch.no_grad():
+        with torch.enable_grad():
+            loss = mean_square(model(TOKENS))
+        if how == "in place":
+            weight.mul_(2)
+        elif how == "data":
+            weight.data.mul_(2)
+        else:
+            weight.data = weight * 2
+        with pytest.raises(AutorevError, match=r"blocks\.1\.mlp\.up\.weight was .* between forward and backward"):
+            loss.backward()
+
+
 def test_dropout_of_tiles_is_drawn_again_as_it_was() -> None:
     """Without a coupling: against the same draws by ordinary autograd."""
     torch.manual_seed(0)
