@@ -132,7 +132,8 @@ def convert(
         raise ConversionError(_nothing(model, chosen))
     chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain]
-    tiled = Tiled() if how.tile is None else tiled_forwards(model, every, how.tile, batch is not None)
+    found = tiled_forwards(model, every, how.tile, how.in_pieces, batch is not None) if how.tile is not None else None
+    tiled = found or Tiled()
     estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
     if not how.reversible:
         return _as_baseline(model, chosen, how, tiled, estimate, None if planned is None else chunked)

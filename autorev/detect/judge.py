@@ -82,7 +82,14 @@ class Finding:
     @cached_property
     def parts(self) -> tuple[TokenWise | Mixing, ...]:
         """Which modules of the block may run on a few positions at a time, and why others may not."""
-        return () if self.inline else tuple(tileable(self.call, self.call.path))
+        return () if self.inline else tuple(tileable(self.call))
+
+    @cached_property
+    def opened(self) -> frozenset[str]:
+        """Paths of the modules in whose own code residual adds stand, as calls of them are recorded."""
+        inner = () if self.captured is None else self.captured.opened
+        holders = {id(self.call.module.get_submodule(path)) for path in inner}
+        return frozenset(call.path for call in self.call.walk() if id(call.module) in holders)
 
     def block(self) -> Block:
         """The finding as frozen data."""

@@ -3,40 +3,38 @@
 Such a module can be run on a few tokens at a time: linear layers, norms over features, activations and products, and
 what is made of them. Attention, convolutions and pooling over positions, and routing, mix positions.
 
-The call is run on fake tensors, and every operator is asked where the positions of its input are in its result. A rule
-per kind of operator answers; an operator without one, or one that would look across positions, ends the proof with its
-name and its place in the code. Names of modules and classes tell nothing here.
+The call is run on fake tensors, for several numbers of positions, and every operator is asked where the positions of
+its input are in its result (`positions`). Names of modules and classes tell nothing here. What operators do not show
+ends the proof, too: a backward of its own, a hook on a tensor, state that is written, numbers drawn by Python.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import ModuleCall
-from autorev.capture.source import caller_line
+from autorev.detect.positions import LAYOUT, MixesError, Operators, Positions
 from autorev.errors import one_line
 from autorev.hush import logs_hushed
 
 WORTH = 2.0
 """A module that keeps less for backward, in sizes of its input, is not worth tiling."""
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the positions are in a tensor: the size of `axis` is outer x positions x inner."""
-
-    axis: int
-    outer: int = 1
-    inner: int = 1
+Computed = list[tuple[str, str]]
+MANY = 2**16
+"""Positions of the longest call that is tried; fake tensors take no memory."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,13 @@ class TokenWise:
     """A module that acts on each position alone."""
 
     path: str
-    """Below the block."""
     axis: int
     """Of its input and of its output, whose positions are told apart: the longest but the last."""
     saved: float
     """What it keeps for backward, in sizes of its input."""
     draws_random: bool
+    dims: int = 3
+    """Of its input."""
 
 
 @dataclass(frozen=True)
@@ -60,60 +59,112 @@ class Mixing:
     reason: str
 
 
-class MixesError(Exception):
-    """An operator looks across positions, or may."""
-
-
-def token_wise(call: ModuleCall, block: str) -> TokenWise | Mixing:
-    """Does the module of `call`, recorded on fake tensors, act on each position alone? `block`: the path above it."""
-    path = call.path.removeprefix(f"{block}.") if block else call.path
+def token_wise(call: ModuleCall, axis: int | None = None) -> TokenWise | Mixing:
+    """Does the module of `call`, recorded on fake tensors, act on each position alone? `axis`: where the positions are,
+    if not in the longest."""
     hushed = logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1)
     try:
         given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
         with hushed, (getattr(given[0], "fake_mode", None) if given else None) or nullcontext():
-            return _proved(call, path)
+            return _proved(call, axis)
     except MixesError as error:
-        return Mixing(path, str(error))
+        return Mixing(call.path, str(error))
     except Exception as error:
-        return Mixing(path, f"it cannot be run by itself ({one_line(error)})")
+        return Mixing(call.path, f"it cannot be run by itself ({one_line(error)})")
 
 
-def _proved(call: ModuleCall, path: str) -> TokenWise:
-    module = call.module
-    tensors, axis = _positions_of(call)
-    written = [(id(home), name, value) for home in module.modules() for name, value in vars(home).items()]
-    whole = _operators(call, tensors, axis, tensors[0].shape[axis])
-    now = [(id(home), name, value) for home in module.modules() for name, value in vars(home).items()]
-    if len(now) != len(written) or any(a[2] is not b[2] for a, b in zip(now, written, strict=True)):
+def _proved(call: ModuleCall, axis: int | None) -> TokenWise:
+    if has_hooks_inside(call.module):
+        raise MixesError(HOOKED)
+    tensors, axis = _positions_of(call, axis)
+    positions, before, drawn = tensors[0].shape[axis], _held(call.module), _drawn()
+    whole = _computed(call, tensors, axis, positions)
+    if _held(call.module) != before:
         raise MixesError("its forward writes to attributes of the module")
     if call.buffers_written:
         raise MixesError(f"it updates {', '.join(call.buffers_written)}")
-    if _operators(call, tensors, axis, tensors[0].shape[axis] - 1) != whole:
-        raise MixesError("its code does something else for fewer positions")
-    return TokenWise(path, axis, _saved(call) / max(_bytes(tensors[0]), 1), call.draws_random)
+    if _drawn() != drawn:
+        raise MixesError("it draws random numbers of Python or numpy")
+    for other in (positions - 1, 2, 1, *([MANY] if hasattr(tensors[0], "fake_mode") else [])):
+        found = _computed(call, tensors, axis, other)
+        if found != whole and (other > 1 or _without_layout(found) != _without_layout(whole)):
+            raise MixesError(f"its code does something else for {'more' if other == MANY else 'fewer'} positions")
+    saved = _saved(call) / max(_bytes(tensors[0]), 1)
+    return TokenWise(call.path, axis, saved, call.draws_random, tensors[0].dim())
 
 
-def tileable(call: ModuleCall, block: str) -> Iterator[TokenWise | Mixing]:
+HOOKED = "a module in it has a hook, which is to see all positions"
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks_inside(module: nn.Module) -> bool:
+    """Would anybody's hook see a tile? Those of the module itself see all positions."""
+    return any(vars(child)[kind] for child in module.modules() if child is not module for kind in _KINDS)
+
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def kind_of(module: nn.Module, structure: Any) -> Any:
+    """What a proof holds for, to be compared: the modules, how they are set, and how they are called."""
+    leaves, spec = tree_flatten(structure)
+    given = tuple(leaf.dim() if isinstance(leaf, torch.Tensor) else _set_to(leaf) for leaf in leaves)
+    plain = (*_PLAIN, FunctionType, BuiltinFunctionType)
+    held = (
+        (name, type(home), *((key, value) for key, value in vars(home).items() if isinstance(value, plain)))
+        for name, home in module.named_modules()
+    )
+    return str(spec), given, tuple(held)
+
+
+def _set_to(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, bool | str | torch.dtype) else type(leaf)
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """What modules hold, to be compared: which objects, and how often tensors were written to."""
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return id(value), value._version
+        if isinstance(value, dict):
+            return id(value), [(key, seen(item)) for key, item in value.items() if not isinstance(item, nn.Module)]
+        return id(value), [seen(item) for item in value] if isinstance(value, list | tuple | set | deque) else []
+
+    return [(id(home), seen(vars(home))) for home in module.modules()]
+
+
+def _drawn() -> Any:
+    """Where Python's and numpy's random numbers are."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - the one that `np.random.rand` draws from
+    return random.getstate(), bytes(numpy[1]), numpy[2:]
+
+
+def tileable(call: ModuleCall) -> Iterator[TokenWise | Mixing]:
     """Of the modules that the module of `call` calls, the largest that act on each position alone and keep enough for
     backward to be worth it; of the others that keep as much, why they do not."""
     for child in call.children:
-        found = token_wise(child, block)
+        found = token_wise(child)
         if isinstance(found, TokenWise):
             if found.saved >= WORTH:
                 yield found
             continue
-        below = list(tileable(child, block))
+        below = list(tileable(child))
         yield from below
         if not any(isinstance(one, TokenWise) for one in below):
             yield found
 
 
-def _positions_of(call: ModuleCall) -> tuple[list[torch.Tensor], int]:
+def _positions_of(call: ModuleCall, axis: int | None) -> tuple[list[torch.Tensor], int]:
     """The tensors that a module is called with, and their axis of positions."""
-    given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
+    leaves = tree_leaves((call.args, call.kwargs))
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    for leaf in leaves:
+        if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+            raise MixesError(f"it is called with a {type(leaf).__name__}, which may hold anything")
     if not given or not given[0].is_floating_point() or given[0].dim() < 2:
         raise MixesError("its first argument is no stream")
-    axis = position_axis(given[0])
+    axis = position_axis(given[0]) if axis is None else axis
     if given[0].shape[axis] < 3:
         raise MixesError("there are too few positions to tell")
     if not same_positions(given, axis):
@@ -133,18 +184,19 @@ def same_positions(given: Sequence[torch.Tensor], axis: int) -> bool:
     return all(tensor.dim() > axis and tensor.shape[: axis + 1] == first for tensor in given)
 
 
-def _operators(call: ModuleCall, tensors: list[torch.Tensor], axis: int, length: int) -> list[str]:
-    """The operators of a call on `length` positions.
+def _computed(call: ModuleCall, tensors: list[torch.Tensor], axis: int, length: int) -> Computed:
+    """The operators of a call on `length` positions, with the numbers that they are given.
 
     Raises:
         MixesError: one of them, or the result, does not keep positions apart.
     """
     leaves, spec = tree_flatten((call.args, call.kwargs))
     marked = {id(tensor) for tensor in tensors}
-    fresh = [_fewer(leaf, axis, length) if id(leaf) in marked else leaf for leaf in leaves]
+    alone = [n for n in range(tensors[0].dim() - 1) if all(t.shape[n : n + 1] == (1,) for t in tensors)]
+    fresh = [_like(leaf, axis, length, alone) if id(leaf) in marked else leaf for leaf in leaves]
     given = [one for one, leaf in zip(fresh, leaves, strict=True) if id(leaf) in marked]
     args, kwargs = tree_unflatten(fresh, spec)
-    watch = _Operators(given, axis, length)
+    watch = Operators(given, axis, length)
     versions = [tensor._version for tensor in given]
     with torch.enable_grad(), watch:
         result = call.module.forward(*args, **kwargs)
@@ -155,15 +207,67 @@ def _operators(call: ModuleCall, tensors: list[torch.Tensor], axis: int, length:
     if not isinstance(result, torch.Tensor):
         raise MixesError(f"it returns a {type(result).__name__}, and not one tensor")
     found = watch.positions(result)
-    if found != Positions(axis) or result.shape[: axis + 1] != given[0].shape[: axis + 1]:
+    kept = found == Positions(axis) or (length == 1 and found is not None)
+    if not kept or result.shape[: axis + 1] != given[0].shape[: axis + 1]:
         raise MixesError("its result has no value for each position")
-    return watch.names
+    _refuse_own_gradients(result, watch)
+    return watch.computed
 
 
-def _fewer(tensor: torch.Tensor, axis: int, length: int) -> torch.Tensor:
-    shape = [*tensor.shape]
+def _without_layout(computed: Computed) -> Computed:
+    return [(name, numbers) for name, numbers in computed if name not in LAYOUT]
+
+
+def _like(tensor: torch.Tensor, axis: int, length: int, alone: list[int]) -> torch.Tensor:
+    """Of another number of positions; what there is one of in the example (a batch of one) need not stay one."""
+    shape = [2 if n in alone else size for n, size in enumerate(tensor.shape)]
     shape[axis] = length
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(tensor.requires_grad)
+    fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return fresh.requires_grad_().clone() if tensor.is_floating_point() else fresh
+
+
+def _refuse_own_gradients(result: torch.Tensor, watch: Operators) -> None:
+    """Operators show what forward does. Torch's own backward of them keeps positions apart as they do; others' may not.
+
+    Raises:
+        MixesError: a backward of somebody else looks across positions, or may, or there is a hook.
+    """
+    tensors = [leaf for leaf in [result, *tree_leaves(watch.alive)] if isinstance(leaf, torch.Tensor)]
+    if any(tensor._backward_hooks for tensor in tensors):
+        raise MixesError("its forward puts a hook on a tensor, which may look across positions")
+    made = {(tensor.grad_fn, tensor.output_nr): tensor for tensor in tensors if tensor.grad_fn is not None}
+    seen, todo = set(), [result.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        if isinstance(node, BackwardCFunction) and not _keeps_apart(node, made, watch):
+            name = type(node).__name__.removesuffix("Backward")
+            raise MixesError(f"{name} has a backward of its own, which may look across positions")
+
+
+def _keeps_apart(node: Any, made: dict[Any, torch.Tensor], watch: Operators) -> bool:
+    """Are the gradients that the backward of an `autograd.Function` returns laid out by position, as its inputs are?"""
+    grads = []
+    for number, _ in enumerate(node._input_metadata):
+        out = made.get((node, number))
+        where = None if out is None else watch.positions(out)
+        if out is None or where is None:
+            return False
+        grads.append(torch.empty_like(out, requires_grad=False))
+        watch.note(grads[-1], where)
+    with torch.no_grad(), watch:
+        returned = node.apply(*grads)
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    for grad, following in zip(returned, node.next_functions, strict=False):
+        if grad is None or following[0] is None or watch.length == 1:
+            continue
+        given = made.get(following)
+        if given is None or watch.positions(given) is None or watch.positions(grad) != watch.positions(given):
+            return False
+    return watch.refused is None
 
 
 def _saved(call: ModuleCall) -> int:
@@ -186,285 +290,3 @@ def _saved(call: ModuleCall) -> int:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-class _Operators(OwnMode):
-    """Follows positions from operator to operator."""
-
-    def __init__(self, given: Iterable[torch.Tensor], axis: int, length: int) -> None:
-        super().__init__()
-        self.length = length
-        self.names: list[str] = []
-        self.refused: MixesError | None = None
-        self.alive: list[Any] = []
-        self.known: dict[int, Positions] = {}
-        for tensor in given:
-            self._note(tensor, Positions(axis))
-
-    def positions(self, tensor: torch.Tensor) -> Positions | None:
-        """None: it has no positions."""
-        return self.known.get(id(tensor))
-
-    def _note(self, tensor: torch.Tensor, where: Positions) -> None:
-        self.known[id(tensor)] = where
-        self.alive.append(tensor)  # so that an id never names two of them
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        space, _, name = func._schema.name.partition("::")
-        self.names.append(name)
-        named = {a.name: a.default_value for a in func._schema.arguments}
-        named |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        result = func(*args, **kwargs)
-        self.alive.append((args, kwargs, result))
-        if not any(id(tensor) in self.known for tensor in read):
-            return result
-        plain = name.rstrip("_") if not name.startswith("_") else name
-        if space == "prim":
-            return result  # a question about dtype or device
-        rule = _RULES.get(plain) if space == "aten" else None
-        if rule is None and torch.Tag.pointwise in func.tags and space == "aten":
-            rule = _pointwise
-        try:
-            if rule is None:
-                raise MixesError(f"`{name}` at {caller_line()} may look across positions")
-            found = rule(_Asked(self, plain, named, read, result))
-        except MixesError as error:  # torch's own code around an operator may not be left by an exception
-            self.refused = self.refused or error
-            return result
-        for number, leaf in enumerate(tree_leaves(result)):
-            where = found[number] if isinstance(found, list) else found
-            if isinstance(leaf, torch.Tensor) and where is not None:
-                self._note(leaf, where)
-        return result
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One operator."""
-
-    watch: _Operators
-    name: str
-    named: dict[str, Any]
-    read: list[torch.Tensor]
-    result: Any
-
-    def where(self, tensor: Any) -> Positions | None:
-        return self.watch.positions(tensor) if isinstance(tensor, torch.Tensor) else None
-
-    @property
-    def first(self) -> torch.Tensor:
-        """The operator's first tensor, which has the positions.
-
-        Raises:
-            MixesError: another one has them.
-        """
-        if self.where(self.read[0]) is None or any(self.where(other) for other in self.read[1:]):
-            raise self.mixes()
-        return self.read[0]
-
-    @property
-    def at(self) -> Positions:
-        """Where the positions are in the first tensor."""
-        found = self.where(self.first)
-        assert found is not None
-        return found
-
-    def axes(self, name: str) -> list[int]:
-        """An argument of one axis or several; of all, where it is None or empty."""
-        given, count = self.named.get(name), self.first.dim()
-        listed = [given] if isinstance(given, int) else list(given or range(count))
-        return [axis % count for axis in listed]
-
-    def mixes(self) -> MixesError:
-        return MixesError(f"`{self.name}` at {caller_line()} looks across positions")
-
-
-Answer = Positions | None | list[Positions | None]
-
-
-def _pointwise(op: _Asked) -> Answer:
-    """Element by element, with broadcasting."""
-    result = next(leaf for leaf in tree_leaves(op.result) if isinstance(leaf, torch.Tensor))
-    found = set()
-    for tensor in op.read:
-        at = op.where(tensor)
-        if at is not None:
-            found.add(replace(at, axis=at.axis + result.dim() - tensor.dim()))
-    if len(found) != 1:
-        raise op.mixes()
-    where = found.pop()
-    for tensor in op.read:
-        axis = where.axis - (result.dim() - tensor.dim())
-        if op.where(tensor) is None and axis >= 0 and tensor.shape[axis] != 1:
-            raise MixesError(f"`{op.name}` at {caller_line()} reads a tensor with a value of its own for each position")
-    return where
-
-
-def _same(op: _Asked) -> Answer:
-    return op.at
-
-
-def _over_features(op: _Asked) -> Answer:
-    """A norm over the last axes; its result, and a statistic or two for each position."""
-    if op.at.axis >= op.first.dim() - len(op.named["normalized_shape"]):
-        raise op.mixes()
-    return op.at
-
-
-def _over_axes(op: _Asked) -> Answer:
-    """A reduction."""
-    axes = op.axes("dim")
-    if op.at.axis in axes:
-        raise op.mixes()
-    kept = op.named.get("keepdim", False)
-    return op.at if kept else replace(op.at, axis=op.at.axis - sum(axis < op.at.axis for axis in axes))
-
-
-def _along_axis(op: _Asked) -> Answer:
-    """Values of one axis become others of the same axis."""
-    if op.at.axis in op.axes("dim"):
-        raise op.mixes()
-    return op.at
-
-
-def _product(op: _Asked) -> Answer:
-    """(n, k) x (k, m), batched or not, and a bias."""
-    *bias, a, b = op.read
-    if any(op.where(one) is not None for one in bias):
-        raise op.mixes()
-    left, right = op.where(a), op.where(b)
-    rows, columns = a.dim() - 2, b.dim() - 1
-    if left is not None and right is not None:
-        if left != right or left.axis >= rows:  # the same matrices of a batch
-            raise op.mixes()
-        found = left
-    elif left is not None and left.axis != a.dim() - 1 and (left.axis == rows or b.dim() < 3):
-        found = left
-    elif right is not None and right.axis == columns:
-        found = right
-    else:
-        raise op.mixes()
-    for one in bias:
-        axis = found.axis - (op.result.dim() - one.dim())
-        if axis >= 0 and one.shape[axis] != 1:
-            raise op.mixes()
-    return found
-
-
-def _linear(op: _Asked) -> Answer:
-    if op.at.axis == op.first.dim() - 1:
-        raise op.mixes()
-    return op.at
-
-
-def _viewed(op: _Asked) -> Answer:
-    """Elements keep their order: the same steps lead over the positions."""
-    at, shape, length = op.at, op.result.shape, op.watch.length
-    before = math.prod(op.first.shape[: at.axis]) * at.outer
-    passed = 1
-    for axis, size in enumerate(shape):
-        if before % passed == 0 and size % (before // passed * length) == 0:
-            outer = before // passed
-            return Positions(axis, outer, size // (outer * length))
-        passed *= size
-    raise op.mixes()
-
-
-def _expanded(op: _Asked) -> Answer:
-    return replace(op.at, axis=op.at.axis + op.result.dim() - op.first.dim())
-
-
-def _unsqueezed(op: _Asked) -> Answer:
-    new = op.named["dim"] % (op.first.dim() + 1)
-    return replace(op.at, axis=op.at.axis + (new <= op.at.axis))
-
-
-def _squeezed(op: _Asked) -> Answer:
-    asked = op.axes("dim")
-    gone = [axis for axis in asked if op.first.shape[axis] == 1 and axis < op.at.axis]
-    return replace(op.at, axis=op.at.axis - len(gone))
-
-
-def _permuted(op: _Asked) -> Answer:
-    order = [axis % op.first.dim() for axis in op.named["dims"]]
-    return replace(op.at, axis=order.index(op.at.axis))
-
-
-def _transposed(op: _Asked) -> Answer:
-    if op.name == "t":
-        return replace(op.at, axis=op.first.dim() - 1 - op.at.axis) if op.first.dim() == 2 else op.at
-    a, b = (op.named[name] % op.first.dim() for name in ("dim0", "dim1"))
-    return replace(op.at, axis={a: b, b: a}.get(op.at.axis, op.at.axis))
-
-
-def _cut(op: _Asked) -> Answer:
-    """A piece of another axis, or all of the positions."""
-    axis = (op.named.get("dim") or 0) % op.first.dim()
-    if axis == op.at.axis and op.result.shape != op.first.shape:
-        raise op.mixes()
-    return op.at
-
-
-def _pieces(op: _Asked) -> Answer:
-    axis = (op.named.get("dim") or 0) % op.first.dim()
-    if axis == op.at.axis:
-        raise op.mixes()
-    gone = axis < op.at.axis and op.name == "unbind"
-    return [replace(op.at, axis=op.at.axis - gone)] * len(op.result)
-
-
-def _selected(op: _Asked) -> Answer:
-    axis = op.named["dim"] % op.first.dim()
-    if axis == op.at.axis:
-        raise op.mixes()
-    return replace(op.at, axis=op.at.axis - (axis < op.at.axis))
-
-
-def _joined(op: _Asked) -> Answer:
-    """Beside each other, all with the same positions."""
-    found = {op.where(tensor) for tensor in op.read}
-    if len(found) != 1 or None in found:
-        raise op.mixes()
-    where = found.pop()
-    assert where is not None
-    axis = (op.named.get("dim") or 0) % op.result.dim()
-    if op.name == "stack":
-        return replace(where, axis=where.axis + (axis <= where.axis))
-    if axis == where.axis:
-        raise op.mixes()
-    return where
-
-
-def _looked_up(op: _Asked) -> Answer:
-    """Rows of a table, one for each index."""
-    if op.where(op.named["indices"]) is None or op.where(op.named["weight"]) is not None:
-        raise op.mixes()
-    return op.where(op.named["indices"])
-
-
-_RULES: dict[str, Callable[[_Asked], Answer]] = {
-    **dict.fromkeys(("_to_copy", "clone", "detach", "alias", "lift_fresh", "native_dropout", "bernoulli"), _same),
-    **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"), _same),
-    **dict.fromkeys(("uniform", "normal", "fill", "zero"), _same),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _over_features),
-    **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod"), _over_axes),
-    **dict.fromkeys(("logsumexp", "linalg_vector_norm", "norm", "argmax", "argmin", "any", "all"), _over_axes),
-    **dict.fromkeys(("_softmax", "_log_softmax", "cumsum", "cumprod", "glu", "topk", "sort"), _along_axis),
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
-    "linear": _linear,
-    **dict.fromkeys(("view", "_unsafe_view", "reshape"), _viewed),
-    "expand": _expanded,
-    "unsqueeze": _unsqueezed,
-    "squeeze": _squeezed,
-    "permute": _permuted,
-    **dict.fromkeys(("t", "transpose"), _transposed),
-    "slice": _cut,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), _pieces),
-    "select": _selected,
-    **dict.fromkeys(("cat", "stack"), _joined),
-    "copy": _pointwise,
-    "embedding": _looked_up,
-}
-"""Where positions are in what an operator returns; its in-place form has the same rule."""

@@ -58,7 +58,7 @@ def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
     out: torch.Tensor | None = None
     with torch.no_grad():
         for start, length in tiling.pieces(inputs[0]):
-            tile = function(*(_cut(x, tiling.axis, start, length) for x in inputs))
+            tile = function(*(cut(x, tiling.axis, start, length) for x in inputs))
             out = _room_for(tile, inputs[0], tiling.axis) if out is None else out
             out.narrow(tiling.axis, start, length).copy_(tile)
             del tile
@@ -66,7 +66,7 @@ def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
     return out
 
 
-def _cut(x: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
+def cut(x: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
     """A tile, in memory of its own layout in every run: kernels sum in another order where it is another."""
     return x.narrow(axis, start, length).contiguous()
 
@@ -141,7 +141,7 @@ class TiledCall:
         axis, (start, length) = self.tiling.axis, self.tiling.pieces(inputs[0])[number]
         tiles = []
         for x, requires_grad in zip(inputs, self.requires_grad, strict=True):
-            tile = _cut(x, axis, start, length)
+            tile = cut(x, axis, start, length)
             # The last one that asks has a copy: what it is a part of need not be kept for its backward.
             tile = tile.clone() if self.left == {number} else tile.detach()
             tiles.append(tile.requires_grad_(requires_grad))
@@ -224,7 +224,8 @@ def _later(run: BranchRun, function: Function, inputs: Sequence[torch.Tensor], t
         if run.last_completes is not None and number == len(tiled) - 1:
             call.completes, call.out = run.last_completes, None
             return seen.like.expand(seen.shape)
-    return values_of(function, inputs, tiling).requires_grad_(seen.requires_grad)
+    made = partial(values_of, function, inputs, tiling)
+    return _Values.apply(seen.like.detach().requires_grad_(), made) if seen.requires_grad else made()  # type: ignore[no-untyped-call]
 
 
 def _by_itself(
@@ -256,7 +257,7 @@ def _read(
         if x.requires_grad:
             passed, tile = _Read.apply(x, axis, start, length)  # type: ignore[no-untyped-call]
         else:
-            tile = _cut(x, axis, start, length)
+            tile = cut(x, axis, start, length)
         whole.append(passed)
         tiles.append(tile)
     return whole, tiles
@@ -269,7 +270,7 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, axis: int, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.place, ctx.shape = (axis, start, length), x.shape
         ctx.set_materialize_grads(False)
-        return x.view_as(x), _cut(x, axis, start, length)
+        return x.view_as(x), cut(x, axis, start, length)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -294,6 +295,18 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], grads[0].narrow(*ctx.place), None, None
+
+
+class _Values(torch.autograd.Function):
+    """Values that require a gradient and may be written to, unlike a leaf; nobody asks for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, like: torch.Tensor, made: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return made()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError("the first run's graph has the gradients of a tiled call")
 
 
 class _Keep(torch.autograd.Function):

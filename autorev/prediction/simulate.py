@@ -242,7 +242,8 @@ def simulate(
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            stack.enter_context(installed(tiled_forwards(twin, layout.run, method.tile, as_long=False).forwards))
+            tiled = tiled_forwards(twin, layout.run, method.tile, method.in_pieces, as_long=False)
+            stack.enter_context(installed(tiled.forwards))
         chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)

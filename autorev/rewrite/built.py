@@ -14,6 +14,7 @@ from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
 from autorev.detect.ends import argument_of
 from autorev.detect.judge import Finding
+from autorev.detect.tokenwise import TokenWise
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import USUAL_FRACTION_BITS
 from autorev.engine.host_store import HostStore
@@ -106,6 +107,8 @@ def _last_add_of(finding: Finding) -> KnownAdds | None:
     tiled before that; None for any other."""
     if finding.captured is None or not finding.steps:
         return None
+    if any(part.path in finding.opened for part in finding.parts if isinstance(part, TokenWise)):
+        return None  # the add may stand in what is tiled (BLOOM's MLP adds its residual)
     try:
         return KnownAdds.of_block(finding, whole=True)
     except ConversionError:  # it goes by one line of code for that add and for another

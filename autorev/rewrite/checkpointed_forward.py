@@ -13,6 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from autorev.engine.host_store import HostStore
 from autorev.engine.kept import ATTENTION
+from autorev.errors import ConversionError
+from autorev.integrations.transformers import is_cache
 from autorev.methods import Method
 from autorev.rewrite.replacement import Replacement
 
@@ -25,7 +27,16 @@ class CheckpointedForward(Replacement):
     """Runs a forward under a checkpoint."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward."""
+        """The forward.
+
+        Raises:
+            ConversionError: it is to fill a key-value cache, and would fill it once more in backward.
+        """
+        if torch.is_grad_enabled() and any(is_cache(value) for value in (*args, *kwargs.values())):
+            raise ConversionError(
+                f"{self.path} is checkpointed and is given a key-value cache, which its second run would fill once "
+                "more; train with use_cache=False, or model.config.use_cache = False"
+            )
         return self.around(self.own(), *args, **kwargs)
 
 

@@ -44,7 +44,7 @@ class StepsOfBlock(ReversibleForward):
         self.compiling.say_how(self.chain, in_steps=True)
         place, stream = self._stream(self.argument, args, kwargs)
         inputs, recomputable = self._inputs(args, kwargs, place)
-        like = tree_map_only(torch.Tensor, _shape_of, replace_leaf(inputs, place, stream))
+        like = tree_map_only(torch.Tensor, shape_of, replace_leaf(inputs, place, stream))
         branch = Branch(None, self.path, self.block.training, self._writes(), recomputable=recomputable)
         watch = Watch(
             self.block, self.path, self.chain, self.numbers, self.steps, self.adds, branch, lambda: self._analyse(like)
@@ -93,7 +93,7 @@ class StepsOfLoop(ReversibleForward):
         self.compiling.say_how(self.chain, in_steps=True)
         with one_pass([self.chain], (args, kwargs)):
             inputs, recomputable = self._inputs(args, kwargs, None)
-            like = tree_map_only(torch.Tensor, _shape_of, inputs)
+            like = tree_map_only(torch.Tensor, shape_of, inputs)
             branch = Branch(None, self.path, self.block.training, self._writes(), recomputable=recomputable)
             watch = Watch(
                 self.block,
@@ -148,7 +148,7 @@ def by_steps(findings: list[Finding]) -> list[Finding]:
     ]
 
 
-def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+def shape_of(tensor: torch.Tensor) -> torch.Tensor:
     """All that an analysis needs of an argument; the values are not kept alive for it."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta").requires_grad_(
         tensor.requires_grad

@@ -79,6 +79,11 @@ class Replacement(ABC):
         return own
 
     @property
+    def passes_through(self) -> bool:
+        """Does it leave calls to the module's own forward?"""
+        return self.reverted
+
+    @property
     def original(self) -> Callable[..., Any]:
         """The module's own forward."""
         if self.replaced is not None:
@@ -115,7 +120,7 @@ class Replacement(ABC):
         """The module's forward."""
         callback = set_eval_frame(None)
         try:
-            if self.reverted:
+            if self.passes_through:
                 forward = self.original
                 set_eval_frame(callback)
                 return forward(*args, **kwargs)

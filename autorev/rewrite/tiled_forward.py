@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,21 +10,35 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.judge import Finding
-from autorev.detect.tokenwise import WORTH, Mixing, TokenWise, same_positions, token_wise
+from autorev.detect.tokenwise import (
+    HOOKED,
+    WORTH,
+    Mixing,
+    TokenWise,
+    has_hooks_inside,
+    kind_of,
+    same_positions,
+    token_wise,
+)
 from autorev.engine.mode import ORACLE, mode
-from autorev.engine.tiles import Tiling, run_tiled
-from autorev.errors import ConversionError
+from autorev.engine.replay import branch_run_here
+from autorev.engine.tiles import Tiling, cut, run_tiled
+from autorev.errors import ConversionError, one_line
 from autorev.rewrite.compiled import CompiledBlock
+from autorev.rewrite.in_steps import fake_call, shape_of
 from autorev.rewrite.replacement import Replacement
 
 SMALLEST = 128
 """Positions of a tile, at least, where the number is chosen: below that, matrix products become slow."""
 KEPT_BY_A_TILE = 0.5
 """What one tile may keep for backward, in sizes of the module's input."""
+
+MOST_KINDS = 8
+"""Of calls that are analysed; code whose attributes count something would be analysed at every call."""
 
 TileSize = int | Literal["auto"]
 
@@ -34,6 +49,10 @@ class TiledForward(Replacement):
 
     found: TokenWise
     size: TileSize
+    proved: dict[Any, TokenWise | Mixing]
+    """What was found of each kind of call (`kind_of`)."""
+    said: set[str]
+    """Why calls ran whole, as was logged; shared by the forwards of a model."""
     compiling: CompiledBlock = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +66,11 @@ class TiledForward(Replacement):
         own.compiling = CompiledBlock(replica, compiler=self.compiling.compiler)
         return own
 
+    @property
+    def passes_through(self) -> bool:
+        """Not while a forward pass that was made before is run again."""
+        return self.reverted and branch_run_here() is None
+
     def own(self) -> Callable[..., Any]:
         """The module's own forward, compiled where what calls it is."""
         return self.compiling.compiled(self.original)
@@ -58,23 +82,47 @@ class TiledForward(Replacement):
         axis, forward = self.found.axis, self.own()
         whole = (
             not inputs
-            or inputs[0].dim() <= axis + 1
+            or inputs[0].dim() != self.found.dims
             or not same_positions(inputs, axis)
             or torch._C._functorch.peek_interpreter_stack() is not None
             or hasattr(inputs[0], "placements")  # spread over processes
         )
         size = 0 if whole else self._size(inputs[0].shape[axis])
-        if whole or inputs[0].shape[axis] <= size:
+        if whole or inputs[0].shape[axis] <= size or isinstance(found := self._judged(args, kwargs), Mixing):
             return forward(*args, **kwargs)
         tiling = Tiling(axis, size)
         function = _Function(forward, [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves], spec)
         if mode() == ORACLE:
-            if not self.found.draws_random:
+            if not found.draws_random:
                 return forward(*args, **kwargs)
-            tiles = [[x.narrow(axis, *piece) for x in inputs] for piece in tiling.pieces(inputs[0])]
+            tiles = [[cut(x, axis, *piece) for x in inputs] for piece in tiling.pieces(inputs[0])]
             return torch.cat([function(*tile) for tile in tiles], axis)  # which draw one after the other
         del args, kwargs, leaves
         return run_tiled(self.block, self.path, function, inputs, tiling)
+
+    def _judged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
+        """Does the module, as it is now and is called now, act on each position alone? Hooks, adapters and other modes
+        may have come since the conversion."""
+        if has_hooks_inside(self.block):
+            found: TokenWise | Mixing = Mixing(self.path, HOOKED)
+        else:
+            kind = kind_of(self.block, (args, kwargs))
+            if kind not in self.proved and len(self.proved) < MOST_KINDS:
+                self.proved[kind] = self._analysed(args, kwargs)
+            found = self.proved.get(kind, Mixing(self.path, "it is called in too many ways"))
+        if isinstance(found, Mixing) and found.reason not in self.said:
+            self.said.add(found.reason)
+            logging.getLogger("autorev").warning(
+                "%s was to be run a tile at a time, and is run whole: %s", self.path, found.reason
+            )
+        return found
+
+    def _analysed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
+        try:
+            with fake_call(self.block, *tree_map_only(torch.Tensor, shape_of, (args, kwargs))) as recorded:
+                return token_wise(recorded.root, self.found.axis)
+        except ConversionError as error:
+            return Mixing(self.path, one_line(error))
 
     def _size(self, positions: int) -> int:
         if self.size != "auto":
@@ -107,25 +155,33 @@ class Tiled:
     untiled: tuple[tuple[str, str], ...] = ()
 
 
-def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize, as_long: bool = True) -> Tiled:
-    """What tiles the blocks of `findings`, for `model`; nothing is installed. `as_long`: is the call that they were
-    found in as long as others will be?
+def tiled_forwards(
+    model: nn.Module, findings: Iterable[Finding], size: TileSize, in_pieces: bool = False, as_long: bool = True
+) -> Tiled:
+    """What tiles the blocks of `findings`, for `model`; nothing is installed. `in_pieces`: each residual add of a block
+    ends a step; `as_long`: is the call that they were found in as long as others will be?
 
     Raises:
         ConversionError: nothing can be tiled, or `size` is as long as the sequence.
     """
     proved: dict[str, TokenWise] = {}
+    kinds: dict[str, dict[Any, TokenWise | Mixing]] = {}
     untiled: dict[str, str] = {}
     positions = 0
     blocks = [finding for finding in findings if not finding.inline]
+    for finding in blocks if in_pieces else ():
+        untiled |= dict.fromkeys(finding.opened, "a residual add stands in it, and ends a step")
     parts = [(finding.call, found) for finding in blocks for found in finding.parts]
     for call, found in [*parts, *_beside(blocks)]:
-        path = f"{call.path}.{found.path}" if call.path else found.path
+        path = found.path
         if isinstance(found, Mixing):
-            untiled[path] = found.reason
+            untiled.setdefault(path, found.reason)
         elif path not in proved or proved[path].axis == found.axis:
             proved[path] = found
-            positions = max(positions, _positions(call, path, found.axis))
+            below = next(child for child in call.walk() if child.path == path)
+            kinds.setdefault(path, {})[kind_of(below.module, (below.args, below.kwargs))] = found
+            given = tree_flatten((below.args, below.kwargs))[0]
+            positions = max(positions, *(leaf.shape[found.axis] for leaf in given if isinstance(leaf, torch.Tensor)))
         else:
             untiled[path] = "it is called with its positions in one axis and in another"
     proved = {path: found for path, found in proved.items() if path not in untiled}
@@ -137,7 +193,10 @@ def tiled_forwards(model: nn.Module, findings: Iterable[Finding], size: TileSize
             f"tile={size} leaves nothing to tile: the blocks are called with {positions} positions; choose fewer, or "
             "tile='auto'"
         )
-    forwards = (TiledForward(model.get_submodule(path), path, found, size) for path, found in proved.items())
+    said: set[str] = set()
+    forwards = (
+        TiledForward(model.get_submodule(path), path, found, size, kinds[path], said) for path, found in proved.items()
+    )
     return Tiled(tuple(forwards), tuple(untiled.items()))
 
 
@@ -147,12 +206,6 @@ def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]
     for parent in {id(f.call.parent): f.call.parent for f in blocks if f.call.parent is not None}.values():
         for child in parent.children:
             if child.path not in taken and child.draws_random is False:
-                found = token_wise(child, parent.path)
+                found = token_wise(child)
                 if isinstance(found, TokenWise) and found.saved >= WORTH:
                     yield parent, found
-
-
-def _positions(call: ModuleCall, path: str, axis: int) -> int:
-    below = next(child for child in call.walk() if child.path == path)
-    given = tree_flatten((below.args, below.kwargs))[0]
-    return next(int(leaf.shape[axis]) for leaf in given if isinstance(leaf, torch.Tensor))

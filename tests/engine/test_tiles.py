@@ -106,6 +106,61 @@ class Adding(hand.Parts):
         return x + self.mlp(self.norm2(x), residual=x)
 
 
+class Written(hand.Parts):
+    """Falcon's: the block writes to what the MLP returned."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        out = self.mlp(h)
+        out += self.attention(h)
+        return x + out
+
+
+class Flat(hand.Parts):
+    """GPT-2's Conv1D: a view of its input, which a cut tile has to allow, and dropout."""
+
+    class Mlp(hand.MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            u = torch.nn.functional.dropout(self.up(x.view(-1, x.shape[-1])), 0.2, self.training)
+            return self.down(torch.tanh(u)).view(x.shape)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = self.Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class AddingInside(hand.Parts):
+    """BLOOM's and MPT's: the residual add stands in the MLP."""
+
+    class Mlp(hand.MLP):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) + residual
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = self.Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return self.mlp(self.norm2(x), residual=x)
+
+
+class Multiplied(hand.Parts):
+    """The add itself saves what the MLP returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((16,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return torch.addcmul(x, self.scale, self.mlp(self.norm2(x)))
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain": hand.Block,
     "dropping": Dropping,
@@ -113,6 +168,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "in place": InPlace,
     "adding": Adding,
     "parallel": hand.Parallel,
+    "multiplied": Multiplied,
+    "written": Written,
+    "flat": Flat,
 }
 
 
@@ -130,13 +188,34 @@ def test_gradients_are_those_of_the_original_code(block: str, setting: Setting) 
     assert autorev.drift(model) == {"blocks": 0.0} or "float" in setting.name
 
 
+@pytest.mark.parametrize("setting", [EXACT, DOUBLE, EXACT_LEAPFROG], ids=lambda s: s.name)
+def test_an_mlp_that_adds_its_residual(setting: Setting) -> None:
+    """It has the add that ends the step; the block is one step all the same."""
+    model = tiled(setting, AddingInside)
+    assert model.blocks[1].mlp.forward.__self__ is model.blocks[1].mlp
+    assert_like_oracle(model, setting)
+
+
+def test_what_ends_a_step_is_not_tiled_where_each_add_does() -> None:
+    """Half of a step cannot be run again without the other half."""
+    with pytest.raises(ConversionError, match="a residual add stands in it, and ends a step"):
+        tiled(Setting("sublayer", {"granularity": "sublayer"}), AddingInside)
+
+
 def calls_of(model: nn.Module, run: Callable[[], object]) -> int:
     """How often the last layer of the second block's MLP runs."""
     seen: list[int] = []
     layer = model.blocks[1].mlp.down  # type: ignore[union-attr,index]
-    hook = layer.register_forward_hook(lambda *args: seen.append(args[1][0].shape[1]))
-    run()
-    hook.remove()
+
+    def counting(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if self is layer:
+            seen.append(x.shape[1])
+        return forward(self, x)
+
+    forward = nn.Linear.forward
+    with pytest.MonkeyPatch.context() as patch:  # a hook would be shown all positions
+        patch.setattr(nn.Linear, "forward", counting)
+        run()
     assert set(seen) == {3, 2}  # eight positions in tiles of three
     return sum(seen)
 
@@ -166,6 +245,25 @@ def test_tiles_without_a_coupling(name: str) -> None:
         assert calls_of(model, lambda: step(model)) == 2 * 8
     assert "forward" not in vars(model.blocks[0].mlp)  # type: ignore[arg-type]
     assert_same(step(model), expected, 0)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "other data"])
+def test_a_weight_that_changes_before_backward_is_an_error(how: str) -> None:
+    """Without a coupling, too: a tile is run again with the weights of then, or not at all."""
+    model = small(2)
+    weight: Any = model.blocks[1].mlp.up.weight  # type: ignore[union-attr]
+    blocks = Blocks(("blocks.0", "blocks.1"), inline=False, draws_random=False)
+    with in_place(model, Method("plain", tile=TILES), blocks, ((TOKENS,), {})), torch.no_grad():
+        with torch.enable_grad():
+            loss = mean_square(model(TOKENS))
+        if how == "in place":
+            weight.mul_(2)
+        elif how == "data":
+            weight.data.mul_(2)
+        else:
+            weight.data = weight * 2
+        with pytest.raises(AutorevError, match=r"blocks\.1\.mlp\.up\.weight was .* between forward and backward"):
+            loss.backward()
 
 
 def test_dropout_of_tiles_is_drawn_again_as_it_was() -> None:
@@ -258,6 +356,129 @@ def test_hooks(where: str) -> None:
     assert_like_oracle(model, EXACT)
 
 
+class Mixing(nn.Module):
+    """Looks at all positions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+def hook_forward(mlp: Any) -> None:
+    """A user's hook, after the conversion."""
+    mlp.up.register_forward_hook(lambda module, args, out: out - out.mean(1, keepdim=True))
+
+
+def hook_backward(mlp: Any) -> None:
+    """In backward."""
+    mlp.up.register_full_backward_hook(lambda module, into, out: (into[0] - into[0].mean(1, keepdim=True),))
+
+
+def put_in(mlp: Any) -> None:
+    """Another module in the place of one that was there."""
+    mlp.up = nn.Sequential(mlp.up, Mixing())
+
+
+def wrap(mlp: Any) -> None:
+    """As `put_in`, without a change of the modules."""
+    mlp.up.forward = lambda x, forward=mlp.up.forward: forward(x) - x.mean()
+
+
+@pytest.mark.parametrize("change", [hook_forward, hook_backward, put_in, wrap], ids=lambda change: change.__name__)
+def test_what_comes_after_the_conversion_is_analysed_anew(
+    change: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What looks across positions now is run whole, which is said once."""
+    model = tiled(EXACT)
+    assert_like_oracle(model, EXACT)
+    assert not caplog.messages
+    for block in model.blocks:
+        change(block.mlp)
+    assert_like_oracle(model, EXACT)
+    (said,) = (text for text in caplog.messages if "run whole" in text)
+    assert said.startswith("blocks.0.mlp was to be run a tile at a time, and is run whole: ")
+
+
+def test_an_adapter_that_comes_after_the_conversion_is_tiled() -> None:
+    """It acts on each position alone."""
+    model = tiled(EXACT)
+    for block in model.blocks:
+        block.mlp.up = nn.Sequential(block.mlp.up, nn.Linear(32, 32))
+    assert_like_oracle(model, EXACT)
+    assert calls_of(model, lambda: step(model)) == 2 * 8
+
+
+def test_another_mode_is_analysed_by_itself() -> None:
+    """Converted in training, trained in eval mode, in which the module looks at all positions."""
+
+    class Frozen(hand.MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if self.training else x - x.mean(1, keepdim=True))
+
+    class Block(hand.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Frozen()
+
+    model = tiled(EXACT, Block)
+    assert_like_oracle(model, EXACT)
+    assert_like_oracle(model.eval(), EXACT)
+
+
+def test_another_call_is_analysed_by_itself() -> None:
+    """An argument that decides, and a stream of other axes."""
+
+    class Choosing(hand.MLP):
+        def forward(self, x: torch.Tensor, mix: bool = False) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x - x.mean(1, keepdim=True) if mix else x)
+
+    class Block(hand.Parts):
+        mix = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Choosing()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.attention(self.norm1(x))
+            return x + self.mlp(self.norm2(x), self.mix)
+
+    model = tiled(EXACT, Block)
+    assert_like_oracle(model, EXACT)
+    Block.mix = True
+    assert_like_oracle(model, EXACT)
+    x = torch.randn(2, 2, 8, hand.WIDTH)
+    with torch.no_grad():
+        here = model.blocks[0].mlp(x)
+        assert torch.equal(here, Choosing.forward(model.blocks[0].mlp, x))
+
+
+@with_tiles
+def test_one_mlp_of_all_blocks(setting: Setting) -> None:
+    """It is called by each, under one name."""
+
+    def sharing() -> nn.Module:
+        model = small(4)
+        for block in model.blocks:
+            block.mlp = model.blocks[0].mlp  # type: ignore[union-attr]
+        return model
+
+    model = converted(setting, sharing, tile=TILES, keep_last=0)
+    assert model.blocks[0].mlp.forward.__self__ is model.blocks[3].mlp
+    assert_like_oracle(model, setting)
+
+
+def test_reverted_between_forward_and_backward() -> None:
+    """The forward pass was made with tiles, and so is its second run."""
+    model = tiled(EXACT)
+    expected = step(model)
+    model.zero_grad()
+    loss = mean_square(model(TOKENS))
+    autorev.revert(model)
+    loss.backward()
+    assert_same({"loss": loss.detach(), **gradients_of(model)}, expected, 1e-6)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_shorter_and_other_calls() -> None:
     """A call with no more positions than a tile has is one tile; other lengths have other tiles."""
     model = tiled(EXACT)
@@ -303,12 +524,12 @@ def test_a_checkpoint_around_the_model() -> None:
 
 
 def test_code_that_does_something_else_the_second_time_is_an_error() -> None:
-    """A counter outside of the module decides: no gradient of that may be trusted."""
+    """A counter outside of the module decides, from some time on: no gradient of that may be trusted."""
     count = [0]
 
     class Counting(hand.MLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            count[0] += 1
+            count[0] += count[0] > 0
             return super().forward(x) * (1 + count[0] % 2)
 
     class Block(hand.Block):
@@ -317,9 +538,11 @@ def test_code_that_does_something_else_the_second_time_is_an_error() -> None:
             self.mlp = Counting()
 
     model = tiled(EXACT, Block)
-    count[0] = 0
+    count[0] = 1
     with pytest.raises(AutorevError):
         step(model)
+    with pytest.raises(AutorevError, match="returned something else"):  # before the chain's beginning
+        torch.autograd.grad(mean_square(model(TOKENS)), [model.blocks[3].attention.out.weight])
 
 
 def test_a_copy_and_a_reverted_model() -> None:

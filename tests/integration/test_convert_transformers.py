@@ -181,6 +181,17 @@ def test_decoding_by_hand_is_right_or_an_error(name: str, with_gradients: bool) 
 # -- gradient checkpointing
 
 
+@each_model
+def test_a_checkpoint_that_would_fill_a_cache_twice_is_an_error(name: str) -> None:
+    """The model makes one by default; torch's own message is of shapes that differ."""
+    model = convert_anew(name, method="checkpoint")
+    with pytest.raises(ConversionError, match="would fill once more; train with use_cache=False"):
+        model(input_ids=TOKENS, labels=TOKENS)
+    model(**CALL).loss.backward()
+    with torch.no_grad():
+        model.eval()(input_ids=TOKENS)
+
+
 @contextmanager
 def deprecations_of_transformers_ignored() -> Iterator[None]:
     """The old names of checkpointing work in every version; the newest warn."""

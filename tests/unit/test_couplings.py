@@ -570,3 +570,22 @@ def test_bdia_is_the_residual_step_in_eval_mode() -> None:
     x = torch.randn(4)
     assert not still.invertible
     torch.testing.assert_close(still.equations(x, torch.randn(4), branch_of(x))[0], branch_of(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 3), (13, 2), (5,), (1, 3, 11)])
+def test_arithmetic_in_slices_is_that_of_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every element once, whatever the axis that is cut, and however it divides."""
+
+    def results() -> list[torch.Tensor]:
+        found = []
+        for arithmetic in (FixedPoint(16), Floating()):
+            stream = arithmetic.encode(value)
+            found += [arithmetic.decode(stream, torch.float32)]
+            found += [arithmetic.add_branch(stream.clone(), out, value, 0.5)]
+            found += [arithmetic.subtract_branch(stream.clone(), out, value, 0.5)]
+        return found
+
+    value, out = torch.randn(shape), torch.randn(shape)
+    whole = results()
+    monkeypatch.setattr("autorev.couplings.arithmetic.SLICE", 2)
+    assert all(torch.equal(a, b) for a, b in zip(results(), whole, strict=True))

@@ -5,6 +5,8 @@ python -m pytest tests/unit/test_tokenwise.py
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,8 @@ class Of(nn.Module):
         self.table = nn.Parameter(torch.randn(POSITIONS, WIDTH))
         self.vector = nn.Parameter(torch.randn(WIDTH))
         self.calls = 0
+        self.log: list[int] = []
+        self.seen = torch.zeros(())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self, *args, **kwargs)
@@ -65,6 +69,68 @@ def two_inputs(m: Of, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     return m.down(F.gelu(m.up(x))) + residual
 
 
+class Normalising(torch.autograd.Function):
+    """Its forward tells nothing of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] / grads[0].norm()
+
+
+class Gelu(torch.autograd.Function):
+    """As BLOOM's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return grads[0] * torch.tanh(x)
+
+
+class Averaging(Gelu):
+    """Its backward goes by the number of positions."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] / grads[0].shape[1]
+
+
+class Scaling(torch.autograd.Function):
+    """It has a gradient for a parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] * weight, torch.tanh((grads[0] * x).sum((0, 1)))
+
+
+def hooked(m: Of, x: torch.Tensor) -> torch.Tensor:
+    """A gradient is made zero on average."""
+    h = m.up(x)
+    h.register_hook(lambda grad: grad - grad.mean(1, keepdim=True))
+    return m.down(h)
+
+
+def shift(m: Of, x: torch.Tensor) -> torch.Tensor:
+    """In place, and through a view."""
+    h = m.up(x)
+    h[:, 1:].copy_(h[:, :-1].clone())
+    return h
+
+
 ALONE: dict[str, Callable[..., Any]] = {
     "mlp": lambda m, x: m.down(F.gelu(m.up(x))),
     "gated": gated,
@@ -80,6 +146,14 @@ ALONE: dict[str, Callable[..., Any]] = {
     "where": lambda m, x: torch.where(x > 0, x, m.vector),
     "in place": lambda m, x: m.up(x).mul_(2).relu_(),
     "clamped": lambda m, x: x.clamp(-1, 1).softmax(-1) / x.norm(dim=-1, keepdim=True),
+    "a backward of its own": lambda m, x: m.down(Gelu.apply(m.up(x))),
+    "new memory": lambda m, x: x.new_zeros(x.shape) + x * x.new_ones(WIDTH),
+    "a table's row": lambda m, x: x + m.table[2] * m.table.mean(0),
+    "outer": lambda m, x: (x.unsqueeze(-1) * x.unsqueeze(-2)).sum(-1),
+    "sorted": lambda m, x: x.sort(-1)[0] + x.topk(3, -1)[0].sum(-1, keepdim=True),
+    "batches of matrices": lambda m, x: torch.bmm(x, m.up.weight[:WIDTH].expand(x.shape[0], WIDTH, WIDTH)),
+    "one stream of numbers": lambda m, x: (x.flatten() * 2).view_as(x),
+    "moved and back": lambda m, x: x.movedim(1, 0).softmax(-1).movedim(0, 1),
     "over batch": lambda m, x: x - x.mean(0, keepdim=True),
 }
 MIXED: dict[str, tuple[Callable[..., Any], str]] = {
@@ -104,6 +178,34 @@ MIXED: dict[str, tuple[Callable[..., Any], str]] = {
     "writes to its input": (lambda m, x: x.mul_(2), "it writes to its input"),
     "returns two": (lambda m, x: (x, x), "it returns a tuple"),
     "keeps something": (lambda m, x: setattr(m, "calls", x) or x * 2, "writes to attributes"),
+    "by their number": (lambda m, x: x / x.shape[1], "something else for fewer positions"),
+    "by a tensor of it": (lambda m, x: x * torch.tensor(float(x.shape[1])), "something else for fewer"),
+    "by a full of it": (lambda m, x: x * torch.full((), float(x.shape[1])), "something else for fewer"),
+    "by a mean of it": (lambda m, x: x * torch.arange(x.shape[1]).float().mean(), "something else for fewer"),
+    "by its logarithm": (lambda m, x: x * math.log(x.numel()), "something else for fewer"),
+    "a row by their number": (lambda m, x: x + m.table[x.shape[1] - 2], "something else for fewer"),
+    "rows by their number": (lambda m, x: x + m.table[: x.shape[1]].mean(0), "something else for fewer"),
+    "few": (lambda m, x: x * (2 if x.shape[1] < 4 else 3), "something else for fewer"),
+    "one": (lambda m, x: x * 2 if x.shape[1] == 1 else x - 3, "something else for fewer"),
+    "many": (lambda m, x: x * (2 if x.shape[1] < 999 else 3), "something else for more positions"),
+    "squeezed": (lambda m, x: x.squeeze() * 2, "no value for each position"),
+    "its own backward": (lambda m, x: Normalising.apply(x), "Normalising has a backward of its own"),
+    "its own backward for a parameter": (lambda m, x: Scaling.apply(x, m.vector), "Scaling has a backward of its own"),
+    "its own backward, by number": (lambda m, x: Averaging.apply(x), "something else for fewer"),
+    "a tensor's hook": (hooked, "puts a hook on a tensor"),
+    "the input's hook": (lambda m, x: x.requires_grad and x.register_hook(torch.tanh) and x * 2, "puts a hook"),
+    "a list": (lambda m, x: m.log.append(1) or x * 2, "writes to attributes"),
+    "a tensor": (lambda m, x: m.seen.add_(1) * 0 + x * 2, "writes to attributes"),
+    "Python's random": (lambda m, x: x * random.random(), "draws random numbers of Python"),
+    "stochastic depth": (lambda m, x: x * (torch.rand(x.shape[0], 1, 1) < 0.5), "`rand` at"),
+    "a sample dropped": (lambda m, x: x * x.new_empty(2, 1, 1).bernoulli_(0.5), "random numbers that positions share"),
+    "memory by their number": (lambda m, x: x * x.new_ones(x.shape[1]).sum(), "something else for fewer"),
+    "dropped weights": (lambda m, x: x @ F.dropout(m.up.weight, 0.5).T, "random numbers that positions share"),
+    "counted words": (lambda m, x: F.embedding(x.argmax(-1), m.table, scale_grad_by_freq=True), "`embedding` at"),
+    "batch and time confused": (lambda m, x: x.reshape(x.shape[1], -1, WIDTH).sum(1).expand(2, -1, -1), ""),
+    "time and width confused": (lambda m, x: x.mT.reshape(x.shape), ""),
+    "strided": (lambda m, x: x.as_strided(x.shape, x.stride()), "`as_strided` at"),
+    "written further on": (shift, "`slice` at"),
     "constant": (lambda m, x: m.table.expand(2, -1, -1), "no value for each position"),
 }
 
@@ -122,7 +224,7 @@ def judged(module: nn.Module, *args: torch.Tensor) -> TokenWise | Mixing:
     mode = new_fake_mode()
     model, given = fake_copy(Model(), mode), fake_copy(args, mode)
     with mode:
-        return token_wise(record(model, given, {}).root.children[0], "")
+        return token_wise(record(model, given, {}).root.children[0])
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -151,6 +253,13 @@ def test_what_mixes_positions_says_so(name: str) -> None:
         assert "test_tokenwise.py:" in found.reason
 
 
+def test_a_batch_of_one_stands_for_others() -> None:
+    """Rows of one are positions; of two they would be both."""
+    function = Of(lambda m, x: x.view(x.shape[1], -1, WIDTH).softmax(1).view(x.shape))
+    assert isinstance(judged(function, torch.randn(1, POSITIONS, WIDTH)), Mixing)
+    assert isinstance(judged(Of(ALONE["flattened"]), torch.randn(1, POSITIONS, WIDTH)), TokenWise)
+
+
 def test_inputs_that_go_together() -> None:
     """All tensors have the positions, or none of it is tiled."""
     x = torch.randn(2, POSITIONS, WIDTH)
@@ -158,6 +267,16 @@ def test_inputs_that_go_together() -> None:
     found = judged(Of(two_inputs), x, torch.randn(WIDTH))
     assert isinstance(found, Mixing)
     assert found.reason == "it is called with a tensor that has other positions"
+
+
+def test_a_quantised_layer() -> None:
+    """What stands in for it makes room for its unpacked weight, and has a backward of its own."""
+    library = pytest.importorskip("bitsandbytes")
+    layers = [
+        library.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4") for _ in range(2)
+    ]
+    module = nn.Sequential(layers[0].to("cpu"), nn.GELU(), layers[1].to("cpu"))
+    assert isinstance(judged(module, torch.randn(2, POSITIONS, 64)), TokenWise)
 
 
 def test_dropout_is_seen() -> None:
