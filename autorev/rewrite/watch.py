@@ -116,7 +116,10 @@ class Watch(TorchFunctionMode):
         self.step = Step(self.chain, stream, numbers, self.branch)
         self.number = self.step.number
         given = self.step.given()
-        self.recording = Recording(given) if self.step.replay is not None else None
+        self.recording = None
+        if self.step.replay is not None:
+            self.recording = Recording(given)
+            self.step.replay.roots.append(self.module)  # what its parameters are sharded with
         self.running = self.step.running()
         self.running.__enter__()
         self.forms = {}

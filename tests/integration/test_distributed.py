@@ -41,6 +41,7 @@ ROWS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact momentum": {"method": "momentum"},
     "float leapfrog": {"method": "leapfrog", "arithmetic": "float"},
+    "tiled": {"tile": 5, "keep": "attention", "host": "side_bits"},
 }
 MODELS = ["llama", "hand-written"]
 WRAPPERS = ["ddp", "ddp finding unused", "fsdp", "fsdp keeping blocks whole", "fsdp of children"]
