@@ -136,9 +136,8 @@ def _measured(
     for attempt in range(MOST_TIGHTENED):
         chosen = search.best()
         if chosen is None:
-            return replace(
-                plan, method=None, why="no plan that was predicted to fit holds when it is run", measured=None
-            )
+            why = "no plan that was predicted to fit holds when it is run"
+            return plan if plan.measured is None else replace(plan, method=None, why=why, measured=None)
         search.progress(f"running {chosen.method.spec}", 0.95)
         size = batch if isinstance(model, nn.Module) else search.forecaster.setting.batch
         how = {name: value for name, value in setting.items() if name not in ("loss", "accumulate")}
