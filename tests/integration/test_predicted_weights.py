@@ -32,6 +32,7 @@ from autorev.models.resolve import resolve
 from autorev.pipeline import prepare
 from autorev.prediction.training import DTYPES
 from autorev.profiler.passes.step import storage_bytes
+from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.words import setting_facts
 from tests.integration.test_prediction import checkpointed, highest
 
@@ -117,6 +118,25 @@ def test_bytes_agree_with_the_library(weights: str, dtype: str, adapters: str | 
         # PEFT casts what it adds in fp32 beside torchao's layers, too, once more than is predicted.
         close = 0.04 if weights == "torchao-int8" and adapters and name == "checkpoint" else 0.02
         assert predicted.peak_bytes == pytest.approx(peak, rel=close), name
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_tiles_go_through_quantised_layers(weights: str, folder: Path) -> None:
+    """The MLP is tiled, in the prediction and in the library's own model, whose gradients stay."""
+    _, forecaster = prepare(resolve(str(folder)), sequence=TOKENS, lora_rank=RANK, weights=weights, device="cpu")
+    tiled = tiled_forwards(forecaster.twin, forecaster.layout.run, 32)
+    assert {one.path.rpartition(".")[2] for one in tiled.forwards} >= {"mlp", "input_layernorm"}
+    assert {path.rpartition(".")[2] for path, _ in tiled.untiled} == {"self_attn"}
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = ["q_proj", "gate_proj", "down_proj"]
+        model = get_peft_model(really(folder, weights, "fp32"), LoraConfig(target_modules=linear)).train()
+    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    call = {"input_ids": ids, "labels": ids, "use_cache": False}
+    autorev.convert(model, batch=call, tile=32)
+    found = autorev.verify(model, call)
+    assert found.passed and found.gradient_error < 1e-6
 
 
 # -- what is said of it
