@@ -30,6 +30,7 @@ from autorev.methods import Method
 from autorev.models.quantization import WEIGHTS
 from autorev.models.resolve import resolve
 from autorev.pipeline import prepare
+from autorev.prediction.frontier import explore
 from autorev.prediction.training import DTYPES
 from autorev.profiler.passes.step import storage_bytes
 from autorev.rewrite.tiled_forward import tiled_forwards
@@ -137,6 +138,17 @@ def test_tiles_go_through_quantised_layers(weights: str, folder: Path) -> None:
     autorev.convert(model, batch=call, tile=32)
     found = autorev.verify(model, call)
     assert found.passed and found.gradient_error < 1e-6
+
+
+def test_a_limit_far_below_the_size_that_was_simulated() -> None:
+    """Peaks are no polynomials there; that not even one token fits is not taken from one."""
+    how = {"batch": 1, "sequence": 2048, "lora_rank": RANK, "loss": "chunked"}
+    _, forecaster = prepare(resolve("smollm2-135m"), weights="nf4", **how)
+    method = Method.parse("leapfrog:keep_last=0,tile=auto")
+    room = forecaster.peak(forecaster.trace(method, 1, 16), method)
+    here = forecaster.trace(method, 1, 2048)
+    found = explore(forecaster, method, here, ("sequence",), room).limits["sequence"]
+    assert found == 16
 
 
 # -- what is said of it
