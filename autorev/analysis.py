@@ -144,6 +144,8 @@ class Setting:
     lora_dropout: float = 0.0
     adapter_dtype: str | None = None
     """fp32: of adapters beside weights of 16 bits, as `peft.get_peft_model` has them; None: the weights' own."""
+    weights: str | None = None
+    """What linear layers are quantised to: nf4, nf4-double (scales, too), int8 or torchao-int8; None: as they are."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -160,6 +162,10 @@ class Setting:
         given = {"lora_dropout": self.lora_dropout, "adapter_dtype": self.adapter_dtype}
         for name in (name for name, value in given.items() if value and self.trains != "lora"):
             raise SettingError(f"{name} has no meaning with trains={self.trains!r}; leave one of them out")
+        if self.weights and self.trains == "full":
+            raise SettingError(
+                f"weights quantised to {self.weights} do not train: train adapters beside them (`lora_rank`), or a head"
+            )
 
 
 CHOICES = {
@@ -169,6 +175,7 @@ CHOICES = {
     "loss": ("full", "chunked"),
     "autocast": (None, "bf16"),
     "adapter_dtype": (None, "fp32"),
+    "weights": (None, "nf4", "nf4-double", "int8", "torchao-int8"),
 }
 """What the options of a `Setting` may be."""
 

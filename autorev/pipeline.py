@@ -25,7 +25,7 @@ from autorev.detection import call_of, detect_in, forward_failed, refuse_convert
 from autorev.errors import AutorevError, CaptureError, NoBlocksError, SettingError, first_line
 from autorev.given import no_function
 from autorev.models.load import has_weights
-from autorev.models.quantization import predicted_quantised
+from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
@@ -98,6 +98,7 @@ def prepare(
     lora_rank: int | None = None,
     lora_dropout: float = 0.0,
     adapter_dtype: str | None = None,
+    weights: str | None = None,
     loss: str = "full",
     device: str = "h100-80gb",
     progress: Progress = lambda what, fraction: None,
@@ -126,19 +127,25 @@ def prepare(
         accumulate=accumulate,
         lora_dropout=lora_dropout,
         adapter_dtype=adapter_dtype,
+        weights=weights,
     )
+    scheme = chosen_scheme(workload.name, workload.scheme, weights)
     if setting.trains == "lora" and setting.dtype != "fp32" and adapter_dtype is None:
-        notes.append(
-            f"adapters are predicted in {setting.dtype}; peft.get_peft_model keeps them in fp32 (`adapter_dtype` fp32)"
-        )
+        if scheme is not None and scheme.adapters_in_fp32:
+            setting = replace(setting, adapter_dtype="fp32")
+            notes.append(f"adapters are predicted in fp32, as PEFT has them beside {scheme.title} weights")
+        else:
+            kept = "peft.get_peft_model keeps them in fp32 (`adapter_dtype` fp32)"
+            notes.append(f"adapters are predicted in {setting.dtype}; {kept}")
     device_info = profile.info(setting.autocast or setting.dtype)
 
     progress("building the model without its weights", 0.0)
     mode = new_fake_mode()
     with mode:
         twin = workload.build(DTYPES[setting.dtype]).train()
-        if workload.scheme is not None:
-            notes.append(predicted_quantised(twin, workload.scheme, setting.trains, setting.dtype))
+        if scheme is not None:
+            asked = workload.scheme is None
+            notes.append(predicted_quantised(twin, scheme, setting.trains, setting.dtype, asked))
         progress("recording one call", 0.1)
         walks = setting.sequence is not None and walks_through_sequence(twin, workload.example, setting.batch)
         length = setting.sequence
@@ -199,7 +206,7 @@ def predict(
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
     `setting` is any of batch, sequence, dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout,
-    adapter_dtype, loss and device; see `analyze_workload` and `autorev.analysis.Setting`.
+    adapter_dtype, weights, loss and device; see `analyze_workload` and `autorev.analysis.Setting`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
 

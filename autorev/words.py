@@ -88,6 +88,7 @@ def setting_facts(setting: Setting) -> dict[str, str]:
         facts["Batch"] += f", gradients of {setting.accumulate} passes accumulated"
     weights = clean(setting.dtype)
     facts["Precision"] = f"{clean(setting.autocast)} autocast over {weights} weights" if setting.autocast else weights
+    facts["Precision"] += f", linear layers quantised to {clean(setting.weights)}" if setting.weights else ""
     facts["Optimizer"] = _optimizers.get(setting.optimizer, clean(setting.optimizer))
     facts["Trains"] = _trained(setting)
     facts["Loss"] = _losses.get(setting.loss, clean(setting.loss))

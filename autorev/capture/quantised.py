@@ -216,7 +216,9 @@ class _Multiply(torch.autograd.Function):
     def forward(
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kept: Kept
     ) -> torch.Tensor:
-        unpacked = input.new_empty(weight.shape)
+        unpacked = weight.new_empty(
+            weight.shape, dtype=input.dtype
+        )  # of the input, tiles would ask where its tokens are
         told = kept.input and not kept.hidden
         ctx.save_for_backward(weight, input if told else None, unpacked if kept.unpacked else None)
         ctx.hidden = input if kept.hidden else None

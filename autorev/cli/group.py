@@ -136,6 +136,12 @@ def training_step(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         lora_details,
         click.option(
+            "--weights",
+            type=click.Choice(["nf4", "nf4-double", "int8", "torchao-int8"]),
+            help="Quantise linear layers: by bitsandbytes to 4 bits, without and with scales quantised, too, or to 8; "
+            "by torchao to 8.  [default: as they are]",
+        ),
+        click.option(
             "--loss",
             type=click.Choice(["full", "chunked"]),
             default="full",

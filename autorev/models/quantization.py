@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 KINDS = ("nf4", "int8")
 """What weights can be quantised to when they are loaded: by bitsandbytes, 4 bits as QLoRA has them, or 8."""
 
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+    "torchao-int8": {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+}
+"""What weights can be predicted as, by `Setting.weights`: the `quantization_config` of a model that has them so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
@@ -43,6 +51,8 @@ class Scheme:
     """And not tell autograd of it, so that checkpointing keeps it, too?"""
     keeps_unpacked: bool = False
     """Does it keep the unpacked weight?"""
+    adapters_in_fp32: bool = False
+    """Does PEFT keep adapters beside it in fp32, whatever it is asked, as the layer has no floating weight?"""
     skipped: tuple[str, ...] | None = None
     """Names of modules that are not quantised; None: those that `transformers` leaves out."""
 
@@ -66,6 +76,20 @@ def scheme_of(config: Any) -> Scheme | None:
     names = [said.get(key) for key in ("llm_int8_skip_modules", "modules_to_not_convert", "ignore") if said.get(key)]
     listed = tuple(str(name).removeprefix("re:") for name in names[0]) if names and isinstance(names[0], list) else None
     return replace(found, skipped=listed)
+
+
+def chosen_scheme(name: str, own: Scheme | None, weights: str | None) -> Scheme | None:
+    """How the model `name` is quantised, by its config (`own`) or as `weights`, one of `WEIGHTS`, asks.
+
+    Raises:
+        SettingError: its config has another scheme.
+    """
+    if weights is None:
+        return own
+    asked = scheme_of({"quantization_config": WEIGHTS[weights]})
+    if own is not None and replace(own, skipped=None) != asked:
+        raise SettingError(f"the weights of {name} are quantised already ({own.title}); leave `weights` out")
+    return own or asked
 
 
 def quantise(twin: nn.Module, scheme: Scheme) -> int:
@@ -100,8 +124,18 @@ def _left_out(model: Any, scheme: Scheme) -> Callable[[str], bool]:
     return lambda path: any(p.match(path) for p in patterns) or path.endswith(scheme.skipped or ())
 
 
-def predicted_quantised(twin: nn.Module, scheme: Scheme, trains: str, dtype: str) -> str:
-    """Quantise `twin`, if it is to train as `trains` and it is known how; what the reader is told of it."""
+def predicted_quantised(twin: nn.Module, scheme: Scheme, trains: str, dtype: str, asked: bool = False) -> str:
+    """Quantise `twin`, if it is to train as `trains` and it is known how; what the reader is told of it.
+
+    `asked`: its config does not say so.
+
+    Raises:
+        SettingError: it was asked for, and there is nothing to quantise.
+    """
+    from autorev.capture.quantised import StandIn
+
+    if asked and any(isinstance(module, StandIn) for module in twin.modules()):
+        raise SettingError("this model's layers are quantised already; leave `weights` out")
     if trains == "full":
         return (
             f"its weights are quantised ({scheme.title}), and quantised weights do not train: what is predicted is to "
@@ -114,9 +148,12 @@ def predicted_quantised(twin: nn.Module, scheme: Scheme, trains: str, dtype: str
             f"they are predicted as {dtype}, {format_bytes(before)}, which is too much"
         )
     packed = quantise(twin, scheme)
+    if asked and not packed:
+        raise SettingError("no linear layer of this model is one to quantise; leave `weights` out")
     inside = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in twin.parameters()}
+    by = "asked" if asked else "its config says"
     return (
-        f"weights quantised as its config says ({scheme.title}): {format_bytes(packed)} in linear layers, and "
+        f"weights quantised as {by} ({scheme.title}): {format_bytes(packed)} in linear layers, and "
         f"{format_bytes(sum(inside.values()) - packed)} in {dtype}; unquantised they would be {format_bytes(before)}"
     )
 
@@ -168,7 +205,7 @@ def cannot_train(name: str, title: str, remedy: str) -> SettingError:
 
 def _bitsandbytes(said: Mapping[str, Any]) -> Scheme:
     if said.get("load_in_8bit") or said.get("_load_in_8bit"):
-        return Scheme("bitsandbytes int8", 8, shared_bytes=4, hides_input=True)
+        return Scheme("bitsandbytes int8", 8, shared_bytes=4, hides_input=True, adapters_in_fp32=True)
     kind, twice = str(said.get("bnb_4bit_quant_type", "fp4")), bool(said.get("bnb_4bit_use_double_quant"))
     title = f"bitsandbytes {kind}" + (", scales quantised, too" if twice else "")
     # A scale for 64 weights in 4 bytes, or in one and a share of those that scale it; a table of 16 or 256 values.
@@ -184,7 +221,9 @@ def _torchao(said: Mapping[str, Any]) -> Scheme:
     group = data.get("group_size")
     if "int4weightonly" in words:
         return Scheme(f"torchao {name}", 4, int(group or 128), 4, keeps_input=False, keeps_unpacked=True)
-    if "int8weightonly" in words or "int8dynamicactivationint8" in words or words.startswith("float8"):
+    if "int8weightonly" in words:  # a scale and a zero point
+        return Scheme(f"torchao {name}", 8, group, 5, keeps_input=False, keeps_unpacked=True)
+    if "int8dynamicactivationint8" in words or words.startswith("float8"):
         return Scheme(f"torchao {name}", 8, group, 4, keeps_input=False, keeps_unpacked=True)
     raise KeyError(name)
 

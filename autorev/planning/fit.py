@@ -60,7 +60,8 @@ def fit(
         measure: run the plan here, and take a tighter one where it does not hold.
         trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
         progress: is told what is being done, and the fraction done.
-        setting: dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout, adapter_dtype, loss.
+        setting: dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout, adapter_dtype,
+            weights, loss.
 
     Raises:
         SettingError: an option makes no sense, or the axis that is asked for cannot be varied.
@@ -75,6 +76,8 @@ def fit(
     auto = [name for name, given in (("batch", batch), ("sequence", sequence)) if isinstance(given, str)]
     if len(auto) == 2:
         raise SettingError("batch and sequence cannot both be as large as fits; give one of them")
+    if measure and setting.get("weights"):
+        raise SettingError("a plan is run with the weights as they are; leave `measure` out, or `weights`")
     axis = auto[0] if auto else None
     progress("analysing the model", 0.0)
     if isinstance(model, nn.Module):
@@ -178,6 +181,7 @@ def _live(model: nn.Module, batch: Any, device: str, setting: dict[str, Any]) ->
         "optimizer": "adamw",
         "lora_dropout": 0.0,
         "adapter_dtype": None,
+        "weights": None,
         "loss": "full",
         **setting,
         "batch": None,

@@ -15,6 +15,8 @@ from autorev.prediction.simulate import StepTrace
 AXES = ("batch", "sequence")
 MOST_CORRECTIONS = 5
 """Simulated steps to settle how far a method reaches; one is the rule."""
+NEARER = 8
+"""So many times shorter is the next that is simulated, where nothing seems to fit."""
 CLOSE = 0.002
 """Relative difference at which a proposed peak and the simulated one are the same."""
 
@@ -96,15 +98,22 @@ def _limit(forecaster: Forecaster, method: Method, curve: ScaledTrace, axis: str
 
     size = largest(fits, most)
     for _ in range(MOST_CORRECTIONS):
-        if size == 0 or size in curve.points or (axis == "batch" and forecaster.walks_batch):
+        # That not even one fits, far below what was simulated, is not believed: peaks are no polynomials there.
+        at = size or (curve.points[0] // NEARER if _may_fit(forecaster, curve, room) else 0)
+        if at == 0 or at in curve.points or (axis == "batch" and forecaster.walks_batch):
             break
-        trace = _trace(forecaster, method, axis, size)
-        simulated, proposed = forecaster.peak(trace, method), forecaster.peak(curve.at(size), method)
-        curve = curve.with_point(size, trace)
-        if simulated <= room and abs(simulated - proposed) <= CLOSE * proposed:
+        trace = _trace(forecaster, method, axis, at)
+        simulated, proposed = forecaster.peak(trace, method), forecaster.peak(curve.at(at), method)
+        curve = curve.with_point(at, trace)
+        if at == size and simulated <= room and abs(simulated - proposed) <= CLOSE * proposed:
             break
         size = largest(fits, most)
     return size, curve
+
+
+def _may_fit(forecaster: Forecaster, curve: ScaledTrace, room: int) -> bool:
+    """Is there room for what is alive before a step?"""
+    return sum(curve.traces[0].start.values()) + forecaster.optimizer()[0] < room
 
 
 def sweeps(forecaster: Forecaster, explored: list[Exploration]) -> list[Sweep]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autorev.analysis import Setting
-from autorev.capture.quantised import linear_sizes
+from autorev.capture.quantised import StandIn, linear_sizes
 from autorev.chunked_loss import head_of, linear_loss, run_without_logits
 from autorev.errors import SettingError
 from autorev.integrations.transformers import output_head
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LowRank(nn.Module):
     """A linear layer with a LoRA of rank r beside it, arXiv 2106.09685: `y = W x + s B A x`, only A and B train.
 
-    Operation by operation what PEFT's `lora.Linear.forward` does.
+    Operation by operation what PEFT's `lora.Linear.forward` does, and beside packed weights its `lora.Linear4bit`.
     """
 
     def __init__(self, base: nn.Module, inputs: int, outputs: int, setting: Setting) -> None:
@@ -37,7 +37,10 @@ class LowRank(nn.Module):
         """[..., inputs] -> [..., outputs]"""
         out: torch.Tensor = self.base(x)
         x = x.to(self.down.dtype)
-        return (out + F.linear(F.linear(self.dropout(x), self.down), self.up) * 2.0).to(out.dtype)
+        added = F.linear(F.linear(self.dropout(x), self.down), self.up) * 2.0
+        if isinstance(self.base, StandIn) and not self.base.kept.unpacked:  # which is a plain one to PEFT
+            added = added.to(out.dtype)
+        return (out + added).to(out.dtype)
 
 
 def choose_trained(twin: nn.Module, blocks: list[nn.Module], setting: Setting) -> list[str]:
