@@ -251,10 +251,10 @@ def _asked(method: str | Method, **options: Any) -> Method:
     except SettingError as error:
         raise ConversionError(str(error)) from None
     if how.name == "compile":
-        raise ConversionError("compile is nothing that convert does; call block.compile() on the blocks")
+        raise ConversionError("the method compile is nothing that convert does; call block.compile() on the blocks")
     if how.loss != "full" and not planned:
         raise ConversionError(
-            "convert leaves the loss as it is; call autorev.chunk_loss(model), too, and leave loss=chunked out"
+            "no method of convert changes the loss; call autorev.chunk_loss(model), too, and leave loss=chunked out"
         )
     return how
 

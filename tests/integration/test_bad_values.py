@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     "given",
     [
         *({name: value} for name in ("gamma", "c") for value in NO_NUMBERS),
-        *({"method": value} for value in (None, [], 3, "checkpoint", "momentum:loss=chunked")),
+        *({"method": value} for value in (None, [], 3, "compile", "momentum:loss=chunked")),
         {"method": "momentum:k=2", "gamma": 0.5},
         *({"keep_last": value} for value in (True, 1.5, "all", [1, 1], [True])),
         *({"fraction_bits": value} for value in (1.5, "x", True, [10], NAN, -1, 31)),
