@@ -429,8 +429,9 @@ def test_a_config_that_another_model_shares_is_not_touched() -> None:
 # -- one thread --------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_forward_draws_moves_no_stream() -> None:
-    """Whatever it draws and seeds, by whatever name, the streams are where they were."""
+def test_what_a_forward_draws_moves_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it draws and seeds, by whatever name, the streams are where they were, if this is the only thread."""
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread()])  # other tests leave some behind
     from random import random as by_name
 
     def body(x: torch.Tensor) -> None:
