@@ -1,6 +1,7 @@
 """The memory floor of a training step: what every method holds beside the weights, by the allocator and as predicted.
 
     python -m benchmarks.memory_floor [BLOCKS ...] > benchmarks/memory_floor_MACHINE_DATE.md
+    python -m benchmarks.memory_floor --predicted 48
 
 A Llama of width 256, 4,096 tokens, LoRA, fp32, chunked loss. U is one hidden state (4 MiB here). `keeps` is what is
 alive between forward and backward, `peak` the highest point of the second step; weights and optimiser state, which are
@@ -78,7 +79,7 @@ def workload_of(blocks: int) -> Workload:
     return transformers_workload(config, LlamaForCausalLM, build, f"llama-{blocks}", "a config")
 
 
-def main(depths: tuple[int, ...]) -> None:
+def main(depths: tuple[int, ...], measured: bool) -> None:
     """Print a Markdown table for each depth."""
     warnings.filterwarnings("ignore")
     unit = WIDTH * TOKENS * 4
@@ -89,13 +90,18 @@ def main(depths: tuple[int, ...]) -> None:
         )
         assert analysis.setting is not None
         print(f"\n## {blocks} blocks\n")
-        print("| method | keeps | peak | predicted | error | on the host | seconds |")
-        print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
-        for spec in METHODS if blocks <= DEEP else FEW:
+        heads = ("keeps", "peak", "predicted", "error", "on the host", "seconds")
+        heads = heads if measured else ("keeps, predicted", "peak, predicted", "on the host")
+        print(f"| method | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}", flush=True)
+        for spec in METHODS if blocks <= DEEP or not measured else FEW:
             method = forecaster.settled(Method.parse(spec))
             predicted = forecaster.prediction(method, forecaster.trace(method, 1, TOKENS))
             # The optimiser's state of a warm step, and the weights.
             beside = sum(predicted.categories[c] for c in (Category.PARAMETERS, Category.OPTIMIZER_STATE))
+            if not measured:
+                peak, host = predicted.peak_bytes - beside, predicted.host_bytes
+                print(f"| `{spec}` | {predicted.kept_bytes / unit:.2f} U | {peak / unit:.2f} U | {host / unit:.2f} U |")
+                continue
             model, call = workload.build(torch.float32).train(), workload.example(1, TOKENS)
             source = Source(None, None, None, None, "cpu", 2)
             ready = prepare_model(source, analysis.setting, find_blocks(model, call), (model, call))
@@ -117,4 +123,5 @@ def main(depths: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main(tuple(map(int, sys.argv[1:])) or BLOCKS)
+    given = [word for word in sys.argv[1:] if word != "--predicted"]
+    main(tuple(map(int, given)) or BLOCKS, measured=len(given) == len(sys.argv) - 1)
