@@ -224,7 +224,7 @@ def test_the_command_line_takes_it(folder: Path) -> None:
     of = [str(folder), "--lora-rank", "4", "--sequence", "64"]
     done = CliRunner().invoke(main, ["analyze", *of, "--weights", "nf4-double", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["setting"]["weights"] == "nf4-double"
-    fitting = [CliRunner().invoke(main, ["fit", *of, "--memory", "2.5MiB", *w]) for w in ([], ["--weights", "nf4"])]
+    fitting = [CliRunner().invoke(main, ["fit", *of, "--memory", "1.6MiB", *w]) for w in ([], ["--weights", "nf4"])]
     assert [done.exit_code for done in fitting] == [1, 0], [done.output for done in fitting]
     done = CliRunner().invoke(main, ["fit", *of, "--weights", "nf4", "--trains", "full"])
     assert done.exit_code != 0
