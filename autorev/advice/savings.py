@@ -71,7 +71,7 @@ def _savings(case: Case, own: Candidate, can_chunk: bool) -> Iterator[Saving]:
         if setting.optimizer in ("adamw", "adamw-fused") and state:
             # Two moments in the weights' dtype become one byte each.
             share, bytes_ = ("three quarters", 3 * state // 4) if setting.dtype == "fp32" else ("half", state // 2)
-            how = "" if case.measured else " (--optimizer adamw-8bit)"
+            how = "" if case.measured else " (`analyze --optimizer adamw-8bit` predicts it)"
             text = f"an 8-bit optimiser{how} frees {share} of {size(state)} of optimiser state"
             yield Saving("8-bit", bytes_, text)
     if updating:
