@@ -44,7 +44,7 @@ def warnings_hushed(modules: str) -> Iterator[None]:
         finally:
             here.ended = True  # somebody may have saved the filters, and put ours back
             with suppress(ValueError):
-                warnings.filters.remove(ours)  # type: ignore[attr-defined]
+                warnings.filters.remove(ours)  # type: ignore[attr-defined]  # likewise
 
 
 class _ThisThread:

@@ -29,7 +29,7 @@ from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
-from autorev.prediction.simulate import layout_of
+from autorev.prediction.layout import layout_of
 from autorev.prediction.training import DTYPES, choose_trained
 from autorev.profiles import load_device
 from autorev.workload import Call, Workload, check_step

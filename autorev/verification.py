@@ -20,7 +20,7 @@ from torch import nn
 from autorev.conversion.convert import chains_of
 from autorev.detection import call_of, forward_failed
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
-from autorev.engine.tape import observing
+from autorev.engine.observed import observing
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import AutorevError, CaptureError, ConversionError, is_out_of_memory
 from autorev.given import no_function

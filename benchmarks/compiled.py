@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import autorev
-from benchmarks.step_time import tokens_of_bytes, twin_of
+from benchmarks.step_time import in_turns, tokens_of_bytes, twin_of
 from benchmarks.workloads import peak_of, step_of, wide_llama
 
 ROUNDS, BLOCKS, WIDTH, TOKENS = 15, 16, 256, 1024
@@ -52,13 +52,7 @@ def main() -> None:
         step()
         first[name] = time.perf_counter() - began
         peaks[name] = peak_of(models[name], step)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(ROUNDS):
-        print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr)
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
+    seconds = in_turns(steps, ROUNDS)
     base = seconds["checkpoint, compiled"]
     print(f"Llama of {BLOCKS} blocks of width {WIDTH}, {TOKENS} tokens, fp32, random weights, one thread.")
     print(f"Drift: {autorev.drift(models['reversible'])}, compiled {autorev.drift(models['reversible, compiled'])}.\n")

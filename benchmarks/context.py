@@ -141,7 +141,8 @@ def search(model: str) -> Found:
 
 def unit(found: Found, tokens: int) -> int:
     """Bytes of one hidden state."""
-    return tokens * 2 * int(found.forecaster.twin.config.hidden_size)  # type: ignore[arg-type, union-attr]
+    config: Any = found.forecaster.twin.config
+    return tokens * 2 * int(config.hidden_size)
 
 
 def table(heads: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> None:

@@ -13,6 +13,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import autorev
@@ -65,20 +66,31 @@ def main() -> None:
     models = methods(model, ids)
     steps = {name: step_of(m, ids) for name, m in models.items()}
     peaks = {name: peak_of(models[name], step) for name, step in steps.items()}
+    print_beside_checkpointing(in_turns(steps, ROUNDS), peaks)
+
+
+def in_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(ROUNDS):
-        print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr)
+    for turn in range(rounds):
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
         for name, step in steps.items():
             began = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def print_beside_checkpointing(seconds: dict[str, list[float]], peaks: dict[str, int]) -> None:
+    """A Markdown table; ratios are taken in each round."""
     base = seconds["checkpoint"]
-    print(f"| method | s a step (median of {ROUNDS}) | of checkpointing: median ratio | quartiles | peak MiB |")
+    heads = f"s a step (median of {len(base)}) | of checkpointing: median ratio"
+    print(f"| method | {heads} | quartiles | peak MiB |")
     print("|---|---:|---:|---:|---:|")
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles((t / b for t, b in zip(times, base, strict=True)), n=4)
         figures = f"{statistics.median(times):.2f} | {middle:.3f} | {low:.3f} to {high:.3f}"
-        print(f"| {name} | {figures} | {peaks[name] / 2**20:.1f} |")
+        print(f"| {name} | {figures} | {peaks[name] / 2**20:.1f} |", flush=True)
 
 
 def tokens_of_bytes(count: int) -> Any:

@@ -8,16 +8,14 @@ chunks everywhere. `at checkpointing's peak` stores as many blocks as fit below 
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 import autorev
-from benchmarks.step_time import twin_of
+from benchmarks.step_time import in_turns, print_beside_checkpointing, twin_of
 from benchmarks.workloads import peak_of, smollm2, step_of, tokens_of
 
 ROUNDS, RANK = 7, 16
@@ -60,21 +58,8 @@ def main(lengths: tuple[int, ...]) -> None:
         name, twin = filled(plain, batch, METHODS[-1], peaks["checkpoint"])
         models[name], steps[name] = twin, step_of(twin, ids)
         peaks[name] = peak_of(twin, steps[name])
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(ROUNDS):
-            print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr)
-            for name, step in steps.items():
-                began = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - began)
-        base = seconds["checkpoint"]
         print(f"\n## {length} tokens\n")
-        print(f"| method | s a step (median of {ROUNDS}) | of checkpointing: median ratio | quartiles | peak MiB |")
-        print("|---|---:|---:|---:|---:|")
-        for name, times in seconds.items():
-            low, middle, high = statistics.quantiles((t / b for t, b in zip(times, base, strict=True)), n=4)
-            figures = f"{statistics.median(times):.2f} | {middle:.3f} | {low:.3f} to {high:.3f}"
-            print(f"| `{name}` | {figures} | {peaks[name] / 2**20:.1f} |", flush=True)
+        print_beside_checkpointing(in_turns(steps, ROUNDS), peaks)
 
 
 if __name__ == "__main__":

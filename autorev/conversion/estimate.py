@@ -20,7 +20,8 @@ from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
 from autorev.errors import AutorevError, ConversionError, first_line, message_of
 from autorev.methods import Method
-from autorev.prediction.simulate import Layout, StepTrace, layout_of, simulate
+from autorev.prediction.layout import Layout, layout_of
+from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store, grown_kept, grown_peak
 from autorev.prediction.training import own_loss
 from autorev.workload import Call

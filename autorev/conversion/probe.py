@@ -38,9 +38,10 @@ def choose_grids(
         ConversionError: the activations are not finite, or no grid fits the large ones and the small ones.
     """
     exact = [chain for chain in chains if isinstance(chain.arithmetic, FixedPoint)]
-    given = fraction_bits if isinstance(fraction_bits, Mapping) else {c.name: fraction_bits for c in exact}
-    unknown = [chain for chain in exact if given.get(chain.name) is None]
     names = [chain.name for chain in exact]
+    by_name = fraction_bits if isinstance(fraction_bits, Mapping) else dict.fromkeys(names, fraction_bits)
+    given = {_whole(name, names): bits for name, bits in by_name.items()}
+    unknown = [chain for chain in exact if given.get(chain.name) is None]
     if strangers := sorted(set(given) - set(names)):
         raise ConversionError(f"fraction_bits names no chain {strangers[0]!r}; they are {', '.join(names)}")
     for chain in exact:
@@ -89,3 +90,9 @@ def _bits_for(chain: ReversibleChain) -> int:
             "blocks that make it so large, or use a coupling with |gamma| = 1 in arithmetic='float'"
         )
     return bits
+
+
+def _whole(name: str, names: list[str]) -> str:
+    """The chain that `name` is the end of: a part of a model that was converted by itself calls it so."""
+    found = [whole for whole in names if whole.endswith(f".{name}")]
+    return found[0] if name not in names and len(found) == 1 else name

@@ -28,12 +28,12 @@ def couple(
     check: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', p') with the gradients of `Coupling.vjp`; `step()` computes x', `check()` is asked before backward."""
-    new: tuple[torch.Tensor, torch.Tensor] = _apply(_Couple, coupling, step, stream, partner, out, check)
+    new: tuple[torch.Tensor, torch.Tensor] = apply(_Couple, coupling, step, stream, partner, out, check)
     return new
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    """`function.apply(*args)`, which torch leaves untyped."""
+def apply(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)` of an `autograd.Function`, which torch leaves untyped."""
     return function.apply(*args)
 
 
@@ -71,7 +71,7 @@ def enter(arithmetic: Arithmetic, state: State, stream: torch.Tensor) -> torch.T
     """The chain's input as its first branch reads it; the gradient goes straight through the rounding to the grid."""
     if not isinstance(arithmetic, FixedPoint):
         return stream
-    entered: torch.Tensor = _apply(_Enter, stream, arithmetic, state)
+    entered: torch.Tensor = apply(_Enter, stream, arithmetic, state)
     return entered
 
 
@@ -87,7 +87,7 @@ class _Enter(torch.autograd.Function):
 
 def read_out(arithmetic: Arithmetic, state: State, stream: torch.Tensor, partner: torch.Tensor | None) -> torch.Tensor:
     """(q + p) / 2 of a chain's last state, in the stream's dtype."""
-    mean: torch.Tensor = _apply(_ReadOut, stream, partner, arithmetic, state)
+    mean: torch.Tensor = apply(_ReadOut, stream, partner, arithmetic, state)
     return mean
 
 

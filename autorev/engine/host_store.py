@@ -81,7 +81,7 @@ class HostStore:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        vars(self).update(vars(HostStore()))
 
     def around(self, run: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`run(forward, *args, **kwargs)`, with what autograd keeps outside of `run`'s own hooks on the host."""

@@ -12,10 +12,8 @@ bits, and how its branch is run again. Steps whose activations are stored leave 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +24,7 @@ from autorev.couplings.coupling import Coupling, State
 from autorev.engine.digest import Comparison, Digest, looked_at
 from autorev.engine.grid import Dropped, check_largest, largest_of, step_on_grid
 from autorev.engine.host_store import OnHost
+from autorev.engine.observed import observed_here
 from autorev.engine.replay import Replay, Rest, hooks_of_others_off
 from autorev.errors import FixedPointRangeError, ReconstructionError
 
@@ -35,29 +34,6 @@ if TYPE_CHECKING:
 SMALL_CHANNEL = 0.05
 TOLERANCE = 1e-3
 """Relative error of a reconstructed float stream beyond which its gradients are refused."""
-
-
-@dataclass(eq=False)
-class Observed:
-    """What backward passes found, of forward passes that were made while this was in force in their thread."""
-
-    rebuilt: dict[str, int] = field(default_factory=dict)
-    """By chain: how many branches were run again."""
-    drifts: dict[str, float] = field(default_factory=dict)
-
-
-_observed: ContextVar[Observed | None] = ContextVar("autorev observed", default=None)
-
-
-@contextmanager
-def observing() -> Iterator[Observed]:
-    """Tell apart what this thread's forward passes lead to from what others do with the same chains."""
-    found = Observed()
-    token = _observed.set(found)
-    try:
-        yield found
-    finally:
-        _observed.reset(token)
 
 
 @dataclass(eq=False)
@@ -112,7 +88,7 @@ class Tape:
         self.label = label
         self.exact = isinstance(arithmetic, FixedPoint)
         self.comparison = Comparison(self.exact)
-        self.observed = _observed.get()
+        self.observed = observed_here()
         self.origin: tuple[float, ...] | None = None
         """What the first state is known by, where it is not the chain's first one."""
         self.peak: torch.Tensor | None = None

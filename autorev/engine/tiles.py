@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.engine.autograd import apply
 from autorev.engine.digest import Comparison
 from autorev.engine.replay import BranchRun, Completes, Replay, branch_run_here
 from autorev.engine.saved import SavedTensors
@@ -116,7 +117,7 @@ class TiledCall:
                 self.asked_for.add(number)
             if out is None:
                 out = _room_for(tile, inputs[0], self.tiling.axis)
-            out = _Write.apply(out, tile, self.tiling.axis, start)  # type: ignore[no-untyped-call]
+            out = apply(_Write, out, tile, self.tiling.axis, start)
             del tile, tiles
         assert out is not None
         return out
@@ -225,7 +226,10 @@ def _later(run: BranchRun, function: Function, inputs: Sequence[torch.Tensor], t
             call.completes, call.out = run.last_completes, None
             return seen.like.expand(seen.shape)
     made = partial(values_of, function, inputs, tiling)
-    return _Values.apply(seen.like.detach().requires_grad_(), made) if seen.requires_grad else made()  # type: ignore[no-untyped-call]
+    if not seen.requires_grad:
+        return made()
+    values: torch.Tensor = apply(_Values, seen.like.detach().requires_grad_(), made)
+    return values
 
 
 def _by_itself(
@@ -236,7 +240,7 @@ def _by_itself(
     replay.add_module(module, path, lambda module, name: False)
     replay.begins()
     call = TiledCall(function, tiling, replay)
-    kept = _Keep.apply(torch.empty((), requires_grad=True), *inputs)  # type: ignore[no-untyped-call]
+    kept = apply(_Keep, torch.empty((), requires_grad=True), *inputs)
     node = kept.grad_fn
     call.reopen = lambda: node.saved_tensors
     out = call.first(inputs, Comparison(exact=True))
@@ -253,11 +257,8 @@ def _read(
     """The inputs, and a tile of each."""
     whole, tiles = [], []
     for x in inputs:
-        passed, tile = x, None
-        if x.requires_grad:
-            passed, tile = _Read.apply(x, axis, start, length)  # type: ignore[no-untyped-call]
-        else:
-            tile = cut(x, axis, start, length)
+        known = x.requires_grad
+        passed, tile = apply(_Read, x, axis, start, length) if known else (x, cut(x, axis, start, length))
         whole.append(passed)
         tiles.append(tile)
     return whole, tiles

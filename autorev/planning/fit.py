@@ -205,9 +205,7 @@ def _named(model: Any) -> str | None:
 
 
 def _bytes_of(memory: str | int) -> tuple[int, bool]:
-    if is_count(memory, 1):
-        return int(memory), False
-    return parse_memory(memory)  # type: ignore[arg-type]
+    return (int(memory), False) if is_count(memory, 1) else parse_memory(str(memory))
 
 
 def _standing(forecaster: Forecaster) -> int:

@@ -18,7 +18,7 @@ from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 
 if TYPE_CHECKING:
-    from autorev.prediction.simulate import Site
+    from autorev.prediction.layout import Site
 
 
 class Chains:

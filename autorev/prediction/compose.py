@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from autorev.analysis import Category
-from autorev.prediction.simulate import Layout, StepTrace
+from autorev.prediction.layout import Layout
+from autorev.prediction.simulate import StepTrace
 from autorev.prediction.tracker import Segment
 
 

@@ -18,8 +18,9 @@ from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.methods import PREDICTED, Method
 from autorev.prediction.compose import StepCost, compose
+from autorev.prediction.layout import Layout, layout_of
 from autorev.prediction.scaling import ScaledTrace
-from autorev.prediction.simulate import Layout, StepTrace, layout_of, simulate
+from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
 from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes
 from autorev.workload import Call

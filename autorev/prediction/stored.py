@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 from autorev.analysis import Category
 from autorev.prediction.compose import expand
-from autorev.prediction.simulate import Layout, StepTrace
+from autorev.prediction.layout import Layout
+from autorev.prediction.simulate import StepTrace
 from autorev.prediction.tracker import Segment
 
 _OF_WEIGHTS = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)

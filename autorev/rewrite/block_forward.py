@@ -22,12 +22,12 @@ from autorev.engine.modules import without_history
 from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import is_asked_for, is_cache, is_checkpointed
-from autorev.rewrite.compiled import CompiledBlock, compiler_of
-from autorev.rewrite.replacement import Replacement
+from autorev.rewrite.compiled import compiler_of
+from autorev.rewrite.replacement import CompilingReplacement
 
 
 @dataclass(eq=False)
-class ReversibleForward(Replacement):
+class ReversibleForward(CompilingReplacement):
     """The base of what takes blocks as steps."""
 
     chain: ReversibleChain
@@ -39,7 +39,6 @@ class ReversibleForward(Replacement):
     """Where the stream is in what the block returns."""
     written: tuple[str, ...]
     mutates_input: bool
-    compiling: CompiledBlock = field(init=False)
     positional: tuple[str, ...] = field(init=False)
     """The names of the block's positional parameters."""
     rest: str = field(init=False)
@@ -47,7 +46,6 @@ class ReversibleForward(Replacement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.compiling = CompiledBlock(self.block)
         parameters = list(self.__signature__.parameters.values())
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.positional = tuple(p.name for p in parameters if p.kind in kinds)
@@ -63,13 +61,6 @@ class ReversibleForward(Replacement):
         super().remove()
         self.compiling.end()
 
-    def for_replica(self, replica: nn.Module) -> Replacement:
-        """It compiles the copy by itself."""
-        own = super().for_replica(replica)
-        assert isinstance(own, ReversibleForward)
-        own.compiling = CompiledBlock(replica, compiler=self.compiling.compiler)
-        return own
-
     @property
     def is_compiled(self) -> bool:
         """Is it by itself, and not as part of something larger?"""
@@ -80,7 +71,7 @@ class ReversibleForward(Replacement):
         if self.chain.magnitudes is not None:
             # A grid is being chosen: once, without gradients, as training will never run it.
             return getattr(self.original, "_torchdynamo_orig_callable", self.original)
-        return self.compiling.compiled(self.original)
+        return super().own()
 
     def _refuse_transforms(self) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:

@@ -19,7 +19,7 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.errors import ConversionError
-from autorev.rewrite.compiled import inside_of, never_compiled
+from autorev.rewrite.compiled import CompiledBlock, inside_of, never_compiled
 
 HANDLE = "_autorev_replacements"
 """Where a module keeps its replaced forwards, the first one first: other libraries may wrap `forward` afterwards."""
@@ -136,6 +136,28 @@ class Replacement(ABC):
     @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward, converted."""
+
+
+@dataclass(eq=False)
+class CompilingReplacement(Replacement):
+    """One whose module's own forward is compiled where the module, or what calls it, is."""
+
+    compiling: CompiledBlock = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.compiling = CompiledBlock(self.block)
+
+    def for_replica(self, replica: nn.Module) -> Replacement:
+        """It compiles the copy by itself."""
+        own = super().for_replica(replica)
+        assert isinstance(own, CompilingReplacement)
+        own.compiling = CompiledBlock(replica, compiler=self.compiling.compiler)
+        return own
+
+    def own(self) -> Callable[..., Any]:
+        """The module's own forward, compiled."""
+        return self.compiling.compiled(self.original)
 
 
 def replacements_of(model: nn.Module) -> Iterator[Replacement]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,9 +28,8 @@ from autorev.engine.mode import ORACLE, mode
 from autorev.engine.replay import branch_run_here
 from autorev.engine.tiles import Tiling, cut, run_tiled
 from autorev.errors import ConversionError, one_line
-from autorev.rewrite.compiled import CompiledBlock
 from autorev.rewrite.in_steps import fake_call, shape_of
-from autorev.rewrite.replacement import Replacement
+from autorev.rewrite.replacement import CompilingReplacement
 
 SMALLEST = 128
 """Positions of a tile, at least, where the number is chosen: below that, matrix products become slow."""
@@ -44,7 +43,7 @@ TileSize = int | Literal["auto"]
 
 
 @dataclass(eq=False)
-class TiledForward(Replacement):
+class TiledForward(CompilingReplacement):
     """A module's own forward, on a tile of positions at a time."""
 
     found: TokenWise
@@ -53,27 +52,11 @@ class TiledForward(Replacement):
     """What was found of each kind of call (`kind_of`)."""
     said: set[str]
     """Why calls ran whole, as was logged; shared by the forwards of a model."""
-    compiling: CompiledBlock = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.compiling = CompiledBlock(self.block)
-
-    def for_replica(self, replica: nn.Module) -> Replacement:
-        """It compiles the copy by itself."""
-        own = super().for_replica(replica)
-        assert isinstance(own, TiledForward)
-        own.compiling = CompiledBlock(replica, compiler=self.compiling.compiler)
-        return own
 
     @property
     def passes_through(self) -> bool:
         """Not while a forward pass that was made before is run again."""
         return self.reverted and branch_run_here() is None
-
-    def own(self) -> Callable[..., Any]:
-        """The module's own forward, compiled where what calls it is."""
-        return self.compiling.compiled(self.original)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward."""

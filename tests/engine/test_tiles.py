@@ -54,7 +54,7 @@ class Dropping(hand.Parts):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 16))  # type: ignore[assignment]
+        self.mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 16))  # type: ignore[assignment]  # another class than the base's
         self.drop = nn.Dropout(0.2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class InPlace(hand.Parts):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(16, 64), nn.ReLU(inplace=True), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16)
-        )  # type: ignore[assignment]
+        )  # type: ignore[assignment]  # another class than the base's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x + self.attention(self.norm1(x))
@@ -94,7 +94,7 @@ class Adding(hand.Parts):
     """The MLP is given the residual, too, as BLOOM's is, and the block has one add of its own."""
 
     class Mlp(hand.MLP):
-        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the block here calls it so
             return super().forward(x) * torch.sigmoid(residual)
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class AddingInside(hand.Parts):
     """BLOOM's and MPT's: the residual add stands in the MLP."""
 
     class Mlp(hand.MLP):
-        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the block here calls it so
             return super().forward(x) + residual
 
     def __init__(self) -> None:
@@ -202,10 +202,10 @@ def test_what_ends_a_step_is_not_tiled_where_each_add_does() -> None:
         tiled(Setting("sublayer", {"granularity": "sublayer"}), AddingInside)
 
 
-def calls_of(model: nn.Module, run: Callable[[], object]) -> int:
+def calls_of(model: Any, run: Callable[[], object]) -> int:
     """How often the last layer of the second block's MLP runs."""
     seen: list[int] = []
-    layer = model.blocks[1].mlp.down  # type: ignore[union-attr,index]
+    layer = model.blocks[1].mlp.down
 
     def counting(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if self is layer:
@@ -237,13 +237,13 @@ def test_where_more_comes_after_the_mlp_it_runs_once_more() -> None:
 def test_tiles_without_a_coupling(name: str) -> None:
     """PyTorch's own ways, tiled: the same gradients, and the MLP runs twice."""
     torch.manual_seed(0)
-    model = small()
+    model: Any = small()
     expected = step(model)
     blocks = Blocks(tuple(f"blocks.{n}" for n in range(4)), inline=False, draws_random=False)
     with in_place(model, Method(name, tile=TILES), blocks, ((TOKENS,), {})):
         assert_same(step(model), expected, 1e-5)
         assert calls_of(model, lambda: step(model)) == 2 * 8
-    assert "forward" not in vars(model.blocks[0].mlp)  # type: ignore[arg-type]
+    assert "forward" not in vars(model.blocks[0].mlp)
     assert_same(step(model), expected, 0)
 
 
@@ -251,7 +251,7 @@ def test_tiles_without_a_coupling(name: str) -> None:
 def test_a_weight_that_changes_before_backward_is_an_error(how: str) -> None:
     """Without a coupling, too: a tile is run again with the weights of then, or not at all."""
     model = small(2)
-    weight: Any = model.blocks[1].mlp.up.weight  # type: ignore[union-attr]
+    weight: Any = model.blocks[1].mlp.up.weight
     blocks = Blocks(("blocks.0", "blocks.1"), inline=False, draws_random=False)
     with in_place(model, Method("plain", tile=TILES), blocks, ((TOKENS,), {})), torch.no_grad():
         with torch.enable_grad():
@@ -269,7 +269,7 @@ def test_a_weight_that_changes_before_backward_is_an_error(how: str) -> None:
 def test_dropout_of_tiles_is_drawn_again_as_it_was() -> None:
     """Without a coupling: against the same draws by ordinary autograd."""
     torch.manual_seed(0)
-    model = small(2, Dropping)
+    model: Any = small(2, Dropping)
     blocks = Blocks(("blocks.0", "blocks.1"), inline=False, draws_random=True)
 
     class ByHand(nn.Module):
@@ -283,8 +283,8 @@ def test_dropout_of_tiles_is_drawn_again_as_it_was() -> None:
     with in_place(model, Method("plain", tile=TILES), blocks, ((TOKENS,), {})):
         actual = step(model)
     for block in model.blocks:
-        by_hand = ByHand(block.mlp)  # type: ignore[arg-type]
-        block.mlp.forward = lambda x, f=block.mlp.forward: torch.cat([f(tile) for tile in x.split(TILES, 1)], 1)  # type: ignore[union-attr]
+        by_hand = ByHand(block.mlp)
+        block.mlp.forward = lambda x, f=block.mlp.forward: torch.cat([f(tile) for tile in x.split(TILES, 1)], 1)
         del by_hand
     assert_same(actual, step(model), 1e-5)
 
@@ -428,7 +428,7 @@ def test_another_call_is_analysed_by_itself() -> None:
     """An argument that decides, and a stream of other axes."""
 
     class Choosing(hand.MLP):
-        def forward(self, x: torch.Tensor, mix: bool = False) -> torch.Tensor:  # type: ignore[override]
+        def forward(self, x: torch.Tensor, mix: bool = False) -> torch.Tensor:  # type: ignore[override]  # the block here calls it so
             return super().forward(x - x.mean(1, keepdim=True) if mix else x)
 
     class Block(hand.Parts):
@@ -459,7 +459,7 @@ def test_one_mlp_of_all_blocks(setting: Setting) -> None:
     def sharing() -> nn.Module:
         model = small(4)
         for block in model.blocks:
-            block.mlp = model.blocks[0].mlp  # type: ignore[union-attr]
+            block.mlp = model.blocks[0].mlp
         return model
 
     model = converted(setting, sharing, tile=TILES, keep_last=0)
@@ -565,7 +565,7 @@ class Wide(hand.Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16))  # type: ignore[assignment]
+        self.mlp = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16))  # type: ignore[assignment]  # another class than the base's
 
 
 LONG = torch.arange(512).remainder(50).reshape(1, 512)
@@ -602,7 +602,7 @@ def test_a_step_holds_one_tile_of_an_mlp_at_a_time() -> None:
 @pytest.mark.parametrize("tile", [8, 100])
 def test_a_tile_as_long_as_the_sequence_is_refused(tile: int) -> None:
     """In one sentence, and the model is as it was."""
-    model = small()
+    model: Any = small()
     with pytest.raises(ConversionError, match=f"tile={tile} leaves nothing to tile: the blocks are called with 8"):
         autorev.convert(model, batch=(TOKENS,), tile=tile)
     assert not any("forward" in vars(module) for module in model.modules())

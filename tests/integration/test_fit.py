@@ -247,7 +247,7 @@ def test_frontier(plans: dict[str, Plan]) -> None:
     ("how", "words"),
     [
         ({"memory": "lots"}, "'lots' is no amount of memory"),
-        ({"memory": 0}, "0 is no amount of memory"),
+        ({"memory": 0}, "'0' is no amount of memory"),
         ({"sequence": 64}, "a model of yours is planned for on the batch that it is given"),
         ({"batch": "auto"}, "a model of yours is planned for on the batch that it is given"),
         ({"optimizer": "adagrad"}, "adagrad"),
