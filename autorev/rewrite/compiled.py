@@ -33,6 +33,11 @@ IN_STEPS = (
     "block.mlp.compile(), or convert with granularity='block'"
 )
 
+WHILE_KEPT = (
+    "run eagerly, as the results of attention are kept operator by operator, which compiled code does not show; leave "
+    "keep='attention' or the compiler out"
+)
+
 _CALL, _COMPILE = "_compiled_call_impl", "compile"
 """What `nn.Module.compile` sets, and its own name."""
 
@@ -77,7 +82,9 @@ class CompiledBlock:
         """Tell the user once what is compiled, where it is not what was asked for."""
         if self.compiler is None and _around.get() is None:
             return
-        if in_steps:
+        if chain.keeps_attention:
+            chain.warn_once(WHILE_KEPT)
+        elif in_steps:
             chain.warn_once(IN_STEPS)
         elif self.compiler is None:
             chain.warn_once(

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autorev
 from autorev.engine.kept import ATTENTION
-from autorev.errors import SettingError
+from autorev.errors import ConversionError, SettingError
 from autorev.methods import Method
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import (
@@ -70,6 +70,43 @@ def test_attention_runs_once_and_the_numbers_are_the_same(how: dict[str, Any]) -
     assert runs[0] == 4
     assert_same(actual, expected, 1e-6 if "arithmetic" in how else 0)  # a rebuilt float stream is off by a rounding
     assert_like_oracle(once, EXACT)
+
+
+class TwoAttentions(hand.Parts):
+    """Both in one step; each has a result of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = hand.Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        return x + self.attention(y) * 0.5 - self.second(y).tanh()
+
+
+@pytest.mark.parametrize("how", [{}, {"tile": 3}, {"granularity": "sublayer"}], ids=str)
+def test_each_of_several_results_is_returned_in_its_place(how: dict[str, Any]) -> None:
+    """Two attentions in a step, in order."""
+    if "tile" in how:
+        with pytest.raises(ConversionError, match="no part of the blocks"):
+            converted(EXACT, lambda: small(3, TwoAttentions), keep_last=0, keep="attention", **how)
+        return
+    model = converted(EXACT, lambda: small(3, TwoAttentions), keep_last=0, keep="attention", **how)
+    with counted() as runs:
+        step(model)
+    assert runs[0] == 6
+    assert_like_oracle(model, EXACT)
+
+
+def test_compiled_blocks_run_eagerly_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A mode does not see into compiled code."""
+    model = converted(EXACT, small, keep_last=0, keep="attention")
+    expected = step(model)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with caplog.at_level("WARNING", "autorev"):
+        assert_same(step(model), expected, 1e-6)
+    assert any("run eagerly, as the results of attention are kept" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "offload"])
