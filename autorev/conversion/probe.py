@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.conversion.agreed import agreed
 from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
 from autorev.engine.chain import Magnitudes, ReversibleChain
 from autorev.engine.eval_mode import eval_mode
@@ -32,7 +33,7 @@ def choose_grids(
     """Set the grid of every exact chain of the converted `model`; returns notes for the user.
 
     The example call is run once in eval mode, without gradients, in float streams; random numbers and modes are put
-    back.
+    back. Several processes (torch.distributed) agree on the coarsest grid of all (`agreed`).
 
     Raises:
         ConversionError: the activations are not finite, or no grid fits the large ones and the small ones.
@@ -69,12 +70,14 @@ def choose_grids(
                     f"gradients ({one_line(error)}); give fraction_bits, or use arithmetic='float'"
                 ) from error
         unseen = [chain.name for chain in unknown if chain.magnitudes is not None and chain.magnitudes.largest == 0]
+        found = {chain.name: USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain) for chain in unknown}
+        bits, notes = agreed(found)
         for chain in unknown:
-            chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain))
+            chain.arithmetic = FixedPoint(bits[chain.name])
     finally:
         for chain in unknown:
             chain.magnitudes = None
-    return [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
+    return notes + [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
 
 
 def _bits_for(chain: ReversibleChain) -> int:

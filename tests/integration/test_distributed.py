@@ -11,9 +11,11 @@ import json
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -327,6 +329,25 @@ def refused_when_spread() -> dict[str, Any]:
     return said
 
 
+def grid(scale: float) -> list[int | None]:
+    """The grid for activations that are so many times larger."""
+    model = build("hand-written")
+    with torch.no_grad():
+        next(model.parameters()).mul_(scale)  # the embedding's
+    return [chain.fraction_bits for chain in autorev.convert(model, **example("hand-written")).chains]
+
+
+def grids_of_both() -> dict[str, Any]:
+    """Of a model whose activations are larger in one process, where both convert and where rank 0 alone does."""
+    found: dict[str, Any] = {"both": grid(64.0 if dist.get_rank() else 1.0)}
+    if dist.get_rank() == 0:
+        with patch("autorev.conversion.agreed.PATIENCE", timedelta(seconds=1)):
+            alone = autorev.convert(build("hand-written"), **example("hand-written"))
+        found["alone"] = alone.notes
+    dist.barrier()
+    return found
+
+
 def example(model: str) -> dict[str, Any]:
     """The example call for `convert`."""
     return {} if model == "llama" else {"batch": batch(model)}
@@ -362,6 +383,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "tensor parallel first": partial(in_tensor_parallel, True),
     "tensor parallel": partial(in_tensor_parallel, False),
     "spread": refused_when_spread,
+    "grids": grids_of_both,
     "bfloat16": partial(in_bfloat16, SETTINGS["exact momentum"]),
 }
 
@@ -479,6 +501,14 @@ def test_a_model_that_is_wrapped_already_is_converted(results: dict[str, Any], w
         assert found["verified"] is True
     else:
         assert "verify the model before fully_shard" in found["verified"]
+
+
+def test_processes_agree_on_the_coarsest_of_their_grids(results: dict[str, Any]) -> None:
+    """Each has rows of its own; where one of them converts alone it says so and does not wait for ever."""
+    found = result_of(results, "grids")
+    assert grid(64.0) < grid(1.0), "the larger activations have the same grid, so nothing is shown"
+    assert found["both"] == grid(64.0)
+    assert "the grid of its own rows" in found["alone"][0]
 
 
 @pytest.mark.parametrize("order", ["tensor parallel first", "tensor parallel"])
