@@ -31,8 +31,8 @@ def agreed(bits: dict[str, int]) -> tuple[dict[str, int], list[str]]:
         store.wait(keys, PATIENCE)
     except RuntimeError:  # torch's DistStoreError: the time is over
         return bits, [
-            f"not every process converted within {PATIENCE.seconds} seconds, so this one has the grid of its own rows, and the same row "
-            "may have another loss elsewhere; convert in every process, or give fraction_bits"
+            f"not every process converted within {PATIENCE.seconds} seconds, so this one has the grid of its own rows, "
+            "and the same row may have another loss elsewhere; convert in every process, or give fraction_bits"
         ]
     found = [json.loads(store.get(key)) for key in keys]
     return {chain: min(other.get(chain, own) for other in found) for chain, own in bits.items()}, []

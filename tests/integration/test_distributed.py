@@ -329,6 +329,26 @@ def refused_when_spread() -> dict[str, Any]:
     return said
 
 
+def refused_in_a_stage() -> dict[str, Any]:
+    """What the first of two stages of a pipeline says of its chain; checkpointed, the same stage runs."""
+    from torch.distributed.pipelining import PipelineStage
+
+    said = {}
+    for method in ("momentum", "checkpoint"):
+        model = hand.Stack(*(hand.Block() for _ in range(2)))
+        model.norm = model.head = nn.Identity()
+        autorev.convert(model.train(), **example("hand-written"), method=method)
+        tokens = batch("hand-written")["tokens"]
+        stage = PipelineStage(
+            model, dist.get_rank(), RANKS, torch.device("cpu"), tokens, torch.zeros(ROWS, 12, hand.WIDTH)
+        )
+        try:
+            said[method] = str(stage.forward_one_chunk(0, (tokens,)).shape) if stage.is_first else ""
+        except RuntimeError as error:  # the stage's own, for whatever its module raises
+            said[method] = str(error.__cause__)
+    return said
+
+
 def grid(scale: float) -> list[int | None]:
     """The grid for activations that are so many times larger."""
     model = build("hand-written")
@@ -384,6 +404,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "tensor parallel": partial(in_tensor_parallel, False),
     "spread": refused_when_spread,
     "grids": grids_of_both,
+    "stage": refused_in_a_stage,
     "bfloat16": partial(in_bfloat16, SETTINGS["exact momentum"]),
 }
 
@@ -509,6 +530,14 @@ def test_processes_agree_on_the_coarsest_of_their_grids(results: dict[str, Any])
     assert grid(64.0) < grid(1.0), "the larger activations have the same grid, so nothing is shown"
     assert found["both"] == grid(64.0)
     assert "the grid of its own rows" in found["alone"][0]
+
+
+def test_a_chain_does_not_begin_in_a_stage_of_a_pipeline(results: dict[str, Any]) -> None:
+    """Each stage would begin with a velocity of zero, and nobody would be told; a checkpoint is right there."""
+    said = result_of(results, "stage")
+    assert "blocks.0 begins a chain in stage 0 of a pipeline of 2" in said["momentum"]
+    assert "method='checkpoint'" in said["momentum"]
+    assert said["checkpoint"] == f"torch.Size([{ROWS}, 12, {hand.WIDTH}])"
 
 
 @pytest.mark.parametrize("order", ["tensor parallel first", "tensor parallel"])
