@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
+from typing import Any
 
 from autorev.errors import ConversionError
 
@@ -21,7 +22,7 @@ def check_no_stage(path: str) -> None:
     frame: FrameType | None = sys._getframe(1) if module is not None else None
     while frame is not None:
         if frame.f_globals.get("__name__") == _STAGES:
-            stage = frame.f_locals.get("self")
+            stage: Any = frame.f_locals.get("self")
             if getattr(stage, "num_stages", 1) > 1:
                 raise ConversionError(
                     f"{path} begins a chain in stage {stage.stage_index} of a pipeline of {stage.num_stages}: the "
