@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,8 @@ from tests.helpers.one_step import gap, gradients_of, loss_of, one_step
 pytest.importorskip("transformers")
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
+
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from tests.helpers import zoo
 
@@ -55,8 +58,36 @@ FIRST: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "ddp", "exact momentum", SETTINGS["exact momentum"]),
 ]
 """Wrapped before they are converted."""
+SPREAD: dict[str, dict[str, Any]] = {
+    "blocks": {},
+    "in steps": {"granularity": "sublayer"},
+    "tiled": {"tile": 4},
+}
 OUT_OF_ORDER = ["again", "two losses", "1"]
 """A second backward of one graph, two losses of one forward, a loss on the state behind block 1."""
+
+
+class Ulysses(hand.Attention):
+    """Each rank has a part of the sequence, and attends with a part of the heads on all of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = [part.unflatten(-1, (RANKS, -1)) for part in self.qkv(x).chunk(3, -1)]
+        spread = dist.is_initialized()
+        q, k, v = ((exchanged(part, 2, 1) if spread else part).transpose(1, 2) for part in heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return self.out((exchanged(y, 1, 2) if spread else y).flatten(2))
+
+
+class UlyssesBlock(hand.Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Ulysses()
+
+
+def exchanged(x: torch.Tensor, scattered: int, gathered: int) -> torch.Tensor:
+    """All-to-all: each rank gives away parts of one dimension for those of the other."""
+    parts = torch.stack(x.chunk(RANKS, scattered)).contiguous()
+    return torch.cat(list(all_to_all_single_autograd(parts, None, None, dist.group.WORLD)), gathered)
 
 
 # -- what the two processes do
@@ -329,6 +360,25 @@ def refused_when_spread() -> dict[str, Any]:
     return said
 
 
+def sequence_spread(settings: dict[str, Any]) -> dict[str, Any]:
+    """Half of the sequence in each process: the gap of the summed gradients to the oracle's on all of it."""
+    tokens = batch("hand-written")["tokens"]
+    mine = tokens.chunk(RANKS, 1)[dist.get_rank()]
+    gradients = []
+    for spread in (True, False):
+        with torch.random.fork_rng(), nullcontext() if spread else patch.object(dist, "is_initialized", lambda: False):
+            torch.manual_seed(0)
+            model = hand.stack_of(UlyssesBlock).train()
+            autorev.convert(model, mine if spread else tokens, fraction_bits=16, **settings)
+            with running("reversible" if spread else "oracle"):
+                model(mine if spread else tokens).square().sum().backward()
+        gradients.append(gradients_of(model))
+    for gradient in gradients[0].values():
+        if gradient is not None:
+            dist.all_reduce(gradient)
+    return {"gap": gap(*gradients)}
+
+
 def refused_in_a_stage() -> dict[str, Any]:
     """What the first of two stages of a pipeline says of its chain; checkpointed, the same stage runs."""
     from torch.distributed.pipelining import PipelineStage
@@ -405,6 +455,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "spread": refused_when_spread,
     "grids": grids_of_both,
     "stage": refused_in_a_stage,
+    **{f"ulysses, {name}": partial(sequence_spread, settings) for name, settings in SPREAD.items()},
     "bfloat16": partial(in_bfloat16, SETTINGS["exact momentum"]),
 }
 
@@ -530,6 +581,12 @@ def test_processes_agree_on_the_coarsest_of_their_grids(results: dict[str, Any])
     assert grid(64.0) < grid(1.0), "the larger activations have the same grid, so nothing is shown"
     assert found["both"] == grid(64.0)
     assert "the grid of its own rows" in found["alone"][0]
+
+
+@pytest.mark.parametrize("how", SPREAD)
+def test_a_sequence_that_is_spread_over_processes(results: dict[str, Any], how: str) -> None:
+    """Nothing but attention communicates, in the second run as in the first."""
+    assert result_of(results, f"ulysses, {how}")["gap"] < 1e-5
 
 
 def test_a_chain_does_not_begin_in_a_stage_of_a_pipeline(results: dict[str, Any]) -> None:
