@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -43,9 +44,10 @@ def detect(recorded: RecordedCall) -> Detection:
     findings = list(_search(recorded.root))
     if not findings:
         findings = inline_blocks(recorded.root, alone=True)
+    _keep_what_is_handed_on(findings)
     _link(findings, recorded)
     detection = Detection()
-    tail: dict[State, list[Finding]] = {}
+    tail: dict[tuple[State, ...], list[Finding]] = {}
     for finding in findings:
         if not finding.reversible:
             detection.refused.append(finding)
@@ -139,12 +141,26 @@ State = tuple[int, int]
 """A tensor, and how often it had been written to: what one block returns is what the next receives."""
 
 
-def _entry(finding: Finding) -> State:
-    return id(finding.stream_in), 0 if finding.inline else finding.call.entered.get(id(finding.stream_in), 0)
+def _entry(finding: Finding) -> tuple[State, ...]:
+    """Of every stream that it carries."""
+    return tuple(_state(lane.stream_in, {} if lane.inline else lane.call.entered) for lane in finding.lanes)
 
 
-def _exit(finding: Finding) -> State:
-    return id(finding.stream_out), 0 if finding.inline else finding.call.left.get(id(finding.stream_out), 0)
+def _exit(finding: Finding) -> tuple[State, ...]:
+    return tuple(_state(lane.stream_out, {} if lane.inline else lane.call.left) for lane in finding.lanes)
+
+
+def _state(stream: torch.Tensor | None, versions: dict[int, int]) -> State:
+    return id(stream), versions.get(id(stream), 0)
+
+
+def _keep_what_is_handed_on(findings: list[Finding]) -> None:
+    """A further stream is one only where a block receives from another what that one returned."""
+    given = {state for finding in findings if finding.reversible for state in _exit(finding)}
+    taken = {state for finding in findings if finding.reversible for state in _entry(finding)}
+    for finding in findings:
+        ends = zip(finding.lanes[1:], _entry(finding)[1:], _exit(finding)[1:], strict=True)
+        finding.beside = [lane for lane, entry, left in ends if entry in given or left in taken]
 
 
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:
@@ -169,11 +185,12 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             "receive what the other returned"
         )
         broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
-    receivers = {id(f.stream_in): f for f in reversed(findings) if f.reversible and not f.inline}
+    receivers = {id(lane.stream_in): f for f in reversed(findings) if f.reversible and not f.inline for lane in f.lanes}
     for finding in findings:
-        receiver = receivers.get(id(finding.stream_out)) if finding.reversible else None
-        if receiver is not None and finding.stream_in is not finding.stream_out:  # it is, where blocks add in place
-            finding.caveats += _read_outside(finding, receiver, recorded)
+        for lane in finding.lanes if finding.reversible else ():
+            receiver = receivers.get(id(lane.stream_out))
+            if receiver is not None and lane.stream_in is not lane.stream_out:  # it is, where blocks add in place
+                finding.caveats += _read_outside(lane, receiver, recorded)
     for finding in findings:
         obstacle = broken.get(id(finding))
         if obstacle is not None:

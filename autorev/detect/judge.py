@@ -52,8 +52,15 @@ class Finding:
     """The module's path; an inline block has one of its own."""
     end: fx.Node | None = None
     """The node that is the stream after the last step."""
+    beside: list[Finding] = field(default_factory=list)
+    """The block's other streams, which are reversed together with this one."""
     inline: bool = False
     """A turn of a loop in `call`'s own code, not a module of its own."""
+
+    @property
+    def lanes(self) -> tuple[Finding, ...]:
+        """This stream, and those beside it."""
+        return self, *self.beside
 
     @property
     def reversible(self) -> bool:
@@ -94,16 +101,16 @@ class Finding:
     def block(self) -> Block:
         """The finding as frozen data."""
         module, start = self.call.module, self.start
-        reasons = self.obstacles or self.caveats
-        verdict = Verdict.REFUSED if self.obstacles else Verdict.CAVEAT if self.caveats else Verdict.ELIGIBLE
+        reasons = self.obstacles or [caveat for lane in self.lanes for caveat in lane.caveats]
+        verdict = Verdict.REFUSED if self.obstacles else Verdict.CAVEAT if reasons else Verdict.ELIGIBLE
         value: Any = None if start is None else start.meta["val"]
         return Block(
             path=self.path,
             class_name=type(module).__name__,
             verdict=verdict,
             reasons=tuple(dict.fromkeys(map(str, reasons))),
-            steps=tuple(public_step(step, module) for step in self.steps),
-            stream="" if start is None else argument_of(start),
+            steps=tuple(public_step(step, module) for lane in self.lanes for step in lane.steps),
+            stream=", ".join(argument_of(lane.start) for lane in self.lanes if lane.start is not None),
             shape=() if value is None else tuple(value.shape),
             dtype="" if value is None else str(value.dtype).removeprefix("torch."),
             extra_inputs=self._extra_inputs(),
@@ -120,8 +127,8 @@ class Finding:
         if self.inline:  # the holder reads more than this turn of its loop does
             turn = {node for step in self.steps for node in step.branch_nodes()}
             return tuple(name for name, node in self.captured.placeholders.items() if node in turn)
-        arguments = self.captured.placeholders.items()
-        return tuple(name for name, node in arguments if is_read(node, apart_from=self.start))
+        arguments, starts = self.captured.placeholders.items(), [lane.start for lane in self.lanes]
+        return tuple(name for name, node in arguments if is_read(node, apart_from=starts))
 
 
 def judge(call: ModuleCall) -> Finding:
@@ -159,14 +166,12 @@ def judge(call: ModuleCall) -> Finding:
                 call,
                 Obstacle("not-residual", "it takes or returns no tensor", definition_line(call.module)),
             )
-        streams = {start: follow(start) for start in starts}
-        for at, output in outputs:
-            for stream in streams.values():
-                steps = stream.steps_to(output) if output in stream else []
-                if any(step.reads_stream() for step in steps) or (steps and captured.lost):
-                    finding = _on_stream(call, captured, stream, steps, at, output)
-                    finding.obstacles += filter(None, [_changed_argument(call, before)])
-                    return finding
+        streams = {start: follow(start, through_cat=True) for start in starts}
+        if found := _on_streams(call, captured, streams, outputs):
+            first = next((finding for finding in found if finding.reversible), found[0])
+            first.obstacles += filter(None, [_changed_argument(call, before)])
+            first.beside = [finding for finding in found if finding is not first and finding.reversible]
+            return first
         hidden = _may_hide_an_add(captured, starts, outputs[0][1]) - opened
         if not hidden:
             break
@@ -205,6 +210,28 @@ def _changed_argument(call: ModuleCall, before: dict[str, list[int]]) -> Obstacl
 
 def _untraced(call: ModuleCall, obstacle: Obstacle) -> Finding:
     return Finding(call, None, None, [], [obstacle], path=call.path)
+
+
+def _on_streams(
+    call: ModuleCall,
+    captured: CapturedBlock,
+    streams: dict[fx.Node, Stream],
+    outputs: list[tuple[tuple[Any, ...], fx.Node]],
+) -> list[Finding]:
+    """Every output that is an input plus something, in order; no input is taken twice."""
+    found: list[Finding] = []
+    for at, output in outputs:
+        for start, stream in streams.items():
+            if start in (finding.start for finding in found) or output not in stream or stream.within(output):
+                continue
+            steps = stream.steps_to(output)
+            reads = any(step.reads_stream() for step in steps) or any(
+                step.reads(finding.start) for finding in found for step in steps if finding.start is not None
+            )
+            if reads or (steps and captured.lost):
+                found.append(_on_stream(call, captured, stream, steps, at, output))
+                break
+    return found
 
 
 def _on_stream(

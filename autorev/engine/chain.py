@@ -75,8 +75,8 @@ class ReversibleChain:
     """Where side bits wait for backward; None: on their device."""
     keeps_attention: bool = False
     """Is what attention returns kept, so that a second run need not compute it?"""
-    magnitudes: Magnitudes | None = None
-    """While a grid is being chosen: how large the streams were so far."""
+    magnitudes: dict[int, Magnitudes] | None = None
+    """While a grid is being chosen: how large the streams of each lane were so far."""
     finest: int = MOST_FRACTION_BITS
     """No forward pass begins with more: one that did outgrew its grid on a device that is not waited for."""
     grids: dict[str, int] = field(default_factory=dict)
@@ -117,11 +117,9 @@ class ReversibleChain:
 
 
 @dataclass(eq=False)
-class Carried:
-    """What goes with a stream from one step to the next."""
+class CarriedLane:
+    """What a stream is known by on its way to the next step, and what goes with it."""
 
-    number: int
-    """The step that returned the stream."""
     memory: tuple[Any, ...]
     """See `memory_of`."""
     values: Digest | None
@@ -131,6 +129,24 @@ class Carried:
     requires_grad: bool
     partner: torch.Tensor | None
     """The partner as autograd knows it; without values, but for the oracle. None: no gradient goes there."""
+
+    @classmethod
+    def of(cls, stream: torch.Tensor, partner: torch.Tensor | None) -> CarriedLane:
+        """Of a stream that is handed on."""
+        return cls(memory_of(stream), values_of(stream), stream.dtype, stream.requires_grad, partner)
+
+    def is_memory_of(self, stream: torch.Tensor) -> bool:
+        """Is `stream` the same memory, with the same values?"""
+        return self.memory == memory_of(stream) and self.values == values_of(stream)
+
+
+@dataclass(eq=False)
+class Carried:
+    """What goes with the streams of all lanes from one step to the next."""
+
+    number: int
+    """The step that returned the streams."""
+    lanes: tuple[CarriedLane, ...]
     tape: Tape
     """It holds the state: after `position` of its steps."""
     position: int
@@ -194,8 +210,10 @@ def pass_of(chain: ReversibleChain) -> Pass:
 # -- a stream arrives at a block
 
 
-def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int]) -> tuple[Carried | None, int, str]:
-    """`stream` reaches a block that may be one of the steps `numbers` (several: shared weights).
+def arrive(
+    chain: ReversibleChain, streams: tuple[torch.Tensor, ...], numbers: Sequence[int]
+) -> tuple[Carried | None, int, str]:
+    """`streams`, one for each lane, reach a block that may be one of the steps `numbers` (several: shared weights).
 
     Returns: what goes with it (None: a chain starts here), the step that it is, and what a chain that starts here is
         called.
@@ -204,16 +222,16 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
         ConversionError: the state cannot be known, as under a checkpoint around a single block.
     """
     here = pass_of(chain)
-    found = _by_memory(chain, stream)
+    found = _by_memory(chain, streams)
     if found is None and here.latest is not None and any(number > here.latest.number for number in numbers):
-        found = here.latest if _is_copy(here.latest, stream) else None
+        found = here.latest if _is_copy(here.latest, streams) else None
     found = _still_there(found)
     number = numbers[0] if found is None else next((n for n in numbers if n > found.number), numbers[0])
     label = chain.name
     if found is None:
         if here.latest is not None and number > here.latest.number:
             label = f"{chain.name} from {chain.paths[number]}"
-            _say_restart(chain, here.latest, number, stream)
+            _say_restart(chain, here.latest, number, streams)
         elif number and torch._C._current_graph_task_id() != -1:
             raise ConversionError(
                 f"a block of {chain.name} was run again in backward, apart from the blocks before it, as with a "
@@ -225,13 +243,16 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
     return found, number, label
 
 
-def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
-    found: Carried | None = chain.carried.get(stream.untyped_storage())
-    if found is None or found.memory != memory_of(stream) or found.values != values_of(stream):
+def _by_memory(chain: ReversibleChain, streams: tuple[torch.Tensor, ...]) -> Carried | None:
+    found: Carried | None = chain.carried.get(streams[0].untyped_storage())
+    if found is None or len(found.lanes) != len(streams):
         return None
-    if stream.is_inference() and not _is_copy(found, stream):
+    lanes = list(zip(found.lanes, streams, strict=True))
+    if not all(lane.is_memory_of(stream) for lane, stream in lanes):
+        return None
+    if any(stream.is_inference() for stream in streams) and not _is_copy(found, streams):
         return None  # these do not count how often they are written to
-    if not found.requires_grad and stream.requires_grad and not stream.is_leaf:
+    if any(not lane.requires_grad and stream.requires_grad and not stream.is_leaf for lane, stream in lanes):
         raise ConversionError(
             f"a block of {chain.name} ran without gradients, and what it returned has a gradient now, as with a "
             "reentrant checkpoint: the chain's state cannot follow. Reversible blocks need no checkpoint; remove it"
@@ -239,17 +260,19 @@ def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
     return found
 
 
-def _is_copy(latest: Carried, stream: torch.Tensor) -> bool:
-    """Does `stream` hold what the last step returned, in another tensor, dtype or on another device?"""
+def _is_copy(latest: Carried, streams: tuple[torch.Tensor, ...]) -> bool:
+    """Do `streams` hold what the last step returned, in other tensors, dtypes or on another device?"""
     tape = latest.tape
     if tape.position != latest.position:
         tape.go_to_end()
-    if tape.state.stream.shape != stream.shape:
+    if [lane.state.stream.shape for lane in tape.lanes] != [stream.shape for stream in streams]:
         return False
-    if not looked_at() or stream.is_meta:
-        return True  # without values, what is of the same shape is taken for the same
-    same: torch.Tensor = tape.arithmetic.decode(tape.state.stream, latest.dtype).to(stream.device, stream.dtype)
-    return bool(torch.equal(same, stream.detach()))
+    for lane, handed, stream in zip(tape.lanes, latest.lanes, streams, strict=True):
+        if not looked_at() or stream.is_meta:
+            continue  # without values, what is of the same shape is taken for the same
+        if not torch.equal(lane.decoded(handed.dtype).to(stream.device, stream.dtype), stream.detach()):
+            return False
+    return True
 
 
 def _still_there(found: Carried | None) -> Carried | None:
@@ -262,16 +285,16 @@ def _still_there(found: Carried | None) -> Carried | None:
     return found
 
 
-def _say_restart(chain: ReversibleChain, latest: Carried, number: int, stream: torch.Tensor) -> None:
+def _say_restart(
+    chain: ReversibleChain, latest: Carried, number: int, streams: tuple[torch.Tensor, ...]
+) -> None:
     path, before = chain.paths[number], chain.paths[latest.number]
     if path in chain.restarts:
         return
-    shape = latest.memory[1]
-    what = (
-        f"of shape {tuple(stream.shape)} instead of {tuple(shape)}"
-        if stream.shape != shape
-        else "read a second time, or changed on the way"
-    )
+    what = "read a second time, or changed on the way"
+    for stream, lane in zip(streams, latest.lanes, strict=False):
+        if stream.shape != lane.memory[1]:
+            what = f"of shape {tuple(stream.shape)} instead of {tuple(lane.memory[1])}"
     chain.restarts[path] = f"the stream that reaches it is not what {before} returned ({what})"
     logging.getLogger("autorev").warning(
         "%s: the stream that reaches %s is not what %s returned (%s). It starts a new chain there, with velocity 0: "

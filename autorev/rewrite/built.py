@@ -77,14 +77,15 @@ class BuiltChain:
                 "argument": argument_of(finding.start),
                 "output_at": finding.output_at,
                 "written": finding.call.buffers_written,
-                "mutates_input": any(o.code == "in-place-add" for o in finding.caveats),
+                "mutates_input": any(o.code == "in-place-add" for lane in finding.lanes for o in lane.caveats),
             }
             if pieces:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
-            elif tiled and (adds := _last_add_of(finding)) is not None:
+            elif tiled and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
-                made.append(WholeBlock(**known))
+                beside = tuple((argument_of(f.start), f.output_at) for f in finding.beside if f.start is not None)
+                made.append(WholeBlock(**known, beside=beside))
         return made
 
     def install(self) -> None:
