@@ -146,7 +146,7 @@ class _Steps:
             site = sites.get(call)
             if site is None:
                 return forward(*args, **kwargs)
-            named = named_arguments(site.module, args, kwargs)
+            named = list(named_arguments(site.module, args, kwargs))
             found = [find_stream(named, argument, args, kwargs) for argument, _ in site.lanes]
             (place, stream), *beside = found
             # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
