@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
+from autorev.detect.ends import argument_of
 from autorev.detect.inline import common_start, inline_blocks
 from autorev.detect.judge import Finding, judge
 from autorev.detect.obstacles import Obstacle
@@ -174,6 +175,9 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             continue
         if _exit(before) in taken or _entry(after) in given:
             continue
+        if not set(_exit(before)).isdisjoint(_entry(after)):
+            broken[id(after)] = _other_streams(before, after)
+            continue
         if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
             continue
         if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
@@ -202,6 +206,15 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
         if finding.reversible and parent is not None and parent.scalar_draws:
             text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
             finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
+
+
+def _other_streams(before: Finding, after: Finding) -> Obstacle:
+    first, second = (", ".join(argument_of(lane.start) for lane in f.lanes if lane.start) for f in (before, after))
+    text = (
+        f"it carries on {second}, and {before.path} before it {first}; a chain has the same streams from its first block "
+        "to its last"
+    )
+    return Obstacle("other-streams", text, definition_line(after.call.module))
 
 
 def _read_outside(before: Finding, after: Finding, recorded: RecordedCall) -> list[Obstacle]:

@@ -55,6 +55,7 @@ class BuiltChain:
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
         self.chain.host = HostStore() if method.host == "side_bits" else None
         self.chain.keeps_attention = method.keep == "attention"
+        self.lanes = 1 if pieces else len(findings[0].lanes)
         self.forwards = self._forwards(model, pieces, method.tile is not None)
 
     def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:
