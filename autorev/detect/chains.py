@@ -211,8 +211,8 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
 def _other_streams(before: Finding, after: Finding) -> Obstacle:
     first, second = (", ".join(argument_of(lane.start) for lane in f.lanes if lane.start) for f in (before, after))
     text = (
-        f"it carries on {second}, and {before.path} before it {first}; a chain has the same streams from its first block "
-        "to its last"
+        f"it carries on {second}, and {before.path} before it {first}; a chain has the same streams from its first "
+        "block to its last"
     )
     return Obstacle("other-streams", text, definition_line(after.call.module))
 

@@ -285,9 +285,7 @@ def _still_there(found: Carried | None) -> Carried | None:
     return found
 
 
-def _say_restart(
-    chain: ReversibleChain, latest: Carried, number: int, streams: tuple[torch.Tensor, ...]
-) -> None:
+def _say_restart(chain: ReversibleChain, latest: Carried, number: int, streams: tuple[torch.Tensor, ...]) -> None:
     path, before = chain.paths[number], chain.paths[latest.number]
     if path in chain.restarts:
         return

@@ -113,9 +113,7 @@ class Replay:
         if self.random is not None:
             self.random.keep_moved()
 
-    def run(
-        self, values: tuple[torch.Tensor, ...], asked_by_autograd: bool
-    ) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    def run(self, values: tuple[torch.Tensor, ...], asked_by_autograd: bool) -> tuple[Any, tuple[torch.Tensor, ...]]:
         """The branch on `values`, in the circumstances of the first run.
 
         Raises:

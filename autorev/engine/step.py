@@ -4,8 +4,8 @@ NOTE [ Reconstruction ]
 
 A chain computes with a state of two streams: x, which the model's own loop carries from block to block, and its partner
 p, the velocity or the other stream, which travels beside it (`chain`). A block's branch f is one step of the chain.
-Where a block carries several tensors side by side, each is a lane with an x and a p of its own (`lane`), and f reads all
-and returns a sum for each; here it is written down for one.
+Where a block carries several tensors side by side, each is a lane with an x and a p of its own (`lane`); f reads all,
+and returns a sum for each. Here it is written down for one.
 
 Forward, with any coupling:
 
