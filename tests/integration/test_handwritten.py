@@ -63,7 +63,11 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
         TOKENS,
         [("blocks", [TWO + " + attention"] * 3)],
     ),
-    "joint": (lambda: hand.ImageAndText(*blocks(hand.Joint, 3)), TOKENS, [("blocks", [TWO + " + " + TWO] * 3)]),
+    "joint": (
+        lambda: hand.ImageAndText(*blocks(hand.Joint, 3)),
+        TOKENS,
+        [("blocks", ["parallel + attention + mlp"] * 3)],
+    ),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),
         TOKENS,
