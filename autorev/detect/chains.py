@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +15,7 @@ from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
 from autorev.detect.ends import argument_of
 from autorev.detect.inline import common_start, inline_blocks
-from autorev.detect.judge import Finding, judge
+from autorev.detect.judge import Finding, judge, judge_first
 from autorev.detect.obstacles import Obstacle
 
 MOST_STEPS = 4
@@ -84,6 +83,10 @@ def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
     `inline=False`: `call`'s own code was judged already.
     """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
+    deferring = {type(finding.call.module) for finding in judged.values() if finding.deferred}
+    for key, finding in judged.items():
+        if not finding.deferred and type(finding.call.module) in deferring:
+            judged[key] = judge_first(finding.call) or finding
     found = False
     for child in call.children:
         finding = judged.get(id(child))
@@ -144,24 +147,34 @@ State = tuple[int, int]
 
 def _entry(finding: Finding) -> tuple[State, ...]:
     """Of every stream that it carries."""
-    return tuple(_state(lane.stream_in, {} if lane.inline else lane.call.entered) for lane in finding.lanes)
+    return tuple(sorted(map(_enters, finding.lanes)) if finding.deferred else map(_enters, finding.lanes))
 
 
 def _exit(finding: Finding) -> tuple[State, ...]:
-    return tuple(_state(lane.stream_out, {} if lane.inline else lane.call.left) for lane in finding.lanes)
+    # The parts of a sum have no order.
+    return tuple(sorted(map(_leaves, finding.lanes)) if finding.deferred else map(_leaves, finding.lanes))
 
 
-def _state(stream: torch.Tensor | None, versions: dict[int, int]) -> State:
-    return id(stream), versions.get(id(stream), 0)
+def _enters(lane: Finding) -> State:
+    return id(lane.stream_in), 0 if lane.inline else lane.call.entered.get(id(lane.stream_in), 0)
+
+
+def _leaves(lane: Finding) -> State:
+    return id(lane.stream_out), 0 if lane.inline else lane.call.left.get(id(lane.stream_out), 0)
 
 
 def _keep_what_is_handed_on(findings: list[Finding]) -> None:
-    """A further stream is one only where a block receives from another what that one returned."""
+    """A further stream is one only where a block receives from another what that one returned, and a deferred residual
+    only where another block adds it up."""
     given = {state for finding in findings if finding.reversible for state in _exit(finding)}
     taken = {state for finding in findings if finding.reversible for state in _entry(finding)}
-    for finding in findings:
-        ends = zip(finding.lanes[1:], _entry(finding)[1:], _exit(finding)[1:], strict=True)
-        finding.beside = [lane for lane, entry, left in ends if entry in given or left in taken]
+    sums = {_entry(finding) for finding in findings} & {_exit(finding) for finding in findings}
+    for number, finding in enumerate(findings):
+        if not finding.deferred:
+            finding.beside = [lane for lane in finding.beside if _enters(lane) in given or _leaves(lane) in taken]
+        elif sums.isdisjoint((_entry(finding), _exit(finding))):
+            other = judge(finding.call, deferred=False)
+            findings[number] = other if other.residual else finding
 
 
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:
@@ -175,15 +188,18 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             continue
         if _exit(before) in taken or _entry(after) in given:
             continue
-        if not set(_exit(before)).isdisjoint(_entry(after)):
+        shared = set(_exit(before)) & set(_entry(after))
+        if shared and len(before.lanes) != len(after.lanes):
             broken[id(after)] = _other_streams(before, after)
             continue
         if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
             continue
         if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
             continue
-        made = recorded.writers if before.stream_out is after.stream_in else recorded.producers
-        name, line = made.get(id(after.stream_in), ("an in-place operation", "unknown source"))
+        replaced = next(lane.stream_in for lane in after.lanes if _enters(lane) not in shared)
+        written = any(lane.stream_out is replaced for lane in before.lanes)
+        made = recorded.writers if written else recorded.producers
+        name, line = made.get(id(replaced), ("an in-place operation", "unknown source"))
         text = (
             f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
             "receive what the other returned"

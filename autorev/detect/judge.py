@@ -15,6 +15,7 @@ from autorev.capture.fake import DATA_DEPENDENT
 from autorev.capture.record import ModuleCall
 from autorev.capture.source import definition_line, raised_line
 from autorev.capture.tracer import CapturedBlock, capture
+from autorev.detect.deferred import deferred_parts, last_of_deferred, read_apart
 from autorev.detect.ends import (
     argument_of,
     drop_unread_items,
@@ -27,7 +28,7 @@ from autorev.detect.ends import (
 from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_operands_before
 from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
-from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order
+from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order, reaches
 from autorev.detect.tokenwise import Mixing, TokenWise, tileable
 from autorev.errors import first_line
 
@@ -54,6 +55,8 @@ class Finding:
     """The node that is the stream after the last step."""
     beside: list[Finding] = field(default_factory=list)
     """The block's other streams, which are reversed together with this one."""
+    deferred: bool = False
+    """Does the next block add up the two streams of this one, its residual and what its last branch returned?"""
     inline: bool = False
     """A turn of a loop in `call`'s own code, not a module of its own."""
 
@@ -131,8 +134,11 @@ class Finding:
         return tuple(name for name, node in arguments if is_read(node, apart_from=starts))
 
 
-def judge(call: ModuleCall) -> Finding:
-    """Trace the call's module and decide; sub-modules that may hide the add are opened one after the other."""
+def judge(call: ModuleCall, deferred: bool = True) -> Finding:
+    """Trace the call's module and decide; sub-modules that may hide the add are opened one after the other.
+
+    `deferred`: may its last residual add be the next block's?
+    """
     opened: frozenset[str] = frozenset()
     before = _contents(call)
     for _ in range(MOST_OPENED):
@@ -167,6 +173,9 @@ def judge(call: ModuleCall) -> Finding:
                 Obstacle("not-residual", "it takes or returns no tensor", definition_line(call.module)),
             )
         streams = {start: follow(start, through_cat=True) for start in starts}
+        if deferred and (finding := _deferred(call, captured, streams, outputs)) is not None:
+            finding.obstacles += filter(None, [_changed_argument(call, before)])
+            return finding
         if found := _on_streams(call, captured, streams, outputs):
             first = next((finding for finding in found if finding.reversible), found[0])
             first.obstacles += filter(None, [_changed_argument(call, before)])
@@ -180,6 +189,26 @@ def judge(call: ModuleCall) -> Finding:
     start = most_likely_start(starts, output)
     obstacles = obstacles_to_stream(BlockView(captured, streams[start], output))
     return Finding(call, captured, start, [], obstacles, output_at=at, path=call.path)
+
+
+def judge_first(call: ModuleCall) -> Finding | None:
+    """The call that begins a loop of deferred residuals: it is given no residual, and returns its input as that."""
+    captured = capture(call.path, call.module, call.args, call.kwargs)
+    drop_unread_items(captured)
+    outputs = outputs_of(captured)
+    for start in starts_of(captured):
+        stream = follow(start)
+        same = [(at, node) for at, node in outputs if node.meta["val"].shape == start.meta["val"].shape]
+        residuals = [(at, node) for at, node in same if node in stream]
+        branches = [(at, node) for at, node in same if node not in stream and reaches(start, node)]
+        if residuals and branches:
+            (at, output), (added_at, added) = residuals[0], branches[0]
+            steps = [*stream.steps_to(output), last_of_deferred(output, output, added)]
+            finding = _on_stream(call, captured, stream, steps, at, output)
+            finding.deferred = True
+            finding.beside = [Finding(call, captured, None, [], [], output_at=added_at, path=call.path, end=added)]
+            return finding
+    return None
 
 
 def _contents(call: ModuleCall) -> dict[str, list[int]]:
@@ -232,6 +261,33 @@ def _on_streams(
                 found.append(_on_stream(call, captured, stream, steps, at, output))
                 break
     return found
+
+
+def _deferred(
+    call: ModuleCall,
+    captured: CapturedBlock,
+    streams: dict[fx.Node, Stream],
+    outputs: list[tuple[tuple[Any, ...], fx.Node]],
+) -> Finding | None:
+    """`r = r + h; h = f(norm(r)); return h, r`: the stream is r + h, which the next block adds up."""
+    leaves = [leaf for _, leaf in flatten_with_path(captured.output)]
+    for total in captured.graph.nodes:
+        parts = deferred_parts(total, streams)
+        if parts is None or read_apart(parts, total, leaves):
+            continue
+        stream, shape = follow(total), total.meta["val"].shape
+        rest = [(at, node) for at, node in outputs if node not in stream and node.meta["val"].shape == shape]
+        for at, output in outputs:
+            if output in stream and rest:
+                (added_at, added), (first, second) = rest[0], parts
+                steps = [*stream.steps_to(output), last_of_deferred(total, output, added)]
+                finding = _on_stream(call, captured, stream, steps, at, output)
+                finding.start, finding.deferred = first, True
+                finding.beside = [
+                    Finding(call, captured, second, [], [], output_at=added_at, path=call.path, end=added)
+                ]
+                return finding
+    return None
 
 
 def _on_stream(

@@ -169,11 +169,40 @@ def values_of(stream: torch.Tensor) -> Digest | None:
 
 
 @dataclass(eq=False)
+class Apart:
+    """A stream that the model's loop carries as two tensors, of which it is the sum."""
+
+    stream: torch.Tensor
+    parts: tuple[torch.Tensor, torch.Tensor]
+    known: tuple[CarriedLane, CarriedLane]
+
+    @classmethod
+    def of(cls, stream: torch.Tensor, *parts: torch.Tensor) -> Apart:
+        """Handed on as `parts`."""
+        first, second = parts
+        return cls(stream, (first, second), (CarriedLane.of(first, None), CarriedLane.of(second, None)))
+
+    def is_sum_of(self, *parts: torch.Tensor) -> bool:
+        """Are these the very parts that were handed on, in whatever order?"""
+        return any(all(map(self._is_part, order, (0, 1))) for order in (parts, parts[::-1]))
+
+    def _is_part(self, given: torch.Tensor, number: int) -> bool:
+        part = self.parts[number]
+        return (
+            given.untyped_storage()._cdata == part.untyped_storage()._cdata
+            and self.known[number].is_memory_of(given)
+            and given.requires_grad == part.requires_grad
+        )
+
+
+@dataclass(eq=False)
 class Pass:
     """One forward pass through a chain."""
 
     latest: Carried | None = None
     """What the last step left, for a stream that was copied since."""
+    apart: Apart | None = None
+    """How the last step handed its stream on, where that is in two parts."""
     given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """The arguments of the module that holds the loop; None where blocks are called one by one."""
 

@@ -147,7 +147,7 @@ class _Steps:
             if site is None:
                 return forward(*args, **kwargs)
             named = list(named_arguments(site.module, args, kwargs))
-            found = [find_stream(named, argument, args, kwargs) for argument, _ in site.lanes]
+            found = [find_stream(named, argument, args, kwargs) for argument, _ in site.lanes if argument]
             (place, stream), *beside = found
             # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
             blank = replace_leaf((args, kwargs), place, None)
