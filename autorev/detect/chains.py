@@ -84,9 +84,9 @@ def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
     """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
     deferring = {type(finding.call.module) for finding in judged.values() if finding.deferred}
-    for key, finding in judged.items():
-        if not finding.deferred and type(finding.call.module) in deferring:
-            judged[key] = judge_first(finding.call) or finding
+    for key, ordinary in judged.items():
+        if not ordinary.deferred and type(ordinary.call.module) in deferring:
+            judged[key] = judge_first(ordinary.call) or ordinary
     found = False
     for child in call.children:
         finding = judged.get(id(child))

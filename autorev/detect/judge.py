@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from autorev.capture.fake import DATA_DEPENDENT
 from autorev.capture.record import ModuleCall
 from autorev.capture.source import definition_line, raised_line
 from autorev.capture.tracer import CapturedBlock, capture
+from autorev.detect.arguments import changed_argument, contents
 from autorev.detect.deferred import deferred_parts, last_of_deferred, read_apart
 from autorev.detect.ends import (
     argument_of,
@@ -140,7 +140,7 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
     `deferred`: may its last residual add be the next block's?
     """
     opened: frozenset[str] = frozenset()
-    before = _contents(call)
+    before = contents(call)
     for _ in range(MOST_OPENED):
         try:
             captured = capture(call.path, call.module, call.args, call.kwargs, opened)
@@ -155,7 +155,7 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
                 ),
             )
         except Exception as error:  # whatever a stranger's forward may raise when it is run a second time
-            if changed := _changed_argument(call, before):
+            if changed := changed_argument(call, before):
                 return _untraced(call, changed)
             return _untraced(
                 call,
@@ -174,12 +174,14 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
             )
         streams = {start: follow(start, through_cat=True) for start in starts}
         if deferred and (finding := _deferred(call, captured, streams, outputs)) is not None:
-            finding.obstacles += filter(None, [_changed_argument(call, before)])
+            finding.obstacles += filter(None, [changed_argument(call, before)])
             return finding
         if found := _on_streams(call, captured, streams, outputs):
             first = next((finding for finding in found if finding.reversible), found[0])
-            first.obstacles += filter(None, [_changed_argument(call, before)])
+            first.obstacles += filter(None, [changed_argument(call, before)])
             first.beside = [finding for finding in found if finding is not first and finding.reversible]
+            if first is not found[0]:
+                first.caveats += found[0].obstacles  # why that stream is not reversed beside it
             return first
         hidden = _may_hide_an_add(captured, starts, outputs[0][1]) - opened
         if not hidden:
@@ -209,32 +211,6 @@ def judge_first(call: ModuleCall) -> Finding | None:
             finding.beside = [Finding(call, captured, None, [], [], output_at=added_at, path=call.path, end=added)]
             return finding
     return None
-
-
-def _contents(call: ModuleCall) -> dict[str, list[int]]:
-    """The tensors that each object among the arguments holds: a cache, a list that results are appended to."""
-    return {name: list(_held(value)) for name, value in call.inputs().items()}
-
-
-def _held(value: Any, depth: int = 10) -> Iterator[int]:
-    if isinstance(value, torch.Tensor):
-        yield id(value)
-    elif depth and isinstance(value, list | tuple | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _held(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-        yield from _held(vars(value), depth - 1)
-
-
-def _changed_argument(call: ModuleCall, before: dict[str, list[int]]) -> Obstacle | None:
-    after = _contents(call)
-    name = next((name for name in after if after[name] != before[name]), None)
-    if name is None:
-        return None
-    kind = type(call.inputs()[name]).__name__
-    remedy = "; train without a cache (use_cache=False)" if "cache" in f"{name} {kind}".lower() else ""
-    text = f"it changes its argument {name} (a {kind}) while it runs; run again in backward, it would do so once more"
-    return Obstacle("argument-write", text + remedy, definition_line(call.module))
 
 
 def _untraced(call: ModuleCall, obstacle: Obstacle) -> Finding:
