@@ -45,6 +45,7 @@ def detect(recorded: RecordedCall) -> Detection:
     if not findings:
         findings = inline_blocks(recorded.root, alone=True)
     _keep_what_is_handed_on(findings)
+    _put_in_one_order(findings)
     _link(findings, recorded)
     detection = Detection()
     tail: dict[tuple[State, ...], list[Finding]] = {}
@@ -175,6 +176,21 @@ def _keep_what_is_handed_on(findings: list[Finding]) -> None:
         elif sums.isdisjoint((_entry(finding), _exit(finding))):
             other = judge(finding.call, deferred=False)
             findings[number] = other if other.residual else finding
+
+
+def _put_in_one_order(findings: list[Finding]) -> None:
+    """A block may take its streams in another order than the one before it returns them."""
+    order: dict[frozenset[State], tuple[State, ...]] = {}
+    for number, finding in enumerate(findings):
+        wanted = order.get(frozenset(_entry(finding)), ())
+        if len(wanted) == len(finding.lanes) and not finding.deferred:
+            lanes = {_enters(lane): lane for lane in finding.lanes}
+            finding.beside = []
+            first, *beside = (lanes[state] for state in wanted)
+            finding = findings[number] = first
+            finding.beside = beside
+        if len(set(_exit(finding))) == len(finding.lanes):
+            order[frozenset(_exit(finding))] = _exit(finding)
 
 
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:

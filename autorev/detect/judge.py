@@ -189,7 +189,7 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
         opened |= hidden
     at, output = outputs[0]
     start = most_likely_start(starts, output)
-    obstacles = obstacles_to_stream(BlockView(captured, streams[start], output))
+    obstacles = obstacles_to_stream(BlockView(captured, follow(start), output))
     return Finding(call, captured, start, [], obstacles, output_at=at, path=call.path)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def follow(start: fx.Node, through_cat: bool = False) -> Stream:
             if made is not None:
                 source = made.skip if isinstance(made, Add) else made
                 part = stream.cats.get(source)
-                if part is not None and node.meta["val"].shape != source.meta["val"].shape:
+                if part is not None and not isinstance(made, Add) and not _same_layout(node, source):
                     continue  # where the stream is in a reshaped tensor is not known
             elif through_cat and (joined := _concatenated(node, stream)) is not None:
                 made, part = joined
@@ -151,6 +152,11 @@ def follow(start: fx.Node, through_cat: bool = False) -> Stream:
                 if part is not None:
                     stream.cats[node] = part
     return stream
+
+
+def _same_layout(node: fx.Node, source: fx.Node) -> bool:
+    moved = _name(node) in _moves or (node.target is getattr and node.args[1] in _moves)
+    return not moved and node.meta["val"].shape == source.meta["val"].shape
 
 
 def _concatenated(node: fx.Node, stream: Stream) -> tuple[fx.Node, Part] | None:
@@ -192,7 +198,13 @@ def keeps_order(stream: Stream, end: fx.Node) -> bool:
     Shapes do not tell: a transpose that is never undone adds the branch to a permuted skip. So the views on the way are
     taken of a tensor that holds each element's number.
     """
-    way = [node for node in stream.path_to(end)[1:] if not isinstance(stream.nodes[node], Add)]
+    path = stream.path_to(end)
+    # Into a concatenated tensor and out of it nothing moves (`_same_layout`).
+    way = [
+        node
+        for before, node in pairwise(path)
+        if not isinstance(stream.nodes[node], Add) and before not in stream.cats and node not in stream.cats
+    ]
     if not any(_name(n) in _moves or (n.target is getattr and n.args[1] in _moves) for n in way):
         return True
     shape = stream.start.meta["val"].shape
