@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def choose_grids(
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS)
         return [f"the model has no weights yet, so the grid was not fitted to them: 2^-{USUAL_FRACTION_BITS}"]
     for chain in unknown:
-        chain.arithmetic, chain.magnitudes = Floating(), Magnitudes()
+        chain.arithmetic, chain.magnitudes = Floating(), defaultdict(Magnitudes)
     try:
         with undisturbed(model), torch.no_grad(), eval_mode(model):
             try:
@@ -69,9 +70,8 @@ def choose_grids(
                     f"the converted {type(model).__name__} could not be run on the example call in eval mode without "
                     f"gradients ({one_line(error)}); give fraction_bits, or use arithmetic='float'"
                 ) from error
-        unseen = [chain.name for chain in unknown if chain.magnitudes is not None and chain.magnitudes.largest == 0]
-        found = {chain.name: USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain) for chain in unknown}
-        bits, notes = agreed(found)
+        unseen = [chain.name for chain in unknown if all(sizes.largest == 0 for sizes in _sizes(chain))]
+        bits, notes = agreed({chain.name: _coarsest(chain) for chain in unknown})
         for chain in unknown:
             chain.arithmetic = FixedPoint(bits[chain.name])
     finally:
@@ -80,9 +80,18 @@ def choose_grids(
     return notes + [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
 
 
-def _bits_for(chain: ReversibleChain) -> int:
-    sizes = chain.magnitudes
-    assert sizes is not None
+def _sizes(chain: ReversibleChain) -> list[Magnitudes]:
+    """Of each lane."""
+    return list((chain.magnitudes or {}).values())
+
+
+def _coarsest(chain: ReversibleChain) -> int:
+    """For all lanes; each begins with a finer grid where this one is too coarse for it (`grid_at_start`)."""
+    bits = [_bits_for(chain, sizes) for sizes in _sizes(chain) if sizes.largest != 0]
+    return min(bits, default=USUAL_FRACTION_BITS)
+
+
+def _bits_for(chain: ReversibleChain, sizes: Magnitudes) -> int:
     if not math.isfinite(sizes.largest):
         raise ConversionError(f"the activations of {chain.name} are not finite in the example call; check the weights")
     bits = grid_for(sizes.largest, HEAD_ROOM)

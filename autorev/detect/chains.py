@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
+from autorev.detect.ends import argument_of
 from autorev.detect.inline import common_start, inline_blocks
-from autorev.detect.judge import Finding, judge
+from autorev.detect.judge import Finding, judge, judge_first
 from autorev.detect.obstacles import Obstacle
 
 MOST_STEPS = 4
@@ -43,9 +44,11 @@ def detect(recorded: RecordedCall) -> Detection:
     findings = list(_search(recorded.root))
     if not findings:
         findings = inline_blocks(recorded.root, alone=True)
+    _keep_what_is_handed_on(findings)
+    _put_in_one_order(findings)
     _link(findings, recorded)
     detection = Detection()
-    tail: dict[State, list[Finding]] = {}
+    tail: dict[tuple[State, ...], list[Finding]] = {}
     for finding in findings:
         if not finding.reversible:
             detection.refused.append(finding)
@@ -81,6 +84,10 @@ def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
     `inline=False`: `call`'s own code was judged already.
     """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
+    deferring = {type(finding.call.module) for finding in judged.values() if finding.deferred}
+    for key, ordinary in judged.items():
+        if not ordinary.deferred and type(ordinary.call.module) in deferring:
+            judged[key] = judge_first(ordinary.call) or ordinary
     found = False
     for child in call.children:
         finding = judged.get(id(child))
@@ -139,12 +146,51 @@ State = tuple[int, int]
 """A tensor, and how often it had been written to: what one block returns is what the next receives."""
 
 
-def _entry(finding: Finding) -> State:
-    return id(finding.stream_in), 0 if finding.inline else finding.call.entered.get(id(finding.stream_in), 0)
+def _entry(finding: Finding) -> tuple[State, ...]:
+    """Of every stream that it carries."""
+    return tuple(sorted(map(_enters, finding.lanes)) if finding.deferred else map(_enters, finding.lanes))
 
 
-def _exit(finding: Finding) -> State:
-    return id(finding.stream_out), 0 if finding.inline else finding.call.left.get(id(finding.stream_out), 0)
+def _exit(finding: Finding) -> tuple[State, ...]:
+    # The parts of a sum have no order.
+    return tuple(sorted(map(_leaves, finding.lanes)) if finding.deferred else map(_leaves, finding.lanes))
+
+
+def _enters(lane: Finding) -> State:
+    return id(lane.stream_in), 0 if lane.inline else lane.call.entered.get(id(lane.stream_in), 0)
+
+
+def _leaves(lane: Finding) -> State:
+    return id(lane.stream_out), 0 if lane.inline else lane.call.left.get(id(lane.stream_out), 0)
+
+
+def _keep_what_is_handed_on(findings: list[Finding]) -> None:
+    """A further stream is one only where a block receives from another what that one returned, and a deferred residual
+    only where another block adds it up."""
+    given = {state for finding in findings if finding.reversible for state in _exit(finding)}
+    taken = {state for finding in findings if finding.reversible for state in _entry(finding)}
+    sums = {_entry(finding) for finding in findings} & {_exit(finding) for finding in findings}
+    for number, finding in enumerate(findings):
+        if not finding.deferred:
+            finding.beside = [lane for lane in finding.beside if _enters(lane) in given or _leaves(lane) in taken]
+        elif sums.isdisjoint((_entry(finding), _exit(finding))):
+            other = judge(finding.call, deferred=False)
+            findings[number] = other if other.residual else finding
+
+
+def _put_in_one_order(findings: list[Finding]) -> None:
+    """A block may take its streams in another order than the one before it returns them."""
+    order: dict[frozenset[State], tuple[State, ...]] = {}
+    for number, finding in enumerate(findings):
+        wanted = order.get(frozenset(_entry(finding)), ())
+        if len(wanted) == len(finding.lanes) and not finding.deferred:
+            lanes = {_enters(lane): lane for lane in finding.lanes}
+            finding.beside = []
+            first, *beside = (lanes[state] for state in wanted)
+            finding = findings[number] = first
+            finding.beside = beside
+        if len(set(_exit(finding))) == len(finding.lanes):
+            order[frozenset(_exit(finding))] = _exit(finding)
 
 
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:
@@ -158,22 +204,29 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             continue
         if _exit(before) in taken or _entry(after) in given:
             continue
+        shared = set(_exit(before)) & set(_entry(after))
+        if shared and len(before.lanes) != len(after.lanes):
+            broken[id(after)] = _other_streams(before, after)
+            continue
         if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
             continue
         if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
             continue
-        made = recorded.writers if before.stream_out is after.stream_in else recorded.producers
-        name, line = made.get(id(after.stream_in), ("an in-place operation", "unknown source"))
+        replaced = next(lane.stream_in for lane in after.lanes if _enters(lane) not in shared)
+        written = any(lane.stream_out is replaced for lane in before.lanes)
+        made = recorded.writers if written else recorded.producers
+        name, line = made.get(id(replaced), ("an in-place operation", "unknown source"))
         text = (
             f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
             "receive what the other returned"
         )
         broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
-    receivers = {id(f.stream_in): f for f in reversed(findings) if f.reversible and not f.inline}
+    receivers = {id(lane.stream_in): f for f in reversed(findings) if f.reversible and not f.inline for lane in f.lanes}
     for finding in findings:
-        receiver = receivers.get(id(finding.stream_out)) if finding.reversible else None
-        if receiver is not None and finding.stream_in is not finding.stream_out:  # it is, where blocks add in place
-            finding.caveats += _read_outside(finding, receiver, recorded)
+        for lane in finding.lanes if finding.reversible else ():
+            receiver = receivers.get(id(lane.stream_out))
+            if receiver is not None and lane.stream_in is not lane.stream_out:  # it is, where blocks add in place
+                finding.caveats += _read_outside(lane, receiver, recorded)
     for finding in findings:
         obstacle = broken.get(id(finding))
         if obstacle is not None:
@@ -185,6 +238,15 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
         if finding.reversible and parent is not None and parent.scalar_draws:
             text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
             finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
+
+
+def _other_streams(before: Finding, after: Finding) -> Obstacle:
+    first, second = (", ".join(argument_of(lane.start) for lane in f.lanes if lane.start) for f in (before, after))
+    text = (
+        f"it carries on {second}, and {before.path} before it {first}; a chain has the same streams from its first "
+        "block to its last"
+    )
+    return Obstacle("other-streams", text, definition_line(after.call.module))
 
 
 def _read_outside(before: Finding, after: Finding, recorded: RecordedCall) -> list[Obstacle]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -43,9 +43,9 @@ def drop_unread_items(captured: CapturedBlock) -> None:
             captured.graph.erase_node(node)
 
 
-def is_read(node: fx.Node, apart_from: fx.Node) -> bool:
-    """Does anything use the argument, or an item of it, other than the stream `apart_from`?"""
-    if node is apart_from:
+def is_read(node: fx.Node, apart_from: Sequence[fx.Node | None]) -> bool:
+    """Does anything use the argument, or an item of it, other than the streams `apart_from`?"""
+    if node in apart_from:
         return False
     items = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem]
     return len(items) < len(node.users) or any(is_read(item, apart_from) for item in items)

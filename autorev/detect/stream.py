@@ -9,7 +9,8 @@ walking back from it along the skips meets the adds; those that every path from 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "su
 _scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
+_cats = {"cat", "concat", "concatenate"}
 _cuts_gradient = {"detach", "detach_", torch.detach, "data"}
 
 
@@ -55,7 +57,11 @@ class ResidualStep:
 
     def reads_stream(self) -> bool:
         """Does the branch depend on the stream? A module that adds two of its arguments has no branch of its own."""
-        return any(_depends(item, self.before) for add in self.adds for item in add.branch)
+        return self.reads(self.before)
+
+    def reads(self, node: fx.Node) -> bool:
+        """Does the branch depend on `node`?"""
+        return any(_depends(item, node) for add in self.adds for item in add.branch)
 
     def branch_nodes(self) -> list[fx.Node]:
         """Nodes that the branch is computed by, in graph order."""
@@ -71,6 +77,14 @@ class ResidualStep:
         return [node for node in self.before.graph.nodes if node in wanted]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where a stream is in a tensor that it was concatenated into."""
+
+    axis: int
+    offset: int
+
+
 @dataclass(eq=False)
 class Stream:
     """Everything the graph says about the stream that starts at `start`."""
@@ -78,9 +92,15 @@ class Stream:
     start: fx.Node
     nodes: dict[fx.Node, Add | fx.Node]
     """Stream node -> the add that made it, or the stream node it is an alias of; `start` maps to itself."""
+    cats: dict[fx.Node, Part] = field(default_factory=dict)
+    """Stream nodes of which the stream is only a part, as it was concatenated with something else."""
 
     def __contains__(self, node: object) -> bool:
         return node in self.nodes
+
+    def within(self, node: fx.Node) -> bool:
+        """Is the stream only a part of the stream node `node`?"""
+        return node in self.cats
 
     def path_to(self, end: fx.Node) -> list[fx.Node]:
         """The stream's nodes from `start` to the stream node `end`, along the skips."""
@@ -108,8 +128,9 @@ class Stream:
         return steps
 
 
-def follow(start: fx.Node) -> Stream:
-    """Find every node that is the stream beginning at `start`."""
+def follow(start: fx.Node, through_cat: bool = False) -> Stream:
+    """Find every node that is the stream beginning at `start`; with `through_cat`, also what it is only a part of until
+    that part is taken out again."""
     stream = Stream(start, {start: start})
     begun = False
     for node in start.graph.nodes:
@@ -118,8 +139,57 @@ def follow(start: fx.Node) -> Stream:
         elif begun:
             made = alias_of(node, stream) or residual_add(node, stream)
             if made is not None:
+                source = made.skip if isinstance(made, Add) else made
+                part = stream.cats.get(source)
+                if part is not None and not isinstance(made, Add) and not _same_layout(node, source):
+                    continue  # where the stream is in a reshaped tensor is not known
+            elif through_cat and (joined := _concatenated(node, stream)) is not None:
+                made, part = joined
+            elif through_cat:
+                made, part = _taken_out(node, stream), None
+            if made is not None:
                 stream.nodes[node] = made
+                if part is not None:
+                    stream.cats[node] = part
     return stream
+
+
+def _same_layout(node: fx.Node, source: fx.Node) -> bool:
+    moved = _name(node) in _moves or (node.target is getattr and node.args[1] in _moves)
+    return not moved and node.meta["val"].shape == source.meta["val"].shape
+
+
+def _concatenated(node: fx.Node, stream: Stream) -> tuple[fx.Node, Part] | None:
+    """The stream node that `node` concatenates with other tensors, and where it is."""
+    if _name(node) not in _cats or not node.args or not isinstance(node.args[0], list | tuple):
+        return None
+    items = [item for item in node.args[0] if isinstance(item, fx.Node)]
+    places = [number for number, item in enumerate(items) if item in stream and item not in stream.cats]
+    value, axis = node.meta.get("val"), node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if len(places) != 1 or not isinstance(value, torch.Tensor) or not isinstance(axis, int):
+        return None
+    axis %= value.dim()
+    if any(item.meta["val"].dim() != value.dim() for item in items):
+        return None
+    return items[places[0]], Part(axis, sum(item.meta["val"].shape[axis] for item in items[: places[0]]))
+
+
+def _taken_out(node: fx.Node, stream: Stream) -> fx.Node | None:
+    """The stream node of which `node` is the very part that is the stream: a slice, or an item of a split."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if not isinstance(source.meta.get("val"), torch.Tensor) and source.args and isinstance(source.args[0], fx.Node):
+        source = source.args[0]  # the tuple that a split returns
+    part = stream.cats.get(source)
+    if part is None or value.shape != stream.start.meta["val"].shape:
+        return None
+    whole: torch.Tensor = source.meta["val"]
+    offset = value.storage_offset() - whole.storage_offset()
+    if storage_of(value) != storage_of(whole) or value.stride() != whole.stride():
+        return None
+    return source if offset == part.offset * whole.stride(part.axis) else None
 
 
 def keeps_order(stream: Stream, end: fx.Node) -> bool:
@@ -128,7 +198,13 @@ def keeps_order(stream: Stream, end: fx.Node) -> bool:
     Shapes do not tell: a transpose that is never undone adds the branch to a permuted skip. So the views on the way are
     taken of a tensor that holds each element's number.
     """
-    way = [node for node in stream.path_to(end)[1:] if not isinstance(stream.nodes[node], Add)]
+    path = stream.path_to(end)
+    # Into a concatenated tensor and out of it nothing moves (`_same_layout`).
+    way = [
+        node
+        for before, node in pairwise(path)
+        if not isinstance(stream.nodes[node], Add) and before not in stream.cats and node not in stream.cats
+    ]
     if not any(_name(n) in _moves or (n.target is getattr and n.args[1] in _moves) for n in way):
         return True
     shape = stream.start.meta["val"].shape

@@ -76,8 +76,8 @@ class ReversibleChain:
     """Where side bits wait for backward; None: on their device."""
     keeps_attention: bool = False
     """Is what attention returns kept, so that a second run need not compute it?"""
-    magnitudes: Magnitudes | None = None
-    """While a grid is being chosen: how large the streams were so far."""
+    magnitudes: dict[int, Magnitudes] | None = None
+    """While a grid is being chosen: how large the streams of each lane were so far."""
     finest: int = MOST_FRACTION_BITS
     """No forward pass begins with more: one that did outgrew its grid on a device that is not waited for."""
     grids: dict[str, int] = field(default_factory=dict)
@@ -118,11 +118,9 @@ class ReversibleChain:
 
 
 @dataclass(eq=False)
-class Carried:
-    """What goes with a stream from one step to the next."""
+class CarriedLane:
+    """What a stream is known by on its way to the next step, and what goes with it."""
 
-    number: int
-    """The step that returned the stream."""
     memory: tuple[Any, ...]
     """See `memory_of`."""
     values: Digest | None
@@ -132,6 +130,24 @@ class Carried:
     requires_grad: bool
     partner: torch.Tensor | None
     """The partner as autograd knows it; without values, but for the oracle. None: no gradient goes there."""
+
+    @classmethod
+    def of(cls, stream: torch.Tensor, partner: torch.Tensor | None) -> CarriedLane:
+        """Of a stream that is handed on."""
+        return cls(memory_of(stream), values_of(stream), stream.dtype, stream.requires_grad, partner)
+
+    def is_memory_of(self, stream: torch.Tensor) -> bool:
+        """Is `stream` the same memory, with the same values?"""
+        return self.memory == memory_of(stream) and self.values == values_of(stream)
+
+
+@dataclass(eq=False)
+class Carried:
+    """What goes with the streams of all lanes from one step to the next."""
+
+    number: int
+    """The step that returned the streams."""
+    lanes: tuple[CarriedLane, ...]
     tape: Tape
     """It holds the state: after `position` of its steps."""
     position: int
@@ -154,11 +170,40 @@ def values_of(stream: torch.Tensor) -> Digest | None:
 
 
 @dataclass(eq=False)
+class Apart:
+    """A stream that the model's loop carries as two tensors, of which it is the sum."""
+
+    stream: torch.Tensor
+    parts: tuple[torch.Tensor, torch.Tensor]
+    known: tuple[CarriedLane, CarriedLane]
+
+    @classmethod
+    def of(cls, stream: torch.Tensor, *parts: torch.Tensor) -> Apart:
+        """Handed on as `parts`."""
+        first, second = parts
+        return cls(stream, (first, second), (CarriedLane.of(first, None), CarriedLane.of(second, None)))
+
+    def is_sum_of(self, *parts: torch.Tensor) -> bool:
+        """Are these the very parts that were handed on, in whatever order?"""
+        return any(all(map(self._is_part, order, (0, 1))) for order in (parts, parts[::-1]))
+
+    def _is_part(self, given: torch.Tensor, number: int) -> bool:
+        part = self.parts[number]
+        return (
+            given.untyped_storage()._cdata == part.untyped_storage()._cdata
+            and self.known[number].is_memory_of(given)
+            and given.requires_grad == part.requires_grad
+        )
+
+
+@dataclass(eq=False)
 class Pass:
     """One forward pass through a chain."""
 
     latest: Carried | None = None
     """What the last step left, for a stream that was copied since."""
+    apart: Apart | None = None
+    """How the last step handed its stream on, where that is in two parts."""
     given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """The arguments of the module that holds the loop; None where blocks are called one by one."""
 
@@ -195,8 +240,10 @@ def pass_of(chain: ReversibleChain) -> Pass:
 # -- a stream arrives at a block
 
 
-def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int]) -> tuple[Carried | None, int, str]:
-    """`stream` reaches a block that may be one of the steps `numbers` (several: shared weights).
+def arrive(
+    chain: ReversibleChain, streams: tuple[torch.Tensor, ...], numbers: Sequence[int]
+) -> tuple[Carried | None, int, str]:
+    """`streams`, one for each lane, reach a block that may be one of the steps `numbers` (several: shared weights).
 
     Returns: what goes with it (None: a chain starts here), the step that it is, and what a chain that starts here is
         called.
@@ -206,9 +253,9 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
             pipeline.
     """
     here = pass_of(chain)
-    found = _by_memory(chain, stream)
+    found = _by_memory(chain, streams)
     if found is None and here.latest is not None and any(number > here.latest.number for number in numbers):
-        found = here.latest if _is_copy(here.latest, stream) else None
+        found = here.latest if _is_copy(here.latest, streams) else None
     found = _still_there(found)
     number = numbers[0] if found is None else next((n for n in numbers if n > found.number), numbers[0])
     label = chain.name
@@ -216,7 +263,7 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
         check_no_stage(chain.paths[number])
         if here.latest is not None and number > here.latest.number:
             label = f"{chain.name} from {chain.paths[number]}"
-            _say_restart(chain, here.latest, number, stream)
+            _say_restart(chain, here.latest, number, streams)
         elif number and torch._C._current_graph_task_id() != -1:
             raise ConversionError(
                 f"a block of {chain.name} was run again in backward, apart from the blocks before it, as with a "
@@ -228,13 +275,16 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
     return found, number, label
 
 
-def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
-    found: Carried | None = chain.carried.get(stream.untyped_storage())
-    if found is None or found.memory != memory_of(stream) or found.values != values_of(stream):
+def _by_memory(chain: ReversibleChain, streams: tuple[torch.Tensor, ...]) -> Carried | None:
+    found: Carried | None = chain.carried.get(streams[0].untyped_storage())
+    if found is None or len(found.lanes) != len(streams):
         return None
-    if stream.is_inference() and not _is_copy(found, stream):
+    lanes = list(zip(found.lanes, streams, strict=True))
+    if not all(lane.is_memory_of(stream) for lane, stream in lanes):
+        return None
+    if any(stream.is_inference() for stream in streams) and not _is_copy(found, streams):
         return None  # these do not count how often they are written to
-    if not found.requires_grad and stream.requires_grad and not stream.is_leaf:
+    if any(not lane.requires_grad and stream.requires_grad and not stream.is_leaf for lane, stream in lanes):
         raise ConversionError(
             f"a block of {chain.name} ran without gradients, and what it returned has a gradient now, as with a "
             "reentrant checkpoint: the chain's state cannot follow. Reversible blocks need no checkpoint; remove it"
@@ -242,17 +292,19 @@ def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
     return found
 
 
-def _is_copy(latest: Carried, stream: torch.Tensor) -> bool:
-    """Does `stream` hold what the last step returned, in another tensor, dtype or on another device?"""
+def _is_copy(latest: Carried, streams: tuple[torch.Tensor, ...]) -> bool:
+    """Do `streams` hold what the last step returned, in other tensors, dtypes or on another device?"""
     tape = latest.tape
     if tape.position != latest.position:
         tape.go_to_end()
-    if tape.state.stream.shape != stream.shape:
+    if [lane.state.stream.shape for lane in tape.lanes] != [stream.shape for stream in streams]:
         return False
-    if not looked_at() or stream.is_meta:
-        return True  # without values, what is of the same shape is taken for the same
-    same: torch.Tensor = tape.arithmetic.decode(tape.state.stream, latest.dtype).to(stream.device, stream.dtype)
-    return bool(torch.equal(same, stream.detach()))
+    for lane, handed, stream in zip(tape.lanes, latest.lanes, streams, strict=True):
+        if not looked_at() or stream.is_meta:
+            continue  # without values, what is of the same shape is taken for the same
+        if not torch.equal(lane.decoded(handed.dtype).to(stream.device, stream.dtype), stream.detach()):
+            return False
+    return True
 
 
 def _still_there(found: Carried | None) -> Carried | None:
@@ -265,16 +317,14 @@ def _still_there(found: Carried | None) -> Carried | None:
     return found
 
 
-def _say_restart(chain: ReversibleChain, latest: Carried, number: int, stream: torch.Tensor) -> None:
+def _say_restart(chain: ReversibleChain, latest: Carried, number: int, streams: tuple[torch.Tensor, ...]) -> None:
     path, before = chain.paths[number], chain.paths[latest.number]
     if path in chain.restarts:
         return
-    shape = latest.memory[1]
-    what = (
-        f"of shape {tuple(stream.shape)} instead of {tuple(shape)}"
-        if stream.shape != shape
-        else "read a second time, or changed on the way"
-    )
+    what = "read a second time, or changed on the way"
+    for stream, lane in zip(streams, latest.lanes, strict=False):
+        if stream.shape != lane.memory[1]:
+            what = f"of shape {tuple(stream.shape)} instead of {tuple(lane.memory[1])}"
     chain.restarts[path] = f"the stream that reaches it is not what {before} returned ({what})"
     logging.getLogger("autorev").warning(
         "%s: the stream that reaches %s is not what %s returned (%s). It starts a new chain there, with velocity 0: "

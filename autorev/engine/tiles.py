@@ -32,7 +32,7 @@ from torch import nn
 
 from autorev.engine.autograd import apply
 from autorev.engine.digest import Comparison
-from autorev.engine.replay import BranchRun, Completes, Replay, branch_run_here
+from autorev.engine.replay import BranchRun, Completes, InputLike, Replay, branch_run_here
 from autorev.engine.saved import SavedTensors
 from autorev.engine.surroundings import RandomStates
 from autorev.errors import ReconstructionError
@@ -236,7 +236,7 @@ def _by_itself(
     module: nn.Module, path: str, function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
 ) -> torch.Tensor:
     """Outside of a reversible chain: what is around it (nothing, or a checkpoint) keeps the inputs."""
-    replay = Replay(path, inputs[0], inputs[0].dtype, mutates_input=False)
+    replay = Replay(path, (InputLike.of(inputs[0], inputs[0].dtype),), mutates_input=False)
     replay.add_module(module, path, lambda module, name: False)
     replay.begins()
     call = TiledCall(function, tiling, replay)

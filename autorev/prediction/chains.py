@@ -64,12 +64,13 @@ class Chains:
         chain = self.built[site.chain].chain
         number = len(chain.couplings) - 1 - site.from_end
         branch = Branch(None, chain.paths[number], True, lambda module, name: False)
-        step = Step(chain, stream, (number,), branch)
+        step = Step(chain, (stream,), (number,), branch)
         if step.replay is not None:
-            step.replay.again = lambda x: (None, turn(x))
+            step.replay.again = lambda x: (None, (turn(x),))
         with step.running():
-            out = turn(step.given())
-        return step.take(out)
+            out = turn(*step.given())
+        (new,) = step.take((out,))
+        return new
 
     def on_host(self, site: Site) -> int:
         """Bytes of the site's chain that lie on the host."""
@@ -82,6 +83,8 @@ class Chains:
         if latest is None:
             return
         tape = latest.tape
-        yield Category.STREAMS, tape.state.stream
-        yield Category.STREAMS, tape.state.partner
-        yield from ((Category.SIDE_BITS, step.side) for step in tape.steps if isinstance(step.side, torch.Tensor))
+        for lane in tape.lanes:
+            yield Category.STREAMS, lane.state.stream
+            yield Category.STREAMS, lane.state.partner
+        sides = (kept.side for step in tape.steps for kept in step.lanes)
+        yield from ((Category.SIDE_BITS, side) for side in sides if isinstance(side, torch.Tensor))

@@ -27,9 +27,8 @@ class Site:
     module: nn.Module
     call: int
     """Number of this call among the module's calls."""
-    stream: str
-    """Argument name, `hidden_states` or `states[0]`."""
-    output_at: tuple[Any, ...]
+    lanes: tuple[tuple[str, tuple[Any, ...]], ...]
+    """(argument name, `hidden_states` or `states[0]`; place in what is returned) of each stream that it carries."""
     chain: int | None
     """Number of its chain; None for a refused block."""
     from_end: int
@@ -141,8 +140,7 @@ def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Modu
             number=n,
             module=twin.get_submodule(f.call.path),
             call=f.call.index,
-            stream=argument_of(f.start) if f.start is not None and not f.inline else "",
-            output_at=f.output_at,
+            lanes=tuple((argument_of(g.start) if g.start and not g.inline else "", g.output_at) for g in f.lanes),
             chain=chain,
             from_end=from_end,
             kind=_kind(f),

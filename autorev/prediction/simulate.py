@@ -123,7 +123,7 @@ class _Steps:
         self.returned: dict[Any, Any] = {}
         self.stream_bytes: dict[int, int] = {}
         self.host_bytes: dict[int, int] = {}
-        self.last_output: Callable[[], torch.Tensor | None] = lambda: None
+        self.last_outputs: list[weakref.ref[torch.Tensor]] = []
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -146,16 +146,18 @@ class _Steps:
             site = sites.get(call)
             if site is None:
                 return forward(*args, **kwargs)
-            place, stream = find_stream(named_arguments(site.module, args, kwargs), site.stream, args, kwargs)
+            named = list(named_arguments(site.module, args, kwargs))
+            found = [find_stream(named, argument, args, kwargs) for argument, _ in site.lanes if argument]
+            (place, stream), *beside = found
             # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
             blank = replace_leaf((args, kwargs), place, None)
-            del args, kwargs
+            del args, kwargs, named, found
 
             def run(value: torch.Tensor) -> Any:
                 args, kwargs = replace_leaf(blank, place, value)
                 return (self.chains.forward_of(site) or forward)(*args, **kwargs)
 
-            return self._block(site, run, stream)
+            return self._block(site, run, stream, *(tensor for _, tensor in beside))
 
         return wrapped
 
@@ -176,28 +178,37 @@ class _Steps:
 
         return wrapped
 
-    def _block(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
+    def _block(self, site: Site, run: Run, stream: torch.Tensor, *beside: torch.Tensor) -> Any:
+        """`beside`: its other streams, which `run` holds."""
         if site.number not in self.active:
-            return replace_leaf(self.returned[site.chain, site.kind], site.output_at, stream)
+            returned = self.returned[site.chain, site.kind]
+            for (_, at), value in zip(site.lanes, (stream, *beside), strict=True):
+                returned = replace_leaf(returned, at, value)
+            return returned
         self.tracker.begin("forward", site.number, Category.WORKING_SET)
-        self.stream_bytes[site.number] = stream.numel() * stream.element_size()
-        if stream.requires_grad and stream is not self.last_output():
-            stream.register_hook(lambda grad: self._enter_backward(None))
+        self.stream_bytes[site.number] = sum(t.numel() * t.element_size() for t in (stream, *beside))
+        returned_last = [known() for known in self.last_outputs]
+        for value in (stream, *beside):
+            if value.requires_grad and all(value is not last for last in returned_last):
+                value.register_hook(lambda grad: self._enter_backward(None))
+        del beside, value, returned_last
         before = self.chains.on_host(site)
         returned = self._under_method(site, run, stream)
         offloads = self.method.name == "offload" and not self._stored(site)
         offloaded = self.stream_bytes[site.number] if offloads else 0
         self.host_bytes[site.number] = offloaded + self.chains.on_host(site) - before
-        out = dict(flatten_with_path(returned))[site.output_at]
-        if out.requires_grad:
-            out.register_hook(lambda grad: self._enter_backward(site.number))
-        self.last_output = weakref.ref(out)
-        self.returned[site.chain, site.kind] = replace_leaf(returned, site.output_at, None)
+        leaves, blank = dict(flatten_with_path(returned)), returned
+        for _, at in site.lanes:
+            if leaves[at].requires_grad:
+                leaves[at].register_hook(lambda grad: self._enter_backward(site.number))
+            blank = replace_leaf(blank, at, None)
+        self.last_outputs = [weakref.ref(leaves[at]) for _, at in site.lanes]
+        self.returned[site.chain, site.kind] = blank
         self._name_state(site)
         self.tracker.settle(Category.STORED_ACTIVATIONS)
-        last = site.number == max(self.active)
-        del out, stream
-        self.tracker.begin("forward", None, Category.LOGITS_AND_LOSS if last else Category.OTHER)
+        last_site = site.number == max(self.active)
+        del leaves, stream
+        self.tracker.begin("forward", None, Category.LOGITS_AND_LOSS if last_site else Category.OTHER)
         return returned
 
     def _under_method(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
@@ -217,7 +228,8 @@ class _Steps:
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET
-        if self.tracker.current.phase == "backward":
+        now = self.tracker.current
+        if now.phase == "backward" and (number is None or now.block != number):  # each of its streams brings a gradient
             if number is not None:
                 self._name_state(self.layout.sites[number])
             self.tracker.begin("backward", number, label)

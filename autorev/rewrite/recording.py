@@ -176,10 +176,10 @@ class Repeated:
     result: int | None
     tiled: int | None
 
-    def __call__(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def __call__(self, x: torch.Tensor) -> tuple[None, tuple[torch.Tensor]]:
         values = {0: x}
         self._make(range(len(self.calls)), values, self._outer())
-        return None, x if self.result is None else values[self.result]
+        return None, (x if self.result is None else values[self.result],)
 
     def but_for_tiles(self, x: torch.Tensor) -> Rest:
         """The calls up to the tiled one; what is left is a function of what that returns."""

@@ -113,9 +113,9 @@ class Watch(TorchFunctionMode):
             self.paused -= 1
 
     def _begin(self, stream: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
-        self.step = Step(self.chain, stream, numbers, self.branch)
+        self.step = Step(self.chain, (stream,), numbers, self.branch)
         self.number = self.step.number
-        given = self.step.given()
+        (given,) = self.step.given()
         self.recording = None
         if self.step.replay is not None:
             self.recording = Recording(given)
@@ -145,7 +145,7 @@ class Watch(TorchFunctionMode):
         self.running.__exit__(None, None, None)
         self.running = self.recording = None
         step, self.step = self.step, None
-        new = step.take(out)
+        (new,) = step.take((out,))
         self.taken += 1
         if self.taken < self.total:
             new = self.begin(new, (self.number + 1,))

@@ -315,6 +315,36 @@ class SkippingInPython(Stack):
         return self.head(self.norm(x))
 
 
+class Joint(Parts):
+    """Image and text attend to each other; each has a stream of its own."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        length = text.shape[1]
+        h = self.attention(self.norm1(torch.cat([text, image], 1)))
+        text, image = text + h[:, :length], image + h[:, length:]
+        text = text + self.mlp(self.norm2(text))
+        return image + self.mlp(self.norm2(image + text.mean(1, keepdim=True))), text
+
+
+class ReadingText(Parts):
+    """The text is read, and goes on as it is."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> Any:  # here: other-streams
+        h = self.attention(self.norm1(torch.cat([text, image], 1)))
+        image = image + h[:, text.shape[1] :]
+        return image + self.mlp(self.norm2(image)), text
+
+
+class ImageAndText(Stack):
+    """Two streams of the same width, and lengths of their own; only one is read in the end."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        image, text = self.embedding(tokens), self.embedding(tokens[:, :3])
+        for block in self.blocks:
+            image, text = block(image, text)
+        return self.head(self.norm(image))
+
+
 class Alternating(Stack):
     """Two streams whose blocks alternate: two chains."""
 

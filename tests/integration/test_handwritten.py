@@ -58,7 +58,16 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
     "shared weights": (shared_blocks, TOKENS, [("blocks.0", [TWO] * 3)]),
     "half in a child": (lambda: hand.stack_of(hand.OfHalves), TOKENS, [("blocks", [TWO] * 3)]),
     "adding in double": (lambda: hand.stack_of(hand.AddingInDouble), TOKENS, [("blocks", [TWO] * 3)]),
-    "side stream": (lambda: hand.TwoStreams(*blocks(hand.WithSideStream, 3)), TOKENS, [("blocks", [TWO] * 3)]),
+    "side stream": (
+        lambda: hand.TwoStreams(*blocks(hand.WithSideStream, 3)),
+        TOKENS,
+        [("blocks", [TWO + " + attention"] * 3)],
+    ),
+    "joint": (
+        lambda: hand.ImageAndText(*blocks(hand.Joint, 3)),
+        TOKENS,
+        [("blocks", ["parallel + attention + mlp"] * 3)],
+    ),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),
         TOKENS,
@@ -113,6 +122,13 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
         hand.Collecting,
         "stream-read",
         2,
+    ),
+    "other streams": (
+        lambda: hand.ImageAndText(*blocks(hand.Joint, 2), *blocks(hand.ReadingText, 2)),
+        TOKENS,
+        hand.ReadingText,
+        "other-streams",
+        1,
     ),
     "single": (lambda: hand.stack_of(hand.OnlyOne, 1), TOKENS, hand.OnlyOne, "single-block", 1),
 }
