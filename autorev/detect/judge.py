@@ -79,6 +79,11 @@ class Finding:
             return value
         return dict(flatten_with_path(self.call.output)).get(self.output_at)
 
+    @property
+    def modules(self) -> set[str]:
+        """Paths, below the call's module, of the sub-modules that the steps run."""
+        return {str(n.target) for step in self.steps for n in step.branch_nodes() if n.op == "call_module"}
+
     @cached_property
     def parts(self) -> tuple[TokenWise | Mixing, ...]:
         """Which modules of the block may run on a few positions at a time, and why others may not."""

@@ -67,7 +67,7 @@ class ResidualStep:
             if node in wanted or node in skips or node is self.before:
                 continue
             wanted.add(node)
-            pending += node.all_input_nodes
+            pending += read_by(node)
         return [node for node in self.before.graph.nodes if node in wanted]
 
 
@@ -98,14 +98,19 @@ class Stream:
         before = self.start
         for add in adds:
             pending.append(add)
-            if not reaches(self.start, end, without=add.node):
-                if not any(_depends(item, self.start) for a in pending for item in a.branch) and steps:
-                    # A term that does not read the stream (a bias) belongs to the step before it.
-                    steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
-                else:
-                    steps.append(ResidualStep(tuple(pending), before))
+            # A term that does not read the stream (a position, a bias) belongs to the step behind it.
+            if self.reads(*pending) and not reaches(self.start, end, without=add.node):
+                steps.append(ResidualStep(tuple(pending), before))
                 pending, before = [], add.node
+        if pending and steps:
+            steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
+        elif pending:
+            steps.append(ResidualStep(tuple(pending), before))
         return steps
+
+    def reads(self, *adds: Add) -> bool:
+        """Does anything of what they add depend on the stream?"""
+        return any(_depends(item, self.start) for add in adds for item in add.branch)
 
 
 def follow(start: fx.Node) -> Stream:
@@ -242,8 +247,21 @@ def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> boo
             return True
         if node not in seen and node is not without:
             seen.add(node)
-            pending += list(node.users)
+            pending += [user for user in node.users if node in read_by(user)]
     return False
+
+
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values `node` reads: not those that only lend it their shape or dtype."""
+    name = _name(node)
+    if name in _takes_after and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return [n for n in node.all_input_nodes if n is not node.args[1]]
+    if node.op != "call_module" and (name.endswith("_like") or name.startswith("new_")):
+        return [n for n in node.all_input_nodes if n is not node.args[0]]
+    return node.all_input_nodes
+
+
+_takes_after = {"type_as", "view_as", "reshape_as", "expand_as", "to"}
 
 
 def _depends(item: Any, start: fx.Node) -> bool:
