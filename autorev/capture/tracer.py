@@ -32,6 +32,7 @@ from autorev.capture.custom_function import Applied
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import calls_patched, named_arguments
+from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_line, caller_place
 from autorev.patching import patched_here
 
@@ -140,6 +141,7 @@ class ValueTracer(fx.Tracer):
             self.made,
             ExitStack() as patches,
             patched_here(torch.autograd.Function, "apply", applying),
+            scripted_as_written(),
             _Recorder(self),
         ):
             for name, module in self.root.named_modules():

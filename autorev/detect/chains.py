@@ -159,7 +159,7 @@ def _in_container(child: ModuleCall, parent: ModuleCall) -> bool:
 
 
 def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
-    """A stage whose steps all stem from a series of equal sub-modules, or from a loop, holds blocks, and is none itself.
+    """A stage whose steps all stem from a series of equal sub-modules, or from a loop, holds blocks and is none itself.
 
     A block may well be made of two equal residual wrappers; then its siblings are blocks like it.
     """

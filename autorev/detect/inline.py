@@ -7,7 +7,6 @@ of the loop is one block: where the places of the adds in the code repeat with a
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import fx

@@ -278,8 +278,9 @@ def _caveats(finding: Finding, path: list[fx.Node]) -> list[Obstacle]:
 
 
 def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.Node) -> frozenset[str]:
-    """Sub-modules right before the output that are not a plain layer: the residual add may be inside (BLOOM, T5)."""
-    shapes = {start.meta["val"].shape for start in starts}
+    """Sub-modules right before the output that are not a plain layer: the residual add may be inside (BLOOM, T5), or
+    the stream be laid out anew (windows)."""
+    sizes = {start.meta["val"].numel() for start in starts}
     hidden = set()
     for node in sum_operands_before(output):
         if node.op != "call_module":
@@ -290,6 +291,6 @@ def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.
         plain = (
             type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
         ) or is_single_input_layer(node, module)
-        if not plain and isinstance(first, torch.Tensor) and first.shape in shapes:
+        if not plain and isinstance(first, torch.Tensor) and first.numel() in sizes:
             hidden.add(str(node.target))
     return frozenset(hidden)
