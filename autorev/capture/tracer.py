@@ -9,7 +9,7 @@ came from which node. Ordinary Python just works; what it decided on the way is 
 - every tensor argument is a placeholder (items of tuples and dicts are taken out of it by `getitem`);
 - parameters and buffers are `get_attr` nodes; sub-modules are `call_module` nodes, unless named in `opened`;
 - a tensor that the code reached in any other way (a closure, a global) is kept beside the graph as a constant;
-- whatever depended on a tensor's *data* (`if x.sum() > 0`) is written down in `decided`.
+- whatever depended on a tensor's *data* (`if x.sum() > 0`) is written down in `decided`, except where it was drawn.
 
 Nothing is written to the module.
 """
@@ -267,7 +267,7 @@ class ValueTracer(fx.Tracer):
             result = function()
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
             name = getattr(target, "__name__", str(target))
-            if name in _reads_data and tensors:
+            if name in _reads_data and tensors and not all(_is_drawn(read[id(t)]) for t in tensors):
                 self.decided.append(f"{name} ({caller_line()})")
             elif kind != "call_module" and not any(t._version != versions[id(t)] for t in tensors):
                 return result  # a question about shape, dtype or device
@@ -302,6 +302,11 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self.paused -= 1
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Does its value hang on random numbers and constants of the code alone? These are the same in a second run."""
+    return node.op in ("call_function", "call_method") and all(map(_is_drawn, node.all_input_nodes))
 
 
 class _Opaque(str):

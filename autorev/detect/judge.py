@@ -225,14 +225,6 @@ def _on_stream(
     if not keeps_order(stream, output):
         text = "the skip comes out with its axes permuted, so the block adds to a rearranged stream"
         obstacles.append(Obstacle("permuted-shortcut", text, output.meta["source"]))
-    if call.scalar_draws:
-        obstacles.append(
-            Obstacle(
-                "data-dependent",
-                "the block draws a random number and decides by it what to run",
-                definition_line(call.module),
-            )
-        )
     finding = Finding(call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output)
     finding.caveats = _caveats(finding, path)
     return finding
@@ -268,6 +260,9 @@ def _caveats(finding: Finding, path: list[fx.Node]) -> list[Obstacle]:
         names = ", ".join(finding.call.buffers_written[:3]) + (", ..." if len(finding.call.buffers_written) > 3 else "")
         text = f"it updates buffers while it runs ({names}); a second run in backward must not update them again"
         found.append(Obstacle("buffer-write", text, where))
+    if finding.call.scalar_draws:
+        text = "it draws a random number and decides by it what to run; backward draws the same once more"
+        found.append(Obstacle("layer-drop", text, where))
     found += caveats_on_stream(path)
     for name, tensor in captured.constants.items():
         if tensor.requires_grad and name:

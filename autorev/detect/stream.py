@@ -26,7 +26,7 @@ _matrix_products |= {"addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm
 _scatters = {torch.index_add, torch.scatter_add, "index_add", "index_add_", "scatter_add", "scatter_add_"}
 ONTO_FIRST = _scaled_products | _matrix_products | _scatters
 """They add to their first operand, whatever the shapes of the others."""
-_multiplies = {operator.mul, operator.truediv, torch.mul, torch.div, torch.true_divide, "mul", "div", "true_divide"}
+_multiplies: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, torch.true_divide, "mul", "div", "true_divide"}
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
 _cuts_gradient = {"detach", "detach_", torch.detach, "data"}
@@ -190,7 +190,25 @@ def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
         return None
     if value is origin or storage_of(value) == storage_of(origin) or (node.op != "call_module" and name in _copies):
         return source
-    return source if (name is F.dropout and value is origin) or is_times_one(name, node.args, node.kwargs) else None
+    same = name is F.dropout and value is origin
+    return source if same or _is_guard(node) or is_times_one(name, node.args, node.kwargs) else None
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """Is it a clamp to the largest numbers that the dtype has, as models that train in half precision have it (T5)?"""
+    if node.target not in (torch.clamp, "clamp"):
+        return False
+    largest = torch.finfo(node.meta["val"].dtype).max
+    return all(_is_as_large(bound, 0.9 * largest) for bound in (*node.args[1:], *node.kwargs.values()))
+
+
+def _is_as_large(bound: Any, limit: float) -> bool:
+    if not isinstance(bound, fx.Node):
+        return bound is None or abs(bound) >= limit
+    # `where(isinf(h).any(), max - 1000, max)`, and the negative of it
+    numbers = [item for item in bound.args if not isinstance(item, fx.Node)]
+    below = bound.args if bound.target in ("neg", operator.neg, torch.neg, "__neg__") else numbers
+    return bool(below) and bound.target is not torch.clamp and all(_is_as_large(item, limit) for item in below)
 
 
 def is_times_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -218,11 +236,6 @@ def residual_add(node: fx.Node, stream: Stream) -> Add | None:
     shape = skip.meta["val"].shape
     if node.meta["val"].shape != shape:
         return None
-    for item in branch:
-        if isinstance(item, fx.Node) and _depends(item, stream.start):
-            value = item.meta.get("val")
-            if len(branch) == 1 and (not isinstance(value, torch.Tensor) or value.shape != shape):
-                return None
     return Add(node, skip, branch)
 
 

@@ -63,5 +63,11 @@ def layout_of(func: Any, name: str, args: Any, kwargs: Any, result: torch.Tensor
         return (Permuted(tuple(size - 2 for size in moved.shape)),)
     if name in _RESHAPES:
         return (Reshaped(source.shape, result.shape),)
-    same = name in _COPIES or is_times_one(name, args, kwargs)
+    same = name in _COPIES or is_times_one(name, args, kwargs) or (name == "clamp" and _is_guard(args, kwargs))
     return () if same and result.shape == source.shape else None
+
+
+def _is_guard(args: Any, kwargs: Any) -> bool:
+    """Are the bounds of a clamp as large as the dtype allows, or computed for it?"""
+    bounds = [bound for bound in (*args[1:], *kwargs.values()) if bound is not None]
+    return all(isinstance(b, torch.Tensor) or abs(b) >= 0.9 * torch.finfo(args[0].dtype).max for b in bounds)
