@@ -37,7 +37,7 @@ def residual_runs(graph: fx.Graph) -> list[Run]:
     candidates: list[Run] = []
     covered: set[fx.Node] = set()
     for total in stream_like_sums(graph):
-        for start in total.all_input_nodes:
+        for start in summands(total):
             if start in covered or not is_stream_like(start.meta.get("val")):
                 continue
             run = _longest(follow(start))
@@ -70,6 +70,12 @@ def _longest(stream: Stream) -> Run | None:
     if first is not None and not stream.reads(first):  # token + position embedding: a sum, but no step
         return _longest(follow(first.node))
     return best
+
+
+def summands(node: fx.Node) -> list[fx.Node]:
+    """The nodes that the sum `node` adds up."""
+    first, others = add_operands(node) or (None, ())
+    return [operand for operand in (first, *others) if isinstance(operand, fx.Node)]
 
 
 def stream_like_sums(graph: fx.Graph) -> list[fx.Node]:
