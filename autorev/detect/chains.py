@@ -50,8 +50,10 @@ def detect(recorded: RecordedCall) -> Detection:
         if not finding.reversible:
             detection.refused.append(finding)
             continue
-        chain = tail.pop(_entry(finding), None)
-        if chain is None:
+        chain = tail.get(_entry(finding))
+        if chain is not None and _run_alike(chain[-1], finding):
+            del tail[_entry(finding)]
+        else:
             chain = []
             detection.chains.append(chain)
         chain.append(finding)
@@ -62,6 +64,11 @@ def detect(recorded: RecordedCall) -> Detection:
             chain[0].caveats.append(Obstacle("single-block", text, definition_line(chain[0].call.module)))
     detection.never_called = list(_never_called(recorded.root, findings))
     return detection
+
+
+def _run_alike(before: Finding, after: Finding) -> bool:
+    """Blocks are run by their modules, and the turns of a loop by the module whose code holds them."""
+    return not (before.inline or after.inline) or (before.inline and after.inline and before.call is after.call)
 
 
 def chain_name(chain: list[Finding]) -> str:

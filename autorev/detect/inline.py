@@ -12,7 +12,7 @@ from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.ends import drop_unread_items
 from autorev.detect.graph_queries import BlockView
-from autorev.detect.judge import Finding
+from autorev.detect.judge import Finding, own_backward
 from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
 from autorev.detect.stream import ResidualStep, follow, is_stream_like, reaches
@@ -48,7 +48,7 @@ def _captured(call: ModuleCall) -> CapturedBlock | None:
 
 def _blocks_of(call: ModuleCall, captured: CapturedBlock, run: Run) -> list[Finding]:
     period = _period([step.after.meta["place"] for step in run.steps])
-    obstacles = obstacles_on_stream(captured, run.stream, run.path)
+    obstacles = obstacles_on_stream(captured, run.stream, run.path) + own_backward(call)
     findings = []
     for number, first in enumerate(range(0, len(run.steps), period)):
         group = run.steps[first : first + period]

@@ -228,9 +228,18 @@ def _on_stream(
                 definition_line(call.module),
             )
         )
+    obstacles += own_backward(call)
     finding = Finding(call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output)
     finding.caveats = _caveats(finding, path)
     return finding
+
+
+def own_backward(call: ModuleCall) -> list[Obstacle]:
+    """Where a user's `autograd.Function` runs the call, nothing of autograd's comes by it in backward."""
+    if not call.function:
+        return []
+    text = f"it runs inside of {call.function}, an autograd.Function whose own backward computes its gradients"
+    return [Obstacle("own-backward", text, definition_line(call.module))]
 
 
 def _aux_obstacles(captured: CapturedBlock, path: list[fx.Node], at: tuple[Any, ...]) -> list[Obstacle]:
