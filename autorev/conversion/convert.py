@@ -40,6 +40,7 @@ from autorev.rewrite.checkpointed_forward import CheckpointedForward
 from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.replacement import replacements_of
 from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
+from autorev.workload import Call
 
 
 def convert(
@@ -130,13 +131,36 @@ def convert(
     _check_patterns(how, chosen)
     if not chosen.chains:
         raise ConversionError(_nothing(model, chosen))
+    put_in_place = partial(_put_in_place, model, batch, chosen, how, planned is not None, call=(args, kwargs))
+    try:
+        return put_in_place(patterns=(blocks, exclude))
+    except ConversionError:
+        if blocks is not None:
+            raise
+        unfit = _unfit(model, chosen, how, (args, kwargs))
+        if not 0 < len(unfit) < len(chosen.chains):
+            raise
+        chosen.leave_out(unfit)
+    return put_in_place(patterns=(blocks, exclude))
+
+
+def _put_in_place(
+    model: nn.Module,
+    batch: Any,
+    chosen: Chosen,
+    how: Method,
+    planned: bool,
+    *,
+    call: Call,
+    patterns: tuple[list[str] | None, list[str] | None],
+) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain]
     found = tiled_forwards(model, every, how.tile, how.in_pieces, batch is not None) if how.tile is not None else None
     tiled = found or Tiled()
-    estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
+    estimate = Estimate(chosen.twin, call, chosen.chains, chosen.others)
     if not how.reversible:
-        return _as_baseline(model, chosen, how, tiled, estimate, None if planned is None else chunked)
+        return _as_baseline(model, chosen, how, tiled, estimate, chunked if planned else None)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
@@ -144,11 +168,9 @@ def convert(
     names = list(model.state_dict())
     for forward in tiled.forwards:
         forward.install()
-    for item in built:
-        item.install()
-    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+    _install(model, built)
     try:
-        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
+        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, *call)
         if chunked:
             chunk_loss(model)
         notes += without_kernel(every[0]) if how.keep == "attention" else []
@@ -157,7 +179,7 @@ def convert(
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         intercept_checkpointing_enable(model)
         notice_trainers(model)
-        config_entry.write(model, how, blocks, exclude, {item.chain.name: item.chain for item in built})
+        config_entry.write(model, how, *patterns, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
@@ -173,6 +195,28 @@ def convert(
         notes=tuple(notes),
         simulated=partial(estimate.memory, how, stored.blocks),
     )
+
+
+def _install(model: nn.Module, built: list[BuiltChain]) -> None:
+    for item in built:
+        item.install()
+    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+
+
+def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[int, str]:
+    """Chains that cannot be built or run, each by itself and with the coupling's usual numbers; and why."""
+    usual = replace(Method(how.name), granularity=how.granularity)
+    found: dict[int, str] = {}
+    for number, chain in enumerate(chosen.chains if how.reversible else ()):
+        try:
+            item = BuiltChain(model, chain, 0, usual, taken=set())
+            _install(model, [item])
+            choose_grids(model, [item.chain], None, *call)
+        except ConversionError as error:
+            found[number] = str(error)
+        finally:
+            revert(model)
+    return found
 
 
 def _as_baseline(

@@ -18,6 +18,9 @@ Two more things are about pictures in a text:
   Calls that autorev makes are so, and a fake tensor is believed.
 - How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over. Where it is a real
   one, it stays real, with whatever is computed from it alone.
+
+And one is torch's: a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
+weights with their copies, which torch refuses of tensors that anybody watches. Where nothing changes, nothing is done.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
+
+import torch
+from torch import nn
 
 from autorev.hush import logs_hushed, warnings_hushed
 from autorev.patching import patched_here
@@ -48,6 +54,7 @@ def quirks() -> Iterator[None]:
             module = sys.modules.get(module_name)
             if hasattr(module, name):  # another version of transformers may lack the function, and then the quirk
                 stack.enter_context(patched_here(module, name, replace))
+        stack.enter_context(patched_here(nn.Module, "_apply", _fake_weights_replaced))
         stack.enter_context(quiet())
         stack.enter_context(real_numbers_stay())
         yield
@@ -76,6 +83,27 @@ def quiet_files() -> Iterator[None]:
         yield
 
 
+def _fake_weights_replaced(original: Any) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        if not all(isinstance(tensor, FakeTensor) for tensor in own):
+            return cast(nn.Module, original(module, function, recurse))
+        for child in module.children() if recurse else ():
+            child._apply(function)
+        for name, parameter in module._parameters.items():
+            with torch.no_grad():
+                applied = None if parameter is None else function(parameter)
+            if parameter is not None and applied is not parameter:
+                module._parameters[name] = nn.Parameter(applied, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else function(buffer)
+        return module
+
+    return apply
+
+
 def _fake_ones_are_believed(original: Any) -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -89,7 +117,6 @@ def _fake_ones_are_believed(original: Any) -> Any:
 @contextmanager
 def real_numbers_stay() -> Iterator[None]:
     """While it lasts, what is computed under fake tensors from real ones of whole numbers alone is real."""
-    import torch
     from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
     from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_leaves
@@ -112,8 +139,6 @@ def _one_text_per_row(original: Any) -> Any:
 
 
 def _grouped_only_where_it_can_be_faked(original: Any) -> Any:
-    import torch
-
     def can_use(input: Any, weight: Any, offs: Any) -> bool:
         return weight.dtype == torch.bfloat16 and bool(original(input, weight, offs))
 
