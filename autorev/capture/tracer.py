@@ -190,17 +190,19 @@ class ValueTracer(fx.Tracer):
         return nodes
 
     def _take_apart(self, node: fx.Node, value: Any) -> None:
-        """Book the tensors inside a tuple, list or dict as items of `node`."""
+        """Book the tensors inside a tuple, list, dict or dataclass as items of `node`."""
         items: list[tuple[Any, Any]] = []
         if isinstance(value, list | tuple):
             items = list(enumerate(value))
         elif isinstance(value, Mapping):
             items = list(value.items())
+        elif is_dataclass(value) and not isinstance(value, type):
+            items = [(f.name, getattr(value, f.name, None)) for f in fields(value)]
         for key, item in items:
             if isinstance(item, torch.Tensor):
                 if id(item) not in self.node_of:
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"])
-            elif isinstance(item, list | tuple | Mapping) and tree_leaves(item):
+            elif (isinstance(item, list | tuple | Mapping) and tree_leaves(item)) or is_dataclass(item):
                 self._take_apart(
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]),
                     item,
@@ -274,7 +276,7 @@ class ValueTracer(fx.Tracer):
         node.meta["mutates"] = mutated
         self._book(node, result)
         if not isinstance(result, torch.Tensor):
-            self._take_apart(node, result if not is_dataclass(result) else vars(result))
+            self._take_apart(node, result)
         return result
 
     def _calling(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
