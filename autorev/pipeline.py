@@ -158,9 +158,12 @@ def prepare(
         detection = _detect_on_twin(twin, workload.example(setting.batch, length), progress)
     analysis = _analysis(detection, twin, workload.name, workload.source)
     if not analysis.chains and not analysis.refused:
+        why = detection.nearest or (
+            "nowhere is a module's or a loop's input added to its output, so there is nothing to reverse"
+        )
+        found = "no residual block was found in it" if detection.nearest else "it has no residual block"
         raise NoBlocksError(
-            f"{workload.name} ({analysis.model.class_name}) has no residual block: nowhere is a module's or a loop's "
-            "input added to its output, so there is nothing to reverse; if you know of one, please report the model"
+            f"{workload.name} ({analysis.model.class_name}): {found}: {why}; if you know of one, please report the model"
         )
     layout = layout_of(detection.chains, detection.refused, twin)
     with mode:
@@ -290,7 +293,8 @@ def _analysis(detection: Detection, model: nn.Module, name: str, source: str) ->
         parameters=sum(p.numel() for p in model.parameters()),
         source=source,
     )
-    return Analysis(info, chains, refused, versions=_versions())
+    notes = (f"no residual block was found: {detection.nearest}",) if detection.nearest else ()
+    return Analysis(info, chains, refused, notes=notes, versions=_versions())
 
 
 def _versions() -> dict[str, str]:

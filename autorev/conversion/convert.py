@@ -315,7 +315,7 @@ def _check_patterns(method: Method, chosen: Chosen) -> None:
 def _nothing(model: nn.Module, chosen: Chosen) -> str:
     text = f"no chain of blocks of {type(model).__name__} can be converted"
     if not chosen.left_out:
-        return f"{text}: it has no residual block"
+        return f"{text}: {chosen.nearest or 'it has no residual block'}"
     path, reason = chosen.left_out[0]
     more = f" (and {len(chosen.left_out) - 1} more; autorev.analyze lists them)" if len(chosen.left_out) > 1 else ""
     return f"{text}: {path}: {reason}{more}"

@@ -24,6 +24,8 @@ class Chosen:
     """Those blocks that were judged."""
     twin: nn.Module = field(default_factory=nn.Module)
     """The fake copy that the findings speak of."""
+    nearest: str = ""
+    """What came nearest to a residual block, where there is none."""
 
     def leave_out(self, unfit: Mapping[int, str]) -> None:
         """Chains, by their number, that turned out not to run reversibly, and why."""
@@ -49,7 +51,7 @@ def choose(
 
     detection, twin = detect_in(model, args, kwargs)
     wanted, unwanted = patterns(blocks), patterns(exclude)
-    chosen = Chosen(twin=twin)
+    chosen = Chosen(twin=twin, nearest=detection.nearest)
     refused = detection.public()[1]
     paths = [f.path for chain in detection.chains for f in chain] + [block.path for block in refused]
     for pattern in (*(wanted or ()), *(unwanted or ())):

@@ -15,6 +15,7 @@ from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
 from autorev.detect.inline import common_start, inline_blocks
 from autorev.detect.judge import Finding, judge
+from autorev.detect.nearest import nearest
 from autorev.detect.obstacles import Obstacle
 
 MOST_STEPS = 4
@@ -31,6 +32,8 @@ class Detection:
     chains: list[list[Finding]] = field(default_factory=list)
     refused: list[Finding] = field(default_factory=list)
     never_called: list[Block] = field(default_factory=list)
+    nearest: str = ""
+    """Where there is neither: what came nearest to a residual block; empty where nothing did."""
 
     def public(self) -> tuple[tuple[Chain, ...], tuple[Block, ...]]:
         """As frozen data."""
@@ -63,6 +66,9 @@ def detect(recorded: RecordedCall) -> Detection:
             text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
             chain[0].caveats.append(Obstacle("single-block", text, definition_line(chain[0].call.module)))
     detection.never_called = list(_never_called(recorded.root, findings))
+    if not findings:
+        repeated = (c for call in recorded.root.walk() for c in call.children if _is_candidate(c, call))
+        detection.nearest = nearest(recorded.root, repeated)
     return detection
 
 

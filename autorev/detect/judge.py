@@ -157,7 +157,11 @@ def judge(call: ModuleCall) -> Finding:
         if not starts or not outputs:
             return _untraced(
                 call,
-                Obstacle("not-residual", "it takes or returns no tensor", definition_line(call.module)),
+                Obstacle(
+                    "not-residual",
+                    "it takes or returns no floating-point tensor with two axes or more",
+                    definition_line(call.module),
+                ),
             )
         streams = {start: follow(start) for start in starts}
         for at, output in outputs:

@@ -247,3 +247,74 @@ def test_routers_that_convert_their_weights() -> None:
     torch.manual_seed(0)
     _, found = checked(SwitchTransformersForConditionalGeneration(config), None)
     assert found.rebuilt == {"encoder.block": 2, "decoder.block": 2}
+
+
+class Hidden(hand.Parts):
+    """The sum is made by a matrix product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down = self.mlp.down
+        flat = torch.addmm(x.flatten(0, 1), self.mlp.up(self.norm1(x)).flatten(0, 1), down.weight.T)
+        return flat.view_as(x)
+
+
+class AddingBetween(hand.Stack):
+    """Two states are kept apart, and meet in the model's own code only."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        states = [self.embedding(tokens)]
+        for block in self.blocks:
+            states.append(torch.stack([states[-1], block(states[-1])]).mean(0))
+        return self.head(states[-1])
+
+
+class Convolutions(nn.Module):
+    """Nothing is added to anything, but for a written-out norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Convolution() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x - x.mean(-1, keepdim=True)
+
+
+class Convolution(nn.Module):
+    """Begins with a dropout, which is not on any residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.convolution = nn.Dropout(0.1), nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(self.dropout(x))
+
+
+NEAREST = {
+    "in an operation": (
+        lambda: hand.stack_of(Hidden),
+        TOKENS,
+        r"3 residual adds were seen by autograd, .*the nearest is blocks\.0: not-residual: the output comes from addmm",
+    ),
+    "in the model's code": (
+        lambda: AddingBetween(*(hand.MLP() for _ in range(3))),
+        TOKENS,
+        r"3 residual adds were seen by autograd, .*they stand in the code of AddingBetween, between its modules",
+    ),
+    "nowhere": (Convolutions, torch.zeros(2, 8, 8), "it has no residual block$"),
+}
+
+
+@pytest.mark.parametrize("name", list(NEAREST))
+def test_no_residual_block_is_said_only_where_that_is_so(name: str) -> None:
+    """Otherwise the adds are counted, and what came nearest is named with what stopped it."""
+    make, batch, said = NEAREST[name]
+    model = make()
+    with pytest.raises(ConversionError, match=said):
+        autorev.convert(model, batch)
+    analysis = autorev.analyze(model, batch)
+    assert not analysis.chains
+    assert not analysis.refused
+    assert bool(analysis.notes) == (name != "nowhere")
