@@ -182,7 +182,7 @@ def prepare(
         walks=walks,
         walks_batch=workload.walks_batch,
     )
-    return replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster
+    return replace(analysis, setting=setting, device=device_info, notes=(*notes, *analysis.notes)), forecaster
 
 
 def _detect_on_twin(twin: nn.Module, call: Call, progress: Progress) -> Detection:
@@ -293,8 +293,8 @@ def _analysis(detection: Detection, model: nn.Module, name: str, source: str) ->
         parameters=sum(p.numel() for p in model.parameters()),
         source=source,
     )
-    notes = (f"no residual block was found: {detection.nearest}",) if detection.nearest else ()
-    return Analysis(info, chains, refused, notes=notes, versions=_versions())
+    notes = [f"no residual block was found: {detection.nearest}"] if detection.nearest else []
+    return Analysis(info, chains, refused, notes=(*notes, *detection.idle), versions=_versions())
 
 
 def _versions() -> dict[str, str]:

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.source import caller_line
 from autorev.integrations.transformers import without_caches
+from autorev.own_mode import OwnMode
 from autorev.patching import patched_here
 
 

@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.capture.custom_function import Applied
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import calls_patched, named_arguments
 from autorev.capture.source import caller_line, caller_place
+from autorev.own_mode import OwnMode
 from autorev.patching import patched_here
 
 _reads_data = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__contains__", "numpy"}

@@ -192,7 +192,7 @@ def _put_in_place(
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
         not_converted=tuple(chosen.left_out),
-        notes=tuple(notes),
+        notes=(*notes, *chosen.idle),
         simulated=partial(estimate.memory, how, stored.blocks),
     )
 
@@ -238,6 +238,7 @@ def _as_baseline(
         tile=how.tile,
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
+        notes=tuple(chosen.idle),
         simulated=partial(estimate.memory, how, ()),
     )
 

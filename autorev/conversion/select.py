@@ -26,6 +26,8 @@ class Chosen:
     """The fake copy that the findings speak of."""
     nearest: str = ""
     """What came nearest to a residual block, where there is none."""
+    idle: list[str] = field(default_factory=list)
+    """Of each tower that the call does not run, a sentence."""
 
     def leave_out(self, unfit: Mapping[int, str]) -> None:
         """Chains, by their number, that turned out not to run reversibly, and why."""
@@ -51,7 +53,7 @@ def choose(
 
     detection, twin = detect_in(model, args, kwargs)
     wanted, unwanted = patterns(blocks), patterns(exclude)
-    chosen = Chosen(twin=twin, nearest=detection.nearest)
+    chosen = Chosen(twin=twin, nearest=detection.nearest, idle=detection.idle)
     refused = detection.public()[1]
     paths = [f.path for chain in detection.chains for f in chain] + [block.path for block in refused]
     for pattern in (*(wanted or ()), *(unwanted or ())):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
+from autorev.detect.idle import idle_towers
 from autorev.detect.inline import common_start, inline_blocks
 from autorev.detect.judge import Finding, judge
 from autorev.detect.nearest import nearest
@@ -34,6 +35,8 @@ class Detection:
     never_called: list[Block] = field(default_factory=list)
     nearest: str = ""
     """Where there is neither: what came nearest to a residual block; empty where nothing did."""
+    idle: list[str] = field(default_factory=list)
+    """Of each tower that did not run, a sentence."""
 
     def public(self) -> tuple[tuple[Chain, ...], tuple[Block, ...]]:
         """As frozen data."""
@@ -66,6 +69,7 @@ def detect(recorded: RecordedCall) -> Detection:
             text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
             chain[0].caveats.append(Obstacle("single-block", text, definition_line(chain[0].call.module)))
     detection.never_called = list(_never_called(recorded.root, findings))
+    detection.idle = idle_towers(recorded)
     if not findings:
         repeated = (c for call in recorded.root.walk() for c in call.children if _is_candidate(c, call))
         detection.nearest = nearest(recorded.root, repeated)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError, one_line
 from autorev.integrations.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
-from autorev.integrations.pictures import picture, towers_left_out
+from autorev.integrations.inputs import text_config
+from autorev.integrations.pictures import picture
 from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
 from autorev.packages import require
@@ -79,8 +80,6 @@ def transformers_workload(
     if shown is not None:
         notes = (*notes, shown.note)
         limit = limit and max(limit - len(shown.ids), 1)
-    elif left_out := towers_left_out(model_cls, {}):
-        notes = (*notes, left_out)
 
     def example(batch: int, sequence: int | None) -> Call:
         try:
@@ -175,7 +174,7 @@ def check_counts(data: Any, source: str) -> None:
 
 def assumed_sizes(config: Any, data: dict[str, Any], source: str) -> tuple[str, ...]:
     """A note on the sizes that the config `data` leaves to `transformers`, if there are any."""
-    text = config.get_text_config()
+    text = text_config(config)
     key = next((name for name, part in vars(config).items() if part is text), None)
     part = data if key is None else data.get(key)
     given = part if isinstance(part, dict) else {}
@@ -202,7 +201,7 @@ def _own_config(code_from: str, source: str, depth: int | None) -> Any:
 
 
 def _set_depth(config: Any, depth: int, source: str) -> None:
-    text = config.get_text_config()
+    text = text_config(config)
     own = getattr(text, "num_hidden_layers", None)  # every family's own name for it is mapped to this one
     if not isinstance(own, int):
         raise ModelBuildError(f"the config of {source} has no number of blocks that could be set; leave `depth` out")

@@ -30,7 +30,7 @@ import autorev
 from autorev import patching
 from autorev.capture import streams
 from autorev.capture.fake import KEPT, every_layer_kept, fake_copy, fused_attention_dropout, new_fake_mode
-from autorev.capture.own_mode import OwnMode
+from autorev.own_mode import OwnMode
 from autorev.capture.record import RecordedCall, record
 from autorev.errors import CaptureError
 from autorev.integrations.quirks import quiet
