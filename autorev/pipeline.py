@@ -163,7 +163,7 @@ def prepare(
         )
         found = "no residual block was found in it" if detection.nearest else "it has no residual block"
         raise NoBlocksError(
-            f"{workload.name} ({analysis.model.class_name}): {found}: {why}; if you know of one, please report the model"
+            f"{workload.name} ({analysis.model.class_name}): {found}: {why}; if you know of one, please report it"
         )
     layout = layout_of(detection.chains, detection.refused, twin)
     with mode:

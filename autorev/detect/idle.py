@@ -20,15 +20,20 @@ def idle_towers(recorded: RecordedCall) -> list[str]:
     root = recorded.root
     found = list(_idle(root.module, "", {id(call.module) for call in root.walk()}, set(recorded.readers)))
     given = {name for name, value in root.inputs().items() if value is not None}
-    parameters = inspect.signature(root.module.forward).parameters.values()
-    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and "Tensor" in str(p.annotation)]
-    left_out = [name for name in named if name not in given and not any(word in name for word in _ABOUT_OTHERS)]
+    left_out = [name for name in named_inputs(root.module) if name not in given]
     inputs = f" ({', '.join(left_out)})" if left_out else ""
     return [
         f"{path} ({type(module).__name__}, {format_count(sum(p.numel() for p in module.parameters()))} parameters) was "
         f"not run by the example call, and is in no chain and in no figure: give a batch with its inputs{inputs}"
         for path, module in found
     ]
+
+
+def named_inputs(module: nn.Module) -> list[str]:
+    """The tensors that a module is made to be called with, by what its author called and annotated them as."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and "Tensor" in str(p.annotation)]
+    return [name for name in named if not any(word in name for word in _ABOUT_OTHERS)]
 
 
 def _idle(module: nn.Module, path: str, ran: set[int], read: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""Questions to a `transformers` model that its config does not answer: a copy without values, one layer deep, is asked."""
+"""What the config of a `transformers` model does not say: a copy without values, one layer deep, is asked."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ def shallow(config: Any, model_cls: type[Any]) -> Any:
 
 def takes(config: Any, model_cls: type[Any], call: Callable[[], dict[str, Any]], live: bool) -> bool:
     """Does a model of `config` run on `call()`? One that looks at values does where it is `live`, and has some."""
+    import torch
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    from autorev.integrations.building import building
 
     try:
         with _without_values():
-            shallow(config, model_cls)(**call())
+            with building(torch.get_default_dtype()):
+                model = shallow(config, model_cls)
+            model(**call())
     except (DataDependentOutputException, DynamicOutputShapeException):
         return live
     except Exception:  # the model's own word

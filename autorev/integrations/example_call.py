@@ -8,7 +8,7 @@ real ones the values are valid, and the caller's random numbers are left alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ _TASKS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 
@@ -77,7 +79,9 @@ def model_class(config: Any, code_from: str | None = None) -> type[Any]:
         named += [classes] if isinstance(classes, str) else list(classes)
     for name in named:
         found = getattr(transformers, name, None)
-        if isinstance(found, type) and hasattr(found, "main_input_name"):
+        if not (isinstance(found, type) and hasattr(found, "main_input_name")):
+            continue
+        if isinstance(config, getattr(found, "config_class", None) or object):  # else it is of a part of the model
             return found
     raise ModelBuildError(
         f"transformers {transformers.__version__} has no model of type {config.model_type!r}; "
@@ -184,19 +188,18 @@ class _Maker:
     def keywords(self) -> dict[str, Any]:
         """Every input that is known, where the model takes them together; else those that it cannot do without."""
         accepted = _accepted(self.model_cls)
-        known = [name for name in (*IDS, *FLOATING, *WHOLE) if name in accepted]
+        known = [name for name in (*IDS, *FLOATING, *WHOLE) if name in accepted and name != "attention_mask"]
         if "input_ids" in known and mixes_in_tokens(self.config):
             known = [name for name in known if name in IDS]
-        needed = [name for name in known if name in _needed(self.model_cls)]
+        needed = [name for name in known if name in _needed(self.model_cls) or (self.shown and name == "input_ids")]
         if not needed:
             raise ModelBuildError(
                 f"{self.model_cls.__name__} reads {self.model_cls.main_input_name}, "
                 "which autorev cannot make up; "
                 "write a function that returns (model, args, kwargs) and give package.module:function"
             )
-        if known != needed and not self.taken(tuple(known)):
-            known = needed
-        return self.call_of(known)
+        choices = [known, [*known, "attention_mask"], needed] if known != needed or self.shown else []
+        return self.call_of(next(filter(self.taken, choices), known))
 
     def call_of(self, names: Iterable[str]) -> dict[str, Any]:
         """The call with these inputs, and with what goes with them."""
@@ -205,6 +208,8 @@ class _Maker:
         call |= self.targets(accepted)
         if self.shown is not None:
             call |= self.illustrated(call, self.shown, accepted)
+        if "attention_mask" in call:
+            call["attention_mask"] = self.whole([1] * call["input_ids"].shape[1])
         if "use_cache" in accepted:
             call["use_cache"] = False
         if "return_loss" in accepted:
@@ -218,11 +223,11 @@ class _Maker:
             return self.noise(FLOATING[name](self.config))
         return self.whole(WHOLE[name](self.config, self.length))
 
-    def taken(self, names: tuple[str, ...]) -> bool:
+    def taken(self, names: Sequence[str]) -> bool:
         """Does the model run on these inputs?"""
         import torch
 
-        key = self.model_cls, self.config.to_json_string(), names, self.live
+        key = self.model_cls, self.config.to_json_string(), *names, self.live
         if key not in _taken:
             plain = {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
             alike = replace(self, batch=2, sequence=self.length, **plain)

@@ -116,6 +116,7 @@ WHOLE: dict[str, Callable[[Any, int], list[Any]]] = {
     "pixel_attention_mask": lambda config, length: [1] * field(config, "num_patches"),
     "is_longer": lambda config, length: [0],
     "bbox": lambda config, length: [[0, 0, 0, 0]] * length,
+    "attention_mask": lambda config, length: [1] * length,
     "timesteps": lambda config, length: list(range(_STEPS)),
 }
 """Inputs of whole numbers, by name, for a text of some length: the same for every sample."""

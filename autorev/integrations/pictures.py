@@ -111,13 +111,14 @@ def _in_patches(config: Any, model_cls: type[Any], batch: int, noise: Noise) -> 
     return inputs, (side // merged) ** 2, side * vision.patch_size
 
 
-def numbers(row: list[int], batch: int) -> torch.Tensor:
+def numbers(row: list[Any], batch: int) -> torch.Tensor:
     """Real ones, also under fake tensors: models loop over them."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
-        return torch.tensor([row]).repeat(batch, 1)
+        one = torch.tensor([row])
+        return one.repeat(batch, *[1] * (one.dim() - 1))
 
 
 def _in_pixels(config: Any, model_cls: type[Any], batch: int, noise: Noise) -> tuple[dict[str, Any], int, int]:

@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from autorev.hush import logs_hushed, warnings_hushed
 from autorev.patching import patched_here
@@ -54,7 +55,7 @@ def quirks() -> Iterator[None]:
             module = sys.modules.get(module_name)
             if hasattr(module, name):  # another version of transformers may lack the function, and then the quirk
                 stack.enter_context(patched_here(module, name, replace))
-        stack.enter_context(patched_here(nn.Module, "_apply", _fake_weights_replaced))
+        stack.enter_context(patched_here(nn.Module, "_apply", fake_weights_replaced))
         stack.enter_context(quiet())
         stack.enter_context(real_numbers_stay())
         yield
@@ -83,30 +84,36 @@ def quiet_files() -> Iterator[None]:
         yield
 
 
-def _fake_weights_replaced(original: Any) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensor
+def fake_weights_replaced(original: Any) -> Any:
+    """In the place of `nn.Module._apply`: what `.to()`, `.half()` and the like call."""
 
     def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
-        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-        if not all(isinstance(tensor, FakeTensor) for tensor in own):
+        if not any(isinstance(tensor, FakeTensor) for tensor in (*module.parameters(), *module.buffers())):
             return cast(nn.Module, original(module, function, recurse))
-        for child in module.children() if recurse else ():
-            child._apply(function)
-        for name, parameter in module._parameters.items():
-            with torch.no_grad():
-                applied = None if parameter is None else function(parameter)
-            if parameter is not None and applied is not parameter:
-                module._parameters[name] = nn.Parameter(applied, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else function(buffer)
+        for kind in ("_parameters", "_buffers"):
+            replace_tensors(module, kind, function)
         return module
 
     return apply
 
 
-def _fake_ones_are_believed(original: Any) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensor
+def replace_tensors(model: nn.Module, kind: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put `function` of each parameter or buffer in its place; what is returned as it is stays."""
+    replaced: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    with torch.no_grad():
+        for module in model.modules():
+            tensors: dict[str, torch.Tensor | None] = getattr(module, kind)
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in replaced:
+                    new = function(old)
+                    made_anew = isinstance(old, nn.Parameter) and new is not old
+                    replaced[id(old)] = nn.Parameter(new, old.requires_grad) if made_anew else new
+                tensors[name] = replaced[id(old)]
 
+
+def _fake_ones_are_believed(original: Any) -> Any:
     def check(error: Any, condition: Any, *message: Any) -> None:
         if not isinstance(condition, FakeTensor):
             original(error, condition, *message)
@@ -117,7 +124,6 @@ def _fake_ones_are_believed(original: Any) -> Any:
 @contextmanager
 def real_numbers_stay() -> Iterator[None]:
     """While it lasts, what is computed under fake tensors from real ones of whole numbers alone is real."""
-    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
     from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_leaves
 

@@ -19,7 +19,7 @@ from autorev.workload import Call, Workload
 if TYPE_CHECKING:
     import torch
 
-    from autorev.models.building import Build
+    from autorev.integrations.building import Build
 
 _USUAL_SEQUENCE = 2048
 """Tokens per sample where nothing else is asked for; fewer where the model has fewer positions."""
@@ -48,7 +48,7 @@ def config_workload(
     model_cls = model_class(config, code_from)
 
     def build(dtype: torch.dtype) -> torch.nn.Module:
-        from autorev.models.building import building, settle
+        from autorev.integrations.building import building, settle
 
         try:
             with building(dtype):
@@ -72,7 +72,7 @@ def transformers_workload(
     """The workload of a `transformers` class: what it is called with follows from its config."""
     import torch
 
-    from autorev.models.building import in_one_dtype
+    from autorev.integrations.building import in_one_dtype
 
     has_text = has_sequence(config, model_cls)
     limit = sequence_limit(config, model_cls) if has_text else None
