@@ -37,11 +37,11 @@ def named_inputs(module: nn.Module) -> list[str]:
 
 
 def _idle(module: nn.Module, path: str, ran: set[int], read: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that hold a stack, and of which neither a module nor a parameter was used."""
+    """The outermost modules that hold a stack, and of which no module was called, and no tensor read."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
-        used = any(id(inner) in ran for inner in child.modules()) or any(id(p) in read for p in child.parameters())
-        if used:
+        held = (*child.parameters(), *child.buffers())
+        if any(id(inner) in ran for inner in child.modules()) or any(id(tensor) in read for tensor in held):
             if not isinstance(child, _STACKS):  # of blocks that a call skips, `not-called` tells
                 yield from _idle(child, below, ran, read)
         elif any(isinstance(inner, _STACKS) and len(inner) > 1 for inner in child.modules()):

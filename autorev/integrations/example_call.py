@@ -73,7 +73,8 @@ def model_class(config: Any, code_from: str | None = None) -> type[Any]:
     if code_from is not None and isinstance(getattr(config, "auto_map", None), dict):
         return _own_class(config.auto_map, code_from)
     named = list(getattr(config, "architectures", None) or [])
-    tasks = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *_TASKS] if getattr(config, "is_decoder", False) else _TASKS
+    first = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"] if getattr(config, "is_decoder", False) else []
+    tasks = [*first, *(["MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"] if mixes_in_tokens(config) else []), *_TASKS]
     for task in tasks:
         classes = getattr(modeling_auto, task, {}).get(config.model_type, ())
         named += [classes] if isinstance(classes, str) else list(classes)
@@ -270,6 +271,8 @@ class _Maker:
             return self.integers(self.config.num_labels, pixels(self.config)[-2:])
         if name.endswith("ForCTC"):
             return self.tokens(_LABEL_TOKENS)
+        if (each := rows("decoder_input_ids", self.config)) > 1:
+            return self.tokens(name="decoder_input_ids").unflatten(0, (self.batch, each)).mT
         return self.tokens() if has_sequence(self.config, self.model_cls) else None
 
     def classes(self) -> torch.Tensor:
