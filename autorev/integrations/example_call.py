@@ -162,12 +162,12 @@ def _accepted(model_cls: type[Any]) -> frozenset[str]:
     return frozenset(inspect.signature(model_cls.forward).parameters)
 
 
-def _needed(model_cls: type[Any]) -> frozenset[str]:
-    """What the model is never called without: it has no default, or the class or its loss is all about it."""
-    parameters = inspect.signature(model_cls.forward).parameters
-    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    pairs = {"input_ids", "pixel_values"} if "return_loss" in parameters else set()
-    return frozenset({*needed, *pairs, model_cls.main_input_name, "decoder_input_ids"})
+def _required(model_cls: type[Any]) -> set[str]:
+    """Inputs without a default, and the one that the class says it is about."""
+    parameters = list(inspect.signature(model_cls.forward).parameters.values())[1:]  # without `self`
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    main = model_cls.main_input_name
+    return {p.name for p in named if p.default is p.empty or p.name == main}
 
 
 _taken: dict[tuple[Any, ...], bool] = {}
@@ -192,15 +192,23 @@ class _Maker:
         known = [name for name in (*IDS, *FLOATING, *WHOLE) if name in accepted and name != "attention_mask"]
         if "input_ids" in known and mixes_in_tokens(self.config):
             known = [name for name in known if name in IDS]
-        needed = [name for name in known if name in _needed(self.model_cls) or (self.shown and name == "input_ids")]
-        if not needed:
+        made = {*known, *(() if self.shown is None else self.shown.inputs)}
+        unknown = sorted(_required(self.model_cls) - made) or ([] if known else [self.model_cls.main_input_name])
+        if unknown:
             raise ModelBuildError(
-                f"{self.model_cls.__name__} reads {self.model_cls.main_input_name}, "
-                "which autorev cannot make up; "
+                f"{self.model_cls.__name__} reads {', '.join(unknown)}, which autorev cannot make up; "
                 "write a function that returns (model, args, kwargs) and give package.module:function"
             )
+        needed = [name for name in known if name in self.needed]
         choices = [known, [*known, "attention_mask"], needed] if known != needed or self.shown else []
-        return self.call_of(next(filter(self.taken, choices), known))
+        return self.call_of(next((names for names in choices if self.taken(names)), known))
+
+    @property
+    def needed(self) -> set[str]:
+        """What the model is never called without: the class or its loss is all about it."""
+        pairs = {"input_ids", "pixel_values"} if "return_loss" in _accepted(self.model_cls) else set()
+        text = {"input_ids"} if self.shown is not None else set()
+        return {*_required(self.model_cls), *pairs, *text, "decoder_input_ids"}
 
     def call_of(self, names: Iterable[str]) -> dict[str, Any]:
         """The call with these inputs, and with what goes with them."""
@@ -230,8 +238,8 @@ class _Maker:
 
         key = self.model_cls, self.config.to_json_string(), *names, self.live
         if key not in _taken:
-            plain = {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
-            alike = replace(self, batch=2, sequence=self.length, **plain)
+            alike = replace(self, batch=2, sequence=self.length, device=torch.device("cpu"))
+            alike = replace(alike, dtype=torch.get_default_dtype())
             _taken[key] = takes(self.config, self.model_cls, lambda: alike.call_of(names), self.live)
         return _taken[key]
 
@@ -272,7 +280,7 @@ class _Maker:
         if name.endswith("ForCTC"):
             return self.tokens(_LABEL_TOKENS)
         if (each := rows("decoder_input_ids", self.config)) > 1:
-            return self.tokens(name="decoder_input_ids").unflatten(0, (self.batch, each)).mT
+            return self.tokens(name="decoder_input_ids").view(self.batch, each, -1).mT
         return self.tokens() if has_sequence(self.config, self.model_cls) else None
 
     def classes(self) -> torch.Tensor:

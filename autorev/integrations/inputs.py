@@ -60,7 +60,7 @@ def two(size: Any) -> tuple[int, int]:
 
 def _sound(config: Any) -> Shape:
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):  # a spectrum under the name of a sound
-        return config.max_length, config.num_mel_bins
+        return int(config.max_length), int(config.num_mel_bins)
     channels = field(config, "audio_channels") or (1 if field(config, "upsampling_ratios") else None)
     return (SOUND_SAMPLES,) if channels is None else (channels, SOUND_SAMPLES)
 
@@ -77,7 +77,7 @@ def _spectrum(config: Any) -> Shape:
 
 def _past(config: Any) -> int:
     lags = getattr(config, "lags_sequence", None) or [0]
-    return int(getattr(config, "context_length", None) or _STEPS) + max(lags)
+    return int(getattr(config, "context_length", None) or _STEPS) + int(max(lags))
 
 
 def _series(length: int, config: Any) -> Shape:
