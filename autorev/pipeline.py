@@ -27,6 +27,7 @@ from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
+from autorev.prediction.example_step import plan_without_chains
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
 from autorev.prediction.layout import layout_of
@@ -44,7 +45,8 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     `model` is run once on fake tensors in the place of `batch` (a dict of keyword arguments, a tuple of positional
     ones, or one tensor): nothing is computed, and `model`, its buffers, its weights and
     the random streams stay as they are. A `transformers` model needs no batch: a call is derived from its config.
-    What training would do is analysed: a model in eval mode is looked at as after `.train()`.
+    What training would do is analysed: a model in eval mode is looked at as after `.train()`. Where no block can be
+    reversed, `recommendation` says what helps them instead, with its figures in a step of the call.
 
     Raises:
         CaptureError: the model cannot be copied, or its forward raises on this batch.
@@ -55,7 +57,10 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     refuse_converted(model, "analyze")
     args, kwargs = call_of(model, batch, "analyze")
     detection, twin = detect_in(model, args, kwargs)  # whose quantised weights have their own number of elements
-    return _analysis(detection, twin, type(model).__name__, "a model in user code")
+    analysis = _analysis(detection, twin, type(model).__name__, "a model in user code")
+    if detection.chains or not detection.refused:
+        return analysis
+    return replace(analysis, recommendation=plan_without_chains(twin, (args, kwargs), detection.refused))
 
 
 def analyze_workload(

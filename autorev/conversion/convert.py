@@ -129,7 +129,7 @@ def convert(
     args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
     _check_patterns(how, chosen)
-    if not chosen.chains:
+    if not chosen.chains and (how.reversible or not chosen.others):
         raise ConversionError(_nothing(model, chosen))
     put_in_place = partial(_put_in_place, model, batch, chosen, how, planned is not None, call=(args, kwargs))
     try:
@@ -155,7 +155,7 @@ def _put_in_place(
     patterns: tuple[list[str] | None, list[str] | None],
 ) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
-    every = [finding for chain in chosen.chains for finding in chain]
+    every = [finding for chain in chosen.chains for finding in chain] or chosen.others
     found = tiled_forwards(model, every, how.tile, how.in_pieces, batch is not None) if how.tile is not None else None
     tiled = found or Tiled()
     estimate = Estimate(chosen.twin, call, chosen.chains, chosen.others)

@@ -61,6 +61,14 @@ class Finding:
         return not self.obstacles
 
     @property
+    def can_be_checkpointed(self) -> bool:
+        """Is it a module that may run a second time on its own input, and returns a tensor of that shape?"""
+        into, out = self.stream_in, self.stream_out
+        alike = into is not None and out is not None and into.shape == out.shape
+        once = any(o.code in ("not-repeatable", "argument-write", "own-backward") for o in self.obstacles)
+        return alike and not (self.inline or once or "random" in self.call.scalar_draws)
+
+    @property
     def residual(self) -> bool:
         """Is it a residual block at all, if perhaps one that cannot be reversed?"""
         return self.reversible or any(o.code not in GENERIC for o in self.obstacles)
