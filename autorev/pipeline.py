@@ -27,6 +27,7 @@ from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
+from autorev.prediction.example_step import plan_without_chains
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
 from autorev.prediction.layout import layout_of
@@ -44,7 +45,8 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     `model` is run once on fake tensors in the place of `batch` (a dict of keyword arguments, a tuple of positional
     ones, or one tensor): nothing is computed, and `model`, its buffers, its weights and
     the random streams stay as they are. A `transformers` model needs no batch: a call is derived from its config.
-    What training would do is analysed: a model in eval mode is looked at as after `.train()`.
+    What training would do is analysed: a model in eval mode is looked at as after `.train()`. Where no block can be
+    reversed, `recommendation` says what helps them instead, with its figures in a step of the call.
 
     Raises:
         CaptureError: the model cannot be copied, or its forward raises on this batch.
@@ -55,7 +57,10 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     refuse_converted(model, "analyze")
     args, kwargs = call_of(model, batch, "analyze")
     detection, twin = detect_in(model, args, kwargs)  # whose quantised weights have their own number of elements
-    return _analysis(detection, twin, type(model).__name__, "a model in user code")
+    analysis = _analysis(detection, twin, type(model).__name__, "a model in user code")
+    if detection.chains or not detection.refused:
+        return analysis
+    return replace(analysis, recommendation=plan_without_chains(twin, (args, kwargs), detection.refused))
 
 
 def analyze_workload(
@@ -158,9 +163,12 @@ def prepare(
         detection = _detect_on_twin(twin, workload.example(setting.batch, length), progress)
     analysis = _analysis(detection, twin, workload.name, workload.source)
     if not analysis.chains and not analysis.refused:
+        why = detection.nearest or (
+            "nowhere is a module's or a loop's input added to its output, so there is nothing to reverse"
+        )
+        found = "no residual block was found in it" if detection.nearest else "it has no residual block"
         raise NoBlocksError(
-            f"{workload.name} ({analysis.model.class_name}) has no residual block: nowhere is a module's or a loop's "
-            "input added to its output, so there is nothing to reverse; if you know of one, please report the model"
+            f"{workload.name} ({analysis.model.class_name}): {found}: {why}; if you know of one, please report it"
         )
     layout = layout_of(detection.chains, detection.refused, twin)
     with mode:
@@ -179,7 +187,7 @@ def prepare(
         walks=walks,
         walks_batch=workload.walks_batch,
     )
-    return replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster
+    return replace(analysis, setting=setting, device=device_info, notes=(*notes, *analysis.notes)), forecaster
 
 
 def _detect_on_twin(twin: nn.Module, call: Call, progress: Progress) -> Detection:
@@ -290,7 +298,8 @@ def _analysis(detection: Detection, model: nn.Module, name: str, source: str) ->
         parameters=sum(p.numel() for p in model.parameters()),
         source=source,
     )
-    return Analysis(info, chains, refused, versions=_versions())
+    notes = [f"no residual block was found: {detection.nearest}"] if detection.nearest else []
+    return Analysis(info, chains, refused, notes=(*notes, *detection.idle), versions=_versions())
 
 
 def _versions() -> dict[str, str]:

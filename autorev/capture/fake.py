@@ -20,13 +20,13 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from autorev.capture.own_mode import OwnFakeMode
 from autorev.capture.plain import plain_state, refuse_flattened
 from autorev.capture.quantised import bytes_inside, on_packed_memory, quantised_linears, stand_in_for
 from autorev.capture.streams import own_streams
 from autorev.errors import CaptureError, one_line
 from autorev.hush import logs_hushed
 from autorev.integrations.quirks import quirks
+from autorev.own_mode import OwnFakeMode
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises when the program asks for a value it does not have."""

@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.capture.custom_function import Applied
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import calls_patched, named_arguments
 from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_line, caller_place
+from autorev.own_mode import OwnMode
 from autorev.patching import patched_here
 
 _reads_data = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__contains__", "numpy"}
@@ -192,17 +192,19 @@ class ValueTracer(fx.Tracer):
         return nodes
 
     def _take_apart(self, node: fx.Node, value: Any) -> None:
-        """Book the tensors inside a tuple, list or dict as items of `node`."""
+        """Book the tensors inside a tuple, list, dict or dataclass as items of `node`."""
         items: list[tuple[Any, Any]] = []
         if isinstance(value, list | tuple):
             items = list(enumerate(value))
         elif isinstance(value, Mapping):
             items = list(value.items())
+        elif is_dataclass(value) and not isinstance(value, type):
+            items = [(f.name, getattr(value, f.name, None)) for f in fields(value)]
         for key, item in items:
             if isinstance(item, torch.Tensor):
                 if id(item) not in self.node_of:
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"])
-            elif isinstance(item, list | tuple | Mapping) and tree_leaves(item):
+            elif (isinstance(item, list | tuple | Mapping) and tree_leaves(item)) or is_dataclass(item):
                 self._take_apart(
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]),
                     item,
@@ -276,7 +278,7 @@ class ValueTracer(fx.Tracer):
         node.meta["mutates"] = mutated
         self._book(node, result)
         if not isinstance(result, torch.Tensor):
-            self._take_apart(node, result if not is_dataclass(result) else vars(result))
+            self._take_apart(node, result)
         return result
 
     def _calling(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,17 +37,14 @@ def baseline(model: nn.Module, chosen: Chosen, method: Method, planned: bool) ->
     paths: list[str] = []
     for number, chain in enumerate(chosen.chains):
         paths += _modules(chain[: max(len(chain) - method.stored_of(number), 0)])
-    paths += _modules([finding for finding in chosen.others if _keeps_shape(finding)])
+    paths += [finding.call.path for finding in chosen.others if finding.can_be_checkpointed]
     if not paths:
-        raise ConversionError(f"there is no block to put a {method.name} around: all are turns of loops, or stored")
+        raise ConversionError(
+            f"there is no block to put a {method.name} around: all are turns of loops, run once, or stored"
+        )
     forwards, _ = checkpointed_forwards(model, tuple(paths), method)
     return Baseline(forwards, tuple(dict.fromkeys(paths)))
 
 
 def _modules(findings: Sequence[Finding]) -> list[str]:
     return [finding.call.path for finding in findings if not finding.inline]
-
-
-def _keeps_shape(finding: Finding) -> bool:
-    into, out = finding.stream_in, finding.stream_out
-    return into is not None and out is not None and into.shape == out.shape

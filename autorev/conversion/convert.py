@@ -40,6 +40,7 @@ from autorev.rewrite.checkpointed_forward import CheckpointedForward
 from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.replacement import replacements_of
 from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
+from autorev.workload import Call
 
 
 def convert(
@@ -128,15 +129,38 @@ def convert(
     args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
     _check_patterns(how, chosen)
-    if not chosen.chains:
+    if not chosen.chains and (how.reversible or not chosen.others):
         raise ConversionError(_nothing(model, chosen))
+    put_in_place = partial(_put_in_place, model, batch, chosen, how, planned is not None, call=(args, kwargs))
+    try:
+        return put_in_place(patterns=(blocks, exclude))
+    except ConversionError:
+        if blocks is not None:
+            raise
+        unfit = _unfit(model, chosen, how, (args, kwargs))
+        if not 0 < len(unfit) < len(chosen.chains):
+            raise
+        chosen.leave_out(unfit)
+    return put_in_place(patterns=(blocks, exclude))
+
+
+def _put_in_place(
+    model: nn.Module,
+    batch: Any,
+    chosen: Chosen,
+    how: Method,
+    planned: bool,
+    *,
+    call: Call,
+    patterns: tuple[list[str] | None, list[str] | None],
+) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
-    every = [finding for chain in chosen.chains for finding in chain]
+    every = [finding for chain in chosen.chains for finding in chain] or chosen.others
     found = tiled_forwards(model, every, how.tile, how.in_pieces, batch is not None) if how.tile is not None else None
     tiled = found or Tiled()
-    estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
+    estimate = Estimate(chosen.twin, call, chosen.chains, chosen.others)
     if not how.reversible:
-        return _as_baseline(model, chosen, how, tiled, estimate, None if planned is None else chunked)
+        return _as_baseline(model, chosen, how, tiled, estimate, chunked if planned else None)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
@@ -144,11 +168,9 @@ def convert(
     names = list(model.state_dict())
     for forward in tiled.forwards:
         forward.install()
-    for item in built:
-        item.install()
-    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+    _install(model, built)
     try:
-        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
+        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, *call)
         if chunked:
             chunk_loss(model)
         notes += without_kernel(every[0]) if how.keep == "attention" else []
@@ -157,7 +179,7 @@ def convert(
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         intercept_checkpointing_enable(model)
         notice_trainers(model)
-        config_entry.write(model, how, blocks, exclude, {item.chain.name: item.chain for item in built})
+        config_entry.write(model, how, *patterns, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
@@ -170,9 +192,31 @@ def convert(
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
         not_converted=tuple(chosen.left_out),
-        notes=tuple(notes),
+        notes=(*notes, *chosen.idle),
         simulated=partial(estimate.memory, how, stored.blocks),
     )
+
+
+def _install(model: nn.Module, built: list[BuiltChain]) -> None:
+    for item in built:
+        item.install()
+    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+
+
+def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[int, str]:
+    """Chains that cannot be built or run, each by itself and with the coupling's usual numbers; and why."""
+    usual = replace(Method(how.name), granularity=how.granularity)
+    found: dict[int, str] = {}
+    for number, chain in enumerate(chosen.chains if how.reversible else ()):
+        try:
+            item = BuiltChain(model, chain, 0, usual, taken=set())
+            _install(model, [item])
+            choose_grids(model, [item.chain], None, *call)
+        except ConversionError as error:
+            found[number] = str(error)
+        finally:
+            revert(model)
+    return found
 
 
 def _as_baseline(
@@ -194,6 +238,7 @@ def _as_baseline(
         tile=how.tile,
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
+        notes=tuple(chosen.idle),
         simulated=partial(estimate.memory, how, ()),
     )
 
@@ -271,7 +316,7 @@ def _check_patterns(method: Method, chosen: Chosen) -> None:
 def _nothing(model: nn.Module, chosen: Chosen) -> str:
     text = f"no chain of blocks of {type(model).__name__} can be converted"
     if not chosen.left_out:
-        return f"{text}: it has no residual block"
+        return f"{text}: {chosen.nearest or 'it has no residual block'}"
     path, reason = chosen.left_out[0]
     more = f" (and {len(chosen.left_out) - 1} more; autorev.analyze lists them)" if len(chosen.left_out) > 1 else ""
     return f"{text}: {path}: {reason}{more}"

@@ -15,8 +15,10 @@ from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
 from autorev.detect.ends import argument_of
+from autorev.detect.idle import idle_towers
 from autorev.detect.inline import common_start, inline_blocks, recur, refused_loops
 from autorev.detect.judge import Finding, judge, judge_first
+from autorev.detect.nearest import nearest
 from autorev.detect.obstacles import Obstacle
 
 MOST_STEPS = 4
@@ -33,6 +35,10 @@ class Detection:
     chains: list[list[Finding]] = field(default_factory=list)
     refused: list[Finding] = field(default_factory=list)
     never_called: list[Block] = field(default_factory=list)
+    nearest: str = ""
+    """Where there is neither: what came nearest to a residual block; empty where nothing did."""
+    idle: list[str] = field(default_factory=list)
+    """Of each tower that did not run, a sentence."""
 
     def public(self) -> tuple[tuple[Chain, ...], tuple[Block, ...]]:
         """As frozen data."""
@@ -54,7 +60,16 @@ def detect(recorded: RecordedCall) -> Detection:
             text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
             chain[0].caveats.append(Obstacle("single-block", text, definition_line(chain[0].call.module)))
     detection.never_called = list(_never_called(recorded.root, findings))
+    detection.idle = idle_towers(recorded)
+    if not findings:
+        repeated = (c for call in recorded.root.walk() for c in call.children if _is_candidate(c, call))
+        detection.nearest = nearest(recorded.root, repeated)
     return detection
+
+
+def _run_alike(before: Finding, after: Finding) -> bool:
+    """Blocks are run by their modules, and the turns of a loop by the module whose code holds them."""
+    return not (before.inline or after.inline) or (before.inline and after.inline and before.call is after.call)
 
 
 def chain_name(chain: list[Finding]) -> str:
@@ -199,9 +214,9 @@ def _chains(findings: list[Finding], wholly: bool = True) -> list[list[Finding]]
     for finding in findings:
         if finding.reversible:
             entry, exit = ((state,) if wholly else state for state in (_entry(finding), _exit(finding)))
-            chain = next((tail.pop(state) for state in entry if state in tail), None)
-            if chain is None:
-                chain = []
+            state = next((state for state in entry if state in tail and _run_alike(tail[state][-1], finding)), None)
+            chain = [] if state is None else tail.pop(state)
+            if state is None:
                 chains.append(chain)
             chain.append(finding)
             tail |= dict.fromkeys(exit, chain)

@@ -85,7 +85,7 @@ def find_stream(
     """Where in (args, kwargs) the stream is, and the stream. `named`: the call's arguments, in order, by name.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: the call has no such argument.
+        AttributeError, KeyError, IndexError, TypeError, ValueError: the call has no such argument.
     """
     wanted, _, item = argument.partition("[")
     names = [name for name, _ in named]
@@ -96,7 +96,7 @@ def find_stream(
         place += (int(key) if key.lstrip("-").isdigit() else key.strip("'\""),)
     value: Any = (args, kwargs)
     for key in place:
-        value = value[key]
+        value = getattr(value, key) if is_dataclass(value) and not isinstance(value, Mapping) else value[key]
     return place, value
 
 
@@ -115,5 +115,5 @@ def replace_leaf(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
         copied[key] = replace_leaf(structure[key], rest, value)
         return copied
     twin = copy.copy(structure)
-    setattr(twin, key, replace_leaf(getattr(structure, key), rest, value))
+    object.__setattr__(twin, key, replace_leaf(getattr(structure, key), rest, value))  # it may be frozen
     return twin

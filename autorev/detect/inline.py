@@ -15,7 +15,7 @@ from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.ends import drop_unread_items
 from autorev.detect.graph_queries import BlockView
-from autorev.detect.judge import Finding
+from autorev.detect.judge import Finding, own_backward
 from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
 from autorev.detect.stream import ResidualStep, add_operands, follow, is_stream_like, reaches
@@ -68,7 +68,7 @@ def _may_be_an_add(node: fx.Node, captured: CapturedBlock) -> bool:
 def _blocks_of(call: ModuleCall, captured: CapturedBlock, run: Run) -> list[Finding]:
     steps = _told_by_place(run)
     period = turn_of(steps)
-    obstacles = obstacles_on_stream(captured, run.stream, run.path)
+    obstacles = obstacles_on_stream(captured, run.stream, run.path) + own_backward(call)
     findings = []
     # Every turn ends with the same add. The first one may lack steps: of those that read a tensor which is read later.
     whole = range(len(steps) % period, len(steps) + 1, period)

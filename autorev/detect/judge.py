@@ -71,6 +71,14 @@ class Finding:
         return not self.obstacles
 
     @property
+    def can_be_checkpointed(self) -> bool:
+        """Is it a module that may run a second time on its own input, and returns a tensor of that shape?"""
+        into, out = self.stream_in, self.stream_out
+        alike = into is not None and out is not None and into.shape == out.shape
+        once = any(o.code in ("not-repeatable", "argument-write", "own-backward") for o in self.obstacles)
+        return alike and not (self.inline or once or "random" in self.call.scalar_draws)
+
+    @property
     def residual(self) -> bool:
         """Is it a residual block at all, if perhaps one that cannot be reversed?"""
         return self.reversible or any(o.code not in GENERIC for o in self.obstacles)
@@ -175,7 +183,11 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
         if not starts or not outputs:
             return _untraced(
                 call,
-                Obstacle("not-residual", "it takes or returns no tensor", definition_line(call.module)),
+                Obstacle(
+                    "not-residual",
+                    "it takes or returns no floating-point tensor",
+                    definition_line(call.module),
+                ),
             )
         streams = {start: follow(start, through_cat=True) for start in starts}
         if deferred and (finding := _deferred(call, captured, streams, outputs)) is not None:
@@ -284,9 +296,18 @@ def _on_stream(
     if not keeps_order(stream, output):
         text = "the skip comes out with its axes permuted, so the block adds to a rearranged stream"
         obstacles.append(Obstacle("permuted-shortcut", text, output.meta["source"]))
+    obstacles += own_backward(call)
     finding = Finding(call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output)
     finding.caveats = _caveats(finding, path)
     return finding
+
+
+def own_backward(call: ModuleCall) -> list[Obstacle]:
+    """Where a user's `autograd.Function` runs the call, nothing of autograd's comes by it in backward."""
+    if not call.function:
+        return []
+    text = f"it runs inside of {call.function}, an autograd.Function whose own backward computes its gradients"
+    return [Obstacle("own-backward", text, definition_line(call.module))]
 
 
 def _aux_obstacles(captured: CapturedBlock, path: list[fx.Node], at: tuple[Any, ...]) -> list[Obstacle]:

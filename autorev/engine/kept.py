@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from autorev.capture.own_mode import OwnMode
+from autorev.own_mode import OwnMode
 
 _NAMES = (
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),

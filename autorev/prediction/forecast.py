@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autorev.analysis import Category, DeviceInfo, Prediction, Setting
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.methods import PREDICTED, Method
+from autorev.own_mode import OwnMode
 from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.layout import Layout, layout_of
 from autorev.prediction.scaling import ScaledTrace

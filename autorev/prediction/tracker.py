@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from autorev.analysis import Category
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.quantised import held_by
+from autorev.own_mode import OwnMode
 
 aten = torch.ops.aten
 _device_of = torch.ops.prim.device.default

@@ -90,7 +90,7 @@ class ReversibleForward(CompilingReplacement):
         self._refuse_transforms()
         try:
             place, stream = find_stream(self._named(args, kwargs), argument, args, kwargs)
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
             place, stream = (), None
         if not isinstance(stream, torch.Tensor) or not stream.is_floating_point():
             raise ConversionError(

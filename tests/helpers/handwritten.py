@@ -739,6 +739,42 @@ class RememberingStack(Stack):
         return self.head(self.norm(x))
 
 
+class Inside(Block):
+    """Runs in `Forgetting`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: own-backward
+        return super().forward(x)
+
+
+class Forgetting(torch.autograd.Function):
+    """Runs blocks without autograd; backward runs them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+        ctx.blocks = blocks
+        ctx.save_for_backward(x)
+        for block in blocks:
+            x = block(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            y = x = x.detach().requires_grad_()
+            for block in ctx.blocks:
+                y = block(y)
+            y.backward(gradient)
+        return x.grad, None
+
+
+class ReversibleAlready(Stack):
+    """Keeps nothing between its blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(Forgetting.apply(self.embedding(tokens), self.blocks)))
+
+
 class HyperConnected(Parts):
     """Several copies of the stream, mixed by a matrix."""
 

@@ -182,6 +182,7 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
         hand.Remembering,
         "argument-write",
     ),
+    "Inside": (lambda: hand.ReversibleAlready(*blocks(hand.Inside, 3)), TOKENS, hand.Inside, "own-backward"),
     "WithInnerStream": (
         lambda: hand.TakingApart(*blocks(hand.WithInnerStream, 3)),
         TOKENS,

@@ -308,7 +308,7 @@ def predict(forecaster: Forecaster, name: str) -> Prediction:
 
 def workload_of(model_cls: Any, config: Any) -> Workload:
     """The workload of a config, built in any dtype with random weights."""
-    from autorev.models.building import building
+    from autorev.integrations.building import building
 
     def build(dtype: torch.dtype) -> nn.Module:
         with building(dtype):

@@ -12,6 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     errors format given patching
+    own_mode
     couplings files hush lock packages workload
     integrations
     capture
