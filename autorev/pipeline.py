@@ -27,6 +27,7 @@ from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
+from autorev.optimizers import Optimizer
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
 from autorev.prediction.layout import layout_of
@@ -129,6 +130,7 @@ def prepare(
         adapter_dtype=adapter_dtype,
         weights=weights,
     )
+    Optimizer.parse(setting.optimizer).check_device(profile.kind)
     scheme = chosen_scheme(workload.name, workload.scheme, weights)
     if setting.trains == "lora" and setting.dtype != "fp32" and adapter_dtype is None:
         if scheme is not None and scheme.adapters_in_fp32:

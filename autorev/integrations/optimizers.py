@@ -1,0 +1,106 @@
+"""Optimisers as programs make them: torch's, bitsandbytes' and torchao's own, and stepped in backward where asked."""
+
+from __future__ import annotations
+
+import weakref
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from autorev.errors import TrainingError
+from autorev.optimizers import KINDS, MOMENTUM, Optimizer
+from autorev.packages import require
+
+
+def check_runs(optimizer: Optimizer, kind: str) -> None:
+    """Raise unless it can be run here, on a device of that kind (cuda or cpu).
+
+    Raises:
+        SettingError: it needs a GPU.
+        MissingPackageError: its library is not installed.
+    """
+    optimizer.check_device(kind)
+    require(f"the optimizer {optimizer}", optimizer.library)
+
+
+def make_optimizer(model: nn.Module, optimizer: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
+    """That optimiser of the parameters of `model` that train. 8-bit states are fp32 for embeddings, as in a Trainer."""
+    cls, options = _class_of(optimizer)
+    made: torch.optim.Optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=learning_rate, **options)
+    if optimizer.is_8bit:
+        manager = import_module("bitsandbytes.optim").GlobalOptimManager.get_instance()
+        for module in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    if optimizer.step == "backward":
+        step_in_backward(made, model)
+    return made
+
+
+def trainer_options(optimizer: Optimizer, learning_rate: float) -> tuple[str, tuple[Any, dict[str, Any]] | None]:
+    """(`TrainingArguments.optim`, `Trainer(optimizer_cls_and_kwargs=...)`): the latter for what has no name there."""
+    name = KINDS[optimizer.name].trainer
+    if name is not None and optimizer.foreach is None:
+        return name, None
+    cls, options = _class_of(optimizer)
+    adam = {"betas": (0.9, 0.999), "eps": 1e-8} if optimizer.momenta == 2 else {}
+    return name or "adamw_torch", (cls, {"lr": learning_rate, **adam, **options})
+
+
+def _class_of(optimizer: Optimizer) -> tuple[Any, dict[str, Any]]:
+    """The library's class, and what it is told."""
+    if optimizer.on_host:
+        offload = import_module("torchao.optim").CPUOffloadOptimizer
+        return offload, {"offload_gradients": optimizer.gradients == "host"}
+    if optimizer.library == "bitsandbytes":
+        bits = {"optim_bits": 8 if optimizer.is_8bit else 32, "is_paged": optimizer.paged}
+        return import_module("bitsandbytes.optim").AdamW, bits
+    if optimizer.name == "adamw-fused":
+        return torch.optim.AdamW, {"fused": True}
+    foreach = {"foreach": {None: None, "on": True, "off": False}[optimizer.foreach]}
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW, foreach
+    return torch.optim.SGD, {"momentum": MOMENTUM if optimizer.momenta else 0.0, **foreach}
+
+
+def step_in_backward(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """From now on `optimizer` updates each parameter as soon as its gradient is there, and frees the gradient.
+
+    As torch's tutorial "How to save memory by fusing the optimizer step into the backward pass" does, with one
+    optimiser instead of one per parameter: no other gradient is there when it steps. Its state, its groups and their
+    learning rates, and what its `state_dict` holds stay its own; `step` by itself updates nothing. Lasts as long as
+    the optimiser.
+
+    Raises in backward:
+        TrainingError: a gradient arrives twice between two calls of `step`, so that one would be of a part.
+    """
+    update, zero_grad = weakref.WeakMethod(optimizer.step), weakref.WeakMethod(optimizer.zero_grad)
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    updated: set[torch.Tensor] = set()
+
+    def arrived(parameter: torch.Tensor) -> None:
+        step = update()
+        if step is None:
+            return
+        if parameter in updated:
+            raise TrainingError(
+                f"the gradient of {names[parameter]} arrived a second time before the step ended, so that it was "
+                "updated by a part of it; an optimizer that steps in backward takes one backward pass a step"
+            )
+        updated.add(parameter)
+        step()
+        parameter.grad = None
+
+    def ended(closure: Any = None) -> None:
+        updated.clear()
+
+    def begun_anew(set_to_none: bool = True) -> None:
+        updated.clear()
+        if (clear := zero_grad()) is not None:
+            clear(set_to_none)
+
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        weakref.finalize(optimizer, parameter.register_post_accumulate_grad_hook(arrived).remove).atexit = False
+    optimizer.step = ended  # type: ignore[assignment,method-assign]  # what all who hold the optimiser call
+    optimizer.zero_grad = begun_anew  # type: ignore[method-assign]  # likewise
