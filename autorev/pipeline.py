@@ -94,7 +94,7 @@ def prepare(
     dtype: str | None = None,
     autocast: str | None = None,
     accumulate: int = 1,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     trains: str | None = None,
     lora_rank: int | None = None,
     lora_dropout: float = 0.0,
@@ -106,7 +106,8 @@ def prepare(
 ) -> tuple[Analysis, Forecaster]:
     """The analysis without predictions, and the fake twin that they are made with.
 
-    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast. Raises what
+    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast, `optimizer` to
+    adamw. Raises what
     `analyze_workload` raises.
     """
 
@@ -119,7 +120,7 @@ def prepare(
         batch=batch or workload.default_batch,
         sequence=sequence or workload.default_sequence,
         dtype=dtype or ("fp32" if autocast else "bf16"),
-        optimizer=optimizer,
+        optimizer=optimizer or "adamw",
         trains=trains,
         lora_rank=lora_rank,
         loss=loss,

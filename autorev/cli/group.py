@@ -96,10 +96,9 @@ class Spelled(click.ParamType[str]):
 optimizer = click.option(
     "--optimizer",
     type=Spelled(),
-    default="adamw",
-    show_default=True,
     metavar="SPEC",
-    help=f"{', '.join(KINDS)}; all but adamw-host with :step=backward.",
+    help=f"{', '.join(KINDS)}; all but adamw-host with :step=backward.  [default: adamw; of fit "
+    "whatever of its numbers makes room]",
 )
 
 

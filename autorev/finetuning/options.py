@@ -170,10 +170,9 @@ def check(asked: Options) -> Method:
     rate = asked.learning_rate
     if rate is not None and not (is_number(rate) and rate > 0):
         raise SettingError(f"the learning rate is a number above 0, not {rate!r}")
-    optimizer = Optimizer.parse(asked.optimizer)
-    optimizer.check_step(asked.accumulate, asked.clip)
     if asked.clip is not None and not (is_number(asked.clip) and asked.clip >= 0):
         raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip!r}")
+    Optimizer.parse(asked.optimizer).check_step(asked.accumulate, asked.clip)
     if asked.autocast not in (None, "bf16"):
         raise SettingError(f"autocast is bf16 or none, not {asked.autocast!r}")
     if asked.decay not in DECAYS:

@@ -103,7 +103,7 @@ def finetune(
         learning_rate: default 2e-5 (all weights), 2e-4 (LoRA), 1e-3 (from scratch).
         decay: of the learning rate, by `transformers`' names: linear, cosine, constant, ...
         warmup: steps in which it rises; default: a twentieth of all.
-        clip: the largest norm of the gradients; 0: any. Default: 1, or any where the optimiser takes gradients one by one.
+        clip: the largest norm of the gradients; 0: any. Default: 1; any where the optimiser takes them one by one.
         optimizer: as `autorev.optimizers` spells it: adamw, adamw-fused, adamw-fused:step=backward, adamw-8bit, ...
         autocast: bf16 to compute in bfloat16 under autocast; None: in the weights' dtype.
         pack: several documents in one row.

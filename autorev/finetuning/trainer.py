@@ -68,8 +68,8 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         """
         if self.updates.during_backward and self.args.world_size * max(self.args.n_gpu, 1) > 1:
             raise SettingError(
-                f"{self.updates} takes each gradient as soon as it is there, before those of several GPUs are averaged; "
-                "train on one, or choose another optimizer"
+                f"{self.updates} takes each gradient as soon as it is there, before those of several GPUs are "
+                "averaged; train on one, or choose another optimizer"
             )
         new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)

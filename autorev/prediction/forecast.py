@@ -24,7 +24,7 @@ from autorev.prediction.scaling import ScaledTrace
 from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
 from autorev.prediction.training import DTYPES, loss_function
-from autorev.prediction.update import Update, update_of, updated_by
+from autorev.prediction.update import Update, Updated, update_of, updated_by
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -114,12 +114,15 @@ class Forecaster:
 
     def update(self) -> Update:
         """What the optimiser takes."""
-        return update_of(self.twin, Optimizer.parse(self.setting.optimizer), self.device_kind)
+        return update_of(self.updated())
+
+    def updated(self) -> list[Updated]:
+        """The parameters that train."""
+        return updated_by(self.twin, Optimizer.parse(self.setting.optimizer), self.device_kind)
 
     def _taken_in_backward(self) -> dict[nn.Parameter, int]:
         """What the update of each parameter takes whose gradient it frees."""
-        each = updated_by(self.twin, Optimizer.parse(self.setting.optimizer), self.device_kind)
-        return {one.parameter: 0 if one.on_host else one.temporary for one in each if one.frees_gradient}
+        return {one.parameter: one.temporary for one in self.updated() if one.frees_gradient}
 
     def prediction(self, method: Method, trace: StepTrace) -> Prediction:
         """The public form of a method's step."""

@@ -129,18 +129,17 @@ def updated_by(model: nn.Module, optimizer: Optimizer, device_kind: str) -> list
     return [Updated(p, optimizer, device_kind == "cuda", id(p) in embedded) for p in trained]
 
 
-def update_of(model: nn.Module, optimizer: Optimizer, device_kind: str) -> Update:
-    """What `optimizer` takes for all of them.
+def update_of(each: list[Updated]) -> Update:
+    """What the optimiser takes for all of them.
 
     The time of a step on the host is that of the link alone. What is done in backward takes nothing after it.
     """
-    each = updated_by(model, optimizer, device_kind)
     total, state, host = (sum(getattr(one, name) for one in each) for name in ("size", "state", "host"))
     paged = sum(one.paged for one in each)
     carried = sum(2 * one.size for one in each if one.on_host)
     return Update(
         state=state + (_TABLES if any(one.coded for one in each) else 0),
-        temporary=0 if optimizer.frees_gradients else _temporary(each),
+        temporary=_temporary([one for one in each if not one.frees_gradient]),
         moved=3 * total + 2 * (state + paged),
         host=host,
         linked=2 * paged + carried,

@@ -40,7 +40,7 @@ def profile(
     sequence: int | None = None,
     dtype: str | None = None,
     autocast: str | None = None,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     trains: str | None = None,
     lora_rank: int | None = None,
     lora_dropout: float = 0.0,
@@ -71,7 +71,7 @@ def profile(
         sequence: tokens per sample.
         dtype: fp32, bf16 or fp16; default fp32 on a CPU and under autocast, bf16 on a GPU.
         autocast: bf16 to compute in it over fp32 weights.
-        optimizer: as `autorev.optimizers` spells it.
+        optimizer: as `autorev.optimizers` spells it; default: adamw.
         trains: full, lora or head; default: full.
         lora_rank: of the adapters; implies LoRA; default: 16.
         lora_dropout: of the adapters' inputs.
@@ -108,6 +108,7 @@ def profile(
     check_options(goal, rounds, timed_steps, trains, longest_step, progress)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
+    optimizer = optimizer or "adamw"
     if not predict:
         check_runs(Optimizer.parse(optimizer), on)
     hardware = device_profile(on, device)

@@ -21,7 +21,7 @@ from autorev.analysis import Setting
 from autorev.errors import is_out_of_memory
 from autorev.in_place import in_place
 from autorev.optimizers import Optimizer
-from autorev.prediction.update import update_of
+from autorev.prediction.update import update_of, updated_by
 from autorev.profiler.job import Job, Sweep
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.prepare import Prepared, prepare_model, with_text
@@ -206,5 +206,5 @@ def _budget(model: nn.Module, sweep: Sweep, setting: Setting) -> int | None:
 def standing_bytes(model: nn.Module, optimizer: str) -> int:
     """Bytes of parameters, buffers, gradients and optimiser state."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    state = update_of(model, Optimizer.parse(optimizer), "cpu").state
+    state = update_of(updated_by(model, Optimizer.parse(optimizer), "cpu")).state
     return storage_bytes([*model.parameters(), *model.buffers()]) + trained + state
