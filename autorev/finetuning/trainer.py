@@ -80,7 +80,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss; one that is no number ends the run before it reaches the weights."""
         found = self._loss(*args, **kwargs)
-        loss = found[0] if isinstance(found, tuple) else found
+        loss = (found[0] if isinstance(found, tuple) else found).detach()
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.state.global_step + 1} is {float(loss)}, no number; the weights are those of "

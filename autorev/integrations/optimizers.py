@@ -25,8 +25,16 @@ def check_runs(optimizer: Optimizer, kind: str) -> None:
     require(f"the optimizer {optimizer}", optimizer.library)
 
 
-def make_optimizer(model: nn.Module, optimizer: Optimizer, learning_rate: float) -> torch.optim.Optimizer:
-    """That optimiser of the parameters of `model` that train. 8-bit states are fp32 for embeddings, as in a Trainer."""
+def make_optimizer(model: nn.Module, spec: str, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser that `spec` spells (`adamw-fused:step=backward`), of the parameters of `model` that train. What it
+    keeps of embeddings is fp32, as in a Trainer.
+
+    Raises:
+        SettingError: it spells none, or one that needs a GPU.
+        MissingPackageError: its library is not installed.
+    """
+    optimizer = Optimizer.parse(spec)
+    check_runs(optimizer, next(model.parameters()).device.type)
     cls, options = _class_of(optimizer)
     made: torch.optim.Optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=learning_rate, **options)
     if optimizer.is_8bit:
@@ -75,13 +83,13 @@ def step_in_backward(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     Raises in backward:
         TrainingError: a gradient arrives twice between two calls of `step`, so that one would be of a part.
     """
-    update, zero_grad = weakref.WeakMethod(optimizer.step), weakref.WeakMethod(optimizer.zero_grad)
+    own, alive = type(optimizer), weakref.ref(optimizer)
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     updated: set[torch.Tensor] = set()
 
     def arrived(parameter: torch.Tensor) -> None:
-        step = update()
-        if step is None:
+        one = alive()
+        if one is None:
             return
         if parameter in updated:
             raise TrainingError(
@@ -89,18 +97,16 @@ def step_in_backward(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
                 "updated by a part of it; an optimizer that steps in backward takes one backward pass a step"
             )
         updated.add(parameter)
-        step()
+        own.step(one)
         parameter.grad = None
 
-    def ended(closure: Any = None) -> None:
+    def step(self: torch.optim.Optimizer, closure: Any = None) -> None:
         updated.clear()
 
-    def begun_anew(set_to_none: bool = True) -> None:
+    def zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
         updated.clear()
-        if (clear := zero_grad()) is not None:
-            clear(set_to_none)
+        own.zero_grad(self, set_to_none)
 
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         weakref.finalize(optimizer, parameter.register_post_accumulate_grad_hook(arrived).remove).atexit = False
-    optimizer.step = ended  # type: ignore[assignment,method-assign]  # what all who hold the optimiser call
-    optimizer.zero_grad = begun_anew  # type: ignore[method-assign]  # likewise
+    optimizer.__class__ = type(own.__name__, (own,), {"step": step, "zero_grad": zero_grad})

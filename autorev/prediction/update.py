@@ -88,7 +88,7 @@ class Updated:
     @property
     def host(self) -> int:
         """Bytes on the host, from step to step."""
-        return 2 * self.size + self._moments if self.on_host else self.paged
+        return 2 * self.size + self._moments + 4 if self.on_host else self.paged
 
     @property
     def frees_gradient(self) -> bool:

@@ -82,10 +82,9 @@ def _title(plan: Plan) -> str:
     return f"Train with {' and '.join(ways)}" if ways else "Train as it is"
 
 
-def _way(plan: Plan, each: Option | Reached) -> str:
-    """Its method, and its optimiser where plans have several."""
-    several = len({option.optimizer for option in plan.options}) > 1
-    return f"{each.method.spec} {each.optimizer}" if several else each.method.spec
+def _by(plan: Plan, each: Option | Reached) -> dict[str, doc.Content]:
+    """The optimiser, where there are several."""
+    return {"optimizer": each.optimizer} if len({option.optimizer for option in plan.options}) > 1 else {}
 
 
 def _answer(plan: Plan) -> Iterator[doc.Part]:
@@ -153,19 +152,20 @@ def _options(plan: Plan) -> doc.Table:
     rows = []
     for option in plan.options:
         cells: dict[str, doc.Content] = {
+            **_by(plan, option),
             f"peak, {unit.name}": _peak(option, unit.number(option.peak_bytes)),
             f"on the host, {unit.name}": unit.number(option.host_bytes) if option.host_bytes else NOTHING,
             "step": format_seconds(option.seconds),
             "frontier": "yes" if option in best else "",
         }
-        rows.append((doc.Row(_way(plan, option), chosen=option == plan.option), cells))
+        rows.append((doc.Row(option.method.spec, chosen=option == plan.option), cells))
     return doc.table("method", rows, code_heads=True)
 
 
 def _reached(plan: Plan) -> doc.Table:
     head = "largest batch" if plan.axis == "batch" else "longest sequence"
     rows: list[tuple[doc.Row, dict[str, doc.Content]]] = [
-        (doc.Row(_way(plan, each)), {head: format_integer(each.size) if each.size else NOTHING})
+        (doc.Row(each.method.spec), {**_by(plan, each), head: format_integer(each.size) if each.size else NOTHING})
         for each in plan.longest
     ]
     return doc.table("method", rows, code_heads=True)
@@ -187,7 +187,8 @@ def _chart(plan: Plan) -> doc.Figure:
         those = [option for option in plan.options if option.method.name == name]
         x, y = [plots.in_unit(option.peak_bytes, unit) for option in those], [option.seconds for option in those]
         texts = [
-            f"{_way(plan, each)}: {format_bytes(each.peak_bytes)}, {format_seconds(each.seconds)}" for each in those
+            f"{each.method.spec}, {each.optimizer}: {format_bytes(each.peak_bytes)}, {format_seconds(each.seconds)}"
+            for each in those
         ]
         series.append(plots.Series.like(look_of(name), name, x, y, texts=texts, mode="markers", size=11))
     room = plots.in_unit(plan.memory_bytes, unit)

@@ -307,3 +307,19 @@ def test_a_run_takes_its_method_from_a_plan(folder: Path, tmp_path: Path) -> Non
     both = CliRunner().invoke(main, [*usual, "--method", "leapfrog", "--out", str(tmp_path / "other")])
     assert both.exit_code == 2
     assert "--plan says by which method; leave --method out" in both.output
+
+
+# -- the optimiser
+
+
+@pytest.fixture(scope="module")
+def all_weights() -> dict[str, Plan]:
+    """By memory, of a step that peaks in its update: a large vocabulary, and few tokens."""
+    short = {name: value[:, :8] if isinstance(value, torch.Tensor) else value for name, value in BATCH.items()}
+    sizes = ("1GiB", "11.4MiB", "9.6MiB", "9MiB")
+    return {memory: autorev.fit(llama(2, 8192), short, memory=memory, device="cpu") for memory in sizes}
+
+
+def test_look(all_weights: dict[str, Plan]) -> None:
+    for plan in all_weights.values():
+        print(plan)

@@ -13,7 +13,6 @@ from torch import nn
 
 from autorev.capture.quantised import held_by
 from autorev.integrations.optimizers import make_optimizer
-from autorev.optimizers import Optimizer
 from autorev.prediction.training import DTYPES, own_loss
 from autorev.profiler.readings import PHASES
 
@@ -77,7 +76,7 @@ class TrainingStep:
 
 def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
     """The optimiser of that spelling, of the parameters that train."""
-    return make_optimizer(model, Optimizer.parse(name), LEARNING_RATE)
+    return make_optimizer(model, name, LEARNING_RATE)
 
 
 def tensors_of(structure: Any) -> list[torch.Tensor]:
