@@ -24,7 +24,6 @@ LONG = 4096
 """Tokens from which on attention costs enough for its results to be worth keeping."""
 MOST_TRIES = 5
 """Simulated steps to find how many blocks can be stored."""
-FIXED = (Category.PARAMETERS, Category.OPTIMIZER_STATE)
 WORTH = 0.01
 """Of the memory: an optimiser that frees less is not looked at."""
 
@@ -111,19 +110,37 @@ class Search:
         worth = self._worth_looking_at()
         for at, optimizer in enumerate(worth):
             best = self.best()
-            if best is not None and (best.method.name == "plain" or Optimizer.parse(optimizer).on_host):
-                break  # nothing is faster; or only the link to the host is, of which the host's own time is not known
+            as_it_is = best is not None and best.method.name == "plain" and best.method.tile is None
+            if as_it_is or (best is not None and Optimizer.parse(optimizer).on_host):
+                break  # nothing is faster; and a step on the host takes longer than the link does, by nobody knows what
             share = 0.65 / len(worth)
             for number, method in enumerate(families):
                 done = 0.3 + share * (at + 0.6 * number / len(families))
-                self.progress(f"simulating {method.spec} with {optimizer}", done)
-                self.option(method, optimizer)
+                if optimizer == worth[0] or self._may_win(method, optimizer):
+                    self.progress(f"simulating {method.spec} with {optimizer}", done)
+                    self.option(method, optimizer)
             bases = sorted((o for o in self.seen.values() if o.optimizer == optimizer), key=self.rank)
             for base in bases:
                 self.progress(f"storing blocks of {base.method.spec}", 0.3 + share * (at + 0.8))
                 if base.fits and base.method.name != "plain":
                     self._store(base)
         return sorted(self.seen.values(), key=self.rank)
+
+    def _may_win(self, method: Method, optimizer: str) -> bool:
+        """Can it fit, and be faster than the best so far, with as many blocks stored as that takes? Judged by its
+        figures under the first optimiser, less all that this one frees.
+        """
+        usual, best = self.option(method), self.best()
+        plain = self.option(Method("plain", loss=method.loss, tile=method.tile))
+        if usual is None or plain is None:
+            return False
+        stored = 0.0
+        if best is not None and usual.seconds >= best.seconds:
+            if best.seconds <= plain.seconds:
+                return False
+            stored = (usual.seconds - best.seconds) / (usual.seconds - plain.seconds)
+        freed = self._holds(self.optimizers[0]) - self._holds(optimizer)
+        return (1 - stored) * usual.peak_bytes + stored * plain.peak_bytes - freed <= self.room
 
     def _worth_looking_at(self) -> list[str]:
         """The optimisers, but for those that free next to nothing of what the ones before them hold."""
@@ -245,10 +262,8 @@ class Search:
 
     def _why_nothing(self) -> str:
         method = Method("plain", loss=self.forecaster.setting.loss)
-        fixed = min(
-            sum(self.prediction(method, optimizer).categories[category] for category in FIXED)
-            for optimizer in {option.optimizer for option in self.seen.values()}
-        )
+        weights = self.prediction(method, self.optimizers[0]).categories[Category.PARAMETERS]
+        fixed = weights + min(self.forecaster_for(method.loss, o).update().state for o in self._worth_looking_at())
         least = min(self.seen.values(), key=lambda option: option.peak_bytes)
         if fixed >= self.room:
             return "does not fit: the weights and the optimiser's state alone take more than there is"
