@@ -59,8 +59,7 @@ def trainer_options(optimizer: Optimizer, learning_rate: float) -> tuple[str, tu
 def _class_of(optimizer: Optimizer) -> tuple[Any, dict[str, Any]]:
     """The library's class, and what it is told."""
     if optimizer.on_host:
-        offload = import_module("torchao.optim").CPUOffloadOptimizer
-        return offload, {"offload_gradients": optimizer.gradients == "host"}
+        return _offloading(), {"offload_gradients": optimizer.gradients == "host"}
     if optimizer.library == "bitsandbytes":
         bits = {"optim_bits": 8 if optimizer.is_8bit else 32, "is_paged": optimizer.paged}
         return import_module("bitsandbytes.optim").AdamW, bits
@@ -70,6 +69,20 @@ def _class_of(optimizer: Optimizer) -> tuple[Any, dict[str, Any]]:
     if optimizer.name == "adamw":
         return torch.optim.AdamW, foreach
     return torch.optim.SGD, {"momentum": MOMENTUM if optimizer.momenta else 0.0, **foreach}
+
+
+def _offloading() -> Any:
+    """torchao's `CPUOffloadOptimizer`. Once a state is loaded (accelerate loads one before training), its groups of
+    small parameters are other dicts than those that it shows, and a schedule would move their learning rate in vain.
+    """
+    own = import_module("torchao.optim").CPUOffloadOptimizer
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        own.load_state_dict(self, state_dict)
+        if self.d_opt is not None:
+            self.d_param_groups = self.d_opt.param_groups
+
+    return type(own.__name__, (own,), {"load_state_dict": load_state_dict})
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -112,7 +112,7 @@ class Search:
             best = self.best()
             as_it_is = best is not None and best.method.name == "plain" and best.method.tile is None
             if as_it_is or (best is not None and Optimizer.parse(optimizer).on_host):
-                break  # nothing is faster; and a step on the host takes longer than the link does, by nobody knows what
+                break  # nothing is faster; and of a step on the host no more is known than the time of the link
             share = 0.65 / len(worth)
             for number, method in enumerate(families):
                 done = 0.3 + share * (at + 0.6 * number / len(families))

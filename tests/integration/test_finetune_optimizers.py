@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from autorev.cli import main
 from autorev.errors import AutorevError, TrainingError
 from autorev.finetuning.record import FineTuning
+from tests.helpers.a_gpu import be_a_gpu
 from tests.helpers.tiny_run import At, interrupt, tune, workplace
 from tests.integration.test_finetune_resume import check_same
 
@@ -97,6 +98,20 @@ def test_a_stopped_run_goes_on(optimizer: str, done: Done) -> None:
         tune(done.folder, out=out, optimizer=optimizer, callbacks=(At(2, interrupt, "on_step_begin"),), **given)
     check_same(tune(done.folder, out=out, resume=True, **given), whole)
     assert furthest(load_file(done.folder / out / "model.safetensors"), weights) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-host", "adamw-host:gradients=host"])
+def test_the_host_takes_the_same_steps(optimizer: str, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a Trainer, with its schedule, from a checkpoint, too; torchao's own, with a CPU for the GPU."""
+    be_a_gpu(monkeypatch)
+    usual, weights = done("plain", "adamw-fused", clip=0.0)
+    whole, found = done("plain", optimizer)
+    assert furthest(found, weights) < 1e-6
+    assert [row.loss for row in whole.logged] == pytest.approx([row.loss for row in usual.logged], abs=1e-5)
+    out, given = f"stopped {optimizer}".replace(":", " "), {**USUAL, "method": "plain", "optimizer": optimizer}
+    with pytest.raises(TrainingError, match="interrupted after step 3"):
+        tune(done.folder, out=out, callbacks=(At(2, interrupt, "on_step_begin"),), **given)
+    check_same(tune(done.folder, out=out, resume=True, **given), whole)
 
 
 class Looks(TrainerCallback):

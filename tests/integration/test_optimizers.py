@@ -8,7 +8,6 @@ python -m pytest tests/integration/test_optimizers.py
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from autorev.prediction.forecast import Forecaster
 from autorev.prediction.training import DTYPES
 from autorev.profiler.passes.step import storage_bytes
 from autorev.workload import Workload
+from tests.helpers.a_gpu import be_a_gpu
 from tests.integration.test_prediction import FAMILIES, highest, predict, workload_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -278,32 +278,10 @@ def test_it_ends_with_the_optimizer() -> None:
 # -- on a GPU
 
 
-class Stream:
-    """Of a GPU that is not there."""
-
-    def wait_stream(self, other: Any) -> None:
-        """Nothing runs beside."""
-
-    def record_event(self) -> Any:
-        """Done already."""
-        return self
-
-    def synchronize(self) -> None:
-        """Likewise."""
-
-
 @pytest.mark.parametrize("spec", ["adamw-host", "adamw-host:gradients=host"])
 def test_the_host_holds_what_is_predicted(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchao's own optimiser, with a GPU that is a CPU: the steps of fused AdamW, and its bytes by what it keeps."""
-    offload = pytest.importorskip("torchao.optim.cpu_offload")
-    empty_like = torch.empty_like
-    monkeypatch.setattr(offload, "get_available_devices", lambda: ["cpu", "xpu"])
-    monkeypatch.setattr(torch.xpu, "Stream", Stream)
-    monkeypatch.setattr(torch.xpu, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.xpu, "current_stream", Stream)
-    monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory=False, **how: empty_like(tensor, **how))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(Optimizer, "check_device", lambda self, kind: None)
+    be_a_gpu(monkeypatch)
     workload, forecaster = wide(spec, SHORT, device="h100-80gb")
     expected = Program.of(workload, "adamw-fused", "fp32", SHORT)
     torch.manual_seed(0)
