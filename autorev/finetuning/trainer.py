@@ -77,6 +77,10 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
             step_in_backward(optimizer, self.model if model is None else model)
         return optimizer
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """None where every gradient is gone by now: the Trainer's own would be 0."""
+        return None if self.updates.frees_gradients else super()._get_grad_norm(model, grad_norm)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss; one that is no number ends the run before it reaches the weights."""
         found = self._loss(*args, **kwargs)

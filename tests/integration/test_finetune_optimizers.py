@@ -62,6 +62,8 @@ def test_steps_in_backward_are_the_same_steps(method: str, done: Done) -> None:
     record, stepped = done(method, "adamw:step=backward")
     assert furthest(stepped, weights) == 0
     assert [row.loss for row in record.logged] == [row.loss for row in usual.logged]
+    assert all(row.gradient_norm for row in usual.logged)
+    assert all(row.gradient_norm is None for row in record.logged)
     assert record.recipe.clip == 0
     assert any("gradients are not clipped" in note for note in record.notes)
     assert record.recipe.optimizer == "adamw:step=backward"
