@@ -27,6 +27,7 @@ from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
+from autorev.optimizers import Optimizer
 from autorev.prediction.example_step import plan_without_chains
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
@@ -98,7 +99,7 @@ def prepare(
     dtype: str | None = None,
     autocast: str | None = None,
     accumulate: int = 1,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     trains: str | None = None,
     lora_rank: int | None = None,
     lora_dropout: float = 0.0,
@@ -110,7 +111,8 @@ def prepare(
 ) -> tuple[Analysis, Forecaster]:
     """The analysis without predictions, and the fake twin that they are made with.
 
-    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast. Raises what
+    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast, `optimizer` to
+    adamw. Raises what
     `analyze_workload` raises.
     """
 
@@ -123,7 +125,7 @@ def prepare(
         batch=batch or workload.default_batch,
         sequence=sequence or workload.default_sequence,
         dtype=dtype or ("fp32" if autocast else "bf16"),
-        optimizer=optimizer,
+        optimizer=optimizer or "adamw",
         trains=trains,
         lora_rank=lora_rank,
         loss=loss,
@@ -134,6 +136,7 @@ def prepare(
         adapter_dtype=adapter_dtype,
         weights=weights,
     )
+    Optimizer.parse(setting.optimizer).check_device(profile.kind)
     scheme = chosen_scheme(workload.name, workload.scheme, weights)
     if setting.trains == "lora" and setting.dtype != "fp32" and adapter_dtype is None:
         if scheme is not None and scheme.adapters_in_fp32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
 from autorev.format import clean, format_bytes, format_count, format_integer, plural
 from autorev.methods import BASELINES, METHODS
+from autorev.optimizers import Optimizer
 
 CATEGORY_TITLES = {
     Category.PARAMETERS: "parameters",
@@ -45,13 +46,6 @@ AXIS_TITLES = {
     "depth": "depth, blocks",
 }
 
-_optimizers = {
-    "adamw": "AdamW",
-    "adamw-fused": "fused AdamW",
-    "adamw-8bit": "8-bit AdamW",
-    "sgd": "SGD",
-    "sgd-momentum": "SGD with momentum",
-}
 _losses = {"full": "full logits", "chunked": "chunked loss"}
 
 
@@ -89,7 +83,7 @@ def setting_facts(setting: Setting) -> dict[str, str]:
     weights = clean(setting.dtype)
     facts["Precision"] = f"{clean(setting.autocast)} autocast over {weights} weights" if setting.autocast else weights
     facts["Precision"] += f", linear layers quantised to {clean(setting.weights)}" if setting.weights else ""
-    facts["Optimizer"] = _optimizers.get(setting.optimizer, clean(setting.optimizer))
+    facts["Optimizer"] = Optimizer.parse(setting.optimizer).title
     facts["Trains"] = _trained(setting)
     facts["Loss"] = _losses.get(setting.loss, clean(setting.loss))
     return facts

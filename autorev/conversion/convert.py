@@ -24,7 +24,7 @@ from autorev.conversion.checkpointing import (
     restore_checkpointing_enable,
 )
 from autorev.conversion.estimate import Estimate
-from autorev.conversion.notes import notes_on, without_kernel
+from autorev.conversion.notes import left_to_do, notes_on, without_kernel
 from autorev.conversion.probe import choose_grids
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
@@ -68,7 +68,7 @@ def convert(
     Args:
         batch: what the model is called with in the probe that chooses the grid: a dict of keyword arguments, a tuple of
             positional ones, or one tensor (`autorev.detection.call_of`). A plan of `autorev.fit` says how to train, and
-            needs a `transformers` model; its loss in chunks is put in place, too.
+            needs a `transformers` model; its loss in chunks is put in place, too, and a note names its optimiser.
         method: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet, or checkpoint, offload or sac
             around the blocks as they are, or plain with tiles; with options
             (`momentum:k=2,keep_last=4`) as `autorev.methods` spells them. The arguments that follow are these options,
@@ -131,7 +131,7 @@ def convert(
     _check_patterns(how, chosen)
     if not chosen.chains and (how.reversible or not chosen.others):
         raise ConversionError(_nothing(model, chosen))
-    put_in_place = partial(_put_in_place, model, batch, chosen, how, planned is not None, call=(args, kwargs))
+    put_in_place = partial(_put_in_place, model, batch, chosen, how, planned, call=(args, kwargs))
     try:
         return put_in_place(patterns=(blocks, exclude))
     except ConversionError:
@@ -149,7 +149,7 @@ def _put_in_place(
     batch: Any,
     chosen: Chosen,
     how: Method,
-    planned: bool,
+    planned: Plan | None,
     *,
     call: Call,
     patterns: tuple[list[str] | None, list[str] | None],
@@ -160,7 +160,7 @@ def _put_in_place(
     tiled = found or Tiled()
     estimate = Estimate(chosen.twin, call, chosen.chains, chosen.others)
     if not how.reversible:
-        return _as_baseline(model, chosen, how, tiled, estimate, chunked if planned else None)
+        return _as_baseline(model, chosen, how, tiled, estimate, planned, chunked)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
@@ -192,7 +192,7 @@ def _put_in_place(
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
         not_converted=tuple(chosen.left_out),
-        notes=(*notes, *chosen.idle),
+        notes=(*notes, *chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, stored.blocks),
     )
 
@@ -220,10 +220,9 @@ def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[in
 
 
 def _as_baseline(
-    model: nn.Module, chosen: Chosen, how: Method, tiled: Tiled, estimate: Estimate, chunked: bool | None
+    model: nn.Module, chosen: Chosen, how: Method, tiled: Tiled, estimate: Estimate, planned: Plan | None, chunked: bool
 ) -> Conversion:
-    """`chunked`: what a plan says of the loss; None: there is none."""
-    found = baseline(model, chosen, how, planned=chunked is not None)
+    found = baseline(model, chosen, how, planned=planned is not None)
     if chunked:
         chunk_loss(model)
     for forward in (*tiled.forwards, *found.forwards):
@@ -238,7 +237,7 @@ def _as_baseline(
         tile=how.tile,
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
-        notes=tuple(chosen.idle),
+        notes=(*chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, ()),
     )
 

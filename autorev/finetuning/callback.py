@@ -127,5 +127,5 @@ def _velocities(chain: ReversibleChain) -> list[Velocity]:
 
 
 def _state(optimizer: Any) -> list[torch.Tensor]:
-    held = optimizer.state.values() if optimizer is not None else ()
+    held = getattr(optimizer, "state", {}).values()  # torchao's, on a GPU, has none of its own
     return [t for state in held if isinstance(state, Mapping) for t in state.values() if isinstance(t, torch.Tensor)]

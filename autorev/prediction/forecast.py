@@ -16,13 +16,15 @@ from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.record import record
 from autorev.detect.chains import detect
 from autorev.methods import PREDICTED, Method
+from autorev.optimizers import Optimizer
 from autorev.own_mode import OwnMode
 from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.layout import Layout, layout_of
 from autorev.prediction.scaling import ScaledTrace
 from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
-from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes
+from autorev.prediction.training import DTYPES, loss_function
+from autorev.prediction.update import Update, Updated, update_of, updated_by
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -92,7 +94,10 @@ class Forecaster:
             with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
                 autocast = DTYPES[self.setting.autocast] if self.setting.autocast else None
                 accumulated = self.setting.accumulate > 1
-                return simulate(self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated)
+                taken = self._taken_in_backward()
+                return simulate(
+                    self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated, taken=taken
+                )
 
     def _layout_for(self, call: Call) -> Layout:
         """Inline blocks are run from their graph, which holds for one shape: they are traced anew for another."""
@@ -103,13 +108,21 @@ class Forecaster:
 
     def cost(self, trace: StepTrace, method: Method) -> StepCost:
         """The step's memory and work, optimiser included."""
-        state, temporary, _ = self.optimizer()
+        update = self.update()
         layout = self.layout.under(method)
-        return compose(trace, layout, state, temporary)
+        return compose(trace, layout, update.state, update.temporary)
 
-    def optimizer(self) -> tuple[int, int, int]:
-        """(state, temporary, moved) bytes of an update."""
-        return optimizer_bytes(self.twin, self.setting.optimizer, self.device_kind)
+    def update(self) -> Update:
+        """What the optimiser takes."""
+        return update_of(self.updated())
+
+    def updated(self) -> list[Updated]:
+        """The parameters that train."""
+        return updated_by(self.twin, Optimizer.parse(self.setting.optimizer), self.device_kind)
+
+    def _taken_in_backward(self) -> dict[nn.Parameter, int]:
+        """What the update of each parameter takes whose gradient it frees."""
+        return {one.parameter: one.temporary for one in self.updated() if one.frees_gradient}
 
     def prediction(self, method: Method, trace: StepTrace) -> Prediction:
         """The public form of a method's step."""
@@ -127,7 +140,7 @@ class Forecaster:
             step_seconds=self.seconds(cost),
             side_bits=trace.side_bits,
             preserves_function=method.preserves_function,
-            host_bytes=cost.host_bytes,
+            host_bytes=cost.host_bytes + self.update().host,
             note=_note(method),
             keep_last=tuple(method.stored_of(chain) for chain in range(len(self.layout.lengths)))
             if method.reversible
@@ -143,7 +156,9 @@ class Forecaster:
         products = max(cost.flops / self.device.peak_flops, cost.matmul_bytes / self.device.bandwidth)
         on_device = products + cost.other_bytes / self.device.bandwidth
         a_pass = max(on_device, 2 * cost.host_bytes / self.device.host_bandwidth)
-        return self.setting.accumulate * a_pass + self.optimizer()[2] / self.device.bandwidth
+        update = self.update()
+        after = update.moved / self.device.bandwidth + update.linked / self.device.host_bandwidth
+        return self.setting.accumulate * a_pass + after
 
 
 def walks_through_sequence(twin: nn.Module, example: Example, batch: int) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -60,6 +60,7 @@ def simulate(
     counting_work: bool = True,
     autocast: torch.dtype | None = None,
     accumulated: bool = False,
+    taken: Mapping[nn.Parameter, int] | None = None,
 ) -> StepTrace:
     """One forward and backward pass of `twin` under `method`; without `counting_work` its memory alone.
 
@@ -68,6 +69,8 @@ def simulate(
     Args:
         autocast: the dtype that the forward pass computes in, where it is not that of the weights.
         accumulated: are there gradients of a pass before, to which those of this one are added?
+        taken: bytes that updating a parameter takes, of those that are updated as soon as their gradient is there, and
+            whose gradient is freed then.
     """
     for parameter in twin.parameters() if accumulated else ():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -82,6 +85,8 @@ def simulate(
         chains = Chains(twin, layout.chains, layout.stored, method)
         stack.enter_context(tracker)
         tracker.adopt(twin)
+        for parameter, size in (taken or {}).items():
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(_update, size)).remove)
         for _, leaf in flatten_with_path(call):
             if isinstance(leaf, torch.Tensor):
                 tracker.see(leaf, Category.OTHER)
@@ -101,6 +106,12 @@ def simulate(
     for parameter in twin.parameters():
         parameter.grad = None
     return StepTrace(dict(start), segments, steps.stream_bytes, chains.side_bits, steps.host_bytes)
+
+
+def _update(size: int, parameter: torch.Tensor) -> None:
+    """An update of one parameter in backward."""
+    torch.empty(size, dtype=torch.uint8, device=parameter.device)
+    parameter.grad = None
 
 
 def _backward(loss: torch.Tensor) -> None:

@@ -244,7 +244,7 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
     ("setting", "said"),
     [
         ({"trains": "LoRA"}, "trains is full, lora or head, not 'LoRA'"),
-        ({"optimizer": "adam"}, "optimizer is adamw, adamw-fused, adamw-8bit, sgd or sgd-momentum, not 'adam'"),
+        ({"optimizer": "adam"}, "optimizer is adamw, adamw-fused, adamw-8bit, adamw-paged, adamw-8bit-paged, adamw-h"),
         ({"loss": "fused"}, "loss is full or chunked, not 'fused'"),
         ({"dtype": "fp8"}, "dtype is fp32, bf16 or fp16, not 'fp8'"),
         ({"trains": "head", "lora_rank": 4}, "lora_rank has no meaning with trains='head'"),

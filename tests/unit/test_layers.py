@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     errors format given patching
     own_mode
-    couplings files hush lock packages workload
+    couplings files hush lock optimizers packages workload
     integrations
     capture
     engine methods records
