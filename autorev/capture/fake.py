@@ -59,6 +59,8 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
             refuse_flattened(value)
             for module in value.modules():
+                held = (v for v in vars(module).values() if isinstance(v, torch.Generator))
+                memo |= {id(generator): generator.clone_state() for generator in held}
                 found = plain_state(module)
                 if found is not None:
                     cls, state = found

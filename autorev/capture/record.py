@@ -165,16 +165,30 @@ class _RandomWatch(OwnMode):
 def _inside_of_hooks(model: nn.Module, stack: list[ModuleCall]) -> Iterator[None]:
     """Records what a module's `forward` got and returned: its own hooks may change either, and are no part of it."""
 
-    def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def given(module: nn.Module, args: Any, kwargs: Any) -> None:
         if stack and stack[-1].module is module:
-            stack[-1].args, stack[-1].kwargs, stack[-1].output = args, dict(kwargs), output
+            stack[-1].args, stack[-1].kwargs = _as_given(args), _as_given(dict(kwargs))
+
+    def returned(module: nn.Module, args: Any, output: Any) -> None:
+        if stack and stack[-1].module is module:
+            stack[-1].output = output
 
     # Hooks of the modules, as one for all modules would run in every thread.
     with ExitStack() as hooks:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes none
-                hooks.callback(module.register_forward_hook(seen, with_kwargs=True, prepend=True).remove)
+                hooks.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(returned, prepend=True).remove)
         yield
+
+
+def _as_given(structure: Any) -> Any:
+    """The same with new lists and dicts: the model may add to its own after the call (DenseNet's features)."""
+    if type(structure) in (list, tuple):
+        return type(structure)(map(_as_given, structure))
+    if type(structure) is dict:
+        return {key: _as_given(value) for key, value in structure.items()}
+    return structure
 
 
 class _Watch(TorchFunctionMode):

@@ -9,7 +9,7 @@ came from which node. Ordinary Python just works; what it decided on the way is 
 - every tensor argument is a placeholder (items of tuples and dicts are taken out of it by `getitem`);
 - parameters and buffers are `get_attr` nodes; sub-modules are `call_module` nodes, unless named in `opened`;
 - a tensor that the code reached in any other way (a closure, a global) is kept beside the graph as a constant;
-- whatever depended on a tensor's *data* (`if x.sum() > 0`) is written down in `decided`.
+- whatever depended on a tensor's *data* (`if x.sum() > 0`) is written down in `decided`, except where it was drawn.
 
 Nothing is written to the module.
 """
@@ -32,6 +32,7 @@ from autorev.capture.custom_function import Applied
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import calls_patched, named_arguments
+from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_line, caller_place
 from autorev.patching import patched_here
 
@@ -140,6 +141,7 @@ class ValueTracer(fx.Tracer):
             self.made,
             ExitStack() as patches,
             patched_here(torch.autograd.Function, "apply", applying),
+            scripted_as_written(),
             _Recorder(self),
         ):
             for name, module in self.root.named_modules():
@@ -265,7 +267,7 @@ class ValueTracer(fx.Tracer):
             result = function()
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
             name = getattr(target, "__name__", str(target))
-            if name in _reads_data and tensors:
+            if name in _reads_data and tensors and not all(_is_drawn(read[id(t)]) for t in tensors):
                 self.decided.append(f"{name} ({caller_line()})")
             elif kind != "call_module" and not any(t._version != versions[id(t)] for t in tensors):
                 return result  # a question about shape, dtype or device
@@ -300,6 +302,11 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self.paused -= 1
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Does its value hang on random numbers and constants of the code alone? These are the same in a second run."""
+    return node.op in ("call_function", "call_method") and all(map(_is_drawn, node.all_input_nodes))
 
 
 class _Opaque(str):

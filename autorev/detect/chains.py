@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,7 @@ from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
 from autorev.detect.ends import argument_of
-from autorev.detect.inline import common_start, inline_blocks
+from autorev.detect.inline import common_start, inline_blocks, recur, refused_loops
 from autorev.detect.judge import Finding, judge, judge_first
 from autorev.detect.obstacles import Obstacle
 
@@ -43,22 +44,11 @@ def detect(recorded: RecordedCall) -> Detection:
     """Find every residual block of the recorded call, judge it, and build the chains."""
     findings = list(_search(recorded.root))
     if not findings:
-        findings = inline_blocks(recorded.root, alone=True)
+        findings = refused_loops(recorded.root)
     _keep_what_is_handed_on(findings)
     _put_in_one_order(findings)
     _link(findings, recorded)
-    detection = Detection()
-    tail: dict[tuple[State, ...], list[Finding]] = {}
-    for finding in findings:
-        if not finding.reversible:
-            detection.refused.append(finding)
-            continue
-        chain = tail.pop(_entry(finding), None)
-        if chain is None:
-            chain = []
-            detection.chains.append(chain)
-        chain.append(finding)
-        tail[_exit(finding)] = chain
+    detection = Detection(_chains(findings), [finding for finding in findings if not finding.reversible])
     for chain in detection.chains:
         if len(chain) == 1:
             text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
@@ -78,30 +68,83 @@ def chain_name(chain: list[Finding]) -> str:
 # -- search
 
 
-def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
+def _search(call: ModuleCall, inline: bool = True) -> list[Finding]:
     """Blocks below `call`, outermost first; a container of blocks gives way to what it contains.
 
-    `inline=False`: `call`'s own code was judged already.
+    `inline=False`: `call`'s own code was judged already, and of it only a loop is taken.
     """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
     deferring = {type(finding.call.module): finding.captured for finding in judged.values() if finding.deferred}
     for key, ordinary in judged.items():
         if not ordinary.deferred and (like := deferring.get(type(ordinary.call.module))) is not None:
             judged[key] = judge_first(ordinary.call, like.opened) or ordinary
-    found = False
+    found: list[Finding] = []
     for child in call.children:
         finding = judged.get(id(child))
         if finding is not None and finding.steps and not _is_container(finding, judged):
             inner = [finding]
         else:
             refused = finding is not None and finding.residual and not finding.steps
-            inner = list(_search(child, inline=not refused))
+            inner = _search(child, inline=not refused)
             if not inner and finding is not None and finding.residual:
                 inner = [finding]
-        found = found or bool(inner)
-        yield from inner
-    if inline and not found and not type(call.module).__module__.startswith("torch.nn"):
-        yield from inline_blocks(call)
+        found += inner
+    found = list(_opened_up(found))
+    return found if type(call.module).__module__.startswith("torch.nn") else _around(call, found, inline)
+
+
+def _opened_up(found: list[Finding]) -> Iterator[Finding]:
+    """`found`, but where a block is part of no chain (SDXL's transformers between convolutions), the chain inside."""
+    lone = {id(chain[0]) for chain in _chains(found, wholly=False) if len(chain) == 1 and not chain[0].inline}
+    for finding in found:
+        inside = _search(finding.call) if id(finding) in lone else []
+        yield from inside if _chained(inside) else [finding]
+
+
+def _around(call: ModuleCall, found: list[Finding], inline: bool) -> list[Finding]:
+    """What is found below `call`, or else the loop in `call`'s own code, if more steps follow one another in that.
+
+    Blocks between which a loop adds something, or lays the stream out anew, are part of its own code.
+    """
+    chained = _chained(found)
+    if chained and not _interrupted(found):
+        return found
+    blocks = [finding for finding in found if finding.reversible and not finding.inline]
+    opened = {path for block in blocks for path in (block.call.path, *block.opened)}
+    loop = inline_blocks(call, frozenset(path.removeprefix(f"{call.path}.") for path in opened))
+    if not (loop if inline and not found else _chained(loop) > chained):
+        return found
+    run = {f"{call.path}.{path}".lstrip(".") for finding in loop for path in finding.modules}
+    return loop + [f for f in found if not any(f"{f.path}.".startswith(f"{path}.") for path in opened | run)]
+
+
+def _chained(findings: list[Finding]) -> int:
+    """How many steps follow one another in chains of several blocks, each module being part of one chain.
+
+    Adds in a module's own code that do not recur are no loop.
+    """
+    steps, taken = 0, set[str]()
+    for chain in _chains(findings, wholly=False):
+        modules = {finding.call.path for finding in chain}
+        ends = [finding.end for finding in chain if finding.end is not None]
+        if len(chain) > 1 and taken.isdisjoint(modules) and (not chain[0].inline or recur(ends)):
+            taken |= modules
+            steps += sum(len(finding.steps) for finding in chain)
+    return steps
+
+
+def _interrupted(found: list[Finding]) -> bool:
+    """Does a block receive another tensor than the one before it returned, but one that could be made of that?"""
+    taken = {state for f in found if f.reversible for state in _entry(f)}
+    given = {state for f in found if f.reversible for state in _exit(f)}
+    return any(
+        taken.isdisjoint(_exit(before))
+        and given.isdisjoint(_entry(after))
+        and before.stream_out is not None
+        and after.stream_in is not None
+        and before.stream_out.numel() == after.stream_in.numel()
+        for before, after in pairwise([f for f in found if f.reversible and not f.inline])
+    )
 
 
 def _is_candidate(child: ModuleCall, parent: ModuleCall) -> bool:
@@ -124,14 +167,16 @@ def _in_container(child: ModuleCall, parent: ModuleCall) -> bool:
 
 
 def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
-    """A stage whose steps all stem from a series of equal sub-modules holds blocks, and is none itself.
+    """A stage whose steps all stem from a series of equal sub-modules, or from a loop, holds blocks and is none itself.
 
     A block may well be made of two equal residual wrappers; then its siblings are blocks like it.
     """
     assert finding.captured is not None
     module = finding.call.module
     opened = Counter(type(module.get_submodule(path)) for path in finding.captured.opened)
-    if not opened or max(opened.values()) < 2:
+    own = [step for step in finding.steps if step.reads_stream() and not step.after.meta["inside"]]
+    series = max(opened.values(), default=0) > 1 and not own
+    if not series and not recur([step.after for step in finding.steps]):
         return False
     if len(finding.steps) > MOST_STEPS:
         return True
@@ -144,6 +189,23 @@ def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
 
 State = tuple[int, int]
 """A tensor, and how often it had been written to: what one block returns is what the next receives."""
+
+
+def _chains(findings: list[Finding], wholly: bool = True) -> list[list[Finding]]:
+    """The reversible ones, in one list those that hand on their streams from each to the next: all of them, or, not
+    `wholly`, one at least."""
+    chains: list[list[Finding]] = []
+    tail: dict[Any, list[Finding]] = {}
+    for finding in findings:
+        if finding.reversible:
+            entry, exit = ((state,) if wholly else state for state in (_entry(finding), _exit(finding)))
+            chain = next((tail.pop(state) for state in entry if state in tail), None)
+            if chain is None:
+                chain = []
+                chains.append(chain)
+            chain.append(finding)
+            tail |= dict.fromkeys(exit, chain)
+    return chains
 
 
 def _entry(finding: Finding) -> tuple[State, ...]:

@@ -89,6 +89,11 @@ class Finding:
             return value
         return dict(flatten_with_path(self.call.output)).get(self.output_at)
 
+    @property
+    def modules(self) -> set[str]:
+        """Paths, below the call's module, of the sub-modules that the steps run."""
+        return {str(n.target) for step in self.steps for n in step.branch_nodes() if n.op == "call_module"}
+
     @cached_property
     def parts(self) -> tuple[TokenWise | Mixing, ...]:
         """Which modules of the block may run on a few positions at a time, and why others may not."""
@@ -282,14 +287,6 @@ def _on_stream(
     if not keeps_order(stream, output):
         text = "the skip comes out with its axes permuted, so the block adds to a rearranged stream"
         obstacles.append(Obstacle("permuted-shortcut", text, output.meta["source"]))
-    if call.scalar_draws:
-        obstacles.append(
-            Obstacle(
-                "data-dependent",
-                "the block draws a random number and decides by it what to run",
-                definition_line(call.module),
-            )
-        )
     finding = Finding(call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output)
     finding.caveats = _caveats(finding, path)
     return finding
@@ -325,6 +322,9 @@ def _caveats(finding: Finding, path: list[fx.Node]) -> list[Obstacle]:
         names = ", ".join(finding.call.buffers_written[:3]) + (", ..." if len(finding.call.buffers_written) > 3 else "")
         text = f"it updates buffers while it runs ({names}); a second run in backward must not update them again"
         found.append(Obstacle("buffer-write", text, where))
+    if finding.call.scalar_draws:
+        text = "it draws a random number and decides by it what to run; backward draws the same once more"
+        found.append(Obstacle("layer-drop", text, where))
     found += caveats_on_stream(path)
     for name, tensor in captured.constants.items():
         if tensor.requires_grad and name:
@@ -335,8 +335,9 @@ def _caveats(finding: Finding, path: list[fx.Node]) -> list[Obstacle]:
 
 
 def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], outputs: list[fx.Node]) -> frozenset[str]:
-    """Sub-modules right before an output that are not a plain layer: the residual add may be inside (BLOOM, T5)."""
-    shapes = {start.meta["val"].shape for start in starts}
+    """Sub-modules right before an output that are not a plain layer: the residual add may be inside (BLOOM, T5), or
+    the stream be laid out anew (windows)."""
+    sizes = {start.meta["val"].numel() for start in starts}
     hidden = set()
     for node in (operand for output in outputs for operand in sum_operands_before(output)):
         if node.op != "call_module":
@@ -347,6 +348,6 @@ def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], outputs: li
         plain = (
             type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
         ) or is_single_input_layer(node, module)
-        if not plain and isinstance(first, torch.Tensor) and first.shape in shapes:
+        if not plain and isinstance(first, torch.Tensor) and first.numel() in sizes:
             hidden.add(str(node.target))
     return frozenset(hidden)

@@ -9,6 +9,7 @@ walking back from it along the skips meets the adds; those that every path from 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,21 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 _adds = {operator.add, operator.iadd, torch.add, "add", "add_", "__radd__"}
 _subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
 _scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
+_matrix_products: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.addr}
+_matrix_products |= {"addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm_", "addmv", "addmv_", "addr", "addr_"}
+_scatters: set[Any] = {torch.index_add, torch.scatter_add, "index_add", "index_add_", "scatter_add", "scatter_add_"}
+ONTO_FIRST = _scaled_products | _matrix_products | _scatters
+"""They add to their first operand, whatever the shapes of the others."""
+_multiplies: set[Any] = {
+    operator.mul,
+    operator.truediv,
+    torch.mul,
+    torch.div,
+    torch.true_divide,
+    "mul",
+    "div",
+    "true_divide",
+}
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
 _cats = {"cat", "concat", "concatenate"}
@@ -73,7 +89,7 @@ class ResidualStep:
             if node in wanted or node in skips or node is self.before:
                 continue
             wanted.add(node)
-            pending += node.all_input_nodes
+            pending += read_by(node)
         return [node for node in self.before.graph.nodes if node in wanted]
 
 
@@ -118,14 +134,19 @@ class Stream:
         before = self.start
         for add in adds:
             pending.append(add)
-            if not reaches(self.start, end, without=add.node):
-                if not any(_depends(item, self.start) for a in pending for item in a.branch) and steps:
-                    # A term that does not read the stream (a bias) belongs to the step before it.
-                    steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
-                else:
-                    steps.append(ResidualStep(tuple(pending), before))
+            # A term that does not read the stream (a position, a bias) belongs to the step behind it.
+            if self.reads(*pending) and not reaches(self.start, end, without=add.node):
+                steps.append(ResidualStep(tuple(pending), before))
                 pending, before = [], add.node
+        if pending and steps:
+            steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
+        elif pending:
+            steps.append(ResidualStep(tuple(pending), before))
         return steps
+
+    def reads(self, *adds: Add) -> bool:
+        """Does anything of what they add depend on the stream?"""
+        return any(_depends(item, self.start) for add in adds for item in add.branch)
 
 
 def follow(start: fx.Node, through_cat: bool = False) -> Stream:
@@ -254,9 +275,31 @@ def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
         return None
     if value is origin or storage_of(value) == storage_of(origin) or (node.op != "call_module" and name in _copies):
         return source
-    if name is F.dropout and value is origin:
-        return source
-    return None
+    same = name is F.dropout and value is origin
+    return source if same or _is_guard(node) or is_times_one(name, node.args, node.kwargs) else None
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """Is it a clamp to the largest numbers that the dtype has, as models that train in half precision have it (T5)?"""
+    if node.target not in (torch.clamp, "clamp"):
+        return False
+    largest = torch.finfo(node.meta["val"].dtype).max
+    return all(_is_as_large(bound, 0.9 * largest) for bound in (*node.args[1:], *node.kwargs.values()))
+
+
+def _is_as_large(bound: Any, limit: float) -> bool:
+    if not isinstance(bound, fx.Node):
+        return bound is None or abs(bound) >= limit
+    # `where(isinf(h).any(), max - 1000, max)`, and the negative of it
+    numbers = [item for item in bound.args if not isinstance(item, fx.Node)]
+    below = bound.args if bound.target in ("neg", operator.neg, torch.neg, "__neg__") else numbers
+    return bool(below) and bound.target is not torch.clamp and all(_is_as_large(item, limit) for item in below)
+
+
+def is_times_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Is it `x * 1.0` or `x / 1.0`, as where a model has a factor that was never set?"""
+    known = function in _multiplies and len(args) == 2 and not kwargs
+    return known and isinstance(args[1], int | float) and args[1] == 1
 
 
 def residual_add(node: fx.Node, stream: Stream) -> Add | None:
@@ -266,21 +309,18 @@ def residual_add(node: fx.Node, stream: Stream) -> Add | None:
         return None
     skip, branch = parts
     if not isinstance(skip, fx.Node) or skip not in stream:
-        if len(branch) != 1 or node.target in _subtracts or node.target in _scaled_products:
+        if node.target in _subtracts | ONTO_FIRST or scale_of(node) != 1:
             return None
-        skip, branch = branch[0], (skip,)
-        if not isinstance(skip, fx.Node) or skip not in stream or scale_of(node) != 1:
-            return None
+        summands = (skip, *branch)
+        skip = next((item for item in branch if isinstance(item, fx.Node) and item in stream), None)
+        branch = tuple(item for item in summands if item is not skip)
+    if skip is None or (node.target in _matrix_products and node.kwargs.get("beta", 1) != 1):
+        return None
     if any(item in stream for item in branch):
         return None
     shape = skip.meta["val"].shape
     if node.meta["val"].shape != shape:
         return None
-    for item in branch:
-        if isinstance(item, fx.Node) and _depends(item, stream.start):
-            value = item.meta.get("val")
-            if len(branch) == 1 and (not isinstance(value, torch.Tensor) or value.shape != shape):
-                return None
     return Add(node, skip, branch)
 
 
@@ -288,12 +328,30 @@ def add_operands(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     """(first operand, the others) of an addition or subtraction of tensors; None for any other node."""
     if node.op not in ("call_function", "call_method") or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    operands = [*node.args, *(node.kwargs[k] for k in ("other", "tensor1", "tensor2") if k in node.kwargs)]
+    operands = [*node.args, *(node.kwargs[k] for k in FURTHER_OPERANDS if k in node.kwargs)]
     if node.target in _adds | _subtracts and len(operands) >= 2:
         return operands[0], (operands[1],)
-    if node.target in _scaled_products and len(operands) >= 3:
+    if node.target in _scaled_products | _matrix_products and len(operands) >= 3:
         return operands[0], tuple(operands[1:3])
-    return None
+    if node.target in _scatters and len(operands) >= 4:
+        return operands[0], tuple(operands[2:4])
+    return _stacked(node)
+
+
+FURTHER_OPERANDS = ("other", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2", "dim", "index", "source", "src")
+"""What the operands of sums behind the first one are called, where they are given by name."""
+
+
+def _stacked(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """The same of `torch.stack([a, b, ...]).sum(0)`."""
+    stack = node.args[0] if node.args else None
+    if node.target not in (torch.sum, "sum") or not isinstance(stack, fx.Node) or stack.target is not torch.stack:
+        return None
+    dims = [n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", usual) for n, usual in ((stack, 0), (node, None))]
+    tensors, kept = stack.args[0], node.meta["val"].dim() == stack.meta["val"].dim()
+    if dims[0] != dims[1] or kept or not isinstance(tensors, list | tuple):
+        return None
+    return tensors[0], tuple(tensors[1:])
 
 
 def scale_of(node: fx.Node) -> Any:
@@ -318,8 +376,21 @@ def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> boo
             return True
         if node not in seen and node is not without:
             seen.add(node)
-            pending += list(node.users)
+            pending += [user for user in node.users if node in read_by(user)]
     return False
+
+
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values `node` reads: not those that only lend it their shape or dtype."""
+    name = _name(node)
+    if name in _takes_after and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return [n for n in node.all_input_nodes if n is not node.args[1]]
+    if node.op != "call_module" and (name.endswith("_like") or name.startswith("new_")):
+        return [n for n in node.all_input_nodes if n is not node.args[0]]
+    return node.all_input_nodes
+
+
+_takes_after = {"type_as", "view_as", "reshape_as", "expand_as", "to"}
 
 
 def _depends(item: Any, start: fx.Node) -> bool:
@@ -332,5 +403,5 @@ def storage_of(value: Any) -> int | None:
 
 
 def is_stream_like(value: Any) -> bool:
-    """Could it be a stream: a floating-point tensor with an axis to spare?"""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
+    """Could it be a stream: a floating-point tensor with an axis?"""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0

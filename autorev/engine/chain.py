@@ -30,6 +30,7 @@ from autorev.engine.grid import say_coarsened
 from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
 from autorev.engine.modules import version_of
+from autorev.engine.pipeline import check_no_stage
 from autorev.engine.seeds import Seeds
 from autorev.engine.tape import Tape
 from autorev.errors import ConversionError
@@ -248,7 +249,8 @@ def arrive(
         called.
 
     Raises:
-        ConversionError: the state cannot be known, as under a checkpoint around a single block.
+        ConversionError: the state cannot be known, as under a checkpoint around a single block, or in a stage of a
+            pipeline.
     """
     here = pass_of(chain)
     found = _by_memory(chain, streams)
@@ -258,6 +260,7 @@ def arrive(
     number = numbers[0] if found is None else next((n for n in numbers if n > found.number), numbers[0])
     label = chain.name
     if found is None:
+        check_no_stage(chain.paths[number])
         if here.latest is not None and number > here.latest.number:
             label = f"{chain.name} from {chain.paths[number]}"
             _say_restart(chain, here.latest, number, streams)

@@ -172,7 +172,13 @@ class Replay:
 
     def _make_resident(self, stack: ExitStack, asked_by_autograd: bool) -> None:
         """Sharded parameters (FSDP) are gathered by hooks on the way of autograd, and only there: elsewhere their
-        memory may have been given back, and reading them would end the process."""
+        memory may have been given back, and reading them would end the process. What ZeRO-3 has gathered for the
+        backward of the very module that asks for this run has to be there behind it, too."""
+        for owned in self.modules.owned:
+            users = getattr(owned.tensor, "ds_active_sub_modules", None)
+            if users:
+                users.add(self.path)
+                stack.callback(users.discard, self.path)
         missing = self._not_resident()
         if not missing:
             return

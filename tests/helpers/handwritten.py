@@ -567,10 +567,10 @@ class Interpolated(Parts):
 
 
 class Broadcast(Parts):
-    """One vector per sequence is added to every token."""
+    """The stream grows by an axis."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(self.norm1(x.mean(1, keepdim=True)))  # here: broadcast
+        return x + self.mlp(self.norm1(x)).unsqueeze(0).expand(2, *x.shape)  # here: broadcast
 
 
 class Pooling(Parts):
@@ -607,7 +607,7 @@ class DataDependent(Parts):
 class DroppingItself(Block):
     """Layer-drop inside the block."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: data-dependent
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: layer-drop
         if self.training and random.random() < 0.1:
             return x
         return super().forward(x)

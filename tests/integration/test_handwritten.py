@@ -92,6 +92,13 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
         "layer-drop",
         3,
     ),
+    "layer-drop in the block": (
+        lambda: hand.stack_of(hand.DroppingItself),
+        TOKENS,
+        hand.DroppingItself,
+        "layer-drop",
+        3,
+    ),
     "batch norm": (hand.PreActivationResNet, IMAGES, hand.PreActivation, "buffer-write", 5),
     "in place": (lambda: hand.stack_of(hand.InPlace), TOKENS, hand.InPlace, "in-place-add", 3),
     "widened": (
@@ -157,7 +164,6 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
             (hand.Broadcast, "broadcast"),
             (hand.Pooling, "shape-change"),
             (hand.DataDependent, "data-dependent"),
-            (hand.DroppingItself, "data-dependent"),
             (hand.OnceOnly, "not-repeatable"),
             (hand.Unseen, "unseen-code"),
             (hand.InPlaceActivation, "in-place"),
