@@ -89,10 +89,10 @@ def _search(call: ModuleCall, inline: bool = True) -> list[Finding]:
     `inline=False`: `call`'s own code was judged already, and of it only a loop is taken.
     """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
-    deferring = {type(finding.call.module) for finding in judged.values() if finding.deferred}
+    deferring = {type(finding.call.module): finding.captured for finding in judged.values() if finding.deferred}
     for key, ordinary in judged.items():
-        if not ordinary.deferred and type(ordinary.call.module) in deferring:
-            judged[key] = judge_first(ordinary.call) or ordinary
+        if not ordinary.deferred and (like := deferring.get(type(ordinary.call.module))) is not None:
+            judged[key] = judge_first(ordinary.call, like.opened) or ordinary
     found: list[Finding] = []
     for child in call.children:
         finding = judged.get(id(child))

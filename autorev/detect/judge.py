@@ -200,7 +200,7 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
             if first is not found[0]:
                 first.caveats += found[0].obstacles  # why that stream is not reversed beside it
             return first
-        hidden = _may_hide_an_add(captured, starts, outputs[0][1]) - opened
+        hidden = _may_hide_an_add(captured, starts, [output for _, output in outputs]) - opened
         if not hidden:
             break
         opened |= hidden
@@ -210,9 +210,12 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
     return Finding(call, captured, start, [], obstacles, output_at=at, path=call.path)
 
 
-def judge_first(call: ModuleCall) -> Finding | None:
-    """The call that begins a loop of deferred residuals: it is given no residual, and returns its input as that."""
-    captured = capture(call.path, call.module, call.args, call.kwargs)
+def judge_first(call: ModuleCall, opened: frozenset[str]) -> Finding | None:
+    """The call that begins a loop of deferred residuals: it is given none, and its input is the stream.
+
+    `opened`: the sub-modules that hide adds, as they were found in the calls behind it.
+    """
+    captured = capture(call.path, call.module, call.args, call.kwargs, opened)
     drop_unread_items(captured)
     outputs = outputs_of(captured)
     for start in starts_of(captured):
@@ -352,12 +355,12 @@ def _caveats(finding: Finding, path: list[fx.Node]) -> list[Obstacle]:
     return found
 
 
-def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], output: fx.Node) -> frozenset[str]:
-    """Sub-modules right before the output that are not a plain layer: the residual add may be inside (BLOOM, T5), or
+def _may_hide_an_add(captured: CapturedBlock, starts: list[fx.Node], outputs: list[fx.Node]) -> frozenset[str]:
+    """Sub-modules right before an output that are not a plain layer: the residual add may be inside (BLOOM, T5), or
     the stream be laid out anew (windows)."""
     sizes = {start.meta["val"].numel() for start in starts}
     hidden = set()
-    for node in sum_operands_before(output):
+    for node in (operand for output in outputs for operand in sum_operands_before(output)):
         if node.op != "call_module":
             continue
         module = captured.module.get_submodule(str(node.target))

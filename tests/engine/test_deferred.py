@@ -56,6 +56,33 @@ class TwoHalves(hand.Parts):
         return self.mlp(self.norm2(residual)), residual
 
 
+class AddAndNorm(nn.LayerNorm):
+    """Both in one module, as in one kernel."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:  # type: ignore[override]
+        # It takes more than its base.
+        if residual is None:
+            return super().forward(x)
+        x = x + residual
+        return super().forward(x), x
+
+
+class Fused(hand.Parts):
+    """The layer of vLLM: the adds are in its norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = AddAndNorm(hand.WIDTH), AddAndNorm(hand.WIDTH)
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual, hidden = hidden, self.norm1(hidden)
+        else:
+            hidden, residual = self.norm1(hidden, residual)
+        hidden, residual = self.norm2(self.attention(hidden), residual)
+        return self.mlp(hidden), residual
+
+
 class ReadingApart(hand.Parts):
     """The branch reads one part by itself, so the sum is not all that the block needs."""
 
@@ -102,7 +129,7 @@ def loop(block: Callable[[], nn.Module], model: type[hand.Stack] = Loop, depth: 
 
 
 @pytest.mark.parametrize("setting", [EXACT, DOUBLE], ids=lambda s: s.name)
-@pytest.mark.parametrize("block", [Mamba, TwoHalves])
+@pytest.mark.parametrize("block", [Mamba, TwoHalves, Fused])
 def test_gradients_are_the_oracle_s(block: type[nn.Module], setting: Setting) -> None:
     """All blocks are one chain, the first one, which is given no residual, included."""
     model = converted(setting, partial(loop, block))
