@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +10,7 @@ from autorev.conversion.select import Chosen
 from autorev.detect.judge import Finding
 from autorev.errors import ConversionError
 from autorev.methods import Method
-from autorev.rewrite.checkpointed_forward import checkpointed_forwards
+from autorev.rewrite.checkpointed_forward import checkpointed_forwards, run_twice
 from autorev.rewrite.replacement import Replacement
 
 
@@ -34,18 +33,12 @@ def baseline(model: nn.Module, chosen: Chosen, method: Method, planned: bool) ->
         if method.tile is None and not planned:
             raise ConversionError("plain training is what the model does already; there is nothing to convert")
         return Baseline((), ())
-    paths: list[str] = []
-    for number, chain in enumerate(chosen.chains):
-        paths += _modules(chain[: max(len(chain) - method.stored_of(number), 0)])
-    paths += _modules([finding for finding in chosen.others if _keeps_shape(finding)])
-    if not paths:
+    others = [f.call.path for f in chosen.others if not f.inline and _keeps_shape(f)]
+    blocks = run_twice(method, chosen.chains, others)
+    if not blocks:
         raise ConversionError(f"there is no block to put a {method.name} around: all are turns of loops, or stored")
-    forwards, _ = checkpointed_forwards(model, tuple(paths), method)
-    return Baseline(forwards, tuple(dict.fromkeys(paths)))
-
-
-def _modules(findings: Sequence[Finding]) -> list[str]:
-    return [finding.call.path for finding in findings if not finding.inline]
+    forwards, _ = checkpointed_forwards(model, blocks, method)
+    return Baseline(forwards, tuple(blocks))
 
 
 def _keeps_shape(finding: Finding) -> bool:

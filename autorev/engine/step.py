@@ -58,6 +58,7 @@ from torch import nn
 from autorev.engine.autograd import couple, enter, read_out, straight_through
 from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of, values_of
 from autorev.engine.grid import grid_at_start
+from autorev.engine.host_store import HostStore
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.modules import Owned, version_of
@@ -98,7 +99,7 @@ class Step:
         """
         self.chain, self.branch = chain, branch
         self.carried, self.number, label = arrive(chain, stream, numbers)
-        carried, coupling = self.carried, chain.couplings[self.number]
+        carried, coupling, self.keeps = self.carried, chain.couplings[self.number], chain.keeps[self.number]
         self.seed = None if carried is None else carried.seed
         if coupling.random:
             if branch.training and self.seed is None:
@@ -132,7 +133,7 @@ class Step:
         if torch.is_grad_enabled() and not self.oracle:
             if coupling.invertible and self.number < chain.stored_from and branch.recomputable:
                 self.replay = Replay(branch.path, self.x, self.through, branch.mutates_input)
-                self.replay.kept = KeptOutputs() if chain.keeps_attention else None
+                self.replay.kept = KeptOutputs(self._host_for("attention")) if self.keeps.attention else None
                 self.saved = SavedTensors(branch.path, self.tape.comparison, self.replay.modules)
             if branch.module is not None:
                 self.add_module(branch.module, branch.path)
@@ -190,7 +191,8 @@ class Step:
         tape = self.tape
         tape.go_to_end()  # a gradient may have been taken within the branch (Rule 4)
         self._made_by(replay, partial(tape.run_again, tape.position))  # autograd's graph refers to the tape (Rule 5)
-        step = TapedStep(self.coupling, replay, tape.comparison.first(out), tape.arithmetic)
+        digest, host = tape.comparison.first(out), self._host_for("side_bits")
+        step = TapedStep(self.coupling, replay, digest, tape.arithmetic, host)
 
         def append() -> torch.Tensor:
             return tape.append(step, self._value(), out.detach())
@@ -217,6 +219,9 @@ class Step:
         return straight_through(value, formula.to(out.dtype)), partner
 
     # -- what they share
+
+    def _host_for(self, what: str) -> HostStore | None:
+        return self.chain.host if what in self.keeps.on_host else None
 
     def _may_be_asked_for(self, out: torch.Tensor) -> bool:
         """Was anything saved, or does anything here need a gradient?"""

@@ -23,7 +23,7 @@ from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
 from autorev.engine.digest import Comparison, Digest, looked_at
 from autorev.engine.grid import Dropped, check_largest, largest_of, step_on_grid
-from autorev.engine.host_store import OnHost
+from autorev.engine.host_store import HostStore, OnHost
 from autorev.engine.observed import observed_here
 from autorev.engine.replay import Replay, Rest, hooks_of_others_off
 from autorev.errors import FixedPointRangeError, ReconstructionError
@@ -46,6 +46,8 @@ class TapedStep:
     """Digest of what the branch returned."""
     arithmetic: Arithmetic
     """Of the state behind the step."""
+    host: HostStore | None = None
+    """Where its side bits wait; None: on their device."""
     side: torch.Tensor | OnHost | None = None
     """Its packed side bits, uint8, while `position` is behind the step."""
     dropped: Dropped | None = None
@@ -121,7 +123,7 @@ class Tape:
         self.bring(step.replay.input.device)
         at_once = self.state.stream.device.type == "cpu"
         side, step.dropped = self._take(step.coupling, value, out, step.replay.path, at_once)
-        step.side = side if side is None or self.chain.host is None else self.chain.host.put(side)
+        step.side = side if side is None or step.host is None else step.host.put(side)
         step.arithmetic = self.arithmetic
         self.position += 1
 
@@ -172,9 +174,8 @@ class Tape:
             self.halfway = True
         # out_BTD and value_BTD are floats in the model's dtype; the state is H_BTD, V_BTD int32 (or float32).
         self.opened = None
-        for soon in self.steps[max(self.position - 2, 0) : self.position]:
-            if isinstance(soon.side, OnHost):
-                soon.side.fetch()  # while the branch runs
+        if isinstance(step.side, OnHost):
+            step.side.fetch()  # while the branch runs
         value = step.replay.input.made(self.state, step.arithmetic_before)
         if asked and step.replay.again_but_for_tiles is not None:  # Rule 6
             opened = self.opened = Opened(step, value.detach())
@@ -203,8 +204,6 @@ class Tape:
             step.dropped.refine_partner(self.state)
         self.arithmetic = step.arithmetic_before
         step.side = step.dropped = None
-        if step.replay.kept is not None:
-            step.replay.kept.let_go()
         self.halfway = False
         self.position -= 1
         if self.position == 0:

@@ -25,13 +25,14 @@ from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.outline import Outlined
+from autorev.engine.host_store import HostStore
 from autorev.hush import logs_hushed
 from autorev.integrations.transformers import without_caches
 from autorev.methods import Method
-from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded
-from autorev.prediction.chains import Chains
+from autorev.prediction.chains import Chains, Run
 from autorev.prediction.layout import Layout, Site
 from autorev.prediction.tracker import MemoryTracker, Segment
+from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of
 from autorev.rewrite.replacement import installed
 from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
@@ -79,7 +80,8 @@ def simulate(
         if method.tile is not None:
             tiled = tiled_forwards(twin, layout.run, method.tile, method.in_pieces, as_long=False)
             stack.enter_context(installed(tiled.forwards))
-        chains = Chains(twin, layout.chains, layout.stored, method)
+        host = HostStore()
+        chains = Chains(twin, layout.chains, layout.stored, method, host)
         stack.enter_context(tracker)
         tracker.adopt(twin)
         for _, leaf in flatten_with_path(call):
@@ -87,7 +89,7 @@ def simulate(
                 tracker.see(leaf, Category.OTHER)
         start = tracker.total()
         tracker.begin("forward", None, Category.OTHER)
-        steps = _Steps(layout, method, chains, tracker)
+        steps = _Steps(layout, method, chains, host, tracker)
         stack.enter_context(steps.patched())
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = loss_of(twin, call)
@@ -116,8 +118,8 @@ def _backward(loss: torch.Tensor) -> None:
 class _Steps:
     """Wraps every block's forward for the length of one simulated step."""
 
-    def __init__(self, layout: Layout, method: Method, chains: Chains, tracker: MemoryTracker) -> None:
-        self.layout, self.method, self.chains, self.tracker = layout, method, chains, tracker
+    def __init__(self, layout: Layout, method: Method, chains: Chains, host: HostStore, tracker: MemoryTracker) -> None:
+        self.layout, self.method, self.chains, self.host, self.tracker = layout, method, chains, host, tracker
         self.active = layout.active
         self.calls: dict[int, int] = {}
         self.returned: dict[Any, Any] = {}
@@ -183,11 +185,9 @@ class _Steps:
         self.stream_bytes[site.number] = stream.numel() * stream.element_size()
         if stream.requires_grad and stream is not self.last_output():
             stream.register_hook(lambda grad: self._enter_backward(None))
-        before = self.chains.on_host(site)
+        before = self.host.bytes
         returned = self._under_method(site, run, stream)
-        offloads = self.method.name == "offload" and not self._stored(site)
-        offloaded = self.stream_bytes[site.number] if offloads else 0
-        self.host_bytes[site.number] = offloaded + self.chains.on_host(site) - before
+        self.host_bytes[site.number] = self.host.bytes - before
         out = dict(flatten_with_path(returned))[site.output_at]
         if out.requires_grad:
             out.register_hook(lambda grad: self._enter_backward(site.number))
@@ -206,14 +206,9 @@ class _Steps:
         if self.method.reversible:
             in_chain = site.chain is not None and site.turn is not None
             return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
-        if self._stored(site):
+        if site.stored or self.method.name not in CHECKPOINTS:
             return run(stream)
-        runs = {"checkpoint": run_checkpointed, "sac": run_checkpointed, "offload": run_offloaded}
-        return runs[self.method.name](self.method, run, stream) if self.method.name in runs else run(stream)
-
-    def _stored(self, site: Site) -> bool:
-        """Does the method leave it as it is?"""
-        return site.chain is not None and site.from_end < self.layout.stored[site.chain]
+        return checkpoint_of(self.method, site.keeps, self.host)(run, stream)
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET

@@ -12,7 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     errors format given patching
-    couplings files hush lock packages workload
+    couplings files hush keeps lock packages workload
     integrations
     capture
     engine methods records
