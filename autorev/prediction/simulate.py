@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import _engine_run_backward
 
+from autorev.alike import few_of_them
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
@@ -75,6 +76,7 @@ def simulate(
     tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
+        stack.enter_context(few_of_them())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:

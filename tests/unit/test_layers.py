@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
-    errors format given patching
+    alike errors format given patching
     couplings files hush keeps lock packages workload
     integrations
     capture
