@@ -58,11 +58,9 @@ class Layout:
     """Of each chain, how many blocks at its end a reversible method stores instead of recomputing."""
 
     @property
-    def run(self) -> list[Finding]:
-        """Of the blocks that have to be run."""
-        modules = {id(self.sites[number].module) for number in self.active}
-        every = [*(finding for chain in self.chains for finding in chain), *self.refused]
-        return [finding for finding in every if id(finding.call.module) in modules]
+    def findings(self) -> list[Finding]:
+        """Of all blocks."""
+        return [*(finding for chain in self.chains for finding in chain), *self.refused]
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:

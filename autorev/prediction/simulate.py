@@ -80,7 +80,7 @@ def simulate(
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            tiled = tiled_forwards(twin, layout.run, method.tile, method.in_pieces, as_long=False)
+            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, as_long=False)
             stack.enter_context(installed(tiled.forwards))
         host = HostStore()
         chains = Chains(twin, layout.chains, layout.stored, method, host)
