@@ -36,8 +36,12 @@ ALL = (
     *("momentum:k=3", "momentum:k=2", "momentum:k=1", "leapfrog", "midpoint", "hamiltonian"),
     *("momentum:k=3,keep_last=4", "plain:loss=chunked", "checkpoint:loss=chunked", "momentum:k=3,loss=chunked"),
 )
-PREDICTED = ("plain", "checkpoint", "offload", *PRESETS)
-"""Those that an analysis compares."""
+TILES = ":tile=auto"
+PREDICTED = (
+    *("plain", "checkpoint", f"checkpoint{TILES}", "offload", "momentum", f"momentum{TILES}"),
+    *(name for name in PRESETS if name != "momentum"),
+)
+"""Those that an analysis compares, as it calls them (`Method.known_as`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +270,11 @@ class Method:
     def spec(self) -> str:
         """Its one spelling: options in order, those that are as usual left out."""
         return str(self)
+
+    @property
+    def known_as(self) -> str:
+        """What an analysis calls it, which predicts one of each name with and without tiles."""
+        return self.name if self.tile is None else f"{self.name}{TILES}"
 
     @property
     def known(self) -> Known:

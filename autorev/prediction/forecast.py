@@ -16,6 +16,7 @@ from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
+from autorev.errors import ConversionError
 from autorev.methods import PREDICTED, Method
 from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.layout import Layout, layout_of
@@ -23,6 +24,7 @@ from autorev.prediction.scaling import ScaledTrace
 from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
 from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes
+from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -57,7 +59,12 @@ class Forecaster:
 
     def methods(self) -> tuple[Method, ...]:
         """The methods that say something about this model, with `keep_last` chosen."""
-        chosen = [Method(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        chosen = [Method.parse(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        tiled, findings = [method for method in chosen if method.tile is not None], self.layout.findings
+        try:
+            _ = tiled and tiled_forwards(self.twin, findings, "auto", as_long=False)
+        except ConversionError:
+            chosen = [method for method in chosen if method not in tiled]
         return tuple(self.settled(m) for m in chosen if self.reversible or not m.reversible)
 
     def settled(self, method: Method) -> Method:
@@ -117,7 +124,7 @@ class Forecaster:
         phase = max(cost.phase_peaks, key=lambda p: cost.phase_peaks[p])
         alive = cost.peak_categories[phase]
         return Prediction(
-            method=method.name,
+            method=method.known_as,
             peak_bytes=cost.phase_peaks[phase],
             phase=phase,
             categories={c.value: int(alive.get(c, 0)) for c in Category},
