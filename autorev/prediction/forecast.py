@@ -54,8 +54,9 @@ class Forecaster:
     """Likewise through the batch?"""
     probed: dict[tuple[Method, int], ScaledTrace] = field(default_factory=dict)
     """Method and batch -> its steps at `PROBES`."""
-    simulated: dict[tuple[Method, int, int | None], StepTrace] = field(default_factory=dict)
-    """Method, batch and sequence -> its step: what was simulated to choose `keep_last` is not simulated again."""
+    simulated: dict[Any, tuple[list[int], StepTrace]] = field(default_factory=dict)
+    """What blocks are run and how, batch and sequence -> the numbers of these blocks, and the step: what differs only
+    in how many blocks are stored, or keep something, is simulated once."""
 
     def methods(self) -> tuple[Method, ...]:
         """The methods that say something about this model, with `keep_last` chosen."""
@@ -86,10 +87,14 @@ class Forecaster:
                 probes = tuple(self.trace(method, batch, probe) for probe in PROBES)
                 self.probed[method, batch] = ScaledTrace(PROBES, probes)
             return self.probed[method, batch].at(sequence)
-        known = method, batch, sequence
+        layout = self.layout.under(method)
+        active = sorted(layout.active)
+        alike = tuple((s.chain, s.kind, s.stored, s.keeps) for s in map(layout.sites.__getitem__, active))
+        known = replace(method, keep_last="auto", keep=None, host=None), batch, sequence, alike
         if known not in self.simulated:
-            self.simulated[known] = self._simulate(method, batch, sequence)
-        return self.simulated[known]
+            self.simulated[known] = active, self._simulate(method, batch, sequence)
+        before, trace = self.simulated[known]
+        return trace if before == active else trace.of_blocks(dict(zip(before, active, strict=True)))
 
     def _simulate(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
         with self.mode:

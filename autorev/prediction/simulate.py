@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 from unittest import mock
@@ -51,6 +51,19 @@ class StepTrace:
     """The most that a recomputed block keeps of an element."""
     host_bytes: dict[int, int] = field(default_factory=dict)
     """What each block that was run leaves on the host until backward."""
+
+    def of_blocks(self, numbers: dict[int, int]) -> StepTrace:
+        """The same, with other numbers for the blocks that were run."""
+
+        def renumbered(found: dict[int, Any]) -> dict[int, Any]:
+            return {numbers[block]: value for block, value in found.items()}
+
+        segments = [
+            replace(s, block=None if s.block is None else numbers[s.block], freed=renumbered(s.freed))
+            for s in self.segments
+        ]
+        streams, host = renumbered(self.stream_bytes), renumbered(self.host_bytes)
+        return StepTrace(self.start, segments, streams, self.side_bits, host)
 
 
 def simulate(
