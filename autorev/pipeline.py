@@ -264,11 +264,11 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, pro
     frontier: dict[str, Reach] = {}
     explored: list[Exploration] = []
     for number, method in enumerate(methods):
-        progress(f"simulating {method.name}", 0.3 + 0.65 * number / len(methods))
+        progress(f"simulating {method.known_as}", 0.3 + 0.65 * number / len(methods))
         here = forecaster.trace(method, setting.batch, setting.sequence)
-        predictions[method.name] = forecaster.prediction(method, here)
+        predictions[method.known_as] = forecaster.prediction(method, here)
         explored.append(explore(forecaster, method, here))
-        frontier[method.name] = explored[-1].reach()
+        frontier[method.known_as] = explored[-1].reach()
     progress("comparing", 0.95)
     problems = [problem for exploration in explored for problem in exploration.problems]
     analysis = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
 from autorev.format import clean, format_bytes, format_count, format_integer, plural
-from autorev.methods import BASELINES, METHODS
+from autorev.methods import BASELINES, METHODS, TILES
 from autorev.optimizers import Optimizer
 
 CATEGORY_TITLES = {
@@ -51,15 +51,23 @@ _losses = {"full": "full logits", "chunked": "chunked loss"}
 
 def method_title(method: str) -> str:
     """`activation checkpointing` for `checkpoint`; a coupling goes by its own name."""
-    return clean(METHODS[method].title if method in METHODS else method)
+    name, _, tiles = method.partition(TILES) if method.endswith(TILES) else (method, "", None)
+    return clean(METHODS[name].title if name in METHODS else name) + ("" if tiles is None else " with tiles")
+
+
+def method_label(method: str) -> str:
+    """`checkpoint+tiles`, as a table of an analysis has it."""
+    return clean(f"{method.removesuffix(TILES)}+tiles" if method.endswith(TILES) else method)
 
 
 def headline(method: str | None) -> str:
     """A recommendation as an imperative; `None` where nothing is recommended."""
     if method is None:
         return "None"
-    coupling = method in METHODS and method not in BASELINES
-    return f"Use the {clean(method)} coupling" if coupling else f"Use {method_title(method)}"
+    name = method.removesuffix(TILES)
+    if name in METHODS and name not in BASELINES:
+        return f"Use the {clean(name)} coupling{' with tiles' if name != method else ''}"
+    return f"Use {method_title(method)}"
 
 
 def model_facts(model: ModelInfo) -> tuple[str, str, str]:

@@ -85,7 +85,7 @@ def _savings(case: Case, own: Candidate, can_chunk: bool) -> Iterator[Saving]:
         if ways:
             text = f"the peak stands in the optimiser step: {', or '.join(ways)}, lowers it"
             yield Saving("optimizer", own.held(Category.OTHER), text)
-    working, less = own.held(Category.WORKING_SET), smaller_step(setting)
+    working, less = own.held(Category.WORKING_SET), _smaller_block(case, own) or smaller_step(setting)
     if less and working >= DOMINANT * total:
         text = f"one block's working set takes {size(working)}, whatever is done between the blocks: {less}"
         yield Saving("smaller", working, text)
@@ -96,6 +96,12 @@ def smaller_step(setting: Setting) -> str:
     if setting.batch > 1:
         return "a smaller batch with gradient accumulation lowers it"
     return "fewer tokens a sample lower it" if (setting.sequence or 0) > 1 else ""
+
+
+def _smaller_block(case: Case, own: Candidate) -> str:
+    """How one block's working set can be made smaller."""
+    tiled = own.method.tile is None and any(other.method.tile is not None for other in case.known)
+    return "tiles (tile='auto') lower it" if tiled else ""
 
 
 def move(case: Case, own: Candidate, category: Category, can_chunk: bool) -> str:
@@ -118,6 +124,8 @@ def move(case: Case, own: Candidate, category: Category, can_chunk: bool) -> str
         return f"the chunked loss ({CHUNKED if case.measured else '--loss chunked'}) lowers it"
     if category is Category.STORED_ACTIVATIONS and own.method.name == "plain":
         return "checkpointing or a reversible chain stores less"
+    if category is Category.WORKING_SET:
+        return _smaller_block(case, own) or smaller
     if category is Category.SIDE_BITS:
         return f"a larger gamma (a smaller k) keeps fewer bits, if the model bears it; {smaller}"
     if category is Category.OTHER and own.phase == "optimizer" and optimizer.name == "adamw":

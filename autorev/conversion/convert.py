@@ -31,6 +31,7 @@ from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import Passes, notice_trainers, stop_noticing
 from autorev.detection import call_of
 from autorev.engine.chain import ReversibleChain
+from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError, SettingError
 from autorev.methods import Method, Numbers
 from autorev.plan import Plan, method_of
@@ -55,8 +56,8 @@ def convert(
     keep_last: int | Literal["auto"] | None = None,
     fraction_bits: int | Mapping[str, int] | None = None,
     tile: int | Literal["auto"] | None = None,
-    keep: Literal["attention"] | None = None,
-    host: Literal["side_bits"] | None = None,
+    keep: str | None = None,
+    host: str | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Conversion:
@@ -85,8 +86,11 @@ def convert(
             chain by a probe of the batch.
         tile: positions at a time that the parts of a block run on which act on each position alone (an MLP, as a rule),
             forward and backward; "auto": as many as keep little beside the block's input. Default: all at once.
-        keep: "attention": what its kernel returns is kept, a hidden state a block, and not computed again in backward.
-        host: "side_bits": these wait for backward in the host's memory (pinned, where the system pins any).
+        keep: "attention": what its kernel returns is kept, a hidden state a block, and not computed again in backward;
+            "attention:8": in the last 8 of the blocks of each chain that run twice.
+        host: what waits for backward in the host's memory (pinned, where the system pins any): "side_bits" of
+            couplings, "attention" that is kept, "inputs" of offload, or several joined by "+"; "side_bits:8": of the
+            first 8 blocks of each chain.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 
@@ -163,8 +167,9 @@ def _put_in_place(
         return _as_baseline(model, chosen, how, tiled, estimate, planned, chunked)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
+    store = HostStore()
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
-        built.append(BuiltChain(model, chain, kept, how, taken={item.chain.name for item in built}))
+        built.append(BuiltChain(model, chain, kept, how, {item.chain.name for item in built}, store))
     names = list(model.state_dict())
     for forward in tiled.forwards:
         forward.install()
@@ -173,7 +178,7 @@ def _put_in_place(
         notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, *call)
         if chunked:
             chunk_loss(model)
-        notes += without_kernel(every[0]) if how.keep == "attention" else []
+        notes += without_kernel(every[0]) if how.keep is not None else []
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
@@ -209,7 +214,7 @@ def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[in
     found: dict[int, str] = {}
     for number, chain in enumerate(chosen.chains if how.reversible else ()):
         try:
-            item = BuiltChain(model, chain, 0, usual, taken=set())
+            item = BuiltChain(model, chain, 0, usual, set(), HostStore())
             _install(model, [item])
             choose_grids(model, [item.chain], None, *call)
         except ConversionError as error:

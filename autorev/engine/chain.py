@@ -34,6 +34,7 @@ from autorev.engine.pipeline import check_no_stage
 from autorev.engine.seeds import Seeds
 from autorev.engine.tape import Tape
 from autorev.errors import ConversionError
+from autorev.keeps import NOTHING, Keeps
 
 
 @dataclass(eq=False)
@@ -72,10 +73,9 @@ class ReversibleChain:
     drifts: dict[str, float] = field(default_factory=dict)
     """What was left of the integrity check in the last backward pass: 0 when exact. By the chain's name; where a
     new chain started within a forward pass, each further piece has an entry of its own."""
-    host: HostStore | None = None
-    """Where side bits wait for backward; None: on their device."""
-    keeps_attention: bool = False
-    """Is what attention returns kept, so that a second run need not compute it?"""
+    keeps: list[Keeps] = field(default_factory=list)
+    """What each step keeps beyond its side bits, and what waits in the memory of `host`."""
+    host: HostStore = field(default_factory=HostStore)
     magnitudes: dict[int, Magnitudes] | None = None
     """While a grid is being chosen: how large the streams of each lane were so far."""
     finest: int = MOST_FRACTION_BITS
@@ -90,6 +90,9 @@ class ReversibleChain:
     """What the user was told; see `warn_once`."""
     carried: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """Storage of a stream that is between two blocks -> the `Carried` that goes with it."""
+
+    def __post_init__(self) -> None:
+        self.keeps = self.keeps or [NOTHING] * len(self.couplings)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has no part in the calls of the original."""

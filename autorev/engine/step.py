@@ -60,6 +60,7 @@ from torch import nn
 from autorev.engine.autograd import couple, enter, read_out, straight_through
 from autorev.engine.chain import Carried, CarriedLane, ReversibleChain, arrive, pass_of
 from autorev.engine.grid import grid_at_start
+from autorev.engine.host_store import HostStore
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.lane import Lane, LaneStep
 from autorev.engine.mode import ORACLE, mode
@@ -104,7 +105,7 @@ class Step:
         """
         self.chain, self.branch = chain, branch
         self.carried, self.number, label = arrive(chain, streams, numbers)
-        carried, coupling = self.carried, chain.couplings[self.number]
+        carried, coupling, self.keeps = self.carried, chain.couplings[self.number], chain.keeps[self.number]
         self.seed = None if carried is None else carried.seed
         if coupling.random:
             if branch.training and self.seed is None:
@@ -133,7 +134,7 @@ class Step:
             if coupling.invertible and self.number < chain.stored_from and branch.recomputable:
                 inputs = tuple(InputLike.of(x, dtype) for x, dtype in zip(self.xs, self.through, strict=True))
                 self.replay = Replay(branch.path, inputs, branch.mutates_input)
-                self.replay.kept = KeptOutputs() if chain.keeps_attention else None
+                self.replay.kept = KeptOutputs(self._host_for("attention")) if self.keeps.attention else None
                 self.saved = SavedTensors(branch.path, self.tape.comparison, self.replay.modules)
             if branch.module is not None:
                 self.add_module(branch.module, branch.path)
@@ -206,8 +207,9 @@ class Step:
         kept = [
             LaneStep(tape.comparison.first(out), lane.arithmetic) for lane, out in zip(tape.lanes, outs, strict=True)
         ]
+        step = TapedStep(self.coupling, replay, kept, self._host_for("side_bits"))
         with torch.no_grad():
-            tape.append(TapedStep(self.coupling, replay, kept), self._values(), [out.detach() for out in outs])
+            tape.append(step, self._values(), [out.detach() for out in outs])
         return self._coupled(outs)
 
     def _stored(self, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
@@ -238,6 +240,9 @@ class Step:
         return coupled
 
     # -- what they share
+
+    def _host_for(self, what: str) -> HostStore | None:
+        return self.chain.host if what in self.keeps.on_host else None
 
     def _may_be_asked_for(self, outs: tuple[torch.Tensor, ...]) -> bool:
         """Was anything saved, or does anything here need a gradient?"""

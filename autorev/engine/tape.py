@@ -23,7 +23,7 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.coupling import Coupling
 from autorev.engine.digest import Comparison, looked_at
 from autorev.engine.grid import check_largest, largest_of
-from autorev.engine.host_store import OnHost
+from autorev.engine.host_store import HostStore, OnHost
 from autorev.engine.lane import Lane, LaneStep, fingerprint
 from autorev.engine.observed import observed_here
 from autorev.engine.replay import Replay, Rest, hooks_of_others_off
@@ -45,6 +45,8 @@ class TapedStep:
     coupling: Coupling
     replay: Replay
     lanes: list[LaneStep]
+    host: HostStore | None = None
+    """Where its side bits wait; None: on their device."""
 
 
 @dataclass(eq=False)
@@ -108,7 +110,7 @@ class Tape:
         for lane, kept, value, out in zip(self.lanes, step.lanes, values, outs, strict=True):
             at_once = lane.state.stream.device.type == "cpu"
             side, kept.dropped = lane.take(self.chain, step.coupling, value, out, step.replay.path, at_once)
-            kept.side = side if side is None or self.chain.host is None else self.chain.host.put(side)
+            kept.side = side if side is None or step.host is None else step.host.put(side)
             kept.arithmetic = lane.arithmetic
         self.position += 1
 
@@ -148,10 +150,9 @@ class Tape:
             self.halfway = True
         # Outputs and values are floats in the model's dtype, out_BTD; a state is H_BTD, V_BTD int32 (or float32).
         self.opened = None
-        for soon in self.steps[max(self.position - 2, 0) : self.position]:
-            for kept in soon.lanes:
-                if isinstance(kept.side, OnHost):
-                    kept.side.fetch()  # while the branch runs
+        for kept in step.lanes:
+            if isinstance(kept.side, OnHost):
+                kept.side.fetch()  # while the branch runs
         values = self._inputs(step.replay, step)
         if asked and step.replay.again_but_for_tiles is not None:  # Rule 6
             opened = self.opened = Opened(step, tuple(value.detach() for value in values))
@@ -181,8 +182,6 @@ class Tape:
         with torch.no_grad():
             for lane, kept, out, value in zip(self.lanes, step.lanes, outs, values, strict=True):
                 lane.recover_partner(step.coupling, kept, out, value.detach())
-        if step.replay.kept is not None:
-            step.replay.kept.let_go()
         self.halfway = False
         self.position -= 1
         if self.position == 0:

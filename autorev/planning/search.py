@@ -1,9 +1,11 @@
-"""Find the fastest way to train in the memory there is: simulate the families, then store as many blocks as fit."""
+"""Find the fastest way to train in the memory there is: simulate the families, then choose numbers of blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from autorev.analysis import Category, Prediction
 from autorev.errors import AutorevError, SettingError
@@ -11,6 +13,7 @@ from autorev.format import plural
 from autorev.methods import Method
 from autorev.optimizers import Optimizer
 from autorev.plan import Option, Reached, Rung
+from autorev.planning.levers import ATTENTION, STORED, best_number, levers_of
 from autorev.prediction.forecast import Forecaster
 from autorev.prediction.frontier import explore
 
@@ -22,8 +25,6 @@ ORDER = ("plain", "checkpoint", "momentum", "leapfrog", "offload")
 """Of two that are as fast, the simpler: what PyTorch does by itself, and what needs no host."""
 LONG = 4096
 """Tokens from which on attention costs enough for its results to be worth keeping."""
-MOST_TRIES = 5
-"""Simulated steps to find how many blocks can be stored."""
 WORTH = 0.01
 """Of the memory: an optimiser that frees less is not looked at."""
 
@@ -98,14 +99,18 @@ class Search:
                 found.append(base)
                 if loss == losses[-1]:
                     found.append(replace(base, tile="auto"))
-                    if name != "plain" and (self.forecaster.setting.sequence or 0) >= LONG:
+                    bits = ["side_bits"] if name in PRESERVING else []
+                    if name != "plain" and self._is_long:
                         found.append(replace(base, tile="auto", keep="attention"))
-                    if name in PRESERVING and self.host:
+                        if self.host:
+                            there = "+".join([*bits, "attention"])
+                            found.append(replace(base, tile="auto", keep="attention", host=there))
+                    if bits and self.host:
                         found.append(replace(base, tile="auto", host="side_bits"))
         return found
 
     def all(self) -> list[Option]:
-        """Every family, and those that may be fastest with as many stored blocks as fit; fastest first."""
+        """Every family, and what may be fastest with as many blocks stored, kept or moved as fit; fastest first."""
         families = self.families()
         worth = self._worth_looking_at()
         for at, optimizer in enumerate(worth):
@@ -120,10 +125,11 @@ class Search:
                     self.progress(f"simulating {method.spec} with {optimizer}", done)
                     self.option(method, optimizer)
             bases = sorted((o for o in self.seen.values() if o.optimizer == optimizer), key=self.rank)
-            for base in bases:
-                self.progress(f"storing blocks of {base.method.spec}", 0.3 + share * (at + 0.8))
+            for number, base in enumerate(bases):
+                done = 0.3 + share * (at + 0.6 + 0.4 * number / len(bases))
+                self.progress(f"block by block: {base.method.spec} with {optimizer}", done)
                 if base.fits and base.method.name != "plain":
-                    self._store(base)
+                    self._fill(base)
         return sorted(self.seen.values(), key=self.rank)
 
     def _may_win(self, method: Method, optimizer: str) -> bool:
@@ -172,33 +178,34 @@ class Search:
         seconds = float(f"{option.seconds:.3g}")
         return seconds, option.host_bytes, optimizer, ORDER.index(method.name), len(method.spec)
 
-    def _store(self, base: Option) -> None:
-        """Store as many blocks as fit: each is one that backward need not run again."""
-        lengths = self.forecaster.layout.lengths
-        if not lengths:
-            return
-        low, high = 0, max(lengths)
-        plain = self.option(Method("plain", loss=base.method.loss, tile=base.method.tile), base.optimizer)
+    def _fill(self, base: Option) -> None:
+        """Of each lever as many blocks as fit: first of the one that saves most time for its bytes."""
+        method, optimizer, blocks = base.method, base.optimizer, max(self.forecaster.layout.lengths, default=0)
+        plain = self.option(Method("plain", loss=method.loss, tile=method.tile), optimizer)
+        kept = self.seen.get((replace(method, keep="attention"), optimizer)) if method.keep is None else None
         best = self.best()
-        if plain is None or best is None or plain.seconds >= best.seconds:
-            return  # even with nothing run twice it would not be faster
-        at_high = max(plain.peak_bytes, base.peak_bytes + 1)
-        at_low = base.peak_bytes
-        if plain.fits:
+        if blocks < 2 or plain is None or plain.fits or best is None:
             return
-        for _ in range(MOST_TRIES):
-            share = min((self.room - base.peak_bytes) / (plain.peak_bytes - base.peak_bytes), 1)
-            if high - low <= 1 or base.seconds - share * (base.seconds - plain.seconds) >= best.seconds:
-                return  # no room, or it would not be the fastest
-            guess = low + int((self.room - at_low) / (at_high - at_low) * (high - low))
-            number = min(max(guess, low + 1), high - 1)
-            option = self.option(replace(base.method, keep_last=number), base.optimizer)
-            if option is None:
-                return
-            if option.fits:
-                low, at_low = number, option.peak_bytes
-            else:
-                high, at_high = number, option.peak_bytes
+        least = base if kept is None or kept.seconds > base.seconds else kept
+        share = min((self.room - base.peak_bytes) / max(plain.peak_bytes - base.peak_bytes, 1), 1)
+        if least.seconds - share * max(least.seconds - plain.seconds, 0) >= best.seconds:
+            return  # even with attention kept for nothing it would not be the fastest
+        levers = levers_of(method, kept is not None)
+        levers.sort(key=lambda lever: -_worth(base, plain if lever == STORED else kept if lever == ATTENTION else None))
+        for lever in levers:
+            method = best_number(method, lever, blocks, partial(self._cost, optimizer))
+        self.option(method, optimizer)
+        if method.stored_of(0) + 1 < blocks:
+            self.option(replace(method, keep_last=method.stored_of(0) + 1), optimizer)  # what one more would take
+
+    def _cost(self, optimizer: str, method: Method) -> tuple[float, ...] | None:
+        """Seconds, and then bytes on the host and at the peak; None where it does not fit."""
+        found = self.prediction(method, optimizer)
+        return (found.step_seconds, found.host_bytes, found.peak_bytes) if found.peak_bytes <= self.room else None
+
+    @property
+    def _is_long(self) -> bool:
+        return (self.forecaster.setting.sequence or 0) >= LONG
 
     def refuse(self, option: Option, measured: int) -> None:
         """`option` does not hold: what was predicted is as far off for all others."""
@@ -224,10 +231,10 @@ class Search:
             changes.append(("what acts on each token alone, a tile at a time", here, first))
         if method.keep is not None:
             here = replace(here, keep=method.keep)
-            changes.append(("attention not computed twice", here, first))
+            changes.append((f"attention{_blocks(method.keep)} not computed twice", here, first))
         if method.host is not None:
             here = replace(here, host=method.host)
-            changes.append(("side bits on the host", here, first))
+            changes.append((f"{' and '.join(map(_moved, method.host.split('+')))} on the host", here, first))
         if last != first:
             changes.append((Optimizer.parse(last).title, here, last))
         if method != here:
@@ -279,7 +286,8 @@ class Search:
             SettingError: the model has no such axis, or it cannot be varied.
         """
         found: list[tuple[Reached, Option]] = []
-        families = [method for method in self.families() if method.loss == self.families()[-1].loss]
+        losses = {method.loss: method.loss for method in self.families()}
+        families = [m for m in self.families() if m.loss == [*losses][-1] and m.keep is None]  # which takes memory
         problem = ""
         ways = [(method, optimizer) for optimizer in self._worth_looking_at() for method in families]
         for number, (method, optimizer) in enumerate(ways):
@@ -305,3 +313,20 @@ def _steps_after(one: str, other: str) -> bool:
 
 
 _WORDS = {"checkpoint": "a checkpoint around every block", "offload": "checkpoints, whose inputs wait on the host"}
+
+
+def _blocks(amount: str) -> str:
+    """` of 8 blocks` of `attention:8`."""
+    number = amount.partition(":")[2]
+    return f" of {plural(int(number), 'block')}" if number else ""
+
+
+def _moved(amount: str) -> str:
+    return f"{amount.partition(':')[0].replace('_', ' ')}{_blocks(amount)}"
+
+
+def _worth(base: Option, most: Option | None) -> float:
+    """Seconds for a byte of what costs memory; what costs none comes last."""
+    if most is None:
+        return -math.inf
+    return (base.seconds - most.seconds) / max(most.peak_bytes - base.peak_bytes, 1)

@@ -15,6 +15,7 @@ from autorev.analysis import Category, DeviceInfo, Prediction, Setting
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.record import record
 from autorev.detect.chains import detect
+from autorev.errors import ConversionError
 from autorev.methods import PREDICTED, Method
 from autorev.optimizers import Optimizer
 from autorev.own_mode import OwnMode
@@ -25,6 +26,7 @@ from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
 from autorev.prediction.training import DTYPES, loss_function
 from autorev.prediction.update import Update, Updated, update_of, updated_by
+from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -54,12 +56,18 @@ class Forecaster:
     """Likewise through the batch?"""
     probed: dict[tuple[Method, int], ScaledTrace] = field(default_factory=dict)
     """Method and batch -> its steps at `PROBES`."""
-    simulated: dict[tuple[Method, int, int | None], StepTrace] = field(default_factory=dict)
-    """Method, batch and sequence -> its step: what was simulated to choose `keep_last` is not simulated again."""
+    simulated: dict[Any, tuple[list[int], StepTrace]] = field(default_factory=dict)
+    """What blocks are run and how, batch and sequence -> the numbers of these blocks, and the step: what differs only
+    in how many blocks are stored, or keep something, is simulated once."""
 
     def methods(self) -> tuple[Method, ...]:
         """The methods that say something about this model, with `keep_last` chosen."""
-        chosen = [Method(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        chosen = [Method.parse(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        tiled, findings = [method for method in chosen if method.tile is not None], self.layout.findings
+        try:
+            _ = tiled and tiled_forwards(self.twin, findings, "auto", as_long=False)
+        except ConversionError:
+            chosen = [method for method in chosen if method not in tiled]
         return tuple(self.settled(m) for m in chosen if self.reversible or not m.reversible)
 
     def settled(self, method: Method) -> Method:
@@ -81,10 +89,14 @@ class Forecaster:
                 probes = tuple(self.trace(method, batch, probe) for probe in PROBES)
                 self.probed[method, batch] = ScaledTrace(PROBES, probes)
             return self.probed[method, batch].at(sequence)
-        known = method, batch, sequence
+        layout = self.layout.under(method)
+        active = sorted(layout.active)
+        alike = tuple((s.chain, s.kind, s.stored, s.keeps) for s in map(layout.sites.__getitem__, active))
+        known = replace(method, keep_last="auto", keep=None, host=None), batch, sequence, alike
         if known not in self.simulated:
-            self.simulated[known] = self._simulate(method, batch, sequence)
-        return self.simulated[known]
+            self.simulated[known] = active, self._simulate(method, batch, sequence)
+        before, trace = self.simulated[known]
+        return trace if before == active else trace.of_blocks(dict(zip(before, active, strict=True)))
 
     def _simulate(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
         with self.mode:
@@ -130,7 +142,7 @@ class Forecaster:
         phase = max(cost.phase_peaks, key=lambda p: cost.phase_peaks[p])
         alive = cost.peak_categories[phase]
         return Prediction(
-            method=method.name,
+            method=method.known_as,
             peak_bytes=cost.phase_peaks[phase],
             phase=phase,
             categories={c.value: int(alive.get(c, 0)) for c in Category},

@@ -15,6 +15,7 @@ from autorev.couplings.choose import coupling_for
 from autorev.detect.ends import argument_of, flatten_with_path
 from autorev.detect.judge import Finding
 from autorev.detect.outline import Outlined, outline
+from autorev.keeps import NOTHING, Keeps
 from autorev.methods import Method
 from autorev.rewrite.in_steps import by_steps
 
@@ -37,6 +38,9 @@ class Site:
     """Blocks of one kind (class, shapes, graph) behave alike."""
     turn: int | None = None
     """For an inline block: which turn of `module`'s loop it is."""
+    stored: bool = False
+    """Is it left as it is?"""
+    keeps: Keeps = NOTHING
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +57,9 @@ class Layout:
     """Of each chain, how many blocks at its end a reversible method stores instead of recomputing."""
 
     @property
-    def run(self) -> list[Finding]:
-        """Of the blocks that have to be run."""
-        modules = {id(self.sites[number].module) for number in self.active}
-        every = [*(finding for chain in self.chains for finding in chain), *self.refused]
-        return [finding for finding in every if id(finding.call.module) in modules]
+    def findings(self) -> list[Finding]:
+        """Of all blocks."""
+        return [*(finding for chain in self.chains for finding in chain), *self.refused]
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -100,13 +102,17 @@ class Layout:
         )
         sites = []
         for site in layout.sites:
-            kind = site.kind
             if site.chain is not None:
                 length = len(layout.chains[site.chain])
                 last = site.from_end < stored[site.chain]
-                bits = _side_bits(method, length - 1 - site.from_end, length)
-                kind = kind, last and stored[site.chain] > 1, bits  # the last block of a kind is run in any case
-            sites.append(replace(site, kind=kind))
+                position = length - 1 - site.from_end
+                bits, keeps = _side_bits(method, position, length), method.keeps(position, length - stored[site.chain])
+                # The last block of a kind is run in any case.
+                kind = site.kind, last and stored[site.chain] > 1, bits, NOTHING if last else keeps
+                site = replace(site, kind=kind, stored=last, keeps=keeps)
+            else:
+                site = replace(site, keeps=method.keeps(0, 1))
+            sites.append(site)
         return replace(layout, sites=tuple(sites), stored=stored)
 
 

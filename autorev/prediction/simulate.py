@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import Any
 from unittest import mock
@@ -20,18 +20,20 @@ import torch
 from torch import nn
 from torch.autograd.graph import _engine_run_backward
 
+from autorev.alike import few_of_them
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.outline import Outlined
+from autorev.engine.host_store import HostStore
 from autorev.hush import logs_hushed
 from autorev.integrations.transformers import without_caches
 from autorev.methods import Method
-from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded
-from autorev.prediction.chains import Chains
+from autorev.prediction.chains import Chains, Run
 from autorev.prediction.layout import Layout, Site
 from autorev.prediction.tracker import MemoryTracker, Segment
+from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of
 from autorev.rewrite.replacement import installed
 from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
@@ -49,6 +51,19 @@ class StepTrace:
     """The most that a recomputed block keeps of an element."""
     host_bytes: dict[int, int] = field(default_factory=dict)
     """What each block that was run leaves on the host until backward."""
+
+    def of_blocks(self, numbers: dict[int, int]) -> StepTrace:
+        """The same, with other numbers for the blocks that were run."""
+
+        def renumbered(found: dict[int, Any]) -> dict[int, Any]:
+            return {numbers[block]: value for block, value in found.items()}
+
+        segments = [
+            replace(s, block=None if s.block is None else numbers[s.block], freed=renumbered(s.freed))
+            for s in self.segments
+        ]
+        streams, host = renumbered(self.stream_bytes), renumbered(self.host_bytes)
+        return StepTrace(self.start, segments, streams, self.side_bits, host)
 
 
 def simulate(
@@ -77,12 +92,14 @@ def simulate(
     tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
+        stack.enter_context(few_of_them())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            tiled = tiled_forwards(twin, layout.run, method.tile, method.in_pieces, as_long=False)
+            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, as_long=False)
             stack.enter_context(installed(tiled.forwards))
-        chains = Chains(twin, layout.chains, layout.stored, method)
+        host = HostStore()
+        chains = Chains(twin, layout.chains, layout.stored, method, host)
         stack.enter_context(tracker)
         tracker.adopt(twin)
         for parameter, size in (taken or {}).items():
@@ -92,7 +109,7 @@ def simulate(
                 tracker.see(leaf, Category.OTHER)
         start = tracker.total()
         tracker.begin("forward", None, Category.OTHER)
-        steps = _Steps(layout, method, chains, tracker)
+        steps = _Steps(layout, method, chains, host, tracker)
         stack.enter_context(steps.patched())
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = loss_of(twin, call)
@@ -127,8 +144,8 @@ def _backward(loss: torch.Tensor) -> None:
 class _Steps:
     """Wraps every block's forward for the length of one simulated step."""
 
-    def __init__(self, layout: Layout, method: Method, chains: Chains, tracker: MemoryTracker) -> None:
-        self.layout, self.method, self.chains, self.tracker = layout, method, chains, tracker
+    def __init__(self, layout: Layout, method: Method, chains: Chains, host: HostStore, tracker: MemoryTracker) -> None:
+        self.layout, self.method, self.chains, self.host, self.tracker = layout, method, chains, host, tracker
         self.active = layout.active
         self.calls: dict[int, int] = {}
         self.returned: dict[Any, Any] = {}
@@ -203,11 +220,9 @@ class _Steps:
             if value.requires_grad and all(value is not last for last in returned_last):
                 value.register_hook(lambda grad: self._enter_backward(None))
         del beside, value, returned_last
-        before = self.chains.on_host(site)
+        before = self.host.bytes
         returned = self._under_method(site, run, stream)
-        offloads = self.method.name == "offload" and not self._stored(site)
-        offloaded = self.stream_bytes[site.number] if offloads else 0
-        self.host_bytes[site.number] = offloaded + self.chains.on_host(site) - before
+        self.host_bytes[site.number] = self.host.bytes - before
         leaves, blank = dict(flatten_with_path(returned)), returned
         for _, at in site.lanes:
             if leaves[at].requires_grad:
@@ -228,14 +243,9 @@ class _Steps:
         if self.method.reversible:
             in_chain = site.chain is not None and site.turn is not None
             return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
-        if self._stored(site):
+        if site.stored or self.method.name not in CHECKPOINTS:
             return run(stream)
-        runs = {"checkpoint": run_checkpointed, "sac": run_checkpointed, "offload": run_offloaded}
-        return runs[self.method.name](self.method, run, stream) if self.method.name in runs else run(stream)
-
-    def _stored(self, site: Site) -> bool:
-        """Does the method leave it as it is?"""
-        return site.chain is not None and site.from_end < self.layout.stored[site.chain]
+        return checkpoint_of(self.method, site.keeps, self.host)(run, stream)
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET

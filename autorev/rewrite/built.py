@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 class BuiltChain:
     """A chain ready to be installed."""
 
-    def __init__(self, model: nn.Module, findings: list[Finding], kept: int, method: Method, taken: set[str]) -> None:
-        """`kept`: so many blocks are stored."""
+    def __init__(
+        self, model: nn.Module, findings: list[Finding], kept: int, method: Method, taken: set[str], host: HostStore
+    ) -> None:
+        """`kept`: so many blocks are stored; `host`: the model's."""
         pieces = method.in_pieces
         inline = findings[0].inline
         if pieces and findings[0].deferred:
@@ -58,9 +61,13 @@ class BuiltChain:
         name = plain_name = chain_name(findings)
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
-        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
-        self.chain.host = HostStore() if method.host == "side_bits" else None
-        self.chain.keeps_attention = method.keep == "attention"
+        keeps = [
+            method.keeps(position, len(findings) - kept)
+            for position, (begin, end) in enumerate(pairwise([*self.first, len(paths)]))
+            for _ in range(begin, end)
+        ]
+        averages = method.preset.averages
+        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
         self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
         self.forwards = self._forwards(model, pieces, method.tile is not None)
 
