@@ -192,9 +192,11 @@ class ValueTracer(fx.Tracer):
         return nodes
 
     def _take_apart(self, node: fx.Node, value: Any) -> None:
-        """Book the tensors inside a tuple, list or dict as items of `node`."""
+        """Book the tensors inside a tuple, list, dict or dataclass as items of `node`."""
         items: list[tuple[Any, Any]] = []
-        if isinstance(value, list | tuple):
+        if _is_record(value):
+            items = list(vars(value).items())
+        elif isinstance(value, list | tuple):
             items = list(enumerate(value))
         elif isinstance(value, Mapping):
             items = list(value.items())
@@ -202,7 +204,7 @@ class ValueTracer(fx.Tracer):
             if isinstance(item, torch.Tensor):
                 if id(item) not in self.node_of:
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"])
-            elif isinstance(item, list | tuple | Mapping) and tree_leaves(item):
+            elif (isinstance(item, list | tuple | Mapping) and tree_leaves(item)) or _is_record(item):
                 self._take_apart(
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]),
                     item,
@@ -221,7 +223,7 @@ class ValueTracer(fx.Tracer):
             return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
         if isinstance(a, Mapping):
             return {key: self.create_arg(item) for key, item in a.items()}
-        if is_dataclass(a) and not isinstance(a, type):
+        if _is_record(a):
             return {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
         if isinstance(a, fx.node.base_types) or a is None or a is ...:
             return a
@@ -276,7 +278,7 @@ class ValueTracer(fx.Tracer):
         node.meta["mutates"] = mutated
         self._book(node, result)
         if not isinstance(result, torch.Tensor):
-            self._take_apart(node, result if not is_dataclass(result) else vars(result))
+            self._take_apart(node, result)
         return result
 
     def _calling(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -332,6 +334,11 @@ class _Recorder(TorchFunctionMode):
             return self.tracer._leaf(lambda: func(*args, **kwargs), "call_function", getattr, (args[0], descriptor), {})
         kind, target = ("call_method", name) if _is_tensor_method(func) else ("call_function", func)
         return self.tracer._leaf(lambda: func(*args, **kwargs), kind, target, args, kwargs)
+
+
+def _is_record(value: Any) -> bool:
+    """Is it an object of a dataclass?"""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _is_tensor_method(func: Any) -> bool:
