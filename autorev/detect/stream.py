@@ -21,12 +21,21 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 _adds = {operator.add, operator.iadd, torch.add, "add", "add_", "__radd__"}
 _subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
 _scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
-_matrix_products = {torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.addr}
+_matrix_products: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.addr}
 _matrix_products |= {"addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm_", "addmv", "addmv_", "addr", "addr_"}
 _scatters = {torch.index_add, torch.scatter_add, "index_add", "index_add_", "scatter_add", "scatter_add_"}
 ONTO_FIRST = _scaled_products | _matrix_products | _scatters
 """They add to their first operand, whatever the shapes of the others."""
-_multiplies: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, torch.true_divide, "mul", "div", "true_divide"}
+_multiplies: set[Any] = {
+    operator.mul,
+    operator.truediv,
+    torch.mul,
+    torch.div,
+    torch.true_divide,
+    "mul",
+    "div",
+    "true_divide",
+}
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
 _cuts_gradient = {"detach", "detach_", torch.detach, "data"}
