@@ -96,7 +96,7 @@ def find_stream(
         place += (int(key) if key.lstrip("-").isdigit() else key.strip("'\""),)
     value: Any = (args, kwargs)
     for key in place:
-        value = value[key]
+        value = getattr(value, key) if is_dataclass(value) else value[key]
     return place, value
 
 

@@ -73,6 +73,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[list[int]]]]
     "viewed between": (foreign.Viewed, TOKENS, [[2] * 3]),
     "repeated": (foreign.Repeated, TOKENS, [[2] * 6]),
     "reading the first": (foreign.ReadingTheFirst, SEQUENCE, [[1, 2, 2]]),
+    "of states": (foreign.OfStates, TOKENS, [[2] * 3]),
+    "told": (foreign.Told, SEQUENCE, [[1] * 3]),
     "growing": (foreign.Growing, TOKENS, [[1] * 3]),
 }
 
