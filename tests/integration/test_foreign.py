@@ -116,3 +116,10 @@ def test_without_velocity_it_computes_what_its_code_does(name: str, granularity:
     loss, found = one_step(model, example)
     assert torch.allclose(loss, expected_loss, rtol=1e-12)
     assert gap(found, expected) < 1e-9
+
+
+def test_what_a_step_draws_from_a_generator_is_drawn_again() -> None:
+    """Taken apart into steps, too: there the code's own calls are repeated."""
+    model = stack_of(foreign.OwnGenerator).train()
+    autorev.convert(model, TOKENS, granularity="sublayer", keep_last=0)
+    assert autorev.verify(model, TOKENS).passed
