@@ -48,6 +48,9 @@ PREDICTIONS = {
     "Llama-3.1-8B, LoRA, 5 x 32,768 tokens, chunked loss, predicted for an H100 of 80 GB": (
         *("llama-3.1-8b_lora_32k", "plain", "checkpoint", "offload", "momentum"),
     ),
+    "the same, a tile of tokens at a time": (
+        *("llama-3.1-8b_lora_32k", None, "checkpoint:tile=auto", None, "momentum:tile=auto"),
+    ),
 }
 
 
@@ -73,13 +76,16 @@ def _fine_tuned(name: str | None) -> str:
     return _cell(run.peak_bytes, run.step_seconds)
 
 
-def _predicted(name: str, *methods: str) -> list[str]:
+def _predicted(name: str, *methods: str | None) -> list[str]:
     analysis = Analysis.read(ANALYSED / f"{name}.json")
     assert analysis.device is not None
     cells = []
     for method in methods:
-        found = analysis.prediction(method)
-        assert found is not None
+        found = analysis.prediction(method) if method else None
+        if found is None:
+            assert method is None
+            cells.append(NOTHING)
+            continue
         fits = found.peak_bytes <= analysis.device.usable_bytes
         cells.append(
             _cell(found.peak_bytes, found.step_seconds) if fits else f"{format_bytes(found.peak_bytes)}, does not fit"

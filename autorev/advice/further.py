@@ -76,8 +76,8 @@ def _roomier(case: Case) -> str:
 
 def _beside(case: Case) -> Iterator[str]:
     """What there is for who has no host memory to spare."""
-    reversible = [c for c in case.usable if c.method.reversible and case.fits(c)]
-    beside = max(reversible, key=lambda c: c.rate or 0, default=None)
+    without = [c for c in case.usable if c.method.name != "offload" and c.method.host is None and case.fits(c)]
+    beside = max(without, key=lambda c: c.rate or 0, default=None)
     if beside is not None:
         yield f"without the host's memory {beside.title} fits, too, with {case.size(beside.peak_bytes)}"
         yield _how(case, beside)
