@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from autorev.engine.digest import WHOLE, Digest, digest, looked_at
+from autorev.engine.digest import WHOLE, Digest, digest, looked_at, waited_for
 
 _ABSENT = object()
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
@@ -73,7 +73,7 @@ class Owned:
 
 def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
     """A GPU is not waited for: weights there are compared among what the branch saved."""
-    return digest(tensor, exact=True, wholly=wholly) if tensor.device.type == "cpu" else None
+    return digest(tensor, exact=True, wholly=wholly) if waited_for(tensor.device) else None
 
 
 @dataclass(eq=False)
@@ -319,8 +319,8 @@ def set_generator(generator: Any, state: Any) -> None:
 
 def is_zero(parameter: torch.Tensor) -> bool:
     """By a few of its elements."""
-    if parameter.device.type != "cpu" or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
-        return parameter.device.type != "cpu"  # not waited for, and looking at all of it costs little there
+    if not waited_for(parameter.device) or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
+        return not waited_for(parameter.device)  # and looking at all of it costs little there
     if parameter.layout is not torch.strided or not parameter.numel():
         return False
     if parameter.is_contiguous() and any(ctypes.string_at(parameter.data_ptr(), parameter.element_size())[:-1]):

@@ -57,6 +57,7 @@ from torch import nn
 
 from autorev.engine.autograd import couple, enter, read_out, straight_through
 from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of, values_of
+from autorev.engine.digest import waited_for
 from autorev.engine.grid import grid_at_start
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import ORACLE, mode
@@ -229,12 +230,16 @@ class Step:
         return self.tape.arithmetic.decode(self.tape.state.stream, self.through).to(self.x.dtype)
 
     def _off_tape(self, out: torch.Tensor) -> torch.Tensor:
-        self.tape.bring(out.device)
-        self.tape.step(self.coupling, self._value(), out.detach(), self.branch.path)
-        state, magnitudes = self.tape.state, self.chain.magnitudes
+        tape, magnitudes = self.tape, self.chain.magnitudes
+        tape.bring(out.device)
+        at_once = waited_for(out.device) or magnitudes is not None
+        new = tape.step(self.coupling, self._value(), out.detach(), self.branch.path, at_once)
+        unchecked = pass_of(self.chain).unchecked
+        if not at_once and not tape.looked_at_in_backward and tape not in unchecked:
+            unchecked.append(tape)
         if magnitudes is not None:
-            magnitudes.add(self.coupling.max_abs(state), state.stream)
-        return self.tape.arithmetic.decode(state.stream, out.dtype)
+            magnitudes.add(self.coupling.max_abs(tape.state), tape.state.stream)
+        return new
 
     @property
     def _wide(self) -> torch.dtype:
@@ -257,6 +262,8 @@ class Step:
             )
         elif chain.averages:
             new = self._mean(new, partner)
+        if carried is None:
+            pass_of(chain).ends()
         if self.carried is not None:
             chain.carried.pop(self.x.untyped_storage(), None)  # whoever reads this stream again starts a new chain
         pass_of(chain).latest = carried

@@ -21,8 +21,8 @@ import torch
 
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
-from autorev.engine.digest import Comparison, Digest, looked_at
-from autorev.engine.grid import Dropped, check_largest, largest_of, step_on_grid
+from autorev.engine.digest import Comparison, Digest, looked_at, waited_for
+from autorev.engine.grid import Dropped, Taken, check_largest, step_on_grid
 from autorev.engine.host_store import OnHost
 from autorev.engine.observed import observed_here
 from autorev.engine.replay import Replay, Rest, hooks_of_others_off
@@ -60,6 +60,18 @@ class TapedStep:
 
 
 @dataclass(eq=False)
+class Peak:
+    """The largest |H| of a forward pass so far, on devices where looking at it would hold the program up."""
+
+    largest: torch.Tensor | None = None
+
+    def add(self, largest: torch.Tensor) -> None:
+        """A step was taken."""
+        here = self.largest
+        self.largest = largest if here is None else torch.maximum(here.to(largest.device), largest)
+
+
+@dataclass(eq=False)
 class Opened:
     """A step whose input is known again, and whose branch has run up to the tiled call at its end."""
 
@@ -89,50 +101,60 @@ class Tape:
         self.exact = isinstance(arithmetic, FixedPoint)
         self.comparison = Comparison(self.exact)
         self.observed = observed_here()
-        self.origin: tuple[float, ...] | None = None
+        self.origin: torch.Tensor | None = None
         """What the first state is known by, where it is not the chain's first one."""
-        self.peak: torch.Tensor | None = None
-        """Largest |H| so far, on devices where looking at it would stall."""
+        self.peak = Peak()
+        """A fork's is its own, too."""
+        self.looked_at_in_backward = False
+        """Is that a fork's of a tape with steps?"""
 
     def fork(self) -> Tape:
         """The state alone, on a tape of its own."""
-        return Tape(self.chain, self.state.clone(), self.arithmetic)
+        fork = Tape(self.chain, self.state.clone(), self.arithmetic)
+        fork.peak, fork.looked_at_in_backward = self.peak, bool(self.steps) or self.looked_at_in_backward
+        return fork
 
     # -- forward
 
-    def step(self, coupling: Coupling, value: torch.Tensor, out: torch.Tensor, path: str) -> None:
-        """Take a step that nobody will go back over: `out` is what the branch returned of `value`."""
+    def step(
+        self, coupling: Coupling, value: torch.Tensor, out: torch.Tensor, path: str, at_once: bool
+    ) -> torch.Tensor:
+        """Take a step that nobody will go back over; `out` is what the branch returned of `value`, and the new stream
+        is returned in its dtype."""
         assert not self.steps
         self.label = None
-        self._take(coupling, value, out, path, at_once=True)
+        return self._new(self._take(coupling, value, out, path, at_once), out.dtype)
 
     def append(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Take a step; returns the new stream, in `out`'s dtype."""
         assert self.position == len(self.steps)
         if not self.steps and self.label is None:
             self.origin = _fingerprint(self.state)
-        self._forward(step, value, out)
+        taken = self._forward(step, value, out)
         self.steps.append(step)
-        if self.exact and self.state.stream.device.type != "cpu":
-            self.peak = largest_of(self.state.stream, self.peak)
-        return self.arithmetic.decode(self.state.stream, out.dtype)
+        return self._new(taken, out.dtype)
 
-    def _forward(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> None:
+    def _forward(self, step: TapedStep, value: torch.Tensor, out: torch.Tensor) -> Taken:
         self.bring(step.replay.input.device)
-        at_once = self.state.stream.device.type == "cpu"
-        side, step.dropped = self._take(step.coupling, value, out, step.replay.path, at_once)
+        at_once = waited_for(self.state.stream.device)
+        taken = self._take(step.coupling, value, out, step.replay.path, at_once)
+        side, step.dropped = taken.side, taken.dropped
         step.side = side if side is None or self.chain.host is None else self.chain.host.put(side)
         step.arithmetic = self.arithmetic
         self.position += 1
+        return taken
 
-    def _take(
-        self, coupling: Coupling, value: torch.Tensor, out: torch.Tensor, path: str, at_once: bool
-    ) -> tuple[torch.Tensor | None, Dropped | None]:
-        arithmetic, side, dropped = step_on_grid(coupling, self.state, out, value, self.arithmetic, path, at_once)
-        if dropped is not None:
-            self.chain.coarsen(self.arithmetic, arithmetic, path)
-        self.arithmetic = arithmetic
-        return side, dropped
+    def _take(self, coupling: Coupling, value: torch.Tensor, out: torch.Tensor, path: str, at_once: bool) -> Taken:
+        taken = step_on_grid(coupling, self.state, out, value, self.arithmetic, path, at_once)
+        if taken.dropped is not None:
+            self.chain.coarsen(self.arithmetic, taken.arithmetic, path)
+        if taken.largest is not None:
+            self.peak.add(taken.largest)
+        self.arithmetic = taken.arithmetic
+        return taken
+
+    def _new(self, taken: Taken, dtype: torch.dtype) -> torch.Tensor:
+        return self.arithmetic.decode(self.state.stream, dtype) if taken.new is None else taken.new
 
     def bring(self, device: torch.device) -> None:
         """The model may be spread over devices: a step is taken, and undone, on its own."""
@@ -249,12 +271,20 @@ class Tape:
     def _check_peak(self) -> None:
         """Once per backward pass: no activation left the grid, and nothing differed in the last one."""
         at_the_end = self.position == len(self.steps) and not self.halfway
-        if not at_the_end or self.state.stream.device.type == "cpu":
+        if not at_the_end or waited_for(self.state.stream.device):
             return
         torch.autograd.Variable._execution_engine.queue_callback(self._settle)
-        if self.peak is not None and isinstance(self.arithmetic, FixedPoint):
+        self.check_peak()
+
+    def check_peak(self) -> None:
+        """Look whether a stream has left its grid, which waits for the device.
+
+        Raises:
+            FixedPointRangeError: one has. The chain's next pass begins on a coarser grid.
+        """
+        if self.peak.largest is not None and isinstance(self.arithmetic, FixedPoint):
             try:
-                check_largest(self.arithmetic, self.peak, self.chain.name)
+                check_largest(self.arithmetic, self.peak.largest, self.chain.name)
             except FixedPointRangeError:
                 coarse = FixedPoint(self.arithmetic.fraction_bits - 4)
                 self.chain.coarsen(self.arithmetic, coarse, self.chain.name)
@@ -300,9 +330,10 @@ class Tape:
         found = _fingerprint(self.state)
         if self.origin is None or found is None:
             return False
+        origin = self.origin.to(found.device)
         if self.exact:
-            return found != self.origin
-        return any(abs(a - b) > TOLERANCE * max(abs(b), 1e-12) for a, b in zip(found, self.origin, strict=True))
+            return not torch.equal(found, origin)
+        return bool(((found - origin).abs() > TOLERANCE * origin.abs().clamp(min=1e-12)).any())
 
     def _not_reconstructed(self, what: str, drift: float) -> ReconstructionError:
         rounding = (
@@ -321,10 +352,10 @@ class Tape:
         )
 
 
-def _fingerprint(state: State) -> tuple[float, ...] | None:
+def _fingerprint(state: State) -> torch.Tensor | None:
     """Sums over both streams: what a chain that begins in the middle is compared by."""
     if state.stream.is_meta or not looked_at() or not state.stream.numel():
         return None
     if state.stream.is_floating_point():
-        return tuple(float(s.double().abs().sum()) for s in (state.stream, state.partner))
-    return int(state.stream.sum()), int(state.partner.sum())
+        return torch.stack([s.double().abs().sum() for s in (state.stream, state.partner)])
+    return torch.stack([state.stream.sum(), state.partner.sum()])
