@@ -26,6 +26,8 @@ FUSED_ON = frozenset({"cuda"})
 """Kinds of devices."""
 TRIED = 4096
 """Elements of the streams that a compiled step is tried on."""
+IN_PLACE: dict[str, str | int | bool] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 256}
+"""For inductor: it writes results where the streams are, rather than into memory of its own, to be copied."""
 _said: list[str] = []
 """Why compiled steps are not used; it was said."""
 
@@ -70,7 +72,7 @@ class Fused:
         unit = _number(2.0**-self.fraction_bits, _wide_of(out), stream.device)
         with torch.no_grad():
             numbers = (_number(gamma.numerator, torch.int32, stream.device), self._scale(c, out, value), unit)
-            new, largest, *side = self.kernels.step(*_flat(stream, velocity, out, value), *numbers)
+            new, largest, *side = self.kernels.step(*_rows(stream, velocity, out, value), *numbers)
         return Stepped(side[0] if side else None, new.view(out.shape), largest)
 
     def back(
@@ -85,9 +87,9 @@ class Fused:
         """Write V where V' is."""
         inverse = _number(inverse_of(gamma.numerator), torch.int32, velocity.device)
         if side is not None:
-            _any_length(side)
+            _any_length(side, 0)
         with torch.no_grad():
-            self.kernels.back(*_flat(velocity, out, value), inverse, self._scale(c, out, value), side)
+            self.kernels.back(*_rows(velocity, out, value), inverse, self._scale(c, out, value), side)
 
     def _scale(self, c: float, out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return _number(c * 2.0**self.fraction_bits, _wide_of(out, value), out.device)
@@ -122,18 +124,19 @@ def _wide_of(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
 
 
-def _flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    flat = [tensor.detach().view(-1) for tensor in tensors]
-    for tensor in flat:
-        _any_length(tensor)
-    return flat
+def _rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """As `side_bits` takes them: eight rows."""
+    rows = [tensor.detach().view(ROWS, -1) for tensor in tensors]
+    for tensor in rows:
+        _any_length(tensor, 1)
+    return rows
 
 
-def _any_length(tensor: torch.Tensor) -> None:
+def _any_length(tensor: torch.Tensor, axis: int) -> None:
     """Compile nothing anew for another length."""
     from torch._dynamo import maybe_mark_dynamic  # takes a while to import
 
-    maybe_mark_dynamic(tensor, 0)
+    maybe_mark_dynamic(tensor, axis)
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +144,7 @@ def _tried(bits: int, device: torch.device, out: torch.dtype, value: torch.dtype
     """Compiled, and found to give the bits of single operators; None, and a warning, where that is not so."""
     if _said:
         return None
-    kernels = Kernels(torch.compile(_named(_step, bits)), torch.compile(_named(_back, bits)))
+    kernels = Kernels(*(torch.compile(_named(part, bits), options=IN_PLACE) for part in (_step, _back)))
     try:
         with torch.inference_mode(False):
             problem = None if _agree(kernels, bits, device, out, value) else "its results are others"
@@ -205,7 +208,7 @@ def _step(
     size = torch.maximum(total.amax().long(), -total.amin().long())
     most = torch.maximum(velocity.amax().long(), -velocity.amin().long()) * numerator.long().abs()
     largest = torch.where(most < 2**31, size, torch.clamp(size, min=LIMIT))
-    side = (_packed(product.view(ROWS, -1), bits),) if bits else ()
+    side = (_packed(product, bits),) if bits else ()
     velocity.copy_(after)
     stream.copy_(total)
     return new, largest, *side
@@ -223,7 +226,7 @@ def _back(
     """V = ((V' - F) << k, + side bits) / n."""
     product = (velocity - _increment(out, value, scale)) << bits
     if side is not None:
-        product = product.view(ROWS, -1).add(_unpacked(side, bits)).view(-1)
+        product = product + _unpacked(side, bits)
     velocity.copy_(product * inverse)
 
 
@@ -238,16 +241,18 @@ def _packed(rows: torch.Tensor, bits: int) -> torch.Tensor:
         width = min(WORD, bits - low)
         places = torch.arange(ROWS, device=rows.device, dtype=torch.int32)[:, None] * width
         word = (((rows >> low) & ((1 << width) - 1)) << places).sum(0, dtype=torch.int32)  # (n,), of `width` bytes
-        parts.append(torch.stack([(word >> 8 * byte) & 255 for byte in range(width)], 1))
-    return torch.cat(parts, 1).to(torch.uint8)
+        parts += [((word >> 8 * byte) & 255).to(torch.uint8) for byte in range(width)]
+    return torch.stack(parts, 1)
 
 
 def _unpacked(side: torch.Tensor, bits: int) -> torch.Tensor:
     """(n, bits) uint8 -> rows (8, n) int32 of `bits` bits."""
-    rows = torch.zeros((), device=side.device, dtype=torch.int32)
+    found = torch.zeros((), device=side.device, dtype=torch.int32)
     for low in range(0, bits, WORD):
         width = min(WORD, bits - low)
-        word = sum((side[:, low + byte].to(torch.int32) << 8 * byte for byte in range(width)), rows)
+        word = torch.zeros((), device=side.device, dtype=torch.int32)
+        for byte in range(width):
+            word = word | (side[:, low + byte].to(torch.int32) << 8 * byte)
         places = torch.arange(ROWS, device=side.device, dtype=torch.int32)[:, None] * width
-        rows = rows + (((word[None] >> places) & ((1 << width) - 1)) << low)
-    return rows
+        found = found | (((word >> places) & ((1 << width) - 1)) << low)
+    return found
