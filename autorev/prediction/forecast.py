@@ -16,13 +16,16 @@ from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
+from autorev.errors import SettingError
 from autorev.methods import PREDICTED, Method
 from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.layout import Layout, layout_of
 from autorev.prediction.scaling import ScaledTrace
+from autorev.prediction.sharding import Division
 from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
-from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes
+from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes, trained_sizes
+from autorev.prediction.ulysses import Ulysses
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -50,6 +53,8 @@ class Forecaster:
     """Does the model walk through the sequence token by token, in Python? Then long ones are extrapolated."""
     walks_batch: bool = False
     """Likewise through the batch?"""
+    division: Division | None = None
+    """Among several GPUs."""
     probed: dict[tuple[Method, int], ScaledTrace] = field(default_factory=dict)
     """Method and batch -> its steps at `PROBES`."""
     simulated: dict[tuple[Method, int, int | None], StepTrace] = field(default_factory=dict)
@@ -85,14 +90,25 @@ class Forecaster:
         return self.simulated[known]
 
     def _simulate(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
+        degree = self.setting.sequence_parallel
+        attention = Ulysses(degree)
         with self.mode:
-            call = self.example(batch, sequence)
+            call = self.example(batch, sequence if sequence is None else -(-sequence // degree))
             layout = self._layout_for(call).under(method)
             loss = loss_function(self.twin, self.setting.loss)
-            with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
+            with (
+                fused_attention_dropout() if self.device_kind == "cuda" else nullcontext(),
+                attention if degree > 1 else nullcontext(),
+            ):
                 autocast = DTYPES[self.setting.autocast] if self.setting.autocast else None
                 accumulated = self.setting.accumulate > 1
-                return simulate(self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated)
+                trace = simulate(self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated)
+        if degree > 1 and not attention.calls:
+            raise SettingError(
+                f"{type(self.twin).__name__} calls no scaled_dot_product_attention, whose heads sequence_parallel "
+                "divides; leave it out"
+            )
+        return trace
 
     def _layout_for(self, call: Call) -> Layout:
         """Inline blocks are run from their graph, which holds for one shape: they are traced anew for another."""
@@ -105,11 +121,18 @@ class Forecaster:
         """The step's memory and work, optimiser included."""
         state, temporary, _ = self.optimizer()
         layout = self.layout.under(method)
-        return compose(trace, layout, state, temporary)
+        return compose(trace, layout, state, temporary, self.division)
 
     def optimizer(self) -> tuple[int, int, int]:
         """(state, temporary, moved) bytes of an update."""
-        return optimizer_bytes(self.twin, self.setting.optimizer, self.device_kind)
+        if self.division is not None:
+            return self.division.optimizer(self.setting.optimizer, self.device_kind)
+        return optimizer_bytes(trained_sizes(self.twin), self.setting.optimizer, self.device_kind)
+
+    def standing(self, trace: StepTrace) -> int:
+        """Bytes that are alive before the step."""
+        more = 0 if self.division is None else self.division.standing().total()
+        return sum(trace.start.values()) + more + self.optimizer()[0]
 
     def prediction(self, method: Method, trace: StepTrace) -> Prediction:
         """The public form of a method's step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,12 @@ def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
 
 # -- optimiser ------------------------------------------------------------
 
+
+def trained_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """(elements, bytes of each) of every parameter that trains."""
+    return [(p.numel(), p.element_size()) for p in model.parameters() if p.requires_grad]
+
+
 STATE_BYTES_PER_ELEMENT: dict[str, float | None] = {
     "adamw": None,  # two tensors like the parameter
     "adamw-fused": None,
@@ -160,15 +166,14 @@ STATE_BYTES_PER_ELEMENT: dict[str, float | None] = {
 }
 
 
-def optimizer_bytes(model: nn.Module, optimizer: str, device_kind: str) -> tuple[int, int, int]:
-    """(state, temporary, moved) bytes of one update of the trainable parameters.
+def optimizer_bytes(trained: Sequence[tuple[int, int]], optimizer: str, device_kind: str) -> tuple[int, int, int]:
+    """(state, temporary, moved) bytes of one update of `trained`: (elements, bytes of each) of every parameter.
 
     torch's defaults: on a GPU the multi-tensor (foreach) form, whose temporaries are as large as all parameters
     together; on a CPU one parameter after the other. The fused form has none.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sizes = [p.numel() * p.element_size() for p in trained]
-    elements = sum(p.numel() for p in trained)
+    sizes = [elements * size for elements, size in trained]
+    elements = sum(elements for elements, _ in trained)
     total, largest = sum(sizes), max(sizes, default=0)
     per_element = STATE_BYTES_PER_ELEMENT[optimizer]
     copies = {"adamw": 2, "adamw-fused": 2, "sgd-momentum": 1}.get(optimizer, 0)
