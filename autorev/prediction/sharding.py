@@ -73,6 +73,11 @@ class Group:
         """Bytes of one GPU's part under FSDP2."""
         return sum(part_of(p.shape, self.gpus) * p.element_size() for p in self.parameters)
 
+    @property
+    def gathered(self) -> int:
+        """Bytes of all parts together."""
+        return self.part * self.gpus
+
     @cached_property
     def gradient_part(self) -> int:
         """Of the gradients likewise."""
@@ -252,6 +257,9 @@ class _Walk:
             if now != phase:
                 yield from self._ends(phase)
                 phase, self.last = now, len(self.division.blocks)
+            if now == "forward" and number is not None and self.division.shard == "fsdp":
+                gathered = self.division.blocks[number].gathered  # the buffer before is there still
+                yield Segment(now, None, top=Counter({Category.PARAMETERS: gathered}))
             yield self._hold(now, self._in_flight(now, number))
             parts = list(stretch)
             yield from map(self._without_gradients, parts)
@@ -276,8 +284,8 @@ class _Walk:
         if phase == "optimizer":
             return held
         if division.shard == "fsdp":
-            whole = 0 if number is None else division.blocks[number].whole
-            held[Category.PARAMETERS] = whole + division.rest.whole + self._buffer(phase, number)
+            own = 0 if number is None else division.blocks[number].gathered
+            held[Category.PARAMETERS] = own + division.rest.gathered + self._buffer(phase, number)
             held[Category.GRADIENTS] = self.reducing
             if division.accumulated and phase == "backward" and number is not None:
                 held[Category.GRADIENTS] += division.blocks[number].gradients
@@ -293,8 +301,8 @@ class _Walk:
         at = self.last if number is None else number
         gathered = at if phase == "forward" else at - 1
         if phase == "forward" and gathered < 0:
-            return self.division.rest.part * self.division.gpus
-        return self.division.blocks[gathered].part * self.division.gpus if gathered >= 0 else 0
+            return self.division.rest.gathered
+        return self.division.blocks[gathered].gathered if gathered >= 0 else 0
 
     def _gathered(self, phase: str, number: int | None) -> int:
         """By stage 3: what is used, what is used again soon, and what is fetched meanwhile; less what is always whole."""
@@ -333,8 +341,8 @@ class _Walk:
         """FSDP2: gradients are copied together, and reduced to one GPU's part. The weights are let go of before."""
         accumulated = self.division.accumulated
         self.reducing = 0
-        gathered = self._buffer("backward", self.last) if 0 <= self.last < len(self.division.blocks) else 0
-        yield self._hold("backward", Counter({Category.PARAMETERS: self.division.rest.whole + gathered}))
+        kept = 0 if group is self.division.rest else self.division.rest.gathered + self._buffer("backward", self.last)
+        yield self._hold("backward", Counter({Category.PARAMETERS: kept}))
         buffer, part = group.gradient_part * self.division.gpus, group.gradient_part
         top = Counter({Category.GRADIENTS: buffer + part + (group.gradients if accumulated else 0)})
         yield Segment(
