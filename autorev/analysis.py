@@ -179,16 +179,16 @@ class Setting:
             if not is_count(getattr(self, name)):
                 raise SettingError(f"{name} is a whole number, 1 or more, not {getattr(self, name)!r}")
         if self.shard != "none" and self.gpus == 1:
-            raise SettingError(f"shard={self.shard!r} divides a model among several GPUs; give `gpus`, 2 or more")
+            raise SettingError(f"`shard={self.shard}` divides a model among several GPUs; give `gpus`, 2 or more")
         if self.gpus % self.sequence_parallel:
             raise SettingError(
-                f"{self.gpus} GPUs make no groups of {self.sequence_parallel} that share a sample: sequence_parallel "
-                "has to divide gpus"
+                f"{self.gpus} GPUs make no groups of {self.sequence_parallel} that share a sample: `sequence_parallel` "
+                "has to divide `gpus`"
             )
         if self.sequence_parallel > 1 and (self.sequence is None or self.sequence % self.sequence_parallel):
             what = "the model has no sequence axis" if self.sequence is None else f"{self.sequence:,} tokens are not"
             raise SettingError(
-                f"sequence_parallel={self.sequence_parallel} gives every GPU as many tokens of a sample, and {what}"
+                f"`sequence_parallel={self.sequence_parallel}` gives every GPU as many tokens of a sample, and {what}"
                 + ("" if self.sequence is None else " a multiple of it")
             )
 

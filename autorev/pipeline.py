@@ -198,7 +198,7 @@ def _check_tokens_can_be_divided(analysis: Analysis) -> None:
     kinds = {step.kind for block in blocks for step in block.steps}
     for kind in sorted(kinds & {"convolution", "state-space"}):
         raise SettingError(
-            f"{analysis.model.name} mixes tokens by {kind}, and sequence_parallel divides attention's heads alone; "
+            f"{analysis.model.name} mixes tokens by {kind}, and `sequence_parallel` divides attention's heads alone; "
             "leave it out"
         )
 

@@ -87,7 +87,7 @@ def fit(
         if auto or sequence is not None:
             raise SettingError("a model of yours is planned for on the batch that it is given; leave `sequence` out")
         if setting.get("sequence_parallel", 1) != 1:
-            raise SettingError("sequence_parallel divides the tokens of a model by name; leave it out")
+            raise SettingError("`sequence_parallel` divides the tokens of a model by name; leave it out")
         analysis, forecaster = _live(model, batch, device, setting)
     else:
         if batch is not None and axis != "batch" and not is_count(batch, 1):

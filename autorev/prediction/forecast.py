@@ -105,7 +105,7 @@ class Forecaster:
                 trace = simulate(self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated)
         if degree > 1 and not attention.calls:
             raise SettingError(
-                f"{type(self.twin).__name__} calls no scaled_dot_product_attention, whose heads sequence_parallel "
+                f"{type(self.twin).__name__} calls no scaled_dot_product_attention, whose heads `sequence_parallel` "
                 "divides; leave it out"
             )
         return trace

@@ -202,12 +202,12 @@ def division_of(twin: nn.Module, layout: Layout, setting: Setting) -> Division |
     if setting.shard in ("fsdp", "zero3"):
         if setting.weights:
             raise SettingError(
-                f"weights quantised to {setting.weights} are not predicted divided; use shard zero1, zero2 or none"
+                f"weights quantised to {setting.weights} are not predicted divided; use `shard=zero2` or zero1"
             )
         if any(site.turn is not None for site in layout.sites):
             raise SettingError(
                 f"the blocks of {type(twin).__name__} are no modules of their own, so {setting.shard} cannot gather "
-                "one at a time; use shard zero1, zero2 or none"
+                "one at a time; use `shard=zero2` or zero1"
             )
     seen: set[int] = set()
 

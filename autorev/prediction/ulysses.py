@@ -33,13 +33,13 @@ class Ulysses(TorchFunctionMode):
         if named.get("attn_mask") is not None:
             raise SettingError(
                 "its attention is given a mask, and a mask of all tokens is not predicted among several GPUs; leave "
-                "sequence_parallel out"
+                "`sequence_parallel` out"
             )
-        for name in ("query", "key"):
+        for name, of in (("query", "queries"), ("key", "keys")):
             heads = named[name].shape[-3]
             if heads % self.degree:
                 raise SettingError(
-                    f"its attention has {heads} heads of {name}s, which sequence_parallel={self.degree} does not divide"
+                    f"its attention has {heads} heads of {of}, which `sequence_parallel={self.degree}` does not divide"
                 )
         given = {name: self._exchanged(named[name], -3, -2) for name in ("query", "key", "value")}
         out = func(*given.values(), None, *args[4:], **{k: v for k, v in kwargs.items() if k not in {*given, "attn_mask"}})

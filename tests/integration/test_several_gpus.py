@@ -188,9 +188,9 @@ def test_more_gpus_hold_less_each() -> None:
         _, one = forecast(**given)
         for shard in ("fsdp", "zero1", "zero2", "zero3"):
             settings = [replace(one.setting, gpus=gpus, shard=shard) for gpus in (2, 8)]
-            divided = [replace(one, setting=s, division=division_of(one.twin, one.layout, s)) for s in settings]
+            forecasters = [replace(one, setting=s, division=division_of(one.twin, one.layout, s)) for s in settings]
             for method in ("plain", "momentum:k=3,keep_last=0"):
-                few, many = (predicted(forecaster, method) for forecaster in divided)
+                few, many = (predicted(forecaster, method) for forecaster in forecasters)
                 assert many.peak_bytes < few.peak_bytes, (given, shard, method)
                 assert many.kept_bytes == few.kept_bytes
                 assert sum(many.categories.values()) == many.peak_bytes
@@ -203,9 +203,11 @@ def test_tokens_are_divided_and_attention_sees_all_of_them() -> None:
     _, half = forecast(batch=1, sequence=1024, gpus=2, sequence_parallel=2)
     _, short = forecast(batch=1, sequence=512)
     flops, divided_flops, short_flops = (predicted(f).step_flops for f in (whole, half, short))
-    assert divided_flops == pytest.approx(flops / 2, rel=0.001)
+    assert divided_flops == flops / 2
     assert short_flops < 0.9 * divided_flops  # its attention sees half of the tokens
-    assert predicted(half).kept_bytes == pytest.approx(predicted(short).kept_bytes, rel=0.01)
+    # What attention returned is kept as it was exchanged, and as it was before.
+    kept = CONFIG["num_hidden_layers"] * 512 * CONFIG["hidden_size"] * 4
+    assert predicted(half).kept_bytes == predicted(short).kept_bytes + kept
 
 
 def test_a_published_case() -> None:
@@ -221,21 +223,27 @@ def test_a_published_case() -> None:
         held = Counter({Category.PARAMETERS: group.whole, Category.GRADIENTS: division.gradients})
         held.update(division.standing())
         held[Category.GRADIENTS] -= division.bucket if shard == "zero3" else 0
-        assert held.total() + division.optimizer("adamw", "cuda")[0] == pytest.approx(published, rel=0.01), shard
+        assert held.total() + division.optimizer("adamw", "cuda")[0] == pytest.approx(published, rel=0.02), shard
 
 
 # -- what a user sees
 
 
-def test_reports_say_that_figures_are_per_gpu() -> None:
-    """On the terminal, of both commands; and in the record."""
-    result = CliRunner().invoke(
-        main, ["fit", "smollm2-135m", "--sequence", "258", "--gpus", "6", "--shard", "fsdp", "--sequence-parallel", "3"]
-    )
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Of a config."""
+    hf.LlamaConfig(**CONFIG, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_reports_say_that_figures_are_per_gpu(folder: str) -> None:
+    """On the terminal, with what is not in them."""
+    how = ["--sequence", "64", "--gpus", "4", "--shard", "fsdp", "--sequence-parallel", "2"]
+    result = CliRunner().invoke(main, ["fit", folder, *how, "--no-host"])
     assert result.exit_code == 0, result.output
     shown = " ".join(result.output.split())
-    assert "per GPU, 6 GPUs, fsdp, 3 to a sample" in shown
-    assert re.search(r"Peak [\d.]+ GiB of [\d.]+ GiB per GPU", shown)
+    assert "per GPU, 4 GPUs, fsdp, 2 to a sample" in shown
+    assert re.search(r"Peak [\d.]+ .iB of [\d.]+ GiB per GPU", shown)
     assert "what GPUs send each other is not in the times" in shown
 
 
@@ -245,17 +253,17 @@ SAID = {
     ("--shard", "fsdp"): "divides a model among several GPUs; give --gpus, 2 or more",
     ("--shard", "ddp"): "--shard",
     ("--gpus", "4", "--sequence-parallel", "3"): "4 GPUs make no groups of 3",
-    ("--gpus", "6", "--sequence-parallel", "6"): "256 tokens are not a multiple of it",
-    ("--gpus", "2", "--sequence-parallel", "2"): "9 heads",
+    ("--gpus", "6", "--sequence-parallel", "6"): "64 tokens are not a multiple of it",
+    ("--gpus", "4", "--sequence-parallel", "4"): "2 heads of keys, which --sequence-parallel 4 does not divide",
     ("--gpus", "2", "--shard", "fsdp", "--weights", "nf4", "--lora-rank", "8"): "are not predicted divided",
 }
 
 
 @pytest.mark.parametrize("given", SAID, ids=" ".join)
-def test_bad_input_is_one_sentence(given: tuple[str, ...]) -> None:
+def test_bad_input_is_one_sentence(given: tuple[str, ...], folder: str) -> None:
     """No traceback."""
-    result = CliRunner().invoke(main, ["fit", "smollm2-135m", "--sequence", "256", *given])
-    assert result.exit_code == 2, result.output
+    result = CliRunner().invoke(main, ["analyze", folder, "--no-html", "--sequence", "64", *given])
+    assert result.exit_code == (2 if SAID[given].startswith("--") else 1), result.output
     assert SAID[given] in " ".join(result.output.split())
     assert "Traceback" not in result.output
 
