@@ -227,7 +227,8 @@ def predict(
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
     `setting` is any of batch, sequence, dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout,
-    adapter_dtype, weights, loss, gpus, shard, sequence_parallel and device; see `analyze_workload` and `autorev.analysis.Setting`.
+    adapter_dtype, weights, loss, gpus, shard, sequence_parallel and device; see `analyze_workload` and
+    `autorev.analysis.Setting`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
 

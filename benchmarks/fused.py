@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,23 +83,19 @@ def main() -> None:
             velocity = torch.randint(-9999, 9999, (tokens, width), generator=generator, dtype=torch.int32).to(device)
             state = State(GRID.encode(value), velocity)
 
-            def run(how: Any, state: State = state, out: torch.Tensor = out, value: torch.Tensor = value) -> None:
-                there_and_back(coupling, state, out, value, how)
-
-            first = seconds(lambda run=run: run(here), device)  # type: ignore[misc]  # bound where it is made
-            run(frozenset())
-            memory = [highest(lambda how=how, run=run: run(how), device) for how in (frozenset(), here)]  # type: ignore[misc]  # as above
+            ways = [partial(there_and_back, coupling, state, out, value, how) for how in (frozenset(), here)]
+            first = seconds(ways[1], device)
+            memory = [highest(way, device) for way in ways]
             times: list[list[float]] = [[], []]
             for _ in range(ROUNDS):
-                for into, how in zip(times, (frozenset(), here), strict=True):
-                    into.append(seconds(lambda how=how, run=run: run(how), device))  # type: ignore[misc]  # as above
+                for into, way in zip(times, ways, strict=True):
+                    into.append(seconds(way, device))
             low, middle, high = statistics.quantiles((b / a for a, b in zip(*times, strict=True)), n=4)
             both = " | ".join(f"{statistics.median(t) * 1e3:.2f}" for t in times)
             sizes = " | ".join(f"{size / 2**20:.2f}" for size in memory)
             name = str(dtype).removeprefix("torch.")
-            print(
-                f"| {tokens} x {width} | {name} | {both} | {middle:.2f} | {low:.2f} to {high:.2f} | {first:.0f} | {sizes} |"
-            )
+            ratio = f"{middle:.2f} | {low:.2f} to {high:.2f}"
+            print(f"| {tokens} x {width} | {name} | {both} | {ratio} | {first:.0f} | {sizes} |")
 
 
 if __name__ == "__main__":

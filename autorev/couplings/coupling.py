@@ -70,7 +70,7 @@ class Coupling(ABC):
 
     @property
     def multiplier(self) -> int:
-        """What a step multiplies the partner with, before bits of it fall away: the product has to fit into an int32."""
+        """What a step multiplies the partner with; the product has to fit into an int32."""
         return 1
 
     @abstractmethod

@@ -23,10 +23,11 @@ from autorev.couplings.side_bits import ROWS, WORD
 from autorev.errors import first_line
 
 FUSED_ON = frozenset({"cuda"})
-"""Kinds of devices."""
+"""Kinds of devices. A CPU has half of the time to gain, too (benchmarks/fused_*.md), but compiling takes a minute there, and a
+C++ compiler."""
 TRIED = 4096
 """Elements of the streams that a compiled step is tried on."""
-IN_PLACE: dict[str, str | int | bool] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 256}
+IN_PLACE: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 256}
 """For inductor: it writes results where the streams are, rather than into memory of its own, to be copied."""
 _said: list[str] = []
 """Why compiled steps are not used; it was said."""

@@ -150,11 +150,11 @@ def step_on_grid(
     if not isinstance(arithmetic, FixedPoint):
         return Taken(arithmetic, coupling.step(state, out, value, arithmetic))
     fused = coupling.fused_step(state, out, value, arithmetic)
-    if fused is not None:
-        side, new, largest = fused.side, fused.new, fused.largest
-    else:
-        side, largest = _step_by_operators(coupling, state, out, value, arithmetic)
-        new = None
+    side, largest, new = (
+        (*_step_by_operators(coupling, state, out, value, arithmetic), None)
+        if fused is None
+        else (fused.side, fused.largest, fused.new)
+    )
     if largest is None or not at_once or int(largest) < LIMIT:
         return Taken(arithmetic, side, new, largest=None if at_once else largest)
     coupling.recover_input(state, arithmetic)  # exact even where a number wrapped round: so does its way back

@@ -305,7 +305,7 @@ class _Walk:
         return self.division.blocks[gathered].gathered if gathered >= 0 else 0
 
     def _gathered(self, phase: str, number: int | None) -> int:
-        """By stage 3: what is used, what is used again soon, and what is fetched meanwhile; less what is always whole."""
+        """By stage 3: what is used, what is used again soon, and what is fetched meanwhile; not what always is."""
         blocks, at = self.division.blocks, self.last if number is None else number
         behind, soon = 0, set() if number is None else {number}
         for other in range(len(blocks) - 1, -1, -1):

@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from autorev.errors import SettingError
 
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""Of attention, that may be given by place."""
+
 
 class Ulysses(TorchFunctionMode):
     """While it lasts, the tokens that a model is called with are one GPU's, and its attention is one GPU's heads'."""
@@ -25,11 +28,10 @@ class Ulysses(TorchFunctionMode):
         """Of attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         self.calls += 1
-        named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        named: dict[str, Any] = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         if named.get("attn_mask") is not None:
             raise SettingError(
                 "its attention is given a mask, and a mask of all tokens is not predicted among several GPUs; leave "
@@ -41,8 +43,8 @@ class Ulysses(TorchFunctionMode):
                 raise SettingError(
                     f"its attention has {heads} heads of {of}, which `sequence_parallel={self.degree}` does not divide"
                 )
-        given = {name: self._exchanged(named[name], -3, -2) for name in ("query", "key", "value")}
-        out = func(*given.values(), None, *args[4:], **{k: v for k, v in kwargs.items() if k not in {*given, "attn_mask"}})
+        named |= {name: self._exchanged(named[name], -3, -2) for name in ("query", "key", "value")}
+        out = F.scaled_dot_product_attention(**named)
         return self._exchanged(out, -2, -3)
 
     def _exchanged(self, tensor: torch.Tensor, less: int, more: int) -> torch.Tensor:
@@ -61,8 +63,7 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
         ctx.shape = list(tensor.shape)
         sent = tensor.new_empty(tensor.shape)
-        received = sent.new_empty(shape)
-        return received
+        return sent.new_empty(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

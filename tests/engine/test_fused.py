@@ -1,4 +1,4 @@
-"""Steps compiled into one pass: to the bit those of single operators, one kernel for every length, and never waited for.
+"""Steps compiled into one pass: the bits of single operators, one kernel for every length, and never waited for.
 
 The oracle is the step by single operators, which `test_couplings` holds against the equations. Devices of what is
 fused, and of what is not waited for, are sets: here the CPU plays the GPU.
@@ -87,12 +87,8 @@ def test_a_fused_step_and_its_inverse_have_the_bits_of_single_operators(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("gamma", "dtype"), list(zip(GAMMAS[2:7], [*DTYPES[:2], *DTYPES], strict=True)), ids=str
-)
-def test_so_has_what_inductor_makes_of_it(
-    gamma: Fraction, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("gamma", "dtype"), list(zip(GAMMAS[2:7], [*DTYPES[:2], *DTYPES], strict=True)), ids=str)
+def test_so_has_what_inductor_makes_of_it(gamma: Fraction, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One to four side bits, with a C++ compiler."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")

@@ -144,12 +144,12 @@ def test_parts_are_those_of_fsdp2_to_the_byte(ranks: list[dict[str, Any]]) -> No
 
 @pytest.mark.slow
 def test_peaks_of_a_step_are_those_of_fsdp2(ranks: list[dict[str, Any]]) -> None:
-    """What is gathered, and what is reduced meanwhile, included: but for the copy that gloo makes of what it gathers."""
+    """What is gathered and reduced meanwhile included, but for the copy that gloo makes of what it gathers."""
     for name, size in (("long", {}), ("short", {"batch": 1, "sequence": SHORT})):
         _, forecaster = forecast(gpus=RANKS, shard="fsdp", **size)
         copy = max(group.gathered for group in divided(forecaster).blocks)
         for phase, peak in predicted(forecaster).phase_peaks.items():
-            assert -1024 < ranks[0][name][phase] - peak < copy, (name, phase)
+            assert -1024 < ranks[0][name][phase] - peak < copy + 1024, (name, phase)
 
 
 # -- arithmetic
@@ -271,11 +271,11 @@ def test_bad_input_is_one_sentence(given: tuple[str, ...], folder: str) -> None:
 def test_python_says_the_same() -> None:
     """Of a setting, of models that cannot be divided, and of plans that cannot be run."""
     for wrong in ({"gpus": 0}, {"gpus": True}, {"gpus": 2.0}, {"gpus": 2, "shard": "all"}, {"sequence_parallel": 0}):
-        with pytest.raises(SettingError, match="gpus|shard|sequence_parallel"):
+        with pytest.raises(SettingError, match=r"gpus|shard|sequence_parallel"):
             forecast(**wrong)
     with pytest.raises(SettingError, match="not run here"):
         autorev.fit("smollm2-135m", gpus=2, measure=True)
-    with pytest.raises(SettingError, match="no sequence axis|is not|sequence"):
+    with pytest.raises(SettingError, match=r"no sequence axis"):
         autorev.predict("vit-large", gpus=2, sequence_parallel=2)
 
 
