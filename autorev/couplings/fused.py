@@ -23,8 +23,8 @@ from autorev.couplings.side_bits import ROWS, WORD
 from autorev.errors import first_line
 
 FUSED_ON = frozenset({"cuda"})
-"""Kinds of devices. A CPU has half of the time to gain, too (benchmarks/fused_*.md), but compiling takes a minute there, and a
-C++ compiler."""
+"""Kinds of devices. A CPU has half the time to gain, too (benchmarks/fused_*.md), but compiling takes a minute there,
+and a C++ compiler."""
 TRIED = 4096
 """Elements of the streams that a compiled step is tried on."""
 IN_PLACE: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 256}
