@@ -39,6 +39,9 @@ $(VENV)/.autorev-run: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.autorev-test: $(VENV)/.autorev-run
 	$(INSTALL) -c constraints.txt -e ".[hf,test]"
+	# In a folder of its own: where DeepSpeed can be imported, transformers and accelerate use it. Its dependencies would
+	# bring CUDA's libraries.
+	$(INSTALL) -c constraints.txt --no-deps --target $(VENV)/deepspeed --upgrade deepspeed einops hjson msgpack py-cpuinfo
 	touch $@
 
 .PHONY: run test test-slow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autorev.errors import SettingError
 from autorev.given import is_count, is_number
+from autorev.optimizers import Optimizer
 from autorev.records import Record
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Setting:
     dtype: str
     """fp32, bf16 or fp16: of weights, and of all else that is not told to be otherwise."""
     optimizer: str
-    """adamw, adamw-fused, adamw-8bit, sgd or sgd-momentum."""
+    """As `autorev.optimizers` spells it: adamw, adamw-fused:step=backward, ..."""
     trains: str
     """full, lora or head."""
     lora_rank: int | None
@@ -163,7 +164,11 @@ class Setting:
             raise SettingError(f"autocast computes over fp32 weights, and dtype is {self.dtype}; leave one of them out")
         if not is_count(self.accumulate):
             raise SettingError(f"accumulate is a whole number, 1 or more, not {self.accumulate!r}")
+        optimizer = Optimizer.parse(self.optimizer)
+        optimizer.check_step(self.accumulate)
+        object.__setattr__(self, "optimizer", str(optimizer))
         self._check_gpus()
+        optimizer.check_gpus(self.gpus, self.shard)
         if not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise SettingError(f"lora_dropout is 0 or more and below 1, not {self.lora_dropout!r}")
         given = {"lora_dropout": self.lora_dropout, "adapter_dtype": self.adapter_dtype}
@@ -195,7 +200,6 @@ class Setting:
 
 CHOICES = {
     "dtype": ("fp32", "bf16", "fp16"),
-    "optimizer": ("adamw", "adamw-fused", "adamw-8bit", "sgd", "sgd-momentum"),
     "trains": ("full", "lora", "head"),
     "loss": ("full", "chunked"),
     "autocast": (None, "bf16"),

@@ -15,7 +15,6 @@ SPEC = "{spec}"
 _BESIDE = re.compile(r"(.*) \(from the command line: (.*)\)")
 _QUANTISED = {None: "", "nf4-double": "nf4", "int8": "int8"}
 """What `finetune --quantize` calls what `Setting.weights` can be: of nf4 it quantises the scales, too."""
-_MEASURED = ("adamw", "adamw-fused", "sgd", "sgd-momentum")
 
 
 def beside(advice: str, command: str) -> str:
@@ -44,14 +43,15 @@ def training_command(model: str, setting: Setting, can_be_finetuned: bool) -> st
     lora = "" if setting.lora_rank is None else str(setting.lora_rank)
     size = f"--batch {setting.batch}" + (f" --sequence {setting.sequence}" if setting.sequence else "")
     named = shlex.quote(model)
-    fine_tuned = setting.dtype == "fp32" and setting.optimizer == "adamw" and setting.trains in ("full", "lora")
+    fine_tuned = setting.dtype == "fp32" and setting.trains in ("full", "lora")
     fine_tuned = fine_tuned and setting.weights in _QUANTISED
     if can_be_finetuned and fine_tuned and setting.sequence and not setting.lora_dropout:
         accumulate = setting.accumulate if setting.accumulate > 1 else ""
         asked = {"--lora-rank": lora, "--quantize": _QUANTISED[setting.weights], "--accumulate": accumulate}
+        asked["--optimizer"] = "" if setting.optimizer == "adamw" else setting.optimizer
         bf16 = " --autocast bf16" if setting.autocast else ""
         return f"{program} finetune {named} --method {spec} {size}{_options(asked)}{bf16}"
-    if setting.optimizer not in _MEASURED or setting.accumulate > 1 or setting.weights:
+    if setting.accumulate > 1 or setting.weights:
         return ""
     how = {
         "--dtype": setting.dtype,

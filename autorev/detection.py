@@ -15,6 +15,7 @@ from autorev.capture.record import record
 from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
+from autorev.detect.idle import named_inputs
 from autorev.errors import AutorevError, CaptureError, ConversionError, first_line
 from autorev.integrations.accelerate import fetched
 from autorev.integrations.example_call import example_call_for
@@ -113,7 +114,9 @@ def _detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.
 
 def forward_failed(model: nn.Module, error: Exception) -> str:
     """One line on a forward that raised: where, what, and what to check."""
+    inputs = ", ".join(named_inputs(model))
     return (
         f"the forward of {type(model).__name__} failed at {raised_line(error)}: {first_line(error)}; "
         "check that the example arguments are those the model takes"
+        + (f" ({inputs}): give them as a batch, or by package.module:function" if inputs else "")
     )

@@ -19,7 +19,7 @@ from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError
 from autorev.methods import Method
 from autorev.prediction.training import NO_LABELS
-from autorev.rewrite.checkpointed_forward import checkpointed_forwards
+from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpointed_forwards, run_twice
 from autorev.rewrite.replacement import installed
 from autorev.rewrite.tiled_forward import TileSize, tiled_forwards
 from autorev.workload import Call
@@ -74,27 +74,25 @@ def in_place(
                 done = convert(model, call, method=how)
                 stack.callback(revert, model)
                 placed.conversion = done
-                placed.host = next((chain.host for chain in chains_of(model) if chain.host is not None), None)
+                placed.host = chains_of(model)[0].host  # of all of them
                 if done.arithmetic == "exact":
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
-        if not method.reversible and (method.tile is not None or method.keep_last != "auto"):
+        twice = dict.fromkeys(blocks.paths, method.keeps(0, 1))
+        if not method.reversible and (method.tile or method.keep or method.host or method.keep_last != "auto"):
             detection, _ = detect_in(model, *call)
             if method.tile is not None:
                 stack.enter_context(_tiled(model, blocks, detection, method.tile))
-            stored = {
-                finding.path
-                for number, chain in enumerate(detection.chains)
-                for finding in chain[max(len(chain) - method.stored_of(number), 0) :]
-            }
-            blocks = replace(blocks, paths=tuple(path for path in blocks.paths if path not in stored))
+            in_chains = {finding.path for chain in detection.chains for finding in chain}
+            found = run_twice(method, detection.chains, (path for path in blocks.paths if path not in in_chains))
+            twice = {path: keeps for path, keeps in found.items() if path in blocks.paths}
         if method.name == "compile":
             stack.enter_context(_compiled(model, blocks, method.budget or 0.0))
-        elif method.name in ("checkpoint", "sac", "offload"):
+        elif method.name in CHECKPOINTS:
             if blocks.inline:
                 raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
-            forwards, placed.host = checkpointed_forwards(model, blocks.paths, method)
+            forwards, placed.host = checkpointed_forwards(model, twice, method)
             stack.enter_context(installed(forwards))
         yield placed
 

@@ -5,9 +5,11 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
-        chooses), fraction_bits=N and host=side_bits; momentum takes k, or gamma = 2^-k
-    every one takes loss=full|chunked, all but compile tile=N|auto, and what runs blocks twice keep_last=N
-    and (but sac) keep=attention
+        chooses) and fraction_bits=N; momentum takes k, or gamma = 2^-k
+    every one takes loss=full|chunked, all but compile tile=N|auto, and what runs blocks twice keep_last=N and (but
+        sac) keep=attention and host=side_bits (of couplings), inputs (of offload, which moves all unless told
+        otherwise) or attention (where it is kept), joined by +; each of these for every block or, as in
+        attention:8, for so many of each chain
 
 A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `METHODS`.
 """
@@ -22,6 +24,7 @@ from typing import Any, Literal
 from autorev.couplings.presets import PRESERVING_GAMMA, PRESETS, Preset
 from autorev.errors import SettingError
 from autorev.given import is_count, is_number, wrong_number
+from autorev.keeps import KEPT, MOVED, Keeps, amounts_of, keeps_at, text_of
 
 Numbers = float | Mapping[str, float] | None
 """One number for all blocks, or a number per pattern of block paths."""
@@ -33,8 +36,12 @@ ALL = (
     *("momentum:k=3", "momentum:k=2", "momentum:k=1", "leapfrog", "midpoint", "hamiltonian"),
     *("momentum:k=3,keep_last=4", "plain:loss=chunked", "checkpoint:loss=chunked", "momentum:k=3,loss=chunked"),
 )
-PREDICTED = ("plain", "checkpoint", "offload", *PRESETS)
-"""Those that an analysis compares."""
+TILES = ":tile=auto"
+PREDICTED = (
+    *("plain", "checkpoint", f"checkpoint{TILES}", "offload", "momentum", f"momentum{TILES}"),
+    *(name for name in PRESETS if name != "momentum"),
+)
+"""Those that an analysis compares, as it calls them (`Method.known_as`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +141,10 @@ class Method:
     tile: int | Literal["auto"] | None = None
     """Positions at a time that the parts of a block run on which act on each position alone (`detect/tokenwise.py`);
     auto: as many as keep little beside a block's input. None: all."""
-    keep: Literal["attention"] | None = None
-    """attention: what its kernel returned is kept, and not computed again in backward. None: nothing is."""
-    host: Literal["side_bits"] | None = None
-    """Of a coupling that keeps side bits: where these wait for backward. None: on their device."""
+    keep: str | None = None
+    """attention: what its kernel returned is kept, and not computed again in backward; attention:N of N blocks."""
+    host: str | None = None
+    """What waits on the host for backward (`keeps.MOVED`), of all blocks or of N. None: nothing; of offload, inputs."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in METHODS:
@@ -150,6 +157,7 @@ class Method:
         for field in fields(self)[1:]:
             if field.name not in _options(self.name) and getattr(self, field.name) != field.default:
                 raise SettingError(f"{self.name} has no {field.name}; it takes {', '.join(_options(self.name))}")
+        self._read_amounts()
         for option, values in _CHOICES.items():
             if getattr(self, option) not in values and getattr(self, option) is not None:
                 one = " or ".join(map(repr, values))
@@ -170,12 +178,30 @@ class Method:
         if self.reversible:
             self._check_conversion()
 
+    def _read_amounts(self) -> None:
+        for option, known in (("keep", KEPT), ("host", _moved(self.name))):
+            given = getattr(self, option)
+            try:
+                amounts = amounts_of(given, known)
+            except (ValueError, AttributeError):
+                several = "" if len(known) == 1 else ", or several joined by +"
+                raise SettingError(
+                    f"{option} of {self.name} is {' or '.join(map(repr, known))}{several}, not {given!r}; "
+                    f"'{known[-1]}:8' is of 8 blocks of each chain"
+                ) from None
+            if option == "host" and "attention" in amounts and self.keep is None:
+                raise SettingError(f"{self.name} keeps no attention that the host could hold; add keep=attention")
+            if self.name == "offload" and amounts.get("inputs", 0) is None:
+                del amounts["inputs"]  # as usual
+            object.__setattr__(self, option, text_of(amounts))
+
     def _check_conversion(self) -> None:
         for option in ("gamma", "c"):
             check_numbers(option, getattr(self, option))
         if self.fraction_bits is not None and self.arithmetic == "float":
             raise SettingError("fraction_bits belongs to arithmetic='exact'; leave it out")
-        if self.host is not None and (self.arithmetic == "float" or not self.preset.keeps_side_bits):
+        moves_bits = "side_bits" in amounts_of(self.host, MOVED)
+        if moves_bits and (self.arithmetic == "float" or not self.preset.keeps_side_bits):
             raise SettingError(f"{self.spec} keeps no side bits that the host could hold; leave host= out")
         bits = self.fraction_bits
         for number in bits.values() if isinstance(bits, Mapping) else (bits,):
@@ -246,6 +272,11 @@ class Method:
         return str(self)
 
     @property
+    def known_as(self) -> str:
+        """What an analysis calls it, which predicts one of each name with and without tiles."""
+        return self.name if self.tile is None else f"{self.name}{TILES}"
+
+    @property
     def known(self) -> Known:
         """What is said of it."""
         return METHODS[self.name]
@@ -277,6 +308,13 @@ class Method:
         """Blocks at the end of the chain of that number that are stored; `keep_last` is settled."""
         stored = self.keep_last[chain] if isinstance(self.keep_last, tuple) else self.keep_last
         return 0 if stored == "auto" else stored
+
+    def keeps(self, position: int, recomputed: int) -> Keeps:
+        """What the block at `position` of a chain keeps, of which so many are run twice; those behind are stored."""
+        moved = amounts_of(self.host, MOVED)
+        if self.name == "offload":
+            moved.setdefault("inputs", None)
+        return keeps_at(position, recomputed, amounts_of(self.keep, KEPT), moved)
 
     def gamma_of(self, path: str) -> float | None:
         """gamma of the block at `path`; None: the coupling's own."""
@@ -326,15 +364,19 @@ def _options(name: str) -> tuple[str, ...]:
         numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
         return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "keep", "host")
     others = {"compile": ("loss", "budget"), "plain": ("loss", "tile"), "sac": ("loss", "keep_last", "tile")}
-    return others.get(name, ("loss", "keep_last", "tile", "keep"))
+    return others.get(name, ("loss", "keep_last", "tile", "keep", "host"))
+
+
+def _moved(name: str) -> tuple[str, ...]:
+    """What such a method has that the host could hold."""
+    own = ("side_bits",) if name in PRESETS else ("inputs",) if name == "offload" else ()
+    return (*own, "attention")
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("full", "chunked"),
     "arithmetic": ("exact", "float"),
     "granularity": ("block", "sublayer"),
-    "keep": ("attention",),
-    "host": ("side_bits",),
 }
 
 

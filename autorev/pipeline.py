@@ -27,6 +27,8 @@ from autorev.given import no_function
 from autorev.models.load import has_weights
 from autorev.models.quantization import chosen_scheme, predicted_quantised
 from autorev.models.resolve import resolve
+from autorev.optimizers import Optimizer
+from autorev.prediction.example_step import plan_without_chains
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
 from autorev.prediction.layout import layout_of
@@ -45,7 +47,8 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     `model` is run once on fake tensors in the place of `batch` (a dict of keyword arguments, a tuple of positional
     ones, or one tensor): nothing is computed, and `model`, its buffers, its weights and
     the random streams stay as they are. A `transformers` model needs no batch: a call is derived from its config.
-    What training would do is analysed: a model in eval mode is looked at as after `.train()`.
+    What training would do is analysed: a model in eval mode is looked at as after `.train()`. Where no block can be
+    reversed, `recommendation` says what helps them instead, with its figures in a step of the call.
 
     Raises:
         CaptureError: the model cannot be copied, or its forward raises on this batch.
@@ -56,7 +59,10 @@ def analyze(model: nn.Module, batch: Any = None) -> Analysis:
     refuse_converted(model, "analyze")
     args, kwargs = call_of(model, batch, "analyze")
     detection, twin = detect_in(model, args, kwargs)  # whose quantised weights have their own number of elements
-    return _analysis(detection, twin, type(model).__name__, "a model in user code")
+    analysis = _analysis(detection, twin, type(model).__name__, "a model in user code")
+    if detection.chains or not detection.refused:
+        return analysis
+    return replace(analysis, recommendation=plan_without_chains(twin, (args, kwargs), detection.refused))
 
 
 def analyze_workload(
@@ -94,7 +100,7 @@ def prepare(
     dtype: str | None = None,
     autocast: str | None = None,
     accumulate: int = 1,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     trains: str | None = None,
     lora_rank: int | None = None,
     lora_dropout: float = 0.0,
@@ -109,7 +115,8 @@ def prepare(
 ) -> tuple[Analysis, Forecaster]:
     """The analysis without predictions, and the fake twin that they are made with.
 
-    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast. Raises what
+    `batch` and `sequence` default to the workload's own, `dtype` to bf16, and to fp32 under autocast, `optimizer` to
+    adamw. Raises what
     `analyze_workload` raises.
     """
 
@@ -122,7 +129,7 @@ def prepare(
         batch=batch or workload.default_batch,
         sequence=sequence or workload.default_sequence,
         dtype=dtype or ("fp32" if autocast else "bf16"),
-        optimizer=optimizer,
+        optimizer=optimizer or "adamw",
         trains=trains,
         lora_rank=lora_rank,
         loss=loss,
@@ -136,6 +143,7 @@ def prepare(
         shard=shard,
         sequence_parallel=sequence_parallel,
     )
+    Optimizer.parse(setting.optimizer).check_device(profile.kind)
     scheme = chosen_scheme(workload.name, workload.scheme, weights)
     if setting.trains == "lora" and setting.dtype != "fp32" and adapter_dtype is None:
         if scheme is not None and scheme.adapters_in_fp32:
@@ -165,9 +173,12 @@ def prepare(
         detection = _detect_on_twin(twin, workload.example(setting.batch, length), progress)
     analysis = _analysis(detection, twin, workload.name, workload.source)
     if not analysis.chains and not analysis.refused:
+        why = detection.nearest or (
+            "nowhere is a module's or a loop's input added to its output, so there is nothing to reverse"
+        )
+        found = "no residual block was found in it" if detection.nearest else "it has no residual block"
         raise NoBlocksError(
-            f"{workload.name} ({analysis.model.class_name}) has no residual block: nowhere is a module's or a loop's "
-            "input added to its output, so there is nothing to reverse; if you know of one, please report the model"
+            f"{workload.name} ({analysis.model.class_name}): {found}: {why}; if you know of one, please report it"
         )
     layout = layout_of(detection.chains, detection.refused, twin)
     if setting.sequence_parallel > 1:
@@ -190,7 +201,7 @@ def prepare(
         division=division_of(twin, layout, setting),
     )
     notes += notes_on(setting)
-    return replace(analysis, setting=setting, device=device_info, notes=tuple(notes)), forecaster
+    return replace(analysis, setting=setting, device=device_info, notes=(*notes, *analysis.notes)), forecaster
 
 
 def _check_tokens_can_be_divided(analysis: Analysis) -> None:
@@ -275,11 +286,11 @@ def _forecast(analysis: Analysis, forecaster: Forecaster, named: str | None, pro
     frontier: dict[str, Reach] = {}
     explored: list[Exploration] = []
     for number, method in enumerate(methods):
-        progress(f"simulating {method.name}", 0.3 + 0.65 * number / len(methods))
+        progress(f"simulating {method.known_as}", 0.3 + 0.65 * number / len(methods))
         here = forecaster.trace(method, setting.batch, setting.sequence)
-        predictions[method.name] = forecaster.prediction(method, here)
+        predictions[method.known_as] = forecaster.prediction(method, here)
         explored.append(explore(forecaster, method, here))
-        frontier[method.name] = explored[-1].reach()
+        frontier[method.known_as] = explored[-1].reach()
     progress("comparing", 0.95)
     problems = [problem for exploration in explored for problem in exploration.problems]
     analysis = replace(
@@ -312,7 +323,8 @@ def _analysis(detection: Detection, model: nn.Module, name: str, source: str) ->
         parameters=sum(p.numel() for p in model.parameters()),
         source=source,
     )
-    return Analysis(info, chains, refused, versions=_versions())
+    notes = [f"no residual block was found: {detection.nearest}"] if detection.nearest else []
+    return Analysis(info, chains, refused, notes=(*notes, *detection.idle), versions=_versions())
 
 
 def _versions() -> dict[str, str]:

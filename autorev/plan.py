@@ -26,6 +26,8 @@ class Option:
     seconds: float
     """Of a step."""
     fits: bool
+    optimizer: str = "adamw"
+    """As `autorev.optimizers` spells it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Reached:
     method: Method
     size: int
     """0: not even one fits."""
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Plan(Record):
 
     model: ModelInfo
     setting: Setting
-    """The batch and the sequence are those that were found, where they were asked for."""
+    """The batch and the sequence are those that were found, and so is the optimiser, where they were asked for."""
     device: DeviceInfo
     """Whose speed the times are of."""
     memory_bytes: int
@@ -88,7 +91,8 @@ class Plan(Record):
     @property
     def option(self) -> Option | None:
         """The figures of the plan."""
-        return next((option for option in self.options if option.method == self.method), None)
+        planned = self.method, self.setting.optimizer
+        return next((option for option in self.options if (option.method, option.optimizer) == planned), None)
 
     @property
     def frontier(self) -> tuple[Option, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
 from autorev.format import clean, format_bytes, format_count, format_integer, plural
-from autorev.methods import BASELINES, METHODS
+from autorev.methods import BASELINES, METHODS, TILES
+from autorev.optimizers import Optimizer
 
 CATEGORY_TITLES = {
     Category.PARAMETERS: "parameters",
@@ -45,27 +46,28 @@ AXIS_TITLES = {
     "depth": "depth, blocks",
 }
 
-_optimizers = {
-    "adamw": "AdamW",
-    "adamw-fused": "fused AdamW",
-    "adamw-8bit": "8-bit AdamW",
-    "sgd": "SGD",
-    "sgd-momentum": "SGD with momentum",
-}
 _losses = {"full": "full logits", "chunked": "chunked loss"}
 
 
 def method_title(method: str) -> str:
     """`activation checkpointing` for `checkpoint`; a coupling goes by its own name."""
-    return clean(METHODS[method].title if method in METHODS else method)
+    name, _, tiles = method.partition(TILES) if method.endswith(TILES) else (method, "", None)
+    return clean(METHODS[name].title if name in METHODS else name) + ("" if tiles is None else " with tiles")
+
+
+def method_label(method: str) -> str:
+    """`checkpoint+tiles`, as a table of an analysis has it."""
+    return clean(f"{method.removesuffix(TILES)}+tiles" if method.endswith(TILES) else method)
 
 
 def headline(method: str | None) -> str:
     """A recommendation as an imperative; `None` where nothing is recommended."""
     if method is None:
         return "None"
-    coupling = method in METHODS and method not in BASELINES
-    return f"Use the {clean(method)} coupling" if coupling else f"Use {method_title(method)}"
+    name = method.removesuffix(TILES)
+    if name in METHODS and name not in BASELINES:
+        return f"Use the {clean(name)} coupling{' with tiles' if name != method else ''}"
+    return f"Use {method_title(method)}"
 
 
 def model_facts(model: ModelInfo) -> tuple[str, str, str]:
@@ -89,7 +91,7 @@ def setting_facts(setting: Setting) -> dict[str, str]:
     weights = clean(setting.dtype)
     facts["Precision"] = f"{clean(setting.autocast)} autocast over {weights} weights" if setting.autocast else weights
     facts["Precision"] += f", linear layers quantised to {clean(setting.weights)}" if setting.weights else ""
-    facts["Optimizer"] = _optimizers.get(setting.optimizer, clean(setting.optimizer))
+    facts["Optimizer"] = Optimizer.parse(setting.optimizer).title
     facts["Trains"] = _trained(setting)
     if setting.gpus > 1:
         facts["GPUs"] = f"per GPU, {setting.gpus} GPUs, {clean(setting.shard) if setting.shard != 'none' else 'DDP'}"

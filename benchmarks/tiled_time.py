@@ -19,7 +19,13 @@ from benchmarks.step_time import in_turns, print_beside_checkpointing, twin_of
 from benchmarks.workloads import peak_of, smollm2, step_of, tokens_of
 
 ROUNDS, RANK = 7, 16
-METHODS = ("checkpoint", "checkpoint:tile=auto", "momentum:k=3,keep_last=0", "momentum:k=3,keep_last=0,tile=auto")
+METHODS = (
+    "checkpoint",
+    "checkpoint:tile=auto",
+    "momentum:k=3,keep_last=0",
+    "momentum:k=3,keep_last=0,keep=attention",
+    "momentum:k=3,keep_last=0,tile=auto",
+)
 
 
 def trained_by(plain: Any, method: str, batch: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ def further(case: Case, chosen: Candidate) -> Iterator[str]:
     own = next((c for c in case.known if c.name == chosen.name), chosen)  # at the setting's size: by category
     filling = case.goal == "memory" and case.to_be_filled  # who asked for the least memory wants to fill none
     fits, narrow = case.fits(chosen), not case.fits(chosen, COMFORT)
-    if chosen.method.reversible and fits:
+    if (chosen.method.reversible or chosen.method.tile is not None) and fits:
         yield _how(case, chosen)
     if filling and fits and narrow:
         yield _roomier(case)
@@ -53,7 +53,8 @@ def how(method: Method) -> str:
     call = "autorev.convert(model)" if spec == _USUAL else f"autorev.convert(model, method={spec!r})"
     if method.loss == "chunked":
         call = f"{CHUNKED} and then {call}"
-    return f"{call} does it in user code, and autorev.verify(model) checks the gradients"
+    checks = ", and autorev.verify(model) checks the gradients" if method.reversible else ""
+    return f"{call} does it in user code{checks}"
 
 
 def _how(case: Case, candidate: Candidate) -> str:

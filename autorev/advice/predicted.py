@@ -35,8 +35,9 @@ def recommend_for(analysis: Analysis, possible: Possible | None = None) -> Recom
 
 def _of_analysis(prediction: Prediction, setting: Setting) -> Candidate:
     name = prediction.method
-    method = Method(name, loss=setting.loss)
-    return predicted(prediction, method, setting, name, TITLES.get(name, f"the {name} coupling"))
+    method = replace(Method.parse(name), loss=setting.loss)
+    title = TITLES.get(method.name, f"the {method.name} coupling")
+    return predicted(prediction, method, setting, name, title if method.tile is None else f"{title} with tiles")
 
 
 def predicted(prediction: Prediction, method: Method, setting: Setting, name: str, title: str) -> Candidate:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from autorev.advice.case import FIXED, Candidate, Case
 from autorev.analysis import Category, Setting
 from autorev.format import format_bytes
+from autorev.optimizers import Optimizer
 from autorev.words import CATEGORY_TITLES
 
 DOMINANT = 0.40
@@ -50,6 +51,7 @@ def savings(case: Case, own: Candidate, can_chunk: bool) -> list[Saving]:
 
 def _savings(case: Case, own: Candidate, can_chunk: bool) -> Iterator[Saving]:
     setting, size, total = case.setting, case.size, sum(own.categories.values())
+    optimizer = Optimizer.parse(setting.optimizer)
     if not total:
         return
     # A measurement names what does it in training, a prediction the option that predicts it.
@@ -68,7 +70,7 @@ def _savings(case: Case, own: Candidate, can_chunk: bool) -> Iterator[Saving]:
                 f"reversibility cannot lower: LoRA (--trains lora) frees most of {_named(freed, size)}"
             )
             yield Saving("lora", gradients + state, text)
-        if setting.optimizer in ("adamw", "adamw-fused") and state:
+        if optimizer.momenta == 2 and not optimizer.is_8bit and state:
             # Two moments in the weights' dtype become one byte each.
             share, bytes_ = ("three quarters", 3 * state // 4) if setting.dtype == "fp32" else ("half", state // 2)
             how = "" if case.measured else " (`analyze --optimizer adamw-8bit` predicts it)"
@@ -76,14 +78,14 @@ def _savings(case: Case, own: Candidate, can_chunk: bool) -> Iterator[Saving]:
             yield Saving("8-bit", bytes_, text)
     if updating:
         fused = "a fused optimiser" + ("" if case.measured else " (--optimizer adamw-fused)")
-        ways = [fused] if setting.optimizer == "adamw" and own.held(Category.OTHER) else []
-        ways += ["one that steps during backward" if ways else "an optimiser that steps during backward"] * (
-            gradients > 0
-        )
+        ways = [fused] if optimizer.name == "adamw" and own.held(Category.OTHER) else []
+        if gradients:
+            how = "" if case.measured else " (its name with `:step=backward`)"
+            ways.append(f"{'one' if ways else 'an optimiser'} that steps during backward{how}")
         if ways:
             text = f"the peak stands in the optimiser step: {', or '.join(ways)}, lowers it"
             yield Saving("optimizer", own.held(Category.OTHER), text)
-    working, less = own.held(Category.WORKING_SET), smaller_step(setting)
+    working, less = own.held(Category.WORKING_SET), _smaller_block(case, own) or smaller_step(setting)
     if less and working >= DOMINANT * total:
         text = f"one block's working set takes {size(working)}, whatever is done between the blocks: {less}"
         yield Saving("smaller", working, text)
@@ -96,27 +98,37 @@ def smaller_step(setting: Setting) -> str:
     return "fewer tokens a sample lower it" if (setting.sequence or 0) > 1 else ""
 
 
+def _smaller_block(case: Case, own: Candidate) -> str:
+    """How one block's working set can be made smaller."""
+    tiled = own.method.tile is None and any(other.method.tile is not None for other in case.known)
+    return "tiles (tile='auto') lower it" if tiled else ""
+
+
 def move(case: Case, own: Candidate, category: Category, can_chunk: bool) -> str:
     """What would lower the category that binds."""
-    setting = case.setting
+    setting, optimizer = case.setting, Optimizer.parse(case.setting.optimizer)
     lora = setting.trains == "full" and case.possible.lora
     smaller = smaller_step(setting) or "only a smaller model lowers it"
     if category is Category.PARAMETERS:
         bf16 = setting.dtype == "fp32"
         return "a 16-bit dtype (--dtype bf16) halves it" if bf16 else "only a smaller model lowers it"
     if category is Category.GRADIENTS:
-        return f"{'LoRA (--trains lora), or ' if lora else ''}an optimiser that steps during backward, frees it"
+        ways = ["LoRA (--trains lora)"] * lora
+        ways += ["an optimiser that steps during backward"] * (not optimizer.frees_gradients)
+        return f"{', or '.join(ways)}, frees it" if ways else smaller
     if category is Category.OPTIMIZER_STATE:
-        if setting.optimizer == "adamw-8bit":
+        if optimizer.is_8bit:
             return "LoRA (--trains lora) frees most of it" if lora else "SGD (--optimizer sgd) keeps none"
         return f"{'LoRA (--trains lora) or ' if lora else ''}an 8-bit optimiser frees most of it"
     if category is Category.LOGITS_AND_LOSS and can_chunk:
         return f"the chunked loss ({CHUNKED if case.measured else '--loss chunked'}) lowers it"
     if category is Category.STORED_ACTIVATIONS and own.method.name == "plain":
         return "checkpointing or a reversible chain stores less"
+    if category is Category.WORKING_SET:
+        return _smaller_block(case, own) or smaller
     if category is Category.SIDE_BITS:
         return f"a larger gamma (a smaller k) keeps fewer bits, if the model bears it; {smaller}"
-    if category is Category.OTHER and own.phase == "optimizer" and setting.optimizer == "adamw":
+    if category is Category.OTHER and own.phase == "optimizer" and optimizer.name == "adamw":
         return "a fused optimiser, or one that steps during backward, lowers it"
     return smaller
 

@@ -20,13 +20,13 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from autorev.capture.own_mode import OwnFakeMode
 from autorev.capture.plain import plain_state, refuse_flattened
 from autorev.capture.quantised import bytes_inside, on_packed_memory, quantised_linears, stand_in_for
 from autorev.capture.streams import own_streams
 from autorev.errors import CaptureError, one_line
 from autorev.hush import logs_hushed
 from autorev.integrations.quirks import quirks
+from autorev.own_mode import OwnFakeMode
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises when the program asks for a value it does not have."""
@@ -59,6 +59,8 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
             refuse_flattened(value)
             for module in value.modules():
+                held = (v for v in vars(module).values() if isinstance(v, torch.Generator))
+                memo |= {id(generator): generator.clone_state() for generator in held}
                 found = plain_state(module)
                 if found is not None:
                     cls, state = found

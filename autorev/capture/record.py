@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.source import caller_line
 from autorev.integrations.transformers import without_caches
+from autorev.own_mode import OwnMode
 from autorev.patching import patched_here
 
 
@@ -39,6 +39,8 @@ class ModuleCall:
     """Did it, or anything below it, draw from torch's generator?"""
     scalar_draws: list[Any] = field(default_factory=list)
     """Random scalars drawn in its own code (layer-drop)."""
+    function: str = ""
+    """The user's `torch.autograd.Function`, with a backward of its own, in whose forward it runs."""
     buffers_written: tuple[str, ...] = ()
     entered: dict[int, int] = field(default_factory=dict)
     """id of a tensor it received -> how often that had been written to by then."""
@@ -95,11 +97,24 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     drawn: list[Any] = []
     watcher = _Watch(stack)
     roots: list[ModuleCall] = []
+    functions: list[str] = []
+
+    def applying(original: Any) -> Any:
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            # Torch's own (a re-entrant checkpoint) runs what is inside once more, with autograd.
+            functions.append("" if cls.__module__.startswith("torch.") else cls.__name__)
+            try:
+                return original(cls, *args, **kwargs)
+            finally:
+                functions.pop()
+
+        return apply
 
     def recorded(original: Any, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         index = counts.get(id(module), 0)
         counts[id(module)] = index + 1
         call = ModuleCall(path, module, index, stack[-1] if stack else None, args, dict(kwargs))
+        call.function = functions[-1] if functions else ""
         (stack[-1].children if stack else roots).append(call)
         before, versions = len(drawn), _buffer_versions(module)
         call.entered = _tensor_versions((args, kwargs))
@@ -127,6 +142,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     with (
         every_layer_kept(drawn),
         without_caches(model),
+        patched_here(torch.autograd.Function, "apply", applying),
         _RandomWatch(stack),
         watcher,
         ExitStack() as patches,
@@ -165,16 +181,30 @@ class _RandomWatch(OwnMode):
 def _inside_of_hooks(model: nn.Module, stack: list[ModuleCall]) -> Iterator[None]:
     """Records what a module's `forward` got and returned: its own hooks may change either, and are no part of it."""
 
-    def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def given(module: nn.Module, args: Any, kwargs: Any) -> None:
         if stack and stack[-1].module is module:
-            stack[-1].args, stack[-1].kwargs, stack[-1].output = args, dict(kwargs), output
+            stack[-1].args, stack[-1].kwargs = _as_given(args), _as_given(dict(kwargs))
+
+    def returned(module: nn.Module, args: Any, output: Any) -> None:
+        if stack and stack[-1].module is module:
+            stack[-1].output = output
 
     # Hooks of the modules, as one for all modules would run in every thread.
     with ExitStack() as hooks:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes none
-                hooks.callback(module.register_forward_hook(seen, with_kwargs=True, prepend=True).remove)
+                hooks.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(returned, prepend=True).remove)
         yield
+
+
+def _as_given(structure: Any) -> Any:
+    """The same with new lists and dicts: the model may add to its own after the call (DenseNet's features)."""
+    if type(structure) in (list, tuple):
+        return type(structure)(map(_as_given, structure))
+    if type(structure) is dict:
+        return {key: _as_given(value) for key, value in structure.items()}
+    return structure
 
 
 class _Watch(TorchFunctionMode):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from autorev.capture.own_mode import OwnMode
+from autorev.own_mode import OwnMode
 from autorev.patching import patched_here
 
 

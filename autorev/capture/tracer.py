@@ -9,7 +9,7 @@ came from which node. Ordinary Python just works; what it decided on the way is 
 - every tensor argument is a placeholder (items of tuples and dicts are taken out of it by `getitem`);
 - parameters and buffers are `get_attr` nodes; sub-modules are `call_module` nodes, unless named in `opened`;
 - a tensor that the code reached in any other way (a closure, a global) is kept beside the graph as a constant;
-- whatever depended on a tensor's *data* (`if x.sum() > 0`) is written down in `decided`.
+- whatever depended on a tensor's *data* (`if x.sum() > 0`) is written down in `decided`, except where it was drawn.
 
 Nothing is written to the module.
 """
@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_leaves
 
 from autorev.capture.custom_function import Applied
 from autorev.capture.fake import every_layer_kept
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import calls_patched, named_arguments
+from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_line, caller_place
+from autorev.own_mode import OwnMode
 from autorev.patching import patched_here
 
 _reads_data = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__contains__", "numpy"}
@@ -140,6 +141,7 @@ class ValueTracer(fx.Tracer):
             self.made,
             ExitStack() as patches,
             patched_here(torch.autograd.Function, "apply", applying),
+            scripted_as_written(),
             _Recorder(self),
         ):
             for name, module in self.root.named_modules():
@@ -190,17 +192,19 @@ class ValueTracer(fx.Tracer):
         return nodes
 
     def _take_apart(self, node: fx.Node, value: Any) -> None:
-        """Book the tensors inside a tuple, list or dict as items of `node`."""
+        """Book the tensors inside a tuple, list, dict or dataclass as items of `node`."""
         items: list[tuple[Any, Any]] = []
         if isinstance(value, list | tuple):
             items = list(enumerate(value))
         elif isinstance(value, Mapping):
             items = list(value.items())
+        elif is_dataclass(value) and not isinstance(value, type):
+            items = [(f.name, getattr(value, f.name, None)) for f in fields(value)]
         for key, item in items:
             if isinstance(item, torch.Tensor):
                 if id(item) not in self.node_of:
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"])
-            elif isinstance(item, list | tuple | Mapping) and tree_leaves(item):
+            elif (isinstance(item, list | tuple | Mapping) and tree_leaves(item)) or is_dataclass(item):
                 self._take_apart(
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]),
                     item,
@@ -265,7 +269,7 @@ class ValueTracer(fx.Tracer):
             result = function()
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
             name = getattr(target, "__name__", str(target))
-            if name in _reads_data and tensors:
+            if name in _reads_data and tensors and not all(_is_drawn(read[id(t)]) for t in tensors):
                 self.decided.append(f"{name} ({caller_line()})")
             elif kind != "call_module" and not any(t._version != versions[id(t)] for t in tensors):
                 return result  # a question about shape, dtype or device
@@ -274,7 +278,7 @@ class ValueTracer(fx.Tracer):
         node.meta["mutates"] = mutated
         self._book(node, result)
         if not isinstance(result, torch.Tensor):
-            self._take_apart(node, result if not is_dataclass(result) else vars(result))
+            self._take_apart(node, result)
         return result
 
     def _calling(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,6 +304,11 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self.paused -= 1
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Does its value hang on random numbers and constants of the code alone? These are the same in a second run."""
+    return node.op in ("call_function", "call_method") and all(map(_is_drawn, node.all_input_nodes))
 
 
 class _Opaque(str):

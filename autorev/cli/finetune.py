@@ -21,6 +21,7 @@ from autorev.cli.group import (
     Finite,
     base,
     main,
+    optimizer,
     steps_told,
     trust_remote_code,
 )
@@ -71,8 +72,12 @@ from autorev.cli.report import show
 @click.option("--decay", default="linear", show_default=True, help="Of the rate: linear, cosine, constant, ...")
 @click.option("--warmup", type=COUNT_OR_NONE, metavar="INT", help="Steps in which it rises.  [default: 1/20]")
 @click.option(
-    "--clip", type=Finite(), default=1.0, show_default=True, metavar="NORM", help="Largest norm of the gradients."
+    "--clip",
+    type=Finite(),
+    metavar="NORM",
+    help="Largest norm of the gradients; 0: any.  [default: 1; any where the optimizer takes them one by one]",
 )
+@optimizer
 @click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in it; the weights stay in fp32.")
 @click.option("--pack/--pad", default=True, show_default=True, help="Several documents in a row, or one and padding.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="INT")
@@ -144,7 +149,7 @@ def _planned(path: Path, options: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError("--plan says by which method; leave --method out")
     setting = plan.setting
     said: dict[str, Any] = {"sequence": setting.sequence, "batch": setting.batch, "lora_rank": setting.lora_rank}
-    said |= {"accumulate": setting.accumulate, "autocast": setting.autocast}
+    said |= {"accumulate": setting.accumulate, "autocast": setting.autocast, "optimizer": setting.optimizer}
     return {"method": plan.method.spec, **{name: value for name, value in said.items() if options[name] is None}}
 
 

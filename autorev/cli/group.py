@@ -16,9 +16,10 @@ from autorev import __version__
 from autorev.analysis import resolve_lora
 from autorev.cli.ending import Group
 from autorev.cli.output import check_place, say
-from autorev.errors import UnreadableError
+from autorev.errors import SettingError, UnreadableError
 from autorev.files import path_of
 from autorev.format import visible
+from autorev.optimizers import KINDS, Optimizer
 
 _SECONDS_BETWEEN_LINES = 10.0
 COUNT, COUNT_OR_NONE = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**31 - 1)
@@ -79,6 +80,28 @@ class Finite(click.FloatRange):
         return found
 
 
+class Spelled(click.ParamType[str]):
+    """An optimiser by its spelling."""
+
+    name = "spec"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Its one spelling."""
+        try:
+            return str(Optimizer.parse(value))
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
+optimizer = click.option(
+    "--optimizer",
+    type=Spelled(),
+    metavar="SPEC",
+    help=f"{', '.join(KINDS)}; all but adamw-host with :step=backward.  [default: adamw; of fit "
+    "whatever of its numbers makes room]",
+)
+
+
 def lora_details(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of adapters beside their rank."""
     dtype = click.option(
@@ -116,13 +139,7 @@ def training_step(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="INT",
             help="Passes whose gradients one optimizer step adds up.",
         ),
-        click.option(
-            "--optimizer",
-            type=click.Choice(["adamw", "adamw-fused", "adamw-8bit", "sgd", "sgd-momentum"]),
-            default="adamw",
-            show_default=True,
-            help="Whose state is counted.",
-        ),
+        optimizer,
         click.option(
             "--trains",
             type=click.Choice(["full", "lora", "head"]),

@@ -18,6 +18,7 @@ from autorev.cli.group import (
     Finite,
     lora_details,
     main,
+    optimizer,
     progress,
     trust_remote_code,
     what_trains,
@@ -52,12 +53,7 @@ _QUICK_TOKENS = 128
 )
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="[default: fp32 on a CPU, bf16 on a GPU]")
 @click.option("--autocast", type=click.Choice(["bf16"]), help="Compute in it, over fp32 weights (Trainer's bf16=True).")
-@click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "adamw-fused", "sgd", "sgd-momentum"]),
-    default="adamw",
-    show_default=True,
-)
+@optimizer
 @click.option("--trains", type=click.Choice(["full", "lora", "head"]), help="[default: full]")
 @click.option(
     "--lora-rank",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from autorev.conversion.select import Chosen
-from autorev.detect.judge import Finding
 from autorev.errors import ConversionError
 from autorev.methods import Method
-from autorev.rewrite.checkpointed_forward import checkpointed_forwards
+from autorev.rewrite.checkpointed_forward import checkpointed_forwards, run_twice
 from autorev.rewrite.replacement import Replacement
 
 
@@ -34,20 +32,11 @@ def baseline(model: nn.Module, chosen: Chosen, method: Method, planned: bool) ->
         if method.tile is None and not planned:
             raise ConversionError("plain training is what the model does already; there is nothing to convert")
         return Baseline((), ())
-    paths: list[str] = []
-    for number, chain in enumerate(chosen.chains):
-        paths += _modules(chain[: max(len(chain) - method.stored_of(number), 0)])
-    paths += _modules([finding for finding in chosen.others if _keeps_shape(finding)])
-    if not paths:
-        raise ConversionError(f"there is no block to put a {method.name} around: all are turns of loops, or stored")
-    forwards, _ = checkpointed_forwards(model, tuple(paths), method)
-    return Baseline(forwards, tuple(dict.fromkeys(paths)))
-
-
-def _modules(findings: Sequence[Finding]) -> list[str]:
-    return [finding.call.path for finding in findings if not finding.inline]
-
-
-def _keeps_shape(finding: Finding) -> bool:
-    into, out = finding.stream_in, finding.stream_out
-    return into is not None and out is not None and into.shape == out.shape
+    others = [finding.call.path for finding in chosen.others if finding.can_be_checkpointed]
+    blocks = run_twice(method, chosen.chains, others)
+    if not blocks:
+        raise ConversionError(
+            f"there is no block to put a {method.name} around: all are turns of loops, run once, or stored"
+        )
+    forwards, _ = checkpointed_forwards(model, blocks, method)
+    return Baseline(forwards, tuple(blocks))

@@ -62,7 +62,7 @@ def update(model: nn.Module, chains: Iterable[ReversibleChain]) -> None:
 def remove(model: nn.Module) -> None:
     """Remove the entry."""
     config = getattr(model, "config", None)
-    if config is not None and KEY in vars(config):
+    if KEY in getattr(config, "__dict__", ()):  # a model's `config` may be any object: a dict, a tuple
         delattr(config, KEY)
 
 

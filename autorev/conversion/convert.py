@@ -24,13 +24,14 @@ from autorev.conversion.checkpointing import (
     restore_checkpointing_enable,
 )
 from autorev.conversion.estimate import Estimate
-from autorev.conversion.notes import notes_on, without_kernel
+from autorev.conversion.notes import left_to_do, notes_on, without_kernel
 from autorev.conversion.probe import choose_grids
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import Passes, notice_trainers, stop_noticing
 from autorev.detection import call_of
 from autorev.engine.chain import ReversibleChain
+from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError, SettingError
 from autorev.methods import Method, Numbers
 from autorev.plan import Plan, method_of
@@ -40,6 +41,7 @@ from autorev.rewrite.checkpointed_forward import CheckpointedForward
 from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.replacement import replacements_of
 from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
+from autorev.workload import Call
 
 
 def convert(
@@ -54,8 +56,8 @@ def convert(
     keep_last: int | Literal["auto"] | None = None,
     fraction_bits: int | Mapping[str, int] | None = None,
     tile: int | Literal["auto"] | None = None,
-    keep: Literal["attention"] | None = None,
-    host: Literal["side_bits"] | None = None,
+    keep: str | None = None,
+    host: str | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Conversion:
@@ -67,7 +69,7 @@ def convert(
     Args:
         batch: what the model is called with in the probe that chooses the grid: a dict of keyword arguments, a tuple of
             positional ones, or one tensor (`autorev.detection.call_of`). A plan of `autorev.fit` says how to train, and
-            needs a `transformers` model; its loss in chunks is put in place, too.
+            needs a `transformers` model; its loss in chunks is put in place, too, and a note names its optimiser.
         method: momentum, leapfrog, midpoint, midpoint_a, bdia, hamiltonian or revnet, or checkpoint, offload or sac
             around the blocks as they are, or plain with tiles; with options
             (`momentum:k=2,keep_last=4`) as `autorev.methods` spells them. The arguments that follow are these options,
@@ -84,8 +86,11 @@ def convert(
             chain by a probe of the batch.
         tile: positions at a time that the parts of a block run on which act on each position alone (an MLP, as a rule),
             forward and backward; "auto": as many as keep little beside the block's input. Default: all at once.
-        keep: "attention": what its kernel returns is kept, a hidden state a block, and not computed again in backward.
-        host: "side_bits": these wait for backward in the host's memory (pinned, where the system pins any).
+        keep: "attention": what its kernel returns is kept, a hidden state a block, and not computed again in backward;
+            "attention:8": in the last 8 of the blocks of each chain that run twice.
+        host: what waits for backward in the host's memory (pinned, where the system pins any): "side_bits" of
+            couplings, "attention" that is kept, "inputs" of offload, or several joined by "+"; "side_bits:8": of the
+            first 8 blocks of each chain.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 
@@ -128,36 +133,58 @@ def convert(
     args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
     _check_patterns(how, chosen)
-    if not chosen.chains:
+    if not chosen.chains and (how.reversible or not chosen.others):
         raise ConversionError(_nothing(model, chosen))
+    put_in_place = partial(_put_in_place, model, batch, chosen, how, planned, call=(args, kwargs))
+    try:
+        return put_in_place(patterns=(blocks, exclude))
+    except ConversionError:
+        if blocks is not None:
+            raise
+        unfit = _unfit(model, chosen, how, (args, kwargs))
+        if not 0 < len(unfit) < len(chosen.chains):
+            raise
+        chosen.leave_out(unfit)
+    return put_in_place(patterns=(blocks, exclude))
+
+
+def _put_in_place(
+    model: nn.Module,
+    batch: Any,
+    chosen: Chosen,
+    how: Method,
+    planned: Plan | None,
+    *,
+    call: Call,
+    patterns: tuple[list[str] | None, list[str] | None],
+) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
-    every = [finding for chain in chosen.chains for finding in chain]
+    every = [finding for chain in chosen.chains for finding in chain] or chosen.others
     found = tiled_forwards(model, every, how.tile, how.in_pieces, batch is not None) if how.tile is not None else None
     tiled = found or Tiled()
-    estimate = Estimate(chosen.twin, (args, kwargs), chosen.chains, chosen.others)
+    estimate = Estimate(chosen.twin, call, chosen.chains, chosen.others)
     if not how.reversible:
-        return _as_baseline(model, chosen, how, tiled, estimate, None if planned is None else chunked)
+        return _as_baseline(model, chosen, how, tiled, estimate, planned, chunked)
     stored = estimate.stored(how)
     built: list[BuiltChain] = []
+    store = HostStore()
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
-        built.append(BuiltChain(model, chain, kept, how, taken={item.chain.name for item in built}))
+        built.append(BuiltChain(model, chain, kept, how, {item.chain.name for item in built}, store))
     names = list(model.state_dict())
     for forward in tiled.forwards:
         forward.install()
-    for item in built:
-        item.install()
-    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+    _install(model, built)
     try:
-        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, args, kwargs)
+        notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, *call)
         if chunked:
             chunk_loss(model)
-        notes += without_kernel(every[0]) if how.keep == "attention" else []
+        notes += without_kernel(every[0]) if how.keep is not None else []
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")
         intercept_checkpointing_enable(model)
         notice_trainers(model)
-        config_entry.write(model, how, blocks, exclude, {item.chain.name: item.chain for item in built})
+        config_entry.write(model, how, *patterns, {item.chain.name: item.chain for item in built})
     except BaseException:
         revert(model)
         raise
@@ -170,16 +197,37 @@ def convert(
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
         not_converted=tuple(chosen.left_out),
-        notes=tuple(notes),
+        notes=(*notes, *chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, stored.blocks),
     )
 
 
+def _install(model: nn.Module, built: list[BuiltChain]) -> None:
+    for item in built:
+        item.install()
+    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+
+
+def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[int, str]:
+    """Chains that cannot be built or run, each by itself and with the coupling's usual numbers; and why."""
+    usual = replace(Method(how.name), granularity=how.granularity)
+    found: dict[int, str] = {}
+    for number, chain in enumerate(chosen.chains if how.reversible else ()):
+        try:
+            item = BuiltChain(model, chain, 0, usual, set(), HostStore())
+            _install(model, [item])
+            choose_grids(model, [item.chain], None, *call)
+        except ConversionError as error:
+            found[number] = str(error)
+        finally:
+            revert(model)
+    return found
+
+
 def _as_baseline(
-    model: nn.Module, chosen: Chosen, how: Method, tiled: Tiled, estimate: Estimate, chunked: bool | None
+    model: nn.Module, chosen: Chosen, how: Method, tiled: Tiled, estimate: Estimate, planned: Plan | None, chunked: bool
 ) -> Conversion:
-    """`chunked`: what a plan says of the loss; None: there is none."""
-    found = baseline(model, chosen, how, planned=chunked is not None)
+    found = baseline(model, chosen, how, planned=planned is not None)
     if chunked:
         chunk_loss(model)
     for forward in (*tiled.forwards, *found.forwards):
@@ -194,6 +242,7 @@ def _as_baseline(
         tile=how.tile,
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
+        notes=(*chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, ()),
     )
 
@@ -271,7 +320,7 @@ def _check_patterns(method: Method, chosen: Chosen) -> None:
 def _nothing(model: nn.Module, chosen: Chosen) -> str:
     text = f"no chain of blocks of {type(model).__name__} can be converted"
     if not chosen.left_out:
-        return f"{text}: it has no residual block"
+        return f"{text}: {chosen.nearest or 'it has no residual block'}"
     path, reason = chosen.left_out[0]
     more = f" (and {len(chosen.left_out) - 1} more; autorev.analyze lists them)" if len(chosen.left_out) > 1 else ""
     return f"{text}: {path}: {reason}{more}"

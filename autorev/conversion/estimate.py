@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain as joined
 from typing import Any
 
-import torch
 from torch import nn
 
-from autorev.capture.fake import DATA_DEPENDENT, fake_copy
-from autorev.capture.source import raised_line
 from autorev.conversion.summary import Held, Memory
 from autorev.detect.judge import Finding
-from autorev.errors import AutorevError, ConversionError, first_line, message_of
+from autorev.errors import ConversionError
 from autorev.methods import Method
-from autorev.prediction.layout import Layout, layout_of
-from autorev.prediction.simulate import StepTrace, simulate
+from autorev.prediction.example_step import example_step, why_unknown
+from autorev.prediction.layout import Layout
+from autorev.prediction.simulate import StepTrace
 from autorev.prediction.stored import blocks_to_store, grown_kept, grown_peak
-from autorev.prediction.training import own_loss
 from autorev.workload import Call
 
 PLAIN, CHECKPOINT = Method("plain"), Method("checkpoint")
@@ -93,32 +89,10 @@ class Estimate:
         key = method.name, method.keep_last, method.tile, method.keep, method.host
         if key not in self.steps and not self.unknown:
             try:
-                self.steps[key] = self._simulated(method)
+                self.steps[key] = example_step(self.twin, self.call, self.chains, self.others, method)
             except Exception as error:  # whatever is wrong with a backward without data: it may train all the same
-                self.unknown = _why(error)
+                self.unknown = why_unknown(error)
         return self.steps.get(key)
-
-    def _simulated(self, method: Method) -> tuple[Layout, StepTrace]:
-
-        owned = joined(self.twin.parameters(), self.twin.buffers())
-        mode: Any = next((tensor.fake_mode for tensor in owned if hasattr(tensor, "fake_mode")), None)
-        if mode is None:
-            raise AutorevError("the model has neither parameters nor buffers")
-        with torch.inference_mode(False), torch.enable_grad(), mode:
-            call = fake_copy(self.call, mode)
-            layout = layout_of(list(self.chains), list(self.others), self.twin).under(method)
-            if len(layout.lengths) != len(self.chains):
-                raise AutorevError("the turns of a loop hand on more than their stream, and cannot be told apart")
-            return layout, simulate(self.twin, call, layout, method, own_loss, counting_work=False)
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, DATA_DEPENDENT):
-        return (
-            f"its forward looks at the values of its tensors, {raised_line(error)}, as where tokens choose their "
-            "experts, and a simulation has none; autorev.profile(model, batch), before the conversion, measures it"
-        )
-    return message_of(error) if isinstance(error, AutorevError) else first_line(error)
 
 
 def _storing(method: Method, keep_last: int | tuple[int, ...]) -> Method:

@@ -12,6 +12,7 @@ from autorev.detect.judge import Finding
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.kept import KeptOutputs
 from autorev.integrations.accelerate import fetched
+from autorev.plan import Plan
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.compiled import IN_STEPS
 
@@ -31,6 +32,14 @@ def without_kernel(finding: Finding) -> list[str]:
         f"keep=attention: none of PyTorch's fused kernels ran in {finding.path} when it was looked at on a CPU; where "
         "none runs in training either (attn_implementation='eager', dropout on a CPU), nothing is kept"
     ]
+
+
+def left_to_do(plan: Plan | None) -> list[str]:
+    """What `plan` says beside how the model trains: an optimiser is not part of a model."""
+    if plan is None or plan.setting.optimizer == "adamw":
+        return []
+    made = f'autorev.integrations.optimizers.make_optimizer(model, "{plan.setting.optimizer}", learning_rate)'
+    return [f"the plan's optimizer is not part of the model: make it by {made}, or train by `finetune --plan`"]
 
 
 def notes_on(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from autorev.conversion.agreed import agreed
 from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
 from autorev.engine.chain import Magnitudes, ReversibleChain
 from autorev.engine.eval_mode import eval_mode
@@ -32,7 +34,7 @@ def choose_grids(
     """Set the grid of every exact chain of the converted `model`; returns notes for the user.
 
     The example call is run once in eval mode, without gradients, in float streams; random numbers and modes are put
-    back.
+    back. Several processes (torch.distributed) agree on the coarsest grid of all (`agreed`).
 
     Raises:
         ConversionError: the activations are not finite, or no grid fits the large ones and the small ones.
@@ -56,7 +58,7 @@ def choose_grids(
             chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS)
         return [f"the model has no weights yet, so the grid was not fitted to them: 2^-{USUAL_FRACTION_BITS}"]
     for chain in unknown:
-        chain.arithmetic, chain.magnitudes = Floating(), Magnitudes()
+        chain.arithmetic, chain.magnitudes = Floating(), defaultdict(Magnitudes)
     try:
         with undisturbed(model), torch.no_grad(), eval_mode(model):
             try:
@@ -68,18 +70,28 @@ def choose_grids(
                     f"the converted {type(model).__name__} could not be run on the example call in eval mode without "
                     f"gradients ({one_line(error)}); give fraction_bits, or use arithmetic='float'"
                 ) from error
-        unseen = [chain.name for chain in unknown if chain.magnitudes is not None and chain.magnitudes.largest == 0]
+        unseen = [chain.name for chain in unknown if all(sizes.largest == 0 for sizes in _sizes(chain))]
+        bits, notes = agreed({chain.name: _coarsest(chain) for chain in unknown})
         for chain in unknown:
-            chain.arithmetic = FixedPoint(USUAL_FRACTION_BITS if chain.name in unseen else _bits_for(chain))
+            chain.arithmetic = FixedPoint(bits[chain.name])
     finally:
         for chain in unknown:
             chain.magnitudes = None
-    return [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
+    return notes + [f"the example call never reached {name}: its grid is 2^-{USUAL_FRACTION_BITS}" for name in unseen]
 
 
-def _bits_for(chain: ReversibleChain) -> int:
-    sizes = chain.magnitudes
-    assert sizes is not None
+def _sizes(chain: ReversibleChain) -> list[Magnitudes]:
+    """Of each lane."""
+    return list((chain.magnitudes or {}).values())
+
+
+def _coarsest(chain: ReversibleChain) -> int:
+    """For all lanes; each begins with a finer grid where this one is too coarse for it (`grid_at_start`)."""
+    bits = [_bits_for(chain, sizes) for sizes in _sizes(chain) if sizes.largest != 0]
+    return min(bits, default=USUAL_FRACTION_BITS)
+
+
+def _bits_for(chain: ReversibleChain, sizes: Magnitudes) -> int:
     if not math.isfinite(sizes.largest):
         raise ConversionError(f"the activations of {chain.name} are not finite in the example call; check the weights")
     bits = grid_for(sizes.largest, HEAD_ROOM)

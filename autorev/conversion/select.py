@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,6 +24,17 @@ class Chosen:
     """Those blocks that were judged."""
     twin: nn.Module = field(default_factory=nn.Module)
     """The fake copy that the findings speak of."""
+    nearest: str = ""
+    """What came nearest to a residual block, where there is none."""
+    idle: list[str] = field(default_factory=list)
+    """Of each tower that the call does not run, a sentence."""
+
+    def leave_out(self, unfit: Mapping[int, str]) -> None:
+        """Chains, by their number, that turned out not to run reversibly, and why."""
+        for number, why in unfit.items():
+            self.left_out += [(finding.path, f"cannot-run: {why}") for finding in self.chains[number]]
+            self.others += self.chains[number]
+        self.chains = [chain for number, chain in enumerate(self.chains) if number not in unfit]
 
 
 def choose(
@@ -42,7 +53,7 @@ def choose(
 
     detection, twin = detect_in(model, args, kwargs)
     wanted, unwanted = patterns(blocks), patterns(exclude)
-    chosen = Chosen(twin=twin)
+    chosen = Chosen(twin=twin, nearest=detection.nearest, idle=detection.idle)
     refused = detection.public()[1]
     paths = [f.path for chain in detection.chains for f in chain] + [block.path for block in refused]
     for pattern in (*(wanted or ()), *(unwanted or ())):

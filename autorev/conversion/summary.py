@@ -43,6 +43,8 @@ class ConvertedChain:
 
     name: str
     blocks: tuple[str, ...]
+    streams: int
+    """How many the blocks carry side by side."""
     steps: int
     stored_steps: int
     """Steps at the end that are stored instead of recomputed."""
@@ -68,6 +70,7 @@ class ConvertedChain:
         return cls(
             name=chain.name,
             blocks=tuple(finding.path for finding in built.findings),
+            streams=built.lanes,
             steps=len(chain.couplings),
             stored_steps=len(chain.couplings) - chain.stored_from,
             stored_blocks=built.kept,
@@ -211,8 +214,10 @@ def _because(memory: Memory, chains: tuple[ConvertedChain, ...], left_out: int) 
     if memory.converted.kept <= memory.checkpoint.kept:
         return "because the chain's streams and their gradients lie beside the block that is computed"
     blocks = sum(len(chain.blocks) for chain in chains)
+    streams = sum(chain.streams for chain in chains)
+    where = plural(len(chains), "chain") if streams == len(chains) else f"each of {streams} streams"
     text = (
-        f"because two streams in 32 bits for {plural(len(chains), 'chain')}, side bits and stored blocks take more "
+        f"because two streams in 32 bits for {where}, side bits and stored blocks take more "
         f"than the inputs of {plural(blocks, 'block')}"
     )
     if left_out:

@@ -17,6 +17,7 @@ from fractions import Fraction
 
 import torch
 
+from autorev.alike import typical
 from autorev.couplings.side_bits import pack, unpack
 
 LIMIT = 2**29
@@ -184,7 +185,8 @@ def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         return
     axis = max(range(len(shape)), key=shape.__getitem__)
     length = -(-shape[axis] // count)
-    for start in range(0, shape[axis], length):
+    starts = range(0, shape[axis], length)
+    for start in map(starts.__getitem__, typical(len(starts))):
         yield tuple(tensor.narrow(axis, start, min(length, shape[axis] - start)) for tensor in tensors)
 
 

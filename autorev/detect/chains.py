@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -13,8 +14,11 @@ from torch.utils._pytree import tree_leaves
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
-from autorev.detect.inline import common_start, inline_blocks
-from autorev.detect.judge import Finding, judge
+from autorev.detect.ends import argument_of
+from autorev.detect.idle import idle_towers
+from autorev.detect.inline import common_start, inline_blocks, recur, refused_loops
+from autorev.detect.judge import Finding, judge, judge_first
+from autorev.detect.nearest import nearest
 from autorev.detect.obstacles import Obstacle
 
 MOST_STEPS = 4
@@ -31,6 +35,10 @@ class Detection:
     chains: list[list[Finding]] = field(default_factory=list)
     refused: list[Finding] = field(default_factory=list)
     never_called: list[Block] = field(default_factory=list)
+    nearest: str = ""
+    """Where there is neither: what came nearest to a residual block; empty where nothing did."""
+    idle: list[str] = field(default_factory=list)
+    """Of each tower that did not run, a sentence."""
 
     def public(self) -> tuple[tuple[Chain, ...], tuple[Block, ...]]:
         """As frozen data."""
@@ -42,26 +50,26 @@ def detect(recorded: RecordedCall) -> Detection:
     """Find every residual block of the recorded call, judge it, and build the chains."""
     findings = list(_search(recorded.root))
     if not findings:
-        findings = inline_blocks(recorded.root, alone=True)
+        findings = refused_loops(recorded.root)
+    _keep_what_is_handed_on(findings)
+    _put_in_one_order(findings)
     _link(findings, recorded)
-    detection = Detection()
-    tail: dict[State, list[Finding]] = {}
-    for finding in findings:
-        if not finding.reversible:
-            detection.refused.append(finding)
-            continue
-        chain = tail.pop(_entry(finding), None)
-        if chain is None:
-            chain = []
-            detection.chains.append(chain)
-        chain.append(finding)
-        tail[_exit(finding)] = chain
+    detection = Detection(_chains(findings), [finding for finding in findings if not finding.reversible])
     for chain in detection.chains:
         if len(chain) == 1:
             text = "it stands alone: a chain of one block saves no more than checkpointing that block would"
             chain[0].caveats.append(Obstacle("single-block", text, definition_line(chain[0].call.module)))
     detection.never_called = list(_never_called(recorded.root, findings))
+    detection.idle = idle_towers(recorded)
+    if not findings:
+        repeated = (c for call in recorded.root.walk() for c in call.children if _is_candidate(c, call))
+        detection.nearest = nearest(recorded.root, repeated)
     return detection
+
+
+def _run_alike(before: Finding, after: Finding) -> bool:
+    """Blocks are run by their modules, and the turns of a loop by the module whose code holds them."""
+    return not (before.inline or after.inline) or (before.inline and after.inline and before.call is after.call)
 
 
 def chain_name(chain: list[Finding]) -> str:
@@ -75,26 +83,83 @@ def chain_name(chain: list[Finding]) -> str:
 # -- search
 
 
-def _search(call: ModuleCall, inline: bool = True) -> Iterator[Finding]:
+def _search(call: ModuleCall, inline: bool = True) -> list[Finding]:
     """Blocks below `call`, outermost first; a container of blocks gives way to what it contains.
 
-    `inline=False`: `call`'s own code was judged already.
+    `inline=False`: `call`'s own code was judged already, and of it only a loop is taken.
     """
     judged = {id(child): judge(child) for child in call.children if _is_candidate(child, call)}
-    found = False
+    deferring = {type(finding.call.module): finding.captured for finding in judged.values() if finding.deferred}
+    for key, ordinary in judged.items():
+        if not ordinary.deferred and (like := deferring.get(type(ordinary.call.module))) is not None:
+            judged[key] = judge_first(ordinary.call, like.opened) or ordinary
+    found: list[Finding] = []
     for child in call.children:
         finding = judged.get(id(child))
         if finding is not None and finding.steps and not _is_container(finding, judged):
             inner = [finding]
         else:
             refused = finding is not None and finding.residual and not finding.steps
-            inner = list(_search(child, inline=not refused))
+            inner = _search(child, inline=not refused)
             if not inner and finding is not None and finding.residual:
                 inner = [finding]
-        found = found or bool(inner)
-        yield from inner
-    if inline and not found and not type(call.module).__module__.startswith("torch.nn"):
-        yield from inline_blocks(call)
+        found += inner
+    found = list(_opened_up(found))
+    return found if type(call.module).__module__.startswith("torch.nn") else _around(call, found, inline)
+
+
+def _opened_up(found: list[Finding]) -> Iterator[Finding]:
+    """`found`, but where a block is part of no chain (SDXL's transformers between convolutions), the chain inside."""
+    lone = {id(chain[0]) for chain in _chains(found, wholly=False) if len(chain) == 1 and not chain[0].inline}
+    for finding in found:
+        inside = _search(finding.call) if id(finding) in lone else []
+        yield from inside if _chained(inside) else [finding]
+
+
+def _around(call: ModuleCall, found: list[Finding], inline: bool) -> list[Finding]:
+    """What is found below `call`, or else the loop in `call`'s own code, if more steps follow one another in that.
+
+    Blocks between which a loop adds something, or lays the stream out anew, are part of its own code.
+    """
+    chained = _chained(found)
+    if chained and not _interrupted(found):
+        return found
+    blocks = [finding for finding in found if finding.reversible and not finding.inline]
+    opened = {path for block in blocks for path in (block.call.path, *block.opened)}
+    loop = inline_blocks(call, frozenset(path.removeprefix(f"{call.path}.") for path in opened))
+    if not (loop if inline and not found else _chained(loop) > chained):
+        return found
+    run = {f"{call.path}.{path}".lstrip(".") for finding in loop for path in finding.modules}
+    return loop + [f for f in found if not any(f"{f.path}.".startswith(f"{path}.") for path in opened | run)]
+
+
+def _chained(findings: list[Finding]) -> int:
+    """How many steps follow one another in chains of several blocks, each module being part of one chain.
+
+    Adds in a module's own code that do not recur are no loop.
+    """
+    steps, taken = 0, set[str]()
+    for chain in _chains(findings, wholly=False):
+        modules = {finding.call.path for finding in chain}
+        ends = [finding.end for finding in chain if finding.end is not None]
+        if len(chain) > 1 and taken.isdisjoint(modules) and (not chain[0].inline or recur(ends)):
+            taken |= modules
+            steps += sum(len(finding.steps) for finding in chain)
+    return steps
+
+
+def _interrupted(found: list[Finding]) -> bool:
+    """Does a block receive another tensor than the one before it returned, but one that could be made of that?"""
+    taken = {state for f in found if f.reversible for state in _entry(f)}
+    given = {state for f in found if f.reversible for state in _exit(f)}
+    return any(
+        taken.isdisjoint(_exit(before))
+        and given.isdisjoint(_entry(after))
+        and before.stream_out is not None
+        and after.stream_in is not None
+        and before.stream_out.numel() == after.stream_in.numel()
+        for before, after in pairwise([f for f in found if f.reversible and not f.inline])
+    )
 
 
 def _is_candidate(child: ModuleCall, parent: ModuleCall) -> bool:
@@ -117,14 +182,16 @@ def _in_container(child: ModuleCall, parent: ModuleCall) -> bool:
 
 
 def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
-    """A stage whose steps all stem from a series of equal sub-modules holds blocks, and is none itself.
+    """A stage whose steps all stem from a series of equal sub-modules, or from a loop, holds blocks and is none itself.
 
     A block may well be made of two equal residual wrappers; then its siblings are blocks like it.
     """
     assert finding.captured is not None
     module = finding.call.module
     opened = Counter(type(module.get_submodule(path)) for path in finding.captured.opened)
-    if not opened or max(opened.values()) < 2:
+    own = [step for step in finding.steps if step.reads_stream() and not step.after.meta["inside"]]
+    series = max(opened.values(), default=0) > 1 and not own
+    if not series and not recur([step.after for step in finding.steps]):
         return False
     if len(finding.steps) > MOST_STEPS:
         return True
@@ -139,12 +206,68 @@ State = tuple[int, int]
 """A tensor, and how often it had been written to: what one block returns is what the next receives."""
 
 
-def _entry(finding: Finding) -> State:
-    return id(finding.stream_in), 0 if finding.inline else finding.call.entered.get(id(finding.stream_in), 0)
+def _chains(findings: list[Finding], wholly: bool = True) -> list[list[Finding]]:
+    """The reversible ones, in one list those that hand on their streams from each to the next: all of them, or, not
+    `wholly`, one at least."""
+    chains: list[list[Finding]] = []
+    tail: dict[Any, list[Finding]] = {}
+    for finding in findings:
+        if finding.reversible:
+            entry, exit = ((state,) if wholly else state for state in (_entry(finding), _exit(finding)))
+            state = next((state for state in entry if state in tail and _run_alike(tail[state][-1], finding)), None)
+            chain = [] if state is None else tail.pop(state)
+            if state is None:
+                chains.append(chain)
+            chain.append(finding)
+            tail |= dict.fromkeys(exit, chain)
+    return chains
 
 
-def _exit(finding: Finding) -> State:
-    return id(finding.stream_out), 0 if finding.inline else finding.call.left.get(id(finding.stream_out), 0)
+def _entry(finding: Finding) -> tuple[State, ...]:
+    """Of every stream that it carries."""
+    return tuple(sorted(map(_enters, finding.lanes)) if finding.deferred else map(_enters, finding.lanes))
+
+
+def _exit(finding: Finding) -> tuple[State, ...]:
+    # The parts of a sum have no order.
+    return tuple(sorted(map(_leaves, finding.lanes)) if finding.deferred else map(_leaves, finding.lanes))
+
+
+def _enters(lane: Finding) -> State:
+    return id(lane.stream_in), 0 if lane.inline else lane.call.entered.get(id(lane.stream_in), 0)
+
+
+def _leaves(lane: Finding) -> State:
+    return id(lane.stream_out), 0 if lane.inline else lane.call.left.get(id(lane.stream_out), 0)
+
+
+def _keep_what_is_handed_on(findings: list[Finding]) -> None:
+    """A further stream is one only where a block receives from another what that one returned, and a deferred residual
+    only where another block adds it up."""
+    given = {state for finding in findings if finding.reversible for state in _exit(finding)}
+    taken = {state for finding in findings if finding.reversible for state in _entry(finding)}
+    sums = {_entry(finding) for finding in findings} & {_exit(finding) for finding in findings}
+    for number, finding in enumerate(findings):
+        if not finding.deferred:
+            finding.beside = [lane for lane in finding.beside if _enters(lane) in given or _leaves(lane) in taken]
+        elif sums.isdisjoint((_entry(finding), _exit(finding))):
+            other = judge(finding.call, deferred=False)
+            findings[number] = other if other.residual else finding
+
+
+def _put_in_one_order(findings: list[Finding]) -> None:
+    """A block may take its streams in another order than the one before it returns them."""
+    order: dict[frozenset[State], tuple[State, ...]] = {}
+    for number, finding in enumerate(findings):
+        wanted = order.get(frozenset(_entry(finding)), ())
+        if len(wanted) == len(finding.lanes) and not finding.deferred:
+            lanes = {_enters(lane): lane for lane in finding.lanes}
+            finding.beside = []
+            first, *beside = (lanes[state] for state in wanted)
+            finding = findings[number] = first
+            finding.beside = beside
+        if len(set(_exit(finding))) == len(finding.lanes):
+            order[frozenset(_exit(finding))] = _exit(finding)
 
 
 def _link(findings: list[Finding], recorded: RecordedCall) -> None:
@@ -158,22 +281,29 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
             continue
         if _exit(before) in taken or _entry(after) in given:
             continue
+        shared = set(_exit(before)) & set(_entry(after))
+        if shared and len(before.lanes) != len(after.lanes):
+            broken[id(after)] = _other_streams(before, after)
+            continue
         if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
             continue
         if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
             continue
-        made = recorded.writers if before.stream_out is after.stream_in else recorded.producers
-        name, line = made.get(id(after.stream_in), ("an in-place operation", "unknown source"))
+        replaced = next(lane.stream_in for lane in after.lanes if _enters(lane) not in shared)
+        written = any(lane.stream_out is replaced for lane in before.lanes)
+        made = recorded.writers if written else recorded.producers
+        name, line = made.get(id(replaced), ("an in-place operation", "unknown source"))
         text = (
             f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
             "receive what the other returned"
         )
         broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
-    receivers = {id(f.stream_in): f for f in reversed(findings) if f.reversible and not f.inline}
+    receivers = {id(lane.stream_in): f for f in reversed(findings) if f.reversible and not f.inline for lane in f.lanes}
     for finding in findings:
-        receiver = receivers.get(id(finding.stream_out)) if finding.reversible else None
-        if receiver is not None and finding.stream_in is not finding.stream_out:  # it is, where blocks add in place
-            finding.caveats += _read_outside(finding, receiver, recorded)
+        for lane in finding.lanes if finding.reversible else ():
+            receiver = receivers.get(id(lane.stream_out))
+            if receiver is not None and lane.stream_in is not lane.stream_out:  # it is, where blocks add in place
+                finding.caveats += _read_outside(lane, receiver, recorded)
     for finding in findings:
         obstacle = broken.get(id(finding))
         if obstacle is not None:
@@ -185,6 +315,15 @@ def _link(findings: list[Finding], recorded: RecordedCall) -> None:
         if finding.reversible and parent is not None and parent.scalar_draws:
             text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
             finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
+
+
+def _other_streams(before: Finding, after: Finding) -> Obstacle:
+    first, second = (", ".join(argument_of(lane.start) for lane in f.lanes if lane.start) for f in (before, after))
+    text = (
+        f"it carries on {second}, and {before.path} before it {first}; a chain has the same streams from its first "
+        "block to its last"
+    )
+    return Obstacle("other-streams", text, definition_line(after.call.module))
 
 
 def _read_outside(before: Finding, after: Finding, recorded: RecordedCall) -> list[Obstacle]:

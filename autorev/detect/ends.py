@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -43,9 +43,9 @@ def drop_unread_items(captured: CapturedBlock) -> None:
             captured.graph.erase_node(node)
 
 
-def is_read(node: fx.Node, apart_from: fx.Node) -> bool:
-    """Does anything use the argument, or an item of it, other than the stream `apart_from`?"""
-    if node is apart_from:
+def is_read(node: fx.Node, apart_from: Sequence[fx.Node | None]) -> bool:
+    """Does anything use the argument, or an item of it, other than the streams `apart_from`?"""
+    if node in apart_from:
         return False
     items = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem]
     return len(items) < len(node.users) or any(is_read(item, apart_from) for item in items)
@@ -85,7 +85,7 @@ def find_stream(
     """Where in (args, kwargs) the stream is, and the stream. `named`: the call's arguments, in order, by name.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: the call has no such argument.
+        AttributeError, KeyError, IndexError, TypeError, ValueError: the call has no such argument.
     """
     wanted, _, item = argument.partition("[")
     names = [name for name, _ in named]
@@ -96,7 +96,7 @@ def find_stream(
         place += (int(key) if key.lstrip("-").isdigit() else key.strip("'\""),)
     value: Any = (args, kwargs)
     for key in place:
-        value = value[key]
+        value = getattr(value, key) if is_dataclass(value) and not isinstance(value, Mapping) else value[key]
     return place, value
 
 
@@ -115,5 +115,5 @@ def replace_leaf(structure: Any, at: tuple[Any, ...], value: Any) -> Any:
         copied[key] = replace_leaf(structure[key], rest, value)
         return copied
     twin = copy.copy(structure)
-    setattr(twin, key, replace_leaf(getattr(structure, key), rest, value))
+    object.__setattr__(twin, key, replace_leaf(getattr(structure, key), rest, value))  # it may be frozen
     return twin

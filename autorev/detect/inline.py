@@ -6,63 +6,111 @@ of the loop is one block: where the places of the adds in the code repeat with a
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+
+import torch
+from torch import fx
 
 from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.ends import drop_unread_items
 from autorev.detect.graph_queries import BlockView
-from autorev.detect.judge import Finding
+from autorev.detect.judge import Finding, own_backward
 from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
-from autorev.detect.stream import ResidualStep, follow, is_stream_like, reaches
+from autorev.detect.stream import ResidualStep, add_operands, follow, is_stream_like, reaches
 
 
-def inline_blocks(call: ModuleCall, alone: bool = False) -> list[Finding]:
-    """Inline blocks in `call`'s own code; with `alone`, in everything below it too, and refusals among them.
+def inline_blocks(call: ModuleCall, opened: frozenset[str] = frozenset()) -> list[Finding]:
+    """Inline blocks in `call`'s own code, and in that of the sub-modules `opened`, which are no more than part of it.
 
     A module that cannot be traced has no inline block that could be converted; it contributes nothing.
     """
-    if alone:
-        found: list[Finding] = []
-        for inner in call.walk():
-            if not type(inner.module).__module__.startswith("torch.nn"):
-                found += _refused_loop(inner)
-        return found
-    captured = _captured(call)
+    captured = _captured(call, opened)
     if captured is None:
         return []
     return [finding for run in residual_runs(captured.graph) for finding in _blocks_of(call, captured, run)]
 
 
-def _captured(call: ModuleCall) -> CapturedBlock | None:
+def refused_loops(root: ModuleCall) -> list[Finding]:
+    """Loops anywhere below `root` that do something to the residual sum before the next turn."""
+    calls = (call for call in root.walk() if not type(call.module).__module__.startswith("torch.nn"))
+    return [finding for call in calls for finding in _refused_loop(call)]
+
+
+def _captured(call: ModuleCall, opened: frozenset[str] = frozenset()) -> CapturedBlock | None:
+    """`call`'s code; modules that may be no more than an add of what they are given are looked into."""
     if not call.children:
         return None
-    try:
-        captured = capture(call.path, call.module, call.args, call.kwargs)
-    except Exception:  # the recorded call succeeded; only this second look at it did not
-        return None
-    drop_unread_items(captured)
-    return captured
+    adders: frozenset[str] = frozenset()
+    while True:
+        try:
+            captured = capture(call.path, call.module, call.args, call.kwargs, opened | adders)
+        except Exception:  # the recorded call succeeded; only this second look at it did not
+            return None
+        drop_unread_items(captured)
+        more = frozenset(str(node.target) for node in captured.graph.nodes if _may_be_an_add(node, captured))
+        if not more:
+            return captured
+        adders |= more
+
+
+def _may_be_an_add(node: fx.Node, captured: CapturedBlock) -> bool:
+    """Is it a call of a module without parts that makes one tensor of two like it (`Residual()(f(x), x)`)?"""
+    value = node.meta.get("val")
+    if node.op != "call_module" or not isinstance(value, torch.Tensor):
+        return False
+    alike = [n for n in node.all_input_nodes if getattr(n.meta.get("val"), "shape", None) == value.shape]
+    module = captured.module.get_submodule(str(node.target))
+    return len(alike) > 1 and not [*module.children()] and not type(module).__module__.startswith("torch.nn")
 
 
 def _blocks_of(call: ModuleCall, captured: CapturedBlock, run: Run) -> list[Finding]:
-    period = _period([step.after.meta["place"] for step in run.steps])
-    obstacles = obstacles_on_stream(captured, run.stream, run.path)
+    steps = _told_by_place(run)
+    period = turn_of(steps)
+    obstacles = obstacles_on_stream(captured, run.stream, run.path) + own_backward(call)
     findings = []
-    for number, first in enumerate(range(0, len(run.steps), period)):
-        group = run.steps[first : first + period]
+    # Every turn ends with the same add. The first one may lack steps: of those that read a tensor which is read later.
+    whole = range(len(steps) % period, len(steps) + 1, period)
+    for number, (first, end) in enumerate(pairwise(sorted({0, *whole}))):
+        group = steps[first:end]
         finding = Finding(call, captured, group[0].before, group, list(obstacles), end=group[-1].after, inline=True)
         finding.path = _path(call, group, number)
         findings.append(finding)
     return findings
 
 
-def _period(places: list[Any]) -> int:
+def _told_by_place(run: Run) -> list[ResidualStep]:
+    """The run's steps; those that end with an add which in another turn ends none are one with the step behind.
+
+    None are left where such an add ends the last one (a U-Net's second half adds more).
+    """
+    steps = list(run.steps)
+    nodes = list(run.stream.start.graph.nodes)
+    adds = [n for n in nodes[nodes.index(steps[0].before) + 1 :] if add_operands(n) is not None]
+    while True:
+        ends = {step.after for step in steps}
+        others = {n.meta["place"] for n in adds if n not in ends}
+        number = next((i for i, step in enumerate(steps) if step.after.meta["place"] in others), None)
+        if number is None or number == len(steps) - 1:
+            return steps if number is None else []
+        first, second = steps[number : number + 2]
+        steps[number : number + 2] = [ResidualStep((*first.adds, *second.adds), first.before)]
+
+
+def turn_of(steps: list[ResidualStep]) -> int:
+    """The number of steps in a turn of the loop: with it, the places of the adds in the code repeat; 1 where they do
+    not."""
+    places = [step.after.meta["place"] for step in steps]
     for period in range(1, len(places) // 2 + 1):
-        if all(p == places[i % period] for i, p in enumerate(places)):
+        if all(place == places[i + period] for i, place in enumerate(places[:-period])):
             return period
     return 1
+
+
+def recur(ends: list[fx.Node]) -> bool:
+    """Do adds recur in the code? Then it is a loop, and not merely adds that follow one another."""
+    return len({end.meta["place"] for end in ends}) < len(ends)
 
 
 def _path(call: ModuleCall, steps: list[ResidualStep], number: int) -> str:

@@ -198,7 +198,8 @@ def broadcast(view: BlockView) -> Obstacle | None:
 
 def stream_dropout(view: BlockView) -> Obstacle | None:
     """`dropout(h + f(h))`: what is dropped from the stream cannot be reconstructed."""
-    for node in [*tail(view.output), *(strip(o) for s in sums(view) for o, _ in operands(s))]:
+    added = sums(view)
+    for node in [*(tail(view.output) if added else ()), *(strip(o) for s in added for o, _ in operands(s))]:
         if is_dropout(node, view.block) and any(carries(n, view) for n in node.all_input_nodes):
             return Obstacle(
                 "stream-dropout",

@@ -17,8 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.source import caller_line
+from autorev.own_mode import OwnMode
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def residual_runs(graph: fx.Graph) -> list[Run]:
     candidates: list[Run] = []
     covered: set[fx.Node] = set()
     for total in stream_like_sums(graph):
-        for start in total.all_input_nodes:
+        for start in summands(total):
             if start in covered or not is_stream_like(start.meta.get("val")):
                 continue
             run = _longest(follow(start))
@@ -61,16 +61,21 @@ def _longest(stream: Stream) -> Run | None:
     for add in reversed(adds):
         # The number of sums on the way bounds the number of steps, and is cheap to count.
         most = sum(isinstance(stream.nodes[node], Add) for node in stream.path_to(add.node))
-        if most < max(2, len(best.steps) + 1 if best else 0):
+        if most < max(2, len(best.steps) + 1 if best else 0) or not stream.reads(add):
             continue
         steps = stream.steps_to(add.node)
-        while steps and not steps[0].reads_stream():  # token + position embedding: a sum, but no step
-            steps = steps[1:]
         if len(steps) >= 2 and (best is None or len(steps) > len(best.steps)):
             best = Run(stream, steps)
-    if best is not None and best.steps[0].before is not stream.start:
-        return _longest(follow(best.steps[0].before))
+    first = best.steps[0].adds[0] if best is not None else None
+    if first is not None and not stream.reads(first):  # token + position embedding: a sum, but no step
+        return _longest(follow(first.node))
     return best
+
+
+def summands(node: fx.Node) -> list[fx.Node]:
+    """The nodes that the sum `node` adds up."""
+    first, others = add_operands(node) or (None, ())
+    return [operand for operand in (first, *others) if isinstance(operand, fx.Node)]
 
 
 def stream_like_sums(graph: fx.Graph) -> list[fx.Node]:

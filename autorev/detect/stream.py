@@ -9,7 +9,9 @@ walking back from it along the skips meets the adds; those that every path from 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,8 +22,24 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 _adds = {operator.add, operator.iadd, torch.add, "add", "add_", "__radd__"}
 _subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
 _scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
+_matrix_products: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.addr}
+_matrix_products |= {"addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm_", "addmv", "addmv_", "addr", "addr_"}
+_scatters: set[Any] = {torch.index_add, torch.scatter_add, "index_add", "index_add_", "scatter_add", "scatter_add_"}
+ONTO_FIRST = _scaled_products | _matrix_products | _scatters
+"""They add to their first operand, whatever the shapes of the others."""
+_multiplies: set[Any] = {
+    operator.mul,
+    operator.truediv,
+    torch.mul,
+    torch.div,
+    torch.true_divide,
+    "mul",
+    "div",
+    "true_divide",
+}
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
+_cats = {"cat", "concat", "concatenate"}
 _cuts_gradient = {"detach", "detach_", torch.detach, "data"}
 
 
@@ -55,7 +73,11 @@ class ResidualStep:
 
     def reads_stream(self) -> bool:
         """Does the branch depend on the stream? A module that adds two of its arguments has no branch of its own."""
-        return any(_depends(item, self.before) for add in self.adds for item in add.branch)
+        return self.reads(self.before)
+
+    def reads(self, node: fx.Node) -> bool:
+        """Does the branch depend on `node`?"""
+        return any(_depends(item, node) for add in self.adds for item in add.branch)
 
     def branch_nodes(self) -> list[fx.Node]:
         """Nodes that the branch is computed by, in graph order."""
@@ -67,8 +89,16 @@ class ResidualStep:
             if node in wanted or node in skips or node is self.before:
                 continue
             wanted.add(node)
-            pending += node.all_input_nodes
+            pending += read_by(node)
         return [node for node in self.before.graph.nodes if node in wanted]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a stream is in a tensor that it was concatenated into."""
+
+    axis: int
+    offset: int
 
 
 @dataclass(eq=False)
@@ -78,9 +108,15 @@ class Stream:
     start: fx.Node
     nodes: dict[fx.Node, Add | fx.Node]
     """Stream node -> the add that made it, or the stream node it is an alias of; `start` maps to itself."""
+    cats: dict[fx.Node, Part] = field(default_factory=dict)
+    """Stream nodes of which the stream is only a part, as it was concatenated with something else."""
 
     def __contains__(self, node: object) -> bool:
         return node in self.nodes
+
+    def within(self, node: fx.Node) -> bool:
+        """Is the stream only a part of the stream node `node`?"""
+        return node in self.cats
 
     def path_to(self, end: fx.Node) -> list[fx.Node]:
         """The stream's nodes from `start` to the stream node `end`, along the skips."""
@@ -98,18 +134,24 @@ class Stream:
         before = self.start
         for add in adds:
             pending.append(add)
-            if not reaches(self.start, end, without=add.node):
-                if not any(_depends(item, self.start) for a in pending for item in a.branch) and steps:
-                    # A term that does not read the stream (a bias) belongs to the step before it.
-                    steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
-                else:
-                    steps.append(ResidualStep(tuple(pending), before))
+            # A term that does not read the stream (a position, a bias) belongs to the step behind it.
+            if self.reads(*pending) and not reaches(self.start, end, without=add.node):
+                steps.append(ResidualStep(tuple(pending), before))
                 pending, before = [], add.node
+        if pending and steps:
+            steps[-1] = ResidualStep((*steps[-1].adds, *pending), steps[-1].before)
+        elif pending:
+            steps.append(ResidualStep(tuple(pending), before))
         return steps
 
+    def reads(self, *adds: Add) -> bool:
+        """Does anything of what they add depend on the stream?"""
+        return any(_depends(item, self.start) for add in adds for item in add.branch)
 
-def follow(start: fx.Node) -> Stream:
-    """Find every node that is the stream beginning at `start`."""
+
+def follow(start: fx.Node, through_cat: bool = False) -> Stream:
+    """Find every node that is the stream beginning at `start`; with `through_cat`, also what it is only a part of until
+    that part is taken out again."""
     stream = Stream(start, {start: start})
     begun = False
     for node in start.graph.nodes:
@@ -118,8 +160,57 @@ def follow(start: fx.Node) -> Stream:
         elif begun:
             made = alias_of(node, stream) or residual_add(node, stream)
             if made is not None:
+                source = made.skip if isinstance(made, Add) else made
+                part = stream.cats.get(source)
+                if part is not None and not isinstance(made, Add) and not _same_layout(node, source):
+                    continue  # where the stream is in a reshaped tensor is not known
+            elif through_cat and (joined := _concatenated(node, stream)) is not None:
+                made, part = joined
+            elif through_cat:
+                made, part = _taken_out(node, stream), None
+            if made is not None:
                 stream.nodes[node] = made
+                if part is not None:
+                    stream.cats[node] = part
     return stream
+
+
+def _same_layout(node: fx.Node, source: fx.Node) -> bool:
+    moved = _name(node) in _moves or (node.target is getattr and node.args[1] in _moves)
+    return not moved and node.meta["val"].shape == source.meta["val"].shape
+
+
+def _concatenated(node: fx.Node, stream: Stream) -> tuple[fx.Node, Part] | None:
+    """The stream node that `node` concatenates with other tensors, and where it is."""
+    if _name(node) not in _cats or not node.args or not isinstance(node.args[0], list | tuple):
+        return None
+    items = [item for item in node.args[0] if isinstance(item, fx.Node)]
+    places = [number for number, item in enumerate(items) if item in stream and item not in stream.cats]
+    value, axis = node.meta.get("val"), node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if len(places) != 1 or not isinstance(value, torch.Tensor) or not isinstance(axis, int):
+        return None
+    axis %= value.dim()
+    if any(item.meta["val"].dim() != value.dim() for item in items):
+        return None
+    return items[places[0]], Part(axis, sum(item.meta["val"].shape[axis] for item in items[: places[0]]))
+
+
+def _taken_out(node: fx.Node, stream: Stream) -> fx.Node | None:
+    """The stream node of which `node` is the very part that is the stream: a slice, or an item of a split."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if not isinstance(source.meta.get("val"), torch.Tensor) and source.args and isinstance(source.args[0], fx.Node):
+        source = source.args[0]  # the tuple that a split returns
+    part = stream.cats.get(source)
+    if part is None or value.shape != stream.start.meta["val"].shape:
+        return None
+    whole: torch.Tensor = source.meta["val"]
+    offset = value.storage_offset() - whole.storage_offset()
+    if storage_of(value) != storage_of(whole) or value.stride() != whole.stride():
+        return None
+    return source if offset == part.offset * whole.stride(part.axis) else None
 
 
 def keeps_order(stream: Stream, end: fx.Node) -> bool:
@@ -128,7 +219,13 @@ def keeps_order(stream: Stream, end: fx.Node) -> bool:
     Shapes do not tell: a transpose that is never undone adds the branch to a permuted skip. So the views on the way are
     taken of a tensor that holds each element's number.
     """
-    way = [node for node in stream.path_to(end)[1:] if not isinstance(stream.nodes[node], Add)]
+    path = stream.path_to(end)
+    # Into a concatenated tensor and out of it nothing moves (`_same_layout`).
+    way = [
+        node
+        for before, node in pairwise(path)
+        if not isinstance(stream.nodes[node], Add) and before not in stream.cats and node not in stream.cats
+    ]
     if not any(_name(n) in _moves or (n.target is getattr and n.args[1] in _moves) for n in way):
         return True
     shape = stream.start.meta["val"].shape
@@ -178,9 +275,31 @@ def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
         return None
     if value is origin or storage_of(value) == storage_of(origin) or (node.op != "call_module" and name in _copies):
         return source
-    if name is F.dropout and value is origin:
-        return source
-    return None
+    same = name is F.dropout and value is origin
+    return source if same or _is_guard(node) or is_times_one(name, node.args, node.kwargs) else None
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """Is it a clamp to the largest numbers that the dtype has, as models that train in half precision have it (T5)?"""
+    if node.target not in (torch.clamp, "clamp"):
+        return False
+    largest = torch.finfo(node.meta["val"].dtype).max
+    return all(_is_as_large(bound, 0.9 * largest) for bound in (*node.args[1:], *node.kwargs.values()))
+
+
+def _is_as_large(bound: Any, limit: float) -> bool:
+    if not isinstance(bound, fx.Node):
+        return bound is None or abs(bound) >= limit
+    # `where(isinf(h).any(), max - 1000, max)`, and the negative of it
+    numbers = [item for item in bound.args if not isinstance(item, fx.Node)]
+    below = bound.args if bound.target in ("neg", operator.neg, torch.neg, "__neg__") else numbers
+    return bool(below) and bound.target is not torch.clamp and all(_is_as_large(item, limit) for item in below)
+
+
+def is_times_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Is it `x * 1.0` or `x / 1.0`, as where a model has a factor that was never set?"""
+    known = function in _multiplies and len(args) == 2 and not kwargs
+    return known and isinstance(args[1], int | float) and args[1] == 1
 
 
 def residual_add(node: fx.Node, stream: Stream) -> Add | None:
@@ -190,21 +309,18 @@ def residual_add(node: fx.Node, stream: Stream) -> Add | None:
         return None
     skip, branch = parts
     if not isinstance(skip, fx.Node) or skip not in stream:
-        if len(branch) != 1 or node.target in _subtracts or node.target in _scaled_products:
+        if node.target in _subtracts | ONTO_FIRST or scale_of(node) != 1:
             return None
-        skip, branch = branch[0], (skip,)
-        if not isinstance(skip, fx.Node) or skip not in stream or scale_of(node) != 1:
-            return None
+        summands = (skip, *branch)
+        skip = next((item for item in branch if isinstance(item, fx.Node) and item in stream), None)
+        branch = tuple(item for item in summands if item is not skip)
+    if skip is None or (node.target in _matrix_products and node.kwargs.get("beta", 1) != 1):
+        return None
     if any(item in stream for item in branch):
         return None
     shape = skip.meta["val"].shape
     if node.meta["val"].shape != shape:
         return None
-    for item in branch:
-        if isinstance(item, fx.Node) and _depends(item, stream.start):
-            value = item.meta.get("val")
-            if len(branch) == 1 and (not isinstance(value, torch.Tensor) or value.shape != shape):
-                return None
     return Add(node, skip, branch)
 
 
@@ -212,12 +328,30 @@ def add_operands(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     """(first operand, the others) of an addition or subtraction of tensors; None for any other node."""
     if node.op not in ("call_function", "call_method") or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    operands = [*node.args, *(node.kwargs[k] for k in ("other", "tensor1", "tensor2") if k in node.kwargs)]
+    operands = [*node.args, *(node.kwargs[k] for k in FURTHER_OPERANDS if k in node.kwargs)]
     if node.target in _adds | _subtracts and len(operands) >= 2:
         return operands[0], (operands[1],)
-    if node.target in _scaled_products and len(operands) >= 3:
+    if node.target in _scaled_products | _matrix_products and len(operands) >= 3:
         return operands[0], tuple(operands[1:3])
-    return None
+    if node.target in _scatters and len(operands) >= 4:
+        return operands[0], tuple(operands[2:4])
+    return _stacked(node)
+
+
+FURTHER_OPERANDS = ("other", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2", "dim", "index", "source", "src")
+"""What the operands of sums behind the first one are called, where they are given by name."""
+
+
+def _stacked(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """The same of `torch.stack([a, b, ...]).sum(0)`."""
+    stack = node.args[0] if node.args else None
+    if node.target not in (torch.sum, "sum") or not isinstance(stack, fx.Node) or stack.target is not torch.stack:
+        return None
+    dims = [n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", usual) for n, usual in ((stack, 0), (node, None))]
+    tensors, kept = stack.args[0], node.meta["val"].dim() == stack.meta["val"].dim()
+    if dims[0] != dims[1] or kept or not isinstance(tensors, list | tuple):
+        return None
+    return tensors[0], tuple(tensors[1:])
 
 
 def scale_of(node: fx.Node) -> Any:
@@ -242,8 +376,21 @@ def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> boo
             return True
         if node not in seen and node is not without:
             seen.add(node)
-            pending += list(node.users)
+            pending += [user for user in node.users if node in read_by(user)]
     return False
+
+
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values `node` reads: not those that only lend it their shape or dtype."""
+    name = _name(node)
+    if name in _takes_after and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return [n for n in node.all_input_nodes if n is not node.args[1]]
+    if node.op != "call_module" and (name.endswith("_like") or name.startswith("new_")):
+        return [n for n in node.all_input_nodes if n is not node.args[0]]
+    return node.all_input_nodes
+
+
+_takes_after = {"type_as", "view_as", "reshape_as", "expand_as", "to"}
 
 
 def _depends(item: Any, start: fx.Node) -> bool:
@@ -256,5 +403,5 @@ def storage_of(value: Any) -> int | None:
 
 
 def is_stream_like(value: Any) -> bool:
-    """Could it be a stream: a floating-point tensor with an axis to spare?"""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
+    """Could it be a stream: a floating-point tensor with an axis?"""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0

@@ -30,9 +30,11 @@ from autorev.engine.grid import say_coarsened
 from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
 from autorev.engine.modules import version_of
+from autorev.engine.pipeline import check_no_stage
 from autorev.engine.seeds import Seeds
 from autorev.engine.tape import Tape
 from autorev.errors import ConversionError
+from autorev.keeps import NOTHING, Keeps
 
 
 @dataclass(eq=False)
@@ -71,12 +73,11 @@ class ReversibleChain:
     drifts: dict[str, float] = field(default_factory=dict)
     """What was left of the integrity check in the last backward pass: 0 when exact. By the chain's name; where a
     new chain started within a forward pass, each further piece has an entry of its own."""
-    host: HostStore | None = None
-    """Where side bits wait for backward; None: on their device."""
-    keeps_attention: bool = False
-    """Is what attention returns kept, so that a second run need not compute it?"""
-    magnitudes: Magnitudes | None = None
-    """While a grid is being chosen: how large the streams were so far."""
+    keeps: list[Keeps] = field(default_factory=list)
+    """What each step keeps beyond its side bits, and what waits in the memory of `host`."""
+    host: HostStore = field(default_factory=HostStore)
+    magnitudes: dict[int, Magnitudes] | None = None
+    """While a grid is being chosen: how large the streams of each lane were so far."""
     finest: int = MOST_FRACTION_BITS
     """No forward pass begins with more: one that did outgrew its grid on a device that is not waited for."""
     grids: dict[str, int] = field(default_factory=dict)
@@ -89,6 +90,9 @@ class ReversibleChain:
     """What the user was told; see `warn_once`."""
     carried: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """Storage of a stream that is between two blocks -> the `Carried` that goes with it."""
+
+    def __post_init__(self) -> None:
+        self.keeps = self.keeps or [NOTHING] * len(self.couplings)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has no part in the calls of the original."""
@@ -117,11 +121,9 @@ class ReversibleChain:
 
 
 @dataclass(eq=False)
-class Carried:
-    """What goes with a stream from one step to the next."""
+class CarriedLane:
+    """What a stream is known by on its way to the next step, and what goes with it."""
 
-    number: int
-    """The step that returned the stream."""
     memory: tuple[Any, ...]
     """See `memory_of`."""
     values: Digest | None
@@ -131,6 +133,24 @@ class Carried:
     requires_grad: bool
     partner: torch.Tensor | None
     """The partner as autograd knows it; without values, but for the oracle. None: no gradient goes there."""
+
+    @classmethod
+    def of(cls, stream: torch.Tensor, partner: torch.Tensor | None) -> CarriedLane:
+        """Of a stream that is handed on."""
+        return cls(memory_of(stream), values_of(stream), stream.dtype, stream.requires_grad, partner)
+
+    def is_memory_of(self, stream: torch.Tensor) -> bool:
+        """Is `stream` the same memory, with the same values?"""
+        return self.memory == memory_of(stream) and self.values == values_of(stream)
+
+
+@dataclass(eq=False)
+class Carried:
+    """What goes with the streams of all lanes from one step to the next."""
+
+    number: int
+    """The step that returned the streams."""
+    lanes: tuple[CarriedLane, ...]
     tape: Tape
     """It holds the state: after `position` of its steps."""
     position: int
@@ -153,11 +173,40 @@ def values_of(stream: torch.Tensor) -> Digest | None:
 
 
 @dataclass(eq=False)
+class Apart:
+    """A stream that the model's loop carries as two tensors, of which it is the sum."""
+
+    stream: torch.Tensor
+    parts: tuple[torch.Tensor, torch.Tensor]
+    known: tuple[CarriedLane, CarriedLane]
+
+    @classmethod
+    def of(cls, stream: torch.Tensor, *parts: torch.Tensor) -> Apart:
+        """Handed on as `parts`."""
+        first, second = parts
+        return cls(stream, (first, second), (CarriedLane.of(first, None), CarriedLane.of(second, None)))
+
+    def is_sum_of(self, *parts: torch.Tensor) -> bool:
+        """Are these the very parts that were handed on, in whatever order?"""
+        return any(all(map(self._is_part, order, (0, 1))) for order in (parts, parts[::-1]))
+
+    def _is_part(self, given: torch.Tensor, number: int) -> bool:
+        part = self.parts[number]
+        return (
+            given.untyped_storage()._cdata == part.untyped_storage()._cdata
+            and self.known[number].is_memory_of(given)
+            and given.requires_grad == part.requires_grad
+        )
+
+
+@dataclass(eq=False)
 class Pass:
     """One forward pass through a chain."""
 
     latest: Carried | None = None
     """What the last step left, for a stream that was copied since."""
+    apart: Apart | None = None
+    """How the last step handed its stream on, where that is in two parts."""
     given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """The arguments of the module that holds the loop; None where blocks are called one by one."""
     unchecked: list[Tape] = field(default_factory=list)
@@ -209,27 +258,31 @@ def pass_of(chain: ReversibleChain) -> Pass:
 # -- a stream arrives at a block
 
 
-def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int]) -> tuple[Carried | None, int, str]:
-    """`stream` reaches a block that may be one of the steps `numbers` (several: shared weights).
+def arrive(
+    chain: ReversibleChain, streams: tuple[torch.Tensor, ...], numbers: Sequence[int]
+) -> tuple[Carried | None, int, str]:
+    """`streams`, one for each lane, reach a block that may be one of the steps `numbers` (several: shared weights).
 
     Returns: what goes with it (None: a chain starts here), the step that it is, and what a chain that starts here is
         called.
 
     Raises:
-        ConversionError: the state cannot be known, as under a checkpoint around a single block.
+        ConversionError: the state cannot be known, as under a checkpoint around a single block, or in a stage of a
+            pipeline.
     """
     here = pass_of(chain)
-    found = _by_memory(chain, stream)
+    found = _by_memory(chain, streams)
     if found is None and here.latest is not None and any(number > here.latest.number for number in numbers):
-        found = here.latest if _is_copy(here.latest, stream) else None
+        found = here.latest if _is_copy(here.latest, streams) else None
     found = _still_there(found)
     number = numbers[0] if found is None else next((n for n in numbers if n > found.number), numbers[0])
     label = chain.name
     if found is None:
         here.ends()  # of an earlier pass that left the chain before its end
+        check_no_stage(chain.paths[number])
         if here.latest is not None and number > here.latest.number:
             label = f"{chain.name} from {chain.paths[number]}"
-            _say_restart(chain, here.latest, number, stream)
+            _say_restart(chain, here.latest, number, streams)
         elif number and torch._C._current_graph_task_id() != -1:
             raise ConversionError(
                 f"a block of {chain.name} was run again in backward, apart from the blocks before it, as with a "
@@ -241,13 +294,16 @@ def arrive(chain: ReversibleChain, stream: torch.Tensor, numbers: Sequence[int])
     return found, number, label
 
 
-def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
-    found: Carried | None = chain.carried.get(stream.untyped_storage())
-    if found is None or found.memory != memory_of(stream) or found.values != values_of(stream):
+def _by_memory(chain: ReversibleChain, streams: tuple[torch.Tensor, ...]) -> Carried | None:
+    found: Carried | None = chain.carried.get(streams[0].untyped_storage())
+    if found is None or len(found.lanes) != len(streams):
         return None
-    if stream.is_inference() and not _is_copy(found, stream):
+    lanes = list(zip(found.lanes, streams, strict=True))
+    if not all(lane.is_memory_of(stream) for lane, stream in lanes):
+        return None
+    if any(stream.is_inference() for stream in streams) and not _is_copy(found, streams):
         return None  # these do not count how often they are written to
-    if not found.requires_grad and stream.requires_grad and not stream.is_leaf:
+    if any(not lane.requires_grad and stream.requires_grad and not stream.is_leaf for lane, stream in lanes):
         raise ConversionError(
             f"a block of {chain.name} ran without gradients, and what it returned has a gradient now, as with a "
             "reentrant checkpoint: the chain's state cannot follow. Reversible blocks need no checkpoint; remove it"
@@ -255,17 +311,19 @@ def _by_memory(chain: ReversibleChain, stream: torch.Tensor) -> Carried | None:
     return found
 
 
-def _is_copy(latest: Carried, stream: torch.Tensor) -> bool:
-    """Does `stream` hold what the last step returned, in another tensor, dtype or on another device?"""
+def _is_copy(latest: Carried, streams: tuple[torch.Tensor, ...]) -> bool:
+    """Do `streams` hold what the last step returned, in other tensors, dtypes or on another device?"""
     tape = latest.tape
     if tape.position != latest.position:
         tape.go_to_end()
-    if tape.state.stream.shape != stream.shape:
+    if [lane.state.stream.shape for lane in tape.lanes] != [stream.shape for stream in streams]:
         return False
-    if not looked_at() or stream.is_meta:
-        return True  # without values, what is of the same shape is taken for the same
-    same: torch.Tensor = tape.arithmetic.decode(tape.state.stream, latest.dtype).to(stream.device, stream.dtype)
-    return bool(torch.equal(same, stream.detach()))
+    for lane, handed, stream in zip(tape.lanes, latest.lanes, streams, strict=True):
+        if not looked_at() or stream.is_meta:
+            continue  # without values, what is of the same shape is taken for the same
+        if not torch.equal(lane.decoded(handed.dtype).to(stream.device, stream.dtype), stream.detach()):
+            return False
+    return True
 
 
 def _still_there(found: Carried | None) -> Carried | None:
@@ -278,16 +336,14 @@ def _still_there(found: Carried | None) -> Carried | None:
     return found
 
 
-def _say_restart(chain: ReversibleChain, latest: Carried, number: int, stream: torch.Tensor) -> None:
+def _say_restart(chain: ReversibleChain, latest: Carried, number: int, streams: tuple[torch.Tensor, ...]) -> None:
     path, before = chain.paths[number], chain.paths[latest.number]
     if path in chain.restarts:
         return
-    shape = latest.memory[1]
-    what = (
-        f"of shape {tuple(stream.shape)} instead of {tuple(shape)}"
-        if stream.shape != shape
-        else "read a second time, or changed on the way"
-    )
+    what = "read a second time, or changed on the way"
+    for stream, lane in zip(streams, latest.lanes, strict=False):
+        if stream.shape != lane.memory[1]:
+            what = f"of shape {tuple(stream.shape)} instead of {tuple(lane.memory[1])}"
     chain.restarts[path] = f"the stream that reaches it is not what {before} returned ({what})"
     logging.getLogger("autorev").warning(
         "%s: the stream that reaches %s is not what %s returned (%s). It starts a new chain there, with velocity 0: "

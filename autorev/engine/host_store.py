@@ -1,4 +1,4 @@
-"""Tensors that wait on the host between forward and backward: inputs of checkpoints, side bits of reversible steps.
+"""Tensors that wait on the host between forward and backward: side bits, inputs of checkpoints, attention's results.
 
 On a GPU the host is pinned memory. A copy goes on a stream of its own, in both directions, and what backward needs next
 is fetched while it computes. Where the system pins no memory (containers and WSL often allow little), ordinary memory
@@ -12,6 +12,7 @@ over a bus.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 
 from autorev.engine.digest import looked_at
+
+AHEAD = 3
+"""Tensors that are fetched while backward computes: a block's input, and the two that its attention returned."""
 
 
 @dataclass(eq=False)
@@ -32,6 +36,10 @@ class OnHost:
     like: torch.Tensor
     """Empty: dtype and device."""
     shape: torch.Size
+    stride: tuple[int, ...]
+    """Of its memory: kernels sum in another order where it is laid out in another way."""
+    number: int
+    """So many were put there before it."""
     coming: torch.Tensor | None = field(init=False, default=None)
     """The tensor, while it is fetched."""
 
@@ -48,12 +56,13 @@ class OnHost:
         if self.coming is None and self.like.device.type not in ("cpu", "meta"):
             stream = self.store.stream(self.like.device)
             with stream:
-                self.coming = self.like.new_empty(self.shape).copy_(self.buffer, non_blocking=True)
+                self.coming = self._room()
+                _memory_of(self.coming).copy_(self.buffer, non_blocking=True)
 
     def back(self) -> torch.Tensor:
         """The tensor, on its device again."""
         if self.buffer is None:
-            return self.like.new_empty(self.shape)
+            return self._room()
         if isinstance(self.buffer, torch.Tensor):
             self.fetch()
             tensor, self.coming = self.coming, None
@@ -61,10 +70,14 @@ class OnHost:
             here = torch.accelerator.current_stream(tensor.device)
             here.wait_stream(self.store.stream(tensor.device))
             tensor.record_stream(here)
+            self.store.fetch_before(self.number)
             return tensor
-        found = self.like.new_empty(self.shape)
-        np.copyto(found.view(-1).view(torch.uint8).numpy(), self.buffer)
+        found = self._room()
+        np.copyto(_memory_of(found).view(torch.uint8).numpy(), self.buffer)
         return found
+
+    def _room(self) -> torch.Tensor:
+        return self.like.new_empty_strided(self.shape, self.stride)
 
 
 class HostStore:
@@ -73,6 +86,7 @@ class HostStore:
     def __init__(self) -> None:
         self.bytes = 0
         self.peak = 0
+        self._put: list[weakref.ref[OnHost]] = []
         self._streams: dict[torch.device, torch.Stream] = {}
         self._pinned = True
 
@@ -91,10 +105,22 @@ class HostStore:
     def put(self, tensor: torch.Tensor) -> OnHost:
         """Move a tensor to the host; its values are those of now."""
         plain = tensor.detach()
-        moved = OnHost(self, self._copied(plain), plain.new_empty(0), plain.shape)
+        if not torch.ops.aten.is_non_overlapping_and_dense(plain):
+            plain = plain.contiguous()
+        while self._put and self._put[-1]() is None:
+            self._put.pop()
+        moved = OnHost(self, self._copied(plain), plain.new_empty(0), plain.shape, plain.stride(), len(self._put))
+        self._put.append(weakref.ref(moved))
         self.bytes += moved.size
         self.peak = max(self.peak, self.bytes)
         return moved
+
+    def fetch_before(self, number: int) -> None:
+        """Begin to copy back what backward needs next: what was put there last is needed first."""
+        for soon in self._put[max(number - AHEAD, 0) : number]:
+            moved = soon()
+            if moved is not None:
+                moved.fetch()
 
     def stream(self, device: torch.device) -> torch.Stream:
         """The one on which copies from and to `device` run."""
@@ -105,9 +131,10 @@ class HostStore:
     def _copied(self, plain: torch.Tensor) -> Any:
         if plain.is_meta or not looked_at():
             return None
+        plain = _memory_of(plain)
         if plain.device.type == "cpu":
             buffer = np.empty(plain.numel() * plain.element_size(), dtype=np.uint8)
-            np.copyto(buffer, plain.contiguous().view(-1).view(torch.uint8).numpy())
+            np.copyto(buffer, plain.view(torch.uint8).numpy())
             return buffer
         there = self._room(plain)
         stream = self.stream(plain.device)
@@ -138,3 +165,8 @@ class HostStore:
     def _unpack(self, packed: Any) -> torch.Tensor:
         tensor: torch.Tensor = packed.back() if isinstance(packed, OnHost) else packed
         return tensor
+
+
+def _memory_of(dense: torch.Tensor) -> torch.Tensor:
+    """Its elements as they lie in memory."""
+    return dense.as_strided((dense.numel(),), (1,))

@@ -6,12 +6,14 @@ hidden state a block. The kernels are PyTorch's fused ones; attention that is wr
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from autorev.capture.own_mode import OwnMode
+from autorev.engine.host_store import HostStore, OnHost
+from autorev.own_mode import OwnMode
 
 _NAMES = (
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
@@ -21,24 +23,22 @@ ATTENTION = frozenset(getattr(torch.ops.aten, name).default for name in _NAMES i
 """Operators whose results are kept."""
 
 
+@dataclass(eq=False)
 class KeptOutputs:
-    """What the attention of one run of a branch returned, in order."""
+    """What the attention of one run of a block returned, in order."""
 
-    def __init__(self) -> None:
-        self.outputs: list[Any] | None = []
-        """None: they were let go, and a further run computes anew."""
+    host: HostStore | None = None
+    """Where it waits; None: on its device."""
+    outputs: list[Any] | None = field(default_factory=list)
+    """None: a second run had them, and a further one (a second backward) computes anew."""
 
     def first(self) -> OwnMode:
         """Around the first run."""
         return _Keeping(self)
 
     def later(self) -> OwnMode:
-        """Around a later one."""
+        """Around the second."""
         return _Returning(self)
-
-    def let_go(self) -> None:
-        """Backward has come by: nobody needs them, but for a second backward, which computes them again."""
-        self.outputs = None
 
 
 class _Keeping(OwnMode):
@@ -49,7 +49,8 @@ class _Keeping(OwnMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in ATTENTION and self.kept.outputs is not None:
-            self.kept.outputs.append(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
+            keep = torch.Tensor.detach if self.kept.host is None else self.kept.host.put
+            self.kept.outputs.append(tree_map_only(torch.Tensor, keep, result))
         return result
 
 
@@ -62,5 +63,13 @@ class _Returning(OwnMode):
         outputs = self.kept.outputs
         if func in ATTENTION and outputs is not None and self.count < len(outputs):
             self.count += 1
-            return tree_map_only(torch.Tensor, torch.Tensor.detach, outputs[self.count - 1])
+            return tree_map_only((torch.Tensor, OnHost), _back, outputs[self.count - 1])
         return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self.kept.outputs = None
+
+
+def _back(kept: torch.Tensor | OnHost) -> torch.Tensor:
+    return kept.back() if isinstance(kept, OnHost) else kept.detach()

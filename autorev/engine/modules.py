@@ -30,6 +30,11 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 """Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
 SHARDED = "_is_fsdp_managed_module"
+PARTITIONED = "ds_id"
+"""Of a parameter that DeepSpeed's ZeRO-3 gathers for each use of its module and lets go of afterwards; and of the
+module."""
+_COURSE_OF_ZERO = ("ds_", "applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn")
+"""How its attributes begin in which ZeRO-3 counts what is still to be gathered: a later run counts on."""
 _MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
 """Packages whose objects are no data that a forward reads its numbers from."""
 _LARGE = 10_000
@@ -73,7 +78,9 @@ class Owned:
 
 def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
     """A GPU is not waited for: weights there are compared among what the branch saved."""
-    return digest(tensor, exact=True, wholly=wholly) if waited_for(tensor.device) else None
+    if not waited_for(tensor.device) or hasattr(tensor, PARTITIONED):
+        return None
+    return digest(tensor, exact=True, wholly=wholly)
 
 
 @dataclass(eq=False)
@@ -156,6 +163,8 @@ class ModuleStates:
         home = thing.__dict__
         held = _Held(home, {}, set())
         for key, value in home.items():
+            if counted_by_zero(home, key):
+                continue
             kind = type(value)
             if kind in _CONTAINERS:
                 held.containers.add(key)
@@ -229,16 +238,23 @@ def _restore(held: _Held, fresh: dict[int, tuple[Any, Any]]) -> None:
         elif home.get(key, _ABSENT) is not value:
             home[key] = value
     for key in home.keys() - held.attributes.keys():
-        del home[key]
+        if not counted_by_zero(home, key):
+            del home[key]
 
 
 def put_back(home: dict[str, Any], before: dict[str, Any]) -> None:
     """Make the entries of `home` those of `before`."""
     for key, value in before.items():
-        if home.get(key, _ABSENT) is not value:
+        if home.get(key, _ABSENT) is not value and not counted_by_zero(home, key):
             home[key] = value
     for key in home.keys() - before.keys():
-        del home[key]
+        if not counted_by_zero(home, key):
+            del home[key]
+
+
+def counted_by_zero(home: dict[str, Any], key: str) -> bool:
+    """Is that attribute of a module the course of ZeRO-3's own work?"""
+    return PARTITIONED in home and key.startswith(_COURSE_OF_ZERO)
 
 
 def same_entries(a: Any, b: Any) -> bool:
@@ -321,6 +337,8 @@ def is_zero(parameter: torch.Tensor) -> bool:
     """By a few of its elements."""
     if not waited_for(parameter.device) or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
         return not waited_for(parameter.device)  # and looking at all of it costs little there
+    if hasattr(parameter, PARTITIONED):
+        return True  # not to be seen before its module runs
     if parameter.layout is not torch.strided or not parameter.numel():
         return False
     if parameter.is_contiguous() and any(ctypes.string_at(parameter.data_ptr(), parameter.element_size())[:-1]):

@@ -47,6 +47,11 @@ class InputLike:
     stride: tuple[int, ...]
     """Kernels sum in another order where the memory is laid out in another way."""
 
+    @classmethod
+    def of(cls, x: torch.Tensor, through: torch.dtype) -> InputLike:
+        """What `x` is like."""
+        return cls(x.device, x.dtype, through, x.requires_grad, x.stride())
+
     def made(self, state: State, arithmetic: Arithmetic) -> torch.Tensor:
         """The input, from a state whose stream it is; a new tensor without history."""
         value = arithmetic.decode(state.stream, self.through).to(self.dtype)
@@ -59,10 +64,10 @@ class InputLike:
 class Replay:
     """What one run of a branch depended on; made before that run."""
 
-    def __init__(self, path: str, x: torch.Tensor, through: torch.dtype, mutates_input: bool) -> None:
-        """`path`: the block's full name; `x`: the branch's input; `through`: see `InputLike`."""
+    def __init__(self, path: str, inputs: tuple[InputLike, ...], mutates_input: bool) -> None:
+        """`path`: the block's full name; `inputs`: the branch's, one for each lane."""
         self.path = path
-        self.input = InputLike(x.device, x.dtype, through, x.requires_grad, x.stride())
+        self.inputs = inputs
         self.mutates_input = mutates_input
         """Does the branch write to its input? Then it is given a copy."""
         self.modules = ModuleStates()
@@ -71,9 +76,9 @@ class Replay:
         self.devices: list[tuple[str, int]] = []
         self.random: RandomStates | None = None
         self.settings: Settings | None = None
-        self.again: Callable[[torch.Tensor], tuple[Any, torch.Tensor]] | None = None
-        """The branch, for later runs: x -> (everything else that the block returns, x + f(x)). It holds neither its
-        input nor a history (Rule 5 of NOTE [ Reconstruction ] in `step`)."""
+        self.again: Callable[..., tuple[Any, tuple[torch.Tensor, ...]]] | None = None
+        """The branch, for later runs: x -> (everything else that the block returns, x + f(x)), with an x and a sum for
+        each lane. It holds neither its input nor a history (Rule 5 of NOTE [ Reconstruction ] in `step`)."""
         self.again_but_for_tiles: Callable[[torch.Tensor], Rest] | None = None
         """The same, up to its last call, which is of a tiled module: what is left to do is a function of what that call
         returns. None: it does not end so."""
@@ -98,7 +103,7 @@ class Replay:
     def begins(self) -> None:
         """Called when the first run is about to begin."""
         read = (*(tensor for tensor, _ in self.arguments), *(owned.tensor for owned in self.modules.owned))
-        self.devices = devices_of(self.input.device, *(tensor.device for tensor in read))
+        self.devices = devices_of(*(like.device for like in self.inputs), *(tensor.device for tensor in read))
         self.settings = Settings(self.devices)
         self.random = RandomStates(self.devices) if looked_at() else None
 
@@ -108,23 +113,26 @@ class Replay:
         if self.random is not None:
             self.random.keep_moved()
 
-    def run(self, value: torch.Tensor, asked_by_autograd: bool) -> tuple[Any, torch.Tensor]:
-        """The branch on `value`, in the circumstances of the first run.
+    def run(self, values: tuple[torch.Tensor, ...], asked_by_autograd: bool) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """The branch on `values`, in the circumstances of the first run.
 
         Raises:
             ReconstructionError: a parameter or an input was changed since, or sharded parameters are not there.
         """
         assert self.again is not None
         with self.circumstances(asked_by_autograd, self.random), branch_run(BranchRun(self)), self._returning_kept():
-            return self.again(value.clone() if self.mutates_input else value)
+            return self.again(*self._given(values))
 
-    def run_but_for_tiles(self, value: torch.Tensor, completes: Completes) -> Rest:
+    def run_but_for_tiles(self, values: tuple[torch.Tensor, ...], completes: Completes) -> Rest:
         """The same, for autograd, up to the tiled call at its end, of whose result `completes` will be told; returns
         x + f(x) as a function of that."""
         assert self.again_but_for_tiles is not None
         run = BranchRun(self, last_completes=completes)
         with self.circumstances(True, self.random), branch_run(run), self._returning_kept():
-            return self.again_but_for_tiles(value.clone() if self.mutates_input else value)
+            return self.again_but_for_tiles(*self._given(values))
+
+    def _given(self, values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(value.clone() for value in values) if self.mutates_input else values
 
     def _returning_kept(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.kept is None else self.kept.later()
@@ -164,7 +172,13 @@ class Replay:
 
     def _make_resident(self, stack: ExitStack, asked_by_autograd: bool) -> None:
         """Sharded parameters (FSDP) are gathered by hooks on the way of autograd, and only there: elsewhere their
-        memory may have been given back, and reading them would end the process."""
+        memory may have been given back, and reading them would end the process. What ZeRO-3 has gathered for the
+        backward of the very module that asks for this run has to be there behind it, too."""
+        for owned in self.modules.owned:
+            users = getattr(owned.tensor, "ds_active_sub_modules", None)
+            if users:
+                users.add(self.path)
+                stack.callback(users.discard, self.path)
         missing = self._not_resident()
         if not missing:
             return

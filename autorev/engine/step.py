@@ -4,13 +4,15 @@ NOTE [ Reconstruction ]
 
 A chain computes with a state of two streams: x, which the model's own loop carries from block to block, and its partner
 p, the velocity or the other stream, which travels beside it (`chain`). A block's branch f is one step of the chain.
+Where a block carries several tensors side by side, each is a lane with an x and a p of its own (`lane`); f reads all,
+and returns a sum for each. Here it is written down for one.
 
 Forward, with any coupling:
 
-    step = Step(chain, stream, numbers, branch)     the state that goes with the stream
+    step = Step(chain, (stream,), numbers, branch)  the state that goes with the stream
     with step.running():
-        out = x + f(x), by the model's own code, of x = step.given()
-    new = step.take(out)                            (x, p), f(x) -> (x', p'); x' goes on in the place of `out`
+        out = x + f(x), by the model's own code, of (x,) = step.given()
+    (new,) = step.take((out,))                      (x, p), f(x) -> (x', p'); x' goes on in the place of `out`
 
 There are three cases:
 
@@ -56,19 +58,20 @@ import torch
 from torch import nn
 
 from autorev.engine.autograd import couple, enter, read_out, straight_through
-from autorev.engine.chain import Carried, ReversibleChain, arrive, memory_of, pass_of, values_of
-from autorev.engine.digest import waited_for
+from autorev.engine.chain import Carried, CarriedLane, ReversibleChain, arrive, pass_of
 from autorev.engine.grid import grid_at_start
+from autorev.engine.host_store import HostStore
 from autorev.engine.kept import KeptOutputs
+from autorev.engine.lane import Lane, LaneStep
 from autorev.engine.mode import ORACLE, mode
 from autorev.engine.modules import Owned, version_of
-from autorev.engine.replay import BranchRun, Replay, branch_run
+from autorev.engine.replay import BranchRun, InputLike, Replay, branch_run
 from autorev.engine.saved import SavedTensors
 from autorev.engine.tape import Tape, TapedStep
 from autorev.errors import ConversionError, ReconstructionError
 
-Streams = tuple[torch.Tensor, torch.Tensor]
-"""(x', p') as autograd knows them: the new stream, and a partner without values, but for the oracle."""
+Coupled = tuple[torch.Tensor, torch.Tensor]
+"""(x', p') of one lane as autograd knows them: the new stream, and a partner without values, but for the oracle."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,53 +93,62 @@ class Branch:
 class Step:
     """See NOTE [ Reconstruction ]."""
 
-    def __init__(self, chain: ReversibleChain, stream: torch.Tensor, numbers: tuple[int, ...], branch: Branch) -> None:
-        """`numbers`: the steps of the chain that the branch may be (several: shared weights).
+    def __init__(
+        self, chain: ReversibleChain, streams: tuple[torch.Tensor, ...], numbers: tuple[int, ...], branch: Branch
+    ) -> None:
+        """`streams`: one for each lane; `numbers`: the steps of the chain that the branch may be (several: shared
+        weights).
 
         Raises:
-            ConversionError: the state that goes with `stream` cannot be known.
-            FixedPointRangeError: `stream` holds something that is not a number.
+            ConversionError: the state that goes with `streams` cannot be known.
+            FixedPointRangeError: one of `streams` holds something that is not a number.
         """
         self.chain, self.branch = chain, branch
-        self.carried, self.number, label = arrive(chain, stream, numbers)
-        carried, coupling = self.carried, chain.couplings[self.number]
+        self.carried, self.number, label = arrive(chain, streams, numbers)
+        carried, coupling, self.keeps = self.carried, chain.couplings[self.number], chain.keeps[self.number]
         self.seed = None if carried is None else carried.seed
         if coupling.random:
             if branch.training and self.seed is None:
-                self.seed = chain.seeds.draw(stream, chain.name)
+                self.seed = chain.seeds.draw(streams[0], chain.name)
             coupling = coupling.sample(branch.training, random.Random(f"{self.seed} {self.number}").getrandbits(8))
         self.coupling = coupling
         self.oracle = mode() == ORACLE
-        if carried is None:
-            arithmetic = grid_at_start(chain, stream)
-            state = coupling.initial_state(arithmetic.encode(stream.detach()))
-            self.tape = Tape(chain, state, arithmetic, label)
-            self.through = stream.dtype
-            if self.oracle:
-                self.x, self.partner = straight_through(arithmetic.decode(state.stream, stream.dtype), stream), None
-            else:
-                self.x = enter(arithmetic, state, stream)
-                self.partner = coupling.first_partner(self.x)
-        else:
-            self.tape, self.through, self.x, self.partner = carried.tape, carried.dtype, stream, carried.partner
-            if self.partner is not None:
-                if carried.requires_grad and (not stream.requires_grad or stream.is_leaf):
-                    self.partner = self.partner.detach()  # as the stream was since: the gradients of both end here
-                self.partner = self.partner.to(stream.device)
         # x_BTD is in the model's dtype; the partner, p_BTD float32, has no values (`autograd`). Both are known to
-        # autograd, whose node `couple` joins them to `out`; the numbers are those of `tape.state`, int32.
-        self.version = version_of(self.x)
+        # autograd, whose node `couple` joins them to `out`; the numbers are those of the tape's lanes, int32.
+        self.xs: tuple[torch.Tensor, ...]
+        self.partners: tuple[torch.Tensor | None, ...]
+        if carried is None:
+            self.tape = Tape(chain, [self._lane(stream) for stream in streams], label)
+            self.through = [stream.dtype for stream in streams]
+            begun = [self._begun(lane, stream) for lane, stream in zip(self.tape.lanes, streams, strict=True)]
+        else:
+            self.tape, self.through = carried.tape, [lane.dtype for lane in carried.lanes]
+            begun = [(x, _partner_of(lane, x)) for lane, x in zip(carried.lanes, streams, strict=True)]
+        self.xs, self.partners = tuple(x for x, _ in begun), tuple(partner for _, partner in begun)
+        self.versions = [version_of(x) for x in self.xs]
         self.owned: list[Owned] = []
         """Parameters of a stored branch, which have to be the same in backward."""
         self.replay: Replay | None = None
         """How the branch is run again in backward, if it is."""
         if torch.is_grad_enabled() and not self.oracle:
             if coupling.invertible and self.number < chain.stored_from and branch.recomputable:
-                self.replay = Replay(branch.path, self.x, self.through, branch.mutates_input)
-                self.replay.kept = KeptOutputs() if chain.keeps_attention else None
+                inputs = tuple(InputLike.of(x, dtype) for x, dtype in zip(self.xs, self.through, strict=True))
+                self.replay = Replay(branch.path, inputs, branch.mutates_input)
+                self.replay.kept = KeptOutputs(self._host_for("attention")) if self.keeps.attention else None
                 self.saved = SavedTensors(branch.path, self.tape.comparison, self.replay.modules)
             if branch.module is not None:
                 self.add_module(branch.module, branch.path)
+
+    def _lane(self, stream: torch.Tensor) -> Lane:
+        arithmetic = grid_at_start(self.chain, stream)
+        return Lane(self.coupling.initial_state(arithmetic.encode(stream.detach())), arithmetic)
+
+    def _begun(self, lane: Lane, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The chain's input as its first branch reads it, and its first partner."""
+        if self.oracle:
+            return straight_through(lane.decoded(stream.dtype), stream), None
+        x = enter(lane.arithmetic, lane.state, stream)
+        return x, self.coupling.first_partner(x)
 
     def add_module(self, module: nn.Module, path: str) -> None:
         """`module` is about to run as part of the branch."""
@@ -145,9 +157,9 @@ class Step:
         elif torch.is_grad_enabled() and not self.oracle:
             self.owned += [Owned.found(f"{path}.{name}", p, wholly=True) for name, p in module.named_parameters()]
 
-    def given(self) -> torch.Tensor:
-        """What the branch is called with: the input, or a copy for a block that writes to it."""
-        return self.x.clone() if self.branch.mutates_input else self.x
+    def given(self) -> tuple[torch.Tensor, ...]:
+        """What the branch is called with: the inputs, or copies for a block that writes to them."""
+        return tuple(x.clone() for x in self.xs) if self.branch.mutates_input else self.xs
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -163,120 +175,128 @@ class Step:
             yield
         self.replay.ran()
 
-    def take(self, out: torch.Tensor) -> torch.Tensor:
-        """The new stream in place of `out = x + f(x)`.
+    def take(self, outs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The new streams in place of `out = x + f(x)`, lane by lane.
 
         Raises:
             ConversionError: the block returns a stream of another shape than it was given.
             FixedPointRangeError: it returns something that is not a number.
         """
-        if out.shape != self.x.shape:
-            raise ConversionError(
-                f"{self.branch.path} returned a stream of shape {tuple(out.shape)} for one of shape "
-                f"{tuple(self.x.shape)}, which it did not when it was analysed; convert with example arguments like "
-                "these, or exclude it"
-            )
+        for out, x in zip(outs, self.xs, strict=True):
+            if out.shape != x.shape:
+                raise ConversionError(
+                    f"{self.branch.path} returned a stream of shape {tuple(out.shape)} for one of shape "
+                    f"{tuple(x.shape)}, which it did not when it was analysed; convert with example arguments like "
+                    "these, or exclude it"
+                )
         if self.oracle:
-            new, partner = self._as_oracle(out)
-        elif self.replay is not None and self._may_be_asked_for(out):
-            new, partner = self._on_tape(self.replay, out)
+            coupled = self._as_oracle(outs)
+        elif self.replay is not None and self._may_be_asked_for(outs):
+            coupled = self._on_tape(self.replay, outs)
         else:
-            new, partner = self._stored(out)
-        return self._hand_on(new, partner)
+            coupled = self._stored(outs)
+        return self._hand_on(coupled)
 
     # -- the three cases
 
-    def _on_tape(self, replay: Replay, out: torch.Tensor) -> Streams:
+    def _on_tape(self, replay: Replay, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
         """Nothing that the branch saved is kept: the tape makes it again, and goes back over the step."""
         tape = self.tape
         tape.go_to_end()  # a gradient may have been taken within the branch (Rule 4)
         self._made_by(replay, partial(tape.run_again, tape.position))  # autograd's graph refers to the tape (Rule 5)
-        step = TapedStep(self.coupling, replay, tape.comparison.first(out), tape.arithmetic)
+        kept = [
+            LaneStep(tape.comparison.first(out), lane.arithmetic) for lane, out in zip(tape.lanes, outs, strict=True)
+        ]
+        step = TapedStep(self.coupling, replay, kept, self._host_for("side_bits"))
+        with torch.no_grad():
+            news = tape.append(step, self._values(), [out.detach() for out in outs])
+        return self._coupled(outs, news)
 
-        def append() -> torch.Tensor:
-            return tape.append(step, self._value(), out.detach())
-
-        return couple(self.coupling, append, self.x, self.partner, out)
-
-    def _stored(self, out: torch.Tensor) -> Streams:
+    def _stored(self, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
         """Autograd keeps what the branch saved, and the state goes on without a way back."""
         if self.tape.steps:
             # The tape stays where it is: what comes after needs nothing that it could rebuild.
             self.tape.go_to_end()
             self.tape = self.tape.fork()
+        with torch.no_grad():
+            news = self._off_tape(outs)
         check = partial(_check_unchanged, self.owned, self.branch.path) if self.owned else None
-        return couple(self.coupling, partial(self._off_tape, out), self.x, self.partner, out, check)
+        return self._coupled(outs, news, check)
 
-    def _as_oracle(self, out: torch.Tensor) -> Streams:
+    def _coupled(
+        self, outs: tuple[torch.Tensor, ...], news: list[torch.Tensor], check: Callable[[], None] | None = None
+    ) -> list[Coupled]:
+        every = zip(news, self.xs, self.partners, outs, strict=True)
+        return [couple(self.coupling, new, x, p, out, check) for new, x, p, out in every]
+
+    def _as_oracle(self, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
         """The values of `_stored`, with the gradients of the equations; those of the rounding to the grid are 1."""
         assert not self.tape.steps
         self.tape = self.tape.fork()
-        wide = self._wide
-        formula, partner = self.coupling.equations(self.x.to(wide), self.partner, out.to(wide))
         with torch.no_grad():
-            value = self._off_tape(out)
-        return straight_through(value, formula.to(out.dtype)), partner
+            news = self._off_tape(outs)
+        coupled = []
+        for new, x, p, out in zip(news, self.xs, self.partners, outs, strict=True):
+            wide = _wide(x)
+            formula, partner = self.coupling.equations(x.to(wide), p, out.to(wide))
+            coupled.append((straight_through(new, formula.to(out.dtype)), partner))
+        return coupled
 
     # -- what they share
 
-    def _may_be_asked_for(self, out: torch.Tensor) -> bool:
+    def _host_for(self, what: str) -> HostStore | None:
+        return self.chain.host if what in self.keeps.on_host else None
+
+    def _may_be_asked_for(self, outs: tuple[torch.Tensor, ...]) -> bool:
         """Was anything saved, or does anything here need a gradient?"""
-        return self.saved.any or any(t is not None and t.requires_grad for t in (out, self.x, self.partner))
+        return self.saved.any or any(t is not None and t.requires_grad for t in (*outs, *self.xs, *self.partners))
 
-    def _value(self) -> torch.Tensor:
-        """The input's values: those of the state, where the branch has written to the input since."""
-        if version_of(self.x) == self.version and not self.x.is_inference():
-            return self.x.detach()
-        return self.tape.arithmetic.decode(self.tape.state.stream, self.through).to(self.x.dtype)
+    def _values(self) -> list[torch.Tensor]:
+        """The inputs' values: those of the state, where the branch has written to an input since."""
+        values = []
+        for x, version, lane, dtype in zip(self.xs, self.versions, self.tape.lanes, self.through, strict=True):
+            as_it_was = version_of(x) == version and not x.is_inference()
+            values.append(x.detach() if as_it_was else lane.decoded(dtype).to(x.dtype))
+        return values
 
-    def _off_tape(self, out: torch.Tensor) -> torch.Tensor:
+    def _off_tape(self, outs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         tape, magnitudes = self.tape, self.chain.magnitudes
-        tape.bring(out.device)
-        at_once = waited_for(out.device) or magnitudes is not None
-        new = tape.step(self.coupling, self._value(), out.detach(), self.branch.path, at_once)
+        for lane, out in zip(tape.lanes, outs, strict=True):
+            lane.bring(out.device)
+        values, given = self._values(), [out.detach() for out in outs]
+        news = tape.step(self.coupling, values, given, self.branch.path, at_once=magnitudes is not None)
         unchecked = pass_of(self.chain).unchecked
-        if not at_once and not tape.looked_at_in_backward and tape not in unchecked:
+        is_known = all(lane.peak.largest is None for lane in tape.lanes) or tape.looked_at_in_backward
+        if not is_known and tape not in unchecked:
             unchecked.append(tape)
         if magnitudes is not None:
-            magnitudes.add(self.coupling.max_abs(tape.state), tape.state.stream)
-        return new
+            for number, lane in enumerate(tape.lanes):
+                magnitudes[number].add(self.coupling.max_abs(lane.state), lane.state.stream)
+        return news
 
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.float64 if self.x.dtype is torch.float64 else torch.float32
-
-    def _hand_on(self, new: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-        """The state travels beside the new stream; behind the last step, that is what is read out."""
-        chain, carried = self.chain, None
+    def _hand_on(self, coupled: list[Coupled]) -> tuple[torch.Tensor, ...]:
+        """The state travels beside the new streams; behind the last step, that is what is read out."""
+        chain, carried, news = self.chain, None, tuple(new for new, _ in coupled)
         if self.number < len(chain.couplings) - 1:
-            carried = Carried(
-                number=self.number,
-                memory=memory_of(new),
-                values=values_of(new),
-                dtype=new.dtype,
-                requires_grad=new.requires_grad,
-                partner=partner,
-                tape=self.tape,
-                position=self.tape.position,
-                seed=self.seed,
-            )
+            lanes = tuple(CarriedLane.of(new, partner) for new, partner in coupled)
+            carried = Carried(self.number, lanes, self.tape, self.tape.position, self.seed)
         elif chain.averages:
-            new = self._mean(new, partner)
+            news = tuple(self._mean(lane, *both) for lane, both in zip(self.tape.lanes, coupled, strict=True))
         if carried is None:
             pass_of(chain).ends()
         if self.carried is not None:
-            chain.carried.pop(self.x.untyped_storage(), None)  # whoever reads this stream again starts a new chain
+            chain.carried.pop(self.xs[0].untyped_storage(), None)  # whoever reads this again starts a new chain
         pass_of(chain).latest = carried
         if carried is not None:
-            chain.carried[new.untyped_storage()] = carried
-        return new
+            chain.carried[news[0].untyped_storage()] = carried
+        return news
 
-    def _mean(self, new: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-        arithmetic, state = self.tape.arithmetic, self.tape.state
+    def _mean(self, lane: Lane, new: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
         if not self.oracle:
-            return read_out(arithmetic, state, new, partner)
-        q, p = (arithmetic.decode(stream, self._wide) for stream in (state.stream, state.partner))
-        formula = (new.to(self._wide) + partner) / 2
+            return read_out(lane.arithmetic, lane.state, new, partner)
+        wide = _wide(new)
+        q, p = (lane.arithmetic.decode(stream, wide) for stream in (lane.state.stream, lane.state.partner))
+        formula = (new.to(wide) + partner) / 2
         return straight_through((q + p).div(2).to(new.dtype), formula.to(new.dtype))
 
     def leave_open(self) -> None:
@@ -290,6 +310,20 @@ class Step:
         for seen in replay.tiled:
             if (call := seen.call()) is not None:
                 call.reopen = self.saved.asked_by_another(again)
+
+
+def _partner_of(carried: CarriedLane, x: torch.Tensor) -> torch.Tensor | None:
+    """The partner that travelled beside `x`."""
+    partner = carried.partner
+    if partner is None:
+        return None
+    if carried.requires_grad and (not x.requires_grad or x.is_leaf):
+        partner = partner.detach()  # as the stream was since: the gradients of both end here
+    return partner.to(x.device)
+
+
+def _wide(like: torch.Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype is torch.float64 else torch.float32
 
 
 def _check_unchanged(owned: list[Owned], path: str) -> None:

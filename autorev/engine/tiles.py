@@ -22,7 +22,7 @@ Rule 2. Where nothing but the residual add comes after f, the second run does no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.alike import stand_for, standing_for, typical
 from autorev.engine.autograd import apply
 from autorev.engine.digest import Comparison
-from autorev.engine.replay import BranchRun, Completes, Replay, branch_run_here
+from autorev.engine.replay import BranchRun, Completes, InputLike, Replay, branch_run_here
 from autorev.engine.saved import SavedTensors
 from autorev.engine.surroundings import RandomStates
 from autorev.errors import ReconstructionError
@@ -53,12 +54,18 @@ class Tiling:
         length = first.shape[self.axis]
         return [(start, min(self.size, length - start)) for start in range(0, length, self.size)]
 
+    def run(self, first: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+        """(number, start, length) of each, while it is run."""
+        pieces = self.pieces(first)
+        for number in typical(len(pieces)):
+            yield number, *pieces[number]
+
 
 def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling) -> torch.Tensor:
     """f tile by tile, without a graph."""
     out: torch.Tensor | None = None
     with torch.no_grad():
-        for start, length in tiling.pieces(inputs[0]):
+        for _, start, length in tiling.run(inputs[0]):
             tile = function(*(cut(x, tiling.axis, start, length) for x in inputs))
             out = _room_for(tile, inputs[0], tiling.axis) if out is None else out
             out.narrow(tiling.axis, start, length).copy_(tile)
@@ -102,7 +109,7 @@ class TiledCall:
         """The first run; what it saves is dropped."""
         self.requires_grad = tuple(x.requires_grad for x in inputs)
         out: torch.Tensor | None = None
-        for number, (start, length) in enumerate(self.tiling.pieces(inputs[0])):
+        for number, start, length in self.tiling.run(inputs[0]):
             self.tiles += 1
             inputs, tiles = _read(inputs, self.tiling.axis, start, length)
             random = RandomStates(self.replay.devices) if self.replay.random is not None else None
@@ -236,7 +243,7 @@ def _by_itself(
     module: nn.Module, path: str, function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
 ) -> torch.Tensor:
     """Outside of a reversible chain: what is around it (nothing, or a checkpoint) keeps the inputs."""
-    replay = Replay(path, inputs[0], inputs[0].dtype, mutates_input=False)
+    replay = Replay(path, (InputLike.of(inputs[0], inputs[0].dtype),), mutates_input=False)
     replay.add_module(module, path, lambda module, name: False)
     replay.begins()
     call = TiledCall(function, tiling, replay)
@@ -288,13 +295,14 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, tile: torch.Tensor, axis: int, start: int) -> torch.Tensor:
-        ctx.place = axis, start, tile.shape[axis]
+        ctx.place, ctx.stands_for = (axis, start, tile.shape[axis]), standing_for()
         ctx.mark_dirty(out)
         out.narrow(*ctx.place).copy_(tile)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        stand_for(ctx.stands_for)  # until the tile before it: autograd finishes one first
         return grads[0], grads[0].narrow(*ctx.place), None, None
 
 

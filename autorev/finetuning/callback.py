@@ -1,12 +1,13 @@
 """For `transformers.Trainer` and everything built on it: gamma's schedule, and memory, speed and drift in its logs.
 
-callback = ReversibleCallback(schedule=Schedule("leapfrog", steps=200, blocks=30))
+callback = ReversibleCallback(schedule=Schedule("leapfrog", steps=200, blocks=30))  # or plan=autorev.fit(...)
 trainer = Trainer(model, args, train_dataset=dataset)
 callback.attach(trainer)
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +17,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from autorev.capture.quantised import held_by
-from autorev.conversion.convert import chains_of, drift
+from autorev.conversion.convert import chains_of, convert, drift
 from autorev.conversion.recouple import recouple
 from autorev.conversion.references import match_references
 from autorev.conversion.schedule import Schedule
 from autorev.couplings.velocity import Velocity
 from autorev.engine.chain import ReversibleChain
+from autorev.errors import ConversionError
+from autorev.plan import Plan
 from autorev.profiler.passes.watch import PeakWatch
 
 _WARM = 1
@@ -35,9 +38,14 @@ class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     looking slows a step, in the second one and in the first after each move of gamma.
     """
 
-    def __init__(self, schedule: Schedule | None = None, beside: tuple[torch.Tensor, ...] = ()) -> None:
-        """`beside`: tensors that live beside the model, such as a teacher's, and count for its peak."""
+    def __init__(
+        self, schedule: Schedule | None = None, beside: tuple[torch.Tensor, ...] = (), plan: Plan | None = None
+    ) -> None:
+        """`beside`: tensors that live beside the model, such as a teacher's, and count for its peak; `plan`: of
+        `autorev.fit`, put in place when the trainer is made, or when the callback is attached to it.
+        """
         self.schedule = schedule
+        self.plan = plan
         self.beside = beside
         self._now: dict[str, Any] = {}
         self._began = 0.0
@@ -52,10 +60,32 @@ class ReversibleCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         A reference model that the trainer holds beside a converted policy (`trl`'s DPO, GRPO, ...) is converted alike.
 
         Raises:
-            ConversionError: it cannot be.
+            ConversionError: it cannot be, or the plan cannot be put in place.
         """
+        self._put_in_place(trainer.args, trainer.model)
         match_references(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The trainer is made."""
+        self._put_in_place(args, model)
+
+    def _put_in_place(self, args: Any, model: Any) -> None:
+        if self.plan is None:
+            return
+        if any(getattr(args, f"{which}_checkpointing", None) for which in ("gradient", "activation")):
+            raise ConversionError(
+                "the plan says which blocks run twice, and the trainer's own checkpointing would run all of them once "
+                "more; leave it out of its arguments"
+            )
+        convert(model, self.plan)
+        planned, batch = self.plan.setting.batch, args.per_device_train_batch_size
+        self.plan = None
+        if batch > planned:
+            logging.getLogger("autorev").warning(
+                "the plan is for a batch of %d, and the trainer takes %d: a step will need more memory than it says",
+                *(planned, batch),
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing of an earlier run counts for this one."""
@@ -127,5 +157,5 @@ def _velocities(chain: ReversibleChain) -> list[Velocity]:
 
 
 def _state(optimizer: Any) -> list[torch.Tensor]:
-    held = optimizer.state.values() if optimizer is not None else ()
+    held = getattr(optimizer, "state", {}).values()  # torchao's, on a GPU, has none of its own
     return [t for state in held if isinstance(state, Mapping) for t in state.values() if isinstance(t, torch.Tensor)]

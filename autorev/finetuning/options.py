@@ -15,6 +15,7 @@ from autorev.given import is_count, is_number
 from autorev.methods import Method
 from autorev.models.quantization import KINDS
 from autorev.models.resolve import EMBEDDED, recorded_model
+from autorev.optimizers import Optimizer
 
 DECAYS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -53,7 +54,8 @@ class Options:
     learning_rate: float | None = None
     decay: str = "linear"
     warmup: int | None = None
-    clip: float = 1.0
+    clip: float | None = None
+    optimizer: str = "adamw"
     autocast: str | None = None
     pack: bool = True
     seed: int = 0
@@ -142,6 +144,7 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
         decay=recipe.decay,
         warmup=recipe.warmup,
         clip=recipe.clip,
+        optimizer=recipe.optimizer,
         autocast="bf16" if recipe.dtype == "bf16" else None,
         pack=asked.pack,
         seed=recipe.seed,
@@ -167,8 +170,9 @@ def check(asked: Options) -> Method:
     rate = asked.learning_rate
     if rate is not None and not (is_number(rate) and rate > 0):
         raise SettingError(f"the learning rate is a number above 0, not {rate!r}")
-    if not (is_number(asked.clip) and asked.clip >= 0):
+    if asked.clip is not None and not (is_number(asked.clip) and asked.clip >= 0):
         raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip!r}")
+    Optimizer.parse(asked.optimizer).check_step(asked.accumulate, asked.clip)
     if asked.autocast not in (None, "bf16"):
         raise SettingError(f"autocast is bf16 or none, not {asked.autocast!r}")
     if asked.decay not in DECAYS:

@@ -12,6 +12,7 @@ from statistics import median
 
 from autorev.analysis import ModelInfo
 from autorev.methods import Method
+from autorev.optimizers import Optimizer
 from autorev.profiler.record import Environment
 from autorev.records import Record
 
@@ -60,6 +61,7 @@ class Recipe:
     dtype: str
     """fp32, or bf16 for autocast."""
     optimizer: str
+    """As `autorev.optimizers` spells it."""
     seed: int
     distill_weight: float = 0.0
     """w of (1 - w) x cross entropy + w x KL(original, model); 0: no distillation."""
@@ -77,6 +79,9 @@ class Recipe:
     """The largest norm of the gradients; 0: any."""
     quantize: str | None = None
     """nf4 or int8, which the weights were quantised to when they were loaded; None: they are as they were saved."""
+
+    def __post_init__(self) -> None:
+        Optimizer.parse(self.optimizer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from autorev.finetuning.options import Options, check, settled
 from autorev.finetuning.record import FILE, FineTuning, Recipe
 from autorev.finetuning.setup import set_up
 from autorev.given import no_function
+from autorev.integrations.optimizers import check_runs
 from autorev.integrations.quirks import quiet_files
 from autorev.models.quantization import bitsandbytes_config, cannot_train
+from autorev.optimizers import Optimizer
 from autorev.packages import require
 from autorev.profiler.environment import environment
 from autorev.records import check_name
@@ -63,6 +65,7 @@ def finetune(
     decay: str | None = None,
     warmup: int | None = None,
     clip: float | None = None,
+    optimizer: str | None = None,
     autocast: str | None = None,
     pack: bool | None = None,
     seed: int | None = None,
@@ -100,7 +103,8 @@ def finetune(
         learning_rate: default 2e-5 (all weights), 2e-4 (LoRA), 1e-3 (from scratch).
         decay: of the learning rate, by `transformers`' names: linear, cosine, constant, ...
         warmup: steps in which it rises; default: a twentieth of all.
-        clip: the largest norm of the gradients.
+        clip: the largest norm of the gradients; 0: any. Default: 1; any where the optimiser takes them one by one.
+        optimizer: as `autorev.optimizers` spells it: adamw, adamw-fused, adamw-fused:step=backward, adamw-8bit, ...
         autocast: bf16 to compute in bfloat16 under autocast; None: in the weights' dtype.
         pack: several documents in one row.
         seed: of the data's order, of dropout, and of random weights.
@@ -132,6 +136,8 @@ def finetune(
         asked = settled(given, before, folder / FILE)
         trained_by = check(asked)
         _check_installed()
+        on = "cuda" if torch.cuda.is_available() else "cpu"
+        check_runs(Optimizer.parse(asked.optimizer), on)
         from transformers import set_seed
 
         from autorev.finetuning.session import Run
@@ -152,10 +158,10 @@ def finetune(
             recipe=recipe,
             corpus=found.texts.corpus,
             command=command,
-            environment=environment("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()),
+            environment=environment(on, torch.get_num_threads()),
             asked=asked.asked,
             vocabulary=found.vocabulary,
-            notes=found.notes,
+            notes=(*found.notes, *_not_clipped(recipe)),
             run=secrets.token_hex(8),
             base=found.base,
         )
@@ -197,7 +203,7 @@ def _recipe(asked: Options, found: Setup) -> Recipe:
         steps=asked.steps,
         learning_rate=RATES[trains] if asked.learning_rate is None else asked.learning_rate,
         dtype=asked.autocast or "fp32",
-        optimizer="adamw",
+        optimizer=str(Optimizer.parse(asked.optimizer)),
         seed=asked.seed,
         distill_weight=weight if asked.distill else 0.0,
         schedule=asked.schedule,
@@ -205,9 +211,21 @@ def _recipe(asked: Options, found: Setup) -> Recipe:
         max_loss_increase=asked.max_loss_increase,
         decay=asked.decay,
         warmup=max(1, asked.steps // 20) if asked.warmup is None else asked.warmup,
-        clip=asked.clip,
+        clip=_clip(asked),
         quantize=asked.quantize,
     )
+
+
+def _clip(asked: Options) -> float:
+    if asked.clip is not None:
+        return asked.clip
+    return 0.0 if Optimizer.parse(asked.optimizer).during_backward else 1.0
+
+
+def _not_clipped(recipe: Recipe) -> tuple[str, ...]:
+    if not Optimizer.parse(recipe.optimizer).during_backward:
+        return ()
+    return (f"gradients are not clipped: {recipe.optimizer} takes each as soon as it is there",)
 
 
 def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuning:

@@ -47,8 +47,10 @@ from autorev.finetuning.setup import Setup
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.in_place import NotApplicable, in_place
+from autorev.integrations.optimizers import trainer_options
 from autorev.integrations.peft import lora_config, wrap
 from autorev.models.load import load_model
+from autorev.optimizers import Optimizer
 from autorev.profiler.passes.prepare import linear_layers
 from autorev.records import write_whole
 
@@ -129,6 +131,8 @@ class Run:
         interrupt = StopWhenAsked()
         config: Any = self.found.model.config
         caches = config.use_cache
+        optimizer = Optimizer.parse(recipe.optimizer)
+        optim, made = trainer_options(optimizer, recipe.learning_rate)
         self.trainer = trainer = FineTuner(
             model=self.model,
             args=TrainingArguments(
@@ -140,7 +144,7 @@ class Run:
                 seed=recipe.seed,
                 data_seed=recipe.seed,
                 bf16=recipe.dtype == "bf16",
-                optim="adamw_torch",
+                optim=optim,
                 logging_steps=1,
                 logging_nan_inf_filter=False,
                 eval_strategy="steps",
@@ -156,12 +160,14 @@ class Run:
             train_dataset=self.found.texts.training,
             eval_dataset=self.found.texts.validation,
             data_collator=self.found.texts.collator,
+            optimizer_cls_and_kwargs=made,
             callbacks=[Told(self.progress, self._save), interrupt, *callbacks],
             teacher=self.teacher,
             weight=recipe.distill_weight,
             examine=lambda step: self._evaluate(logits_of(self.model), step),
             spec=self.record.method.spec,
             run=self.record.run,
+            updates=optimizer,
         )
         beside = () if self.teacher is None or not self.teacher.own_bytes else tuple(self.teacher.model.parameters())
         trainer.remove_callback(PrinterCallback)  # `Told` says it in words

@@ -17,14 +17,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from autorev.conversion.convert import chains_of
 from autorev.couplings.arithmetic import FixedPoint
-from autorev.errors import FixedPointRangeError, TrainingError, message_of
+from autorev.errors import FixedPointRangeError, SettingError, TrainingError, message_of
 from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of, put_in_place
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import Teacher, divergence, shifted
 from autorev.intact import Mark, read_mark, stored
+from autorev.integrations.optimizers import step_in_backward
 from autorev.integrations.peft import has_adapters
 from autorev.models.weights import check_adapters, take_up_weights
+from autorev.optimizers import Optimizer
 
 GENTLER = "Lower the learning rate, or clip gradients"
 """What to do about numbers that grow."""
@@ -32,7 +34,7 @@ GENTLER = "Lower the learning rate, or clip gradients"
 
 class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
     """`teacher`: to be distilled from, with `weight`; `examine(step)`: the evaluation; `spec`: of the coupling; `run`:
-    whose checkpoints they are."""
+    whose checkpoints they are; `updates`: how the optimiser runs."""
 
     control: Any
 
@@ -44,6 +46,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         examine: Callable[[int], Evaluation],
         spec: str,
         run: str,
+        updates: Optimizer,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,11 +55,44 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.examine = examine
         self.spec = spec
         self.run = run
+        self.updates = updates
         self._parts: dict[str, float] = {}
         if teacher is not None:
             self.loss_is_scaled_for_ga = True
 
-    def compute_loss(
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The library's, which steps in backward where that is asked for.
+
+        Raises:
+            SettingError: several processes train, whose gradients would have to be averaged first.
+        """
+        if self.updates.during_backward and self.args.world_size * max(self.args.n_gpu, 1) > 1:
+            raise SettingError(
+                f"{self.updates} takes each gradient as soon as it is there, before those of several GPUs are "
+                "averaged; train on one, or choose another optimizer"
+            )
+        new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if new and self.updates.step == "backward":
+            step_in_backward(optimizer, self.model if model is None else model)
+        return optimizer
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """None where every gradient is gone by now: the Trainer's own would be 0."""
+        return None if self.updates.frees_gradients else super()._get_grad_norm(model, grad_norm)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss; one that is no number ends the run before it reaches the weights."""
+        found = self._loss(*args, **kwargs)
+        loss = (found[0] if isinstance(found, tuple) else found).detach()
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {self.state.global_step + 1} is {float(loss)}, no number; the weights are those of "
+                f"the step before. {self.last_good()} {GENTLER}"
+            )
+        return found
+
+    def _loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss; with a teacher, (1 - w) x cross entropy + w x KL(teacher, model) a learned token."""
@@ -76,16 +112,6 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
             self._parts[name] = self._parts.get(name, 0.0) + float(part.detach())
         loss = (1 - self.weight) * text + self.weight * distance
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward; a loss that is no number ends the run before it reaches the weights."""
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {self.state.global_step + 1} is {float(loss)}, no number; the weights are those of "
-                f"the step before. {self.last_good()} {GENTLER}"
-            )
-        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Beside a step's loss, the parts that it is made of."""

@@ -60,14 +60,15 @@ class ReversibleStep(nn.Module):
         path = f"step {self.number} of {self.chain.name}"
         modules = _modules_of(turn, self.__dict__["gm"])
         branch = Branch(modules, path, modules.training, lambda module, name: False, mutates_input=True)
-        step = Step(self.chain, stream, (self.number,), branch)
+        step = Step(self.chain, (stream,), (self.number,), branch)
         if step.replay is not None:
             kept = tuple(without_history(i) if isinstance(i, torch.Tensor) else i for i in inputs)
             step.replay.add_arguments(kept)
-            step.replay.again = lambda x: (None, turn(x, *kept))
+            step.replay.again = lambda x: (None, (turn(x, *kept),))
         with step.running():
-            out = turn(step.given(), *inputs)
-        return step.take(out)
+            out = turn(*step.given(), *inputs)
+        (new,) = step.take((out,))
+        return new
 
 
 class ReverseChains(ResidualPass):

@@ -8,15 +8,17 @@ real ones the values are valid, and the caller's random numbers are left alone.
 from __future__ import annotations
 
 import inspect
-import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import ModelBuildError, one_line
 from autorev.integrations.accelerate import execution_device
+from autorev.integrations.asked import takes
+from autorev.integrations.inputs import FLOATING, IDS, WHOLE, pixels, rows, text_config
 from autorev.integrations.peft import base_model
-from autorev.integrations.pictures import Picture, kinds_of_tokens, picture, towers_left_out
+from autorev.integrations.pictures import Picture, kinds_of_tokens, mixes_in_tokens, numbers, picture
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,9 @@ _TASKS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
 
@@ -49,11 +53,6 @@ _AFTER_PADDING = "create_position_ids_from_input_ids"
 """What models call the function by which they number positions from `pad_token_id + 1`, as RoBERTa does: a table of 514
 rows then serves 512 tokens."""
 
-_SOUND_SAMPLES = 16_000
-"""One second at the rate every speech model of `transformers` listens at."""
-_SOUND_FRAMES = 200
-_said: set[str] = set()
-"""What was said already: a run asks for several calls of its model."""
 _NO_LABEL = -100
 """What losses leave out."""
 _LABEL_TOKENS = 8
@@ -74,13 +73,16 @@ def model_class(config: Any, code_from: str | None = None) -> type[Any]:
     if code_from is not None and isinstance(getattr(config, "auto_map", None), dict):
         return _own_class(config.auto_map, code_from)
     named = list(getattr(config, "architectures", None) or [])
-    tasks = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *_TASKS] if getattr(config, "is_decoder", False) else _TASKS
+    first = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"] if getattr(config, "is_decoder", False) else []
+    tasks = [*first, *(["MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"] if mixes_in_tokens(config) else []), *_TASKS]
     for task in tasks:
         classes = getattr(modeling_auto, task, {}).get(config.model_type, ())
         named += [classes] if isinstance(classes, str) else list(classes)
     for name in named:
         found = getattr(transformers, name, None)
-        if isinstance(found, type) and hasattr(found, "main_input_name"):
+        if not (isinstance(found, type) and hasattr(found, "main_input_name")):
+            continue
+        if isinstance(config, getattr(found, "config_class", None) or object):  # else it is of a part of the model
             return found
     raise ModelBuildError(
         f"transformers {transformers.__version__} has no model of type {config.model_type!r}; "
@@ -118,30 +120,24 @@ def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
     # PEFT forwards the attributes of what it wraps, but its class has none.
     model = base_model(getattr(model, "_orig_mod", model))
     device = execution_device(model)
-    call = _Maker(model.config, type(model), batch, sequence, model.dtype, device, live=True).keywords()
-    left_out = towers_left_out(type(model), call)
-    if left_out and left_out not in _said:
-        _said.add(left_out)
-        logging.getLogger("autorev").warning("%s", left_out)
-    return (), call
+    return (), _Maker(model.config, type(model), batch, sequence, model.dtype, device, live=True).keywords()
 
 
 def has_sequence(config: Any, model_cls: type[Any]) -> bool:
     """Does `model_cls` read tokens, so that the length of a sample can be chosen?"""
     accepted = _accepted(model_cls)
-    reads_text = "input_ids" in accepted and (model_cls.main_input_name == "input_ids" or "return_loss" in accepted)
-    return reads_text or "decoder_input_ids" in accepted
+    return "input_ids" in accepted or "decoder_input_ids" in accepted
 
 
 def has_images(model_cls: type[Any]) -> bool:
-    """Does an example call of `model_cls` hold images?"""
+    """Does an example call of `model_cls` hold images, and little else?"""
     accepted = _accepted(model_cls)
     return "pixel_values" in accepted and (model_cls.main_input_name == "pixel_values" or "return_loss" in accepted)
 
 
 def sequence_limit(config: Any, model_cls: type[Any]) -> int | None:
     """The most tokens that a `model_cls` has positions for; None where positions are relative or absent."""
-    text = config.get_text_config()
+    text = text_config(config)
     if getattr(text, "alibi", False):
         return None
     # A key that the config class does not declare says nothing: T5's relative positions have no limit,
@@ -166,6 +162,18 @@ def _accepted(model_cls: type[Any]) -> frozenset[str]:
     return frozenset(inspect.signature(model_cls.forward).parameters)
 
 
+def _required(model_cls: type[Any]) -> set[str]:
+    """Inputs without a default, and the one that the class says it is about."""
+    parameters = list(inspect.signature(model_cls.forward).parameters.values())[1:]  # without `self`
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    main = model_cls.main_input_name
+    return {p.name for p in named if p.default is p.empty or p.name == main}
+
+
+_taken: dict[tuple[Any, ...], bool] = {}
+"""What a model was asked before: a prediction asks for many calls."""
+
+
 @dataclass(frozen=True)
 class _Maker:
     """Makes the arguments of one call."""
@@ -179,35 +187,61 @@ class _Maker:
     live: bool
 
     def keywords(self) -> dict[str, Any]:
+        """Every input that is known, where the model takes them together; else those that it cannot do without."""
         accepted = _accepted(self.model_cls)
-        contrastive = "return_loss" in accepted
-        makers = {
-            "input_ids": self.tokens,
-            "pixel_values": self.images,
-            "input_values": self.sound,
-            "input_features": self.spectrum,
-        }
-        call: dict[str, Any] = {
-            name: make()
-            for name, make in makers.items()
-            if name in accepted and (contrastive or name == self.model_cls.main_input_name)
-        }
-        if not call:
+        known = [name for name in (*IDS, *FLOATING, *WHOLE) if name in accepted and name != "attention_mask"]
+        if "input_ids" in known and mixes_in_tokens(self.config):
+            known = [name for name in known if name in IDS]
+        made = {*known, *(() if self.shown is None else self.shown.inputs)}
+        unknown = sorted(_required(self.model_cls) - made) or ([] if known else [self.model_cls.main_input_name])
+        if unknown:
             raise ModelBuildError(
-                f"{self.model_cls.__name__} reads {self.model_cls.main_input_name}, "
-                "which autorev cannot make up; "
+                f"{self.model_cls.__name__} reads {', '.join(unknown)}, which autorev cannot make up; "
                 "write a function that returns (model, args, kwargs) and give package.module:function"
             )
-        if "decoder_input_ids" in accepted:
-            call["decoder_input_ids"] = self.tokens()
+        needed = [name for name in known if name in self.needed]
+        choices = [known, [*known, "attention_mask"], needed] if known != needed or self.shown else []
+        return self.call_of(next((names for names in choices if self.taken(names)), known))
+
+    @property
+    def needed(self) -> set[str]:
+        """What the model is never called without: the class or its loss is all about it."""
+        pairs = {"input_ids", "pixel_values"} if "return_loss" in _accepted(self.model_cls) else set()
+        text = {"input_ids"} if self.shown is not None else set()
+        return {*_required(self.model_cls), *pairs, *text, "decoder_input_ids"}
+
+    def call_of(self, names: Iterable[str]) -> dict[str, Any]:
+        """The call with these inputs, and with what goes with them."""
+        accepted = _accepted(self.model_cls)
+        call: dict[str, Any] = {name: self.made(name) for name in names}
         call |= self.targets(accepted)
         if self.shown is not None:
             call |= self.illustrated(call, self.shown, accepted)
+        if "attention_mask" in call:
+            call["attention_mask"] = self.whole([1] * call["input_ids"].shape[1])
         if "use_cache" in accepted:
             call["use_cache"] = False
-        if contrastive:
+        if "return_loss" in accepted:
             call["return_loss"] = True
         return call
+
+    def made(self, name: str) -> torch.Tensor:
+        if name in IDS:
+            return self.tokens(name=name)
+        if name in FLOATING:
+            return self.noise(FLOATING[name](self.config))
+        return self.whole(WHOLE[name](self.config, self.length))
+
+    def taken(self, names: Sequence[str]) -> bool:
+        """Does the model run on these inputs?"""
+        import torch
+
+        key = self.model_cls, self.config.to_json_string(), *names, self.live
+        if key not in _taken:
+            alike = replace(self, batch=2, sequence=self.length, device=torch.device("cpu"))
+            alike = replace(alike, dtype=torch.get_default_dtype())
+            _taken[key] = takes(self.config, self.model_cls, lambda: alike.call_of(names), self.live)
+        return _taken[key]
 
     def illustrated(self, call: dict[str, Any], shown: Picture, accepted: frozenset[str]) -> dict[str, Any]:
         """What changes in a call of text alone when a picture stands in front of the text."""
@@ -242,9 +276,11 @@ class _Maker:
         if name.endswith("ForTokenClassification"):
             return self.integers(self.config.num_labels, (self.length,))
         if name.endswith("ForSemanticSegmentation"):
-            return self.integers(self.config.num_labels, self.image_shape[1:])
+            return self.integers(self.config.num_labels, pixels(self.config)[-2:])
         if name.endswith("ForCTC"):
             return self.tokens(_LABEL_TOKENS)
+        if (each := rows("decoder_input_ids", self.config)) > 1:
+            return self.tokens(name="decoder_input_ids").view(self.batch, each, -1).mT
         return self.tokens() if has_sequence(self.config, self.model_cls) else None
 
     def classes(self) -> torch.Tensor:
@@ -254,14 +290,14 @@ class _Maker:
             return self.noise((count,))
         return self.noise(()) if count == 1 else self.integers(count, ())
 
-    def tokens(self, length: int | None = None) -> torch.Tensor:
+    def tokens(self, length: int | None = None, name: str = "input_ids") -> torch.Tensor:
         """Ordinary tokens, then the token that ends a text: CLIP and BART read their summary at it."""
-        text = self.config.get_text_config()
+        text = IDS[name](self.config)
         if text.vocab_size < 1:
             raise ModelBuildError(f"a vocabulary of {text.vocab_size} tokens has none to call the model with")
         special = _special_tokens(self.config, text.vocab_size)
         plain = next((token for token in range(text.vocab_size) if token not in special), 0)
-        ids = self.integers(text.vocab_size, (length or self.length,))
+        ids = self.integers(text.vocab_size, (length or self.length,), rows(name, self.config))
         for token in special:
             ids.masked_fill_(ids == token, plain)
         end = getattr(text, "eos_token_id", None)
@@ -280,31 +316,14 @@ class _Maker:
         """The picture in front of the text."""
         return picture(self.config, self.model_cls, self.batch, self.drawn, self.live)
 
-    def images(self) -> torch.Tensor:
-        return self.noise(self.image_shape)
+    def whole(self, row: list[Any]) -> torch.Tensor:
+        """Whole numbers, the same for each sample, and known also where other values are not: models loop by them."""
+        return numbers(row, self.batch).to(self.device)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        nested = (getattr(self.config, name, None) for name in ("vision_config", "encoder"))
-        vision = next((part for part in nested if hasattr(part, "image_size")), self.config)
-        size = getattr(vision, "image_size", None) or 224  # convolutional networks take any; 224 is ImageNet's
-        height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
-        return getattr(vision, "num_channels", 3), height, width
-
-    def sound(self) -> torch.Tensor:
-        if hasattr(self.config, "num_mel_bins"):  # the audio spectrogram transformer calls its spectrum so
-            return self.noise((self.config.max_length, self.config.num_mel_bins))
-        return self.noise((_SOUND_SAMPLES,))
-
-    def spectrum(self) -> torch.Tensor:
-        if hasattr(self.config, "max_source_positions") and hasattr(self.config, "num_mel_bins"):
-            return self.noise((self.config.num_mel_bins, 2 * self.config.max_source_positions))  # Whisper
-        return self.noise((_SOUND_FRAMES, getattr(self.config, "feature_projection_input_dim", 80)))
-
-    def integers(self, below: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def integers(self, below: int, shape: tuple[int, ...], rows: int = 1) -> torch.Tensor:
         import torch
 
-        return torch.randint(below, (self.batch, *shape), generator=_generator()).to(self.device)
+        return torch.randint(below, (self.batch * rows, *shape), generator=_generator()).to(self.device)
 
     def noise(self, shape: tuple[int, ...]) -> torch.Tensor:
         return self.drawn((self.batch, *shape))
@@ -325,7 +344,7 @@ def _generator() -> torch.Generator:
 def _special_tokens(config: Any, vocabulary: int) -> set[int]:
     """Ids with a meaning of their own: padding, end of text, a place for an image."""
     special: set[int] = set()
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         for key, value in part.to_dict().items():
             if key.endswith(("_token_id", "_token_index")):
                 special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])

@@ -1,17 +1,20 @@
 """The picture in an example call of a vision-language model: its pixels, and the tokens that stand for it in the text.
 
 How many tokens a picture takes is written in no one place: families pool, shuffle and merge patches in their own ways.
-So the model's own vision tower is asked, on tensors without values; where it looks at values, its family's rule is
-followed.
+So the model's own vision tower is asked, on tensors without values; where it looks at values, the numbers in its config
+are followed. Models are told apart by what they are called with and what their configs have, not by their names.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from autorev.integrations.asked import shallow
+from autorev.integrations.inputs import text_config, two
+from autorev.integrations.quirks import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -19,32 +22,10 @@ if TYPE_CHECKING:
 Noise = Callable[[tuple[int, ...]], "torch.Tensor"]
 """Random numbers of a shape."""
 
-_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
-"""A picture of any size is cut into patches, all pictures' in one long row, with a table of their numbers."""
-_TILES = ("llava_next", "llava_onevision")
-"""The picture as a whole, and tiles of it."""
-_LISTS = ("idefics2", "idefics3", "smolvlm")
-"""Each sample has a list of pictures, of which those that are all zeros are left out."""
-_SIZED = ("mistral3",)
-"""A picture of any size comes with its height and width."""
-_PLAIN = (
-    *("aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "got_ocr2", "internvl", "llava", "paligemma"),
-    "vipllava",
-)
-"""One picture of one size."""
-_FAMILIES = frozenset((*_GRIDS, *_TILES, *_LISTS, *_SIZED, *_PLAIN))
-"""Those whose pictures are tried out by autorev's tests."""
 _ENOUGH = 2**20
 """Positions, where a model has no limit."""
 _USUAL_SIZE = 448
 """Pixels a side, where the model takes any."""
-INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids", "token_type_ids")
-"""Keywords that a call with a picture has, and one of text alone has not."""
-_TOWERS = {
-    "vision": ("pixel_values", "image_pixel_values"),
-    "audio": ("input_features", "input_values", "audio_input_features"),
-}
-"""What feeds the towers of a language model that takes more than text."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +50,16 @@ class Picture:
         )
 
 
-def towers_left_out(model_cls: type[Any], call: dict[str, Any]) -> str:
-    """A sentence on the towers of a language model that `call` does not run; empty where there are none."""
+def reads_pictures(config: Any, model_cls: type[Any]) -> bool:
+    """Is it a model that takes pictures in its text, where tokens stand for them?"""
     accepted = inspect.signature(model_cls.forward).parameters
-    if model_cls.main_input_name != "input_ids":
-        return ""
-    idle = [
-        tower
-        for tower, names in _TOWERS.items()
-        if any(name in accepted for name in names) and not any(name in call for name in names)
-    ]
-    if not idle:
-        return ""
-    return (
-        f"{model_cls.__name__} was called with text alone, as autorev cannot make up its other inputs here: its "
-        f"{' and '.join(idle)} tower was not run, and is in no figure and no chain. Give the loaded model and a batch "
-        "that has them (autorev.analyze(model, batch), autorev.convert(model, batch)); what "
-        "they cost is measured by autorev.profile(model, batch)"
-    )
+    both = {"input_ids", "pixel_values"} <= accepted.keys() and "return_loss" not in accepted
+    return both and bool(_first(config, "image_token_id", "image_token_index"))
 
 
-def reads_pictures(model_cls: type[Any]) -> bool:
-    """Is it a language model that takes pictures beside its text?"""
-    accepted = inspect.signature(model_cls.forward).parameters
-    return model_cls.main_input_name == "input_ids" and "pixel_values" in accepted and "return_loss" not in accepted
+def mixes_in_tokens(config: Any) -> bool:
+    """Do tokens of the text stand for what is not text? Their number has to fit what the towers make of that."""
+    return bool(_first(config, "image_token_id", "image_token_index", "audio_token_id", "audio_token_index"))
 
 
 def picture(config: Any, model_cls: type[Any], batch: int, noise: Noise, live: bool = True) -> Picture | None:
@@ -100,18 +67,16 @@ def picture(config: Any, model_cls: type[Any], batch: int, noise: Noise, live: b
 
     A model that is not `live` has no values, and some look at those of their pictures, or of the table.
     """
-    if config.model_type in (*_LISTS, *_GRIDS) and not live:
+    if not reads_pictures(config, model_cls):
         return None
-    if config.model_type not in _FAMILIES or not reads_pictures(model_cls):
+    accepted = inspect.signature(model_cls.forward).parameters
+    grid, several = "image_grid_thw" in accepted, "pixel_attention_mask" in accepted
+    if (grid or several) and not live:
         return None
-    found = _first(config, "image_token_id", "image_token_index")
-    if not found:
-        return None
-    (token,) = found
-    made = _in_patches if config.model_type in _GRIDS else _in_pixels
+    (token,) = _first(config, "image_token_id", "image_token_index")
     try:
-        inputs, count, size = made(config, model_cls, batch, noise)
-    except Exception:  # a config unlike its family's
+        inputs, count, size = (_in_patches if grid else _in_pixels)(config, model_cls, batch, noise)
+    except Exception:  # a config unlike what is known of such models
         return None
     before, after = (_first(config, f"vision_{end}_token_id", f"image_{end}_token_id") for end in ("start", "end"))
     return Picture(inputs, (*before, *[token] * count, *after), token, size) if count > 0 else None
@@ -120,7 +85,7 @@ def picture(config: Any, model_cls: type[Any], batch: int, noise: Noise, live: b
 def kinds_of_tokens(accepted: Any, shown: Picture, batch: int, length: int) -> dict[str, Any]:
     """What a model wants to know of each token: whether it is a piece of a picture. `length`: of the text."""
     row = [int(token == shown.token) for token in shown.ids] + [0] * length
-    return {name: _numbers(row, batch) for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
+    return {name: numbers(row, batch) for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
 
 
 def _first(config: Any, *names: str) -> tuple[int, ...]:
@@ -132,7 +97,7 @@ def _in_patches(config: Any, model_cls: type[Any], batch: int, noise: Noise) -> 
     vision = config.vision_config
     merged = vision.spatial_merge_size
     size = getattr(vision, "image_size", None) or _USUAL_SIZE
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or _ENOUGH
+    limit = getattr(text_config(config), "max_position_embeddings", None) or _ENOUGH
     most = max(int((limit / 2) ** 0.5), 1)  # a side of a picture that leaves half of the positions to the text
     side = max(min(size // vision.patch_size // merged, most), 1) * merged
     channels = next(
@@ -141,42 +106,46 @@ def _in_patches(config: Any, model_cls: type[Any], batch: int, noise: Noise) -> 
     length = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
     inputs = {
         "pixel_values": noise((batch * side * side, length)),
-        "image_grid_thw": _numbers([1, side, side], batch),
+        "image_grid_thw": numbers([1, side, side], batch),
     }
     return inputs, (side // merged) ** 2, side * vision.patch_size
 
 
-def _numbers(row: list[int], batch: int) -> torch.Tensor:
+def numbers(row: list[Any], batch: int) -> torch.Tensor:
     """Real ones, also under fake tensors: models loop over them."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
-        return torch.tensor([row]).repeat(batch, 1)
+        one = torch.tensor([row])
+        return one.repeat(batch, *[1] * (one.dim() - 1))
 
 
 def _in_pixels(config: Any, model_cls: type[Any], batch: int, noise: Noise) -> tuple[dict[str, Any], int, int]:
-    vision, family = config.vision_config, config.model_type
-    size = getattr(vision, "image_size", None) or _USUAL_SIZE
-    size = size if isinstance(size, int) else size[0]
+    """One picture; tiles of it beside it; or a list of pictures, of which those that are all zeros are left out."""
+    vision, accepted = config.vision_config, inspect.signature(model_cls.forward).parameters
+    size = two(getattr(vision, "image_size", None) or _USUAL_SIZE)[0]
+    patch = two(vision.patch_size)[0]
     shape: tuple[int, ...] = (getattr(vision, "num_channels", 3), size, size)
     inputs: dict[str, Any] = {}
-    if family in _LISTS:
+    if "pixel_attention_mask" in accepted:
         shape = (1, *shape)
-    if family in _TILES:
+    if pins := getattr(config, "image_grid_pinpoints", None):
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        shape = (image_size_to_num_patches((size, size), config.image_grid_pinpoints, size), *shape)
-    if family in (*_TILES, *_SIZED):
-        inputs["image_sizes"] = _numbers([size, size], batch)
+        shape = (image_size_to_num_patches((size, size), pins, size), *shape)
+    sized = bool(pins) or ("image_sizes" in accepted and hasattr(config, "spatial_merge_size"))
+    if sized:
+        inputs["image_sizes"] = numbers([size, size], batch)
     inputs["pixel_values"] = noise((batch, *shape))
-    side = size // vision.patch_size if isinstance(vision.patch_size, int) else size // vision.patch_size[0]
-    if family == "idefics2":
+    if queries := getattr(config, "num_query_tokens", None):
+        count = queries
+    elif hasattr(config, "perceiver_config"):
         count = config.perceiver_config.resampler_n_latents
-    elif family in _LISTS:
-        count = side**2 // config.scale_factor**2
-    elif family in _SIZED:
-        count = (side // config.spatial_merge_size) ** 2
+    elif "pixel_attention_mask" in accepted:
+        count = (size // patch) ** 2 // config.scale_factor**2
+    elif sized and not pins:
+        count = (size // patch // config.spatial_merge_size) ** 2
     else:
         count = _asked(config, model_cls, shape, inputs.get("image_sizes"))
     return inputs, count, size
@@ -187,16 +156,11 @@ def _asked(config: Any, model_cls: type[Any], shape: tuple[int, ...], sizes: Any
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from autorev.integrations.quirks import quiet
-
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.num_hidden_layers = 1
     with unset_fake_temporarily(), torch.device("meta"), torch.no_grad(), quiet():
-        dtype = torch.get_default_dtype()
-        model = model_cls._from_config(small, dtype=dtype)
+        model = shallow(config, model_cls)
         how = {} if sizes is None else {"image_sizes": torch.tensor([list(shape[-2:])], device="cpu")}
-        found = model.model.get_image_features(pixel_values=torch.empty(1, *shape, dtype=dtype), **how)
+        pixels = torch.empty(1, *shape, dtype=torch.get_default_dtype())
+        found = model.model.get_image_features(pixel_values=pixels, **how)
     found = getattr(found, "pooler_output", found)
     pieces = found if isinstance(found, (list, tuple)) else [found]
-    return int(sum(piece.numel() for piece in pieces) // text.hidden_size)
+    return int(sum(piece.numel() for piece in pieces) // text_config(config).hidden_size)

@@ -18,15 +18,22 @@ Two more things are about pictures in a text:
   Calls that autorev makes are so, and a fake tensor is believed.
 - How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over. Where it is a real
   one, it stays real, with whatever is computed from it alone.
+
+And one is torch's: a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
+weights with their copies, which torch refuses of tensors that anybody watches. Where nothing changes, nothing is done.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from autorev.hush import logs_hushed, warnings_hushed
 from autorev.patching import patched_here
@@ -48,6 +55,7 @@ def quirks() -> Iterator[None]:
             module = sys.modules.get(module_name)
             if hasattr(module, name):  # another version of transformers may lack the function, and then the quirk
                 stack.enter_context(patched_here(module, name, replace))
+        stack.enter_context(patched_here(nn.Module, "_apply", fake_weights_replaced))
         stack.enter_context(quiet())
         stack.enter_context(real_numbers_stay())
         yield
@@ -76,9 +84,36 @@ def quiet_files() -> Iterator[None]:
         yield
 
 
-def _fake_ones_are_believed(original: Any) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensor
+def fake_weights_replaced(original: Any) -> Any:
+    """In the place of `nn.Module._apply`: what `.to()`, `.half()` and the like call."""
 
+    def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+        if not any(isinstance(tensor, FakeTensor) for tensor in (*module.parameters(), *module.buffers())):
+            return cast(nn.Module, original(module, function, recurse))
+        for kind in ("_parameters", "_buffers"):
+            replace_tensors(module, kind, function)
+        return module
+
+    return apply
+
+
+def replace_tensors(model: nn.Module, kind: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put `function` of each parameter or buffer in its place; what is returned as it is stays."""
+    replaced: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    with torch.no_grad():
+        for module in model.modules():
+            tensors: dict[str, torch.Tensor | None] = getattr(module, kind)
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in replaced:
+                    new = function(old)
+                    made_anew = isinstance(old, nn.Parameter) and new is not old
+                    replaced[id(old)] = nn.Parameter(new, old.requires_grad) if made_anew else new
+                tensors[name] = replaced[id(old)]
+
+
+def _fake_ones_are_believed(original: Any) -> Any:
     def check(error: Any, condition: Any, *message: Any) -> None:
         if not isinstance(condition, FakeTensor):
             original(error, condition, *message)
@@ -89,8 +124,6 @@ def _fake_ones_are_believed(original: Any) -> Any:
 @contextmanager
 def real_numbers_stay() -> Iterator[None]:
     """While it lasts, what is computed under fake tensors from real ones of whole numbers alone is real."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
     from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_leaves
 
@@ -112,8 +145,6 @@ def _one_text_per_row(original: Any) -> Any:
 
 
 def _grouped_only_where_it_can_be_faked(original: Any) -> Any:
-    import torch
-
     def can_use(input: Any, weight: Any, offs: Any) -> bool:
         return weight.dtype == torch.bfloat16 and bool(original(input, weight, offs))
 

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.source import raised_line
 from autorev.errors import AutorevError, ModelBuildError, ModelNotFoundError, message_of
+from autorev.integrations.building import Build, building, count_modules, in_one_dtype, settle
 from autorev.integrations.transformers import is_transformers
-from autorev.models.building import Build, building, count_modules, in_one_dtype, settle
 from autorev.models.from_config import transformers_workload
 from autorev.workload import Call, Workload
 

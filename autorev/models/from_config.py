@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError, one_line
 from autorev.integrations.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
-from autorev.integrations.pictures import picture, towers_left_out
+from autorev.integrations.inputs import text_config
+from autorev.integrations.pictures import picture
 from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
 from autorev.packages import require
@@ -18,7 +19,7 @@ from autorev.workload import Call, Workload
 if TYPE_CHECKING:
     import torch
 
-    from autorev.models.building import Build
+    from autorev.integrations.building import Build
 
 _USUAL_SEQUENCE = 2048
 """Tokens per sample where nothing else is asked for; fewer where the model has fewer positions."""
@@ -47,7 +48,7 @@ def config_workload(
     model_cls = model_class(config, code_from)
 
     def build(dtype: torch.dtype) -> torch.nn.Module:
-        from autorev.models.building import building, settle
+        from autorev.integrations.building import building, settle
 
         try:
             with building(dtype):
@@ -71,7 +72,7 @@ def transformers_workload(
     """The workload of a `transformers` class: what it is called with follows from its config."""
     import torch
 
-    from autorev.models.building import in_one_dtype
+    from autorev.integrations.building import in_one_dtype
 
     has_text = has_sequence(config, model_cls)
     limit = sequence_limit(config, model_cls) if has_text else None
@@ -79,8 +80,6 @@ def transformers_workload(
     if shown is not None:
         notes = (*notes, shown.note)
         limit = limit and max(limit - len(shown.ids), 1)
-    elif left_out := towers_left_out(model_cls, {}):
-        notes = (*notes, left_out)
 
     def example(batch: int, sequence: int | None) -> Call:
         try:
@@ -175,7 +174,7 @@ def check_counts(data: Any, source: str) -> None:
 
 def assumed_sizes(config: Any, data: dict[str, Any], source: str) -> tuple[str, ...]:
     """A note on the sizes that the config `data` leaves to `transformers`, if there are any."""
-    text = config.get_text_config()
+    text = text_config(config)
     key = next((name for name, part in vars(config).items() if part is text), None)
     part = data if key is None else data.get(key)
     given = part if isinstance(part, dict) else {}
@@ -202,7 +201,7 @@ def _own_config(code_from: str, source: str, depth: int | None) -> Any:
 
 
 def _set_depth(config: Any, depth: int, source: str) -> None:
-    text = config.get_text_config()
+    text = text_config(config)
     own = getattr(text, "num_hidden_layers", None)  # every family's own name for it is mapped to this one
     if not isinstance(own, int):
         raise ModelBuildError(f"the config of {source} has no number of blocks that could be set; leave `depth` out")

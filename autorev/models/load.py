@@ -16,10 +16,10 @@ from torch import nn
 
 from autorev.errors import AutorevError, ModelBuildError, SettingError, one_line
 from autorev.files import path_of
+from autorev.integrations.building import count_modules, default_dtype
 from autorev.integrations.example_call import example_call_for, model_class
 from autorev.integrations.quirks import quiet_files
 from autorev.integrations.transformers import is_transformers
-from autorev.models.building import count_modules, default_dtype
 from autorev.models.factory import made_for_real, resized
 from autorev.models.from_config import assumed_sizes, check_counts, parse_config
 from autorev.models.gguf_file import check_sizes, check_whole

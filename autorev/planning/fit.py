@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
-from autorev.analysis import Analysis, resolve_lora
+from autorev.analysis import Analysis, Setting, resolve_lora
 from autorev.chunked_loss import head_of
 from autorev.errors import SettingError
 from autorev.given import is_count
 from autorev.models.resolve import resolve
+from autorev.optimizers import Optimizer
 from autorev.pipeline import prepare
-from autorev.plan import Measured, Plan, Reached
+from autorev.plan import Measured, Option, Plan, Reached
 from autorev.planning.search import Search
 from autorev.prediction.forecast import Forecaster
-from autorev.prediction.training import optimizer_bytes, trained_sizes
+from autorev.prediction.update import update_of, updated_by
 from autorev.profiler.environment import parse_memory
 from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.run import profile
@@ -28,6 +30,8 @@ from autorev.workload import Workload
 
 Progress = Callable[[str, float], None]
 Size = int | Literal["auto"] | None
+ADAMW = ("adamw", "adamw-fused", "adamw-fused:step=backward", "adamw-host", "adamw-host:gradients=host")
+"""Ways to run it, each of which makes more room than the one before."""
 MOST_TIGHTENED = 3
 """Plans that are run before there is said to be none."""
 
@@ -41,6 +45,7 @@ def fit(
     sequence: Size = None,
     host: bool = True,
     pretrained: bool = True,
+    optimizer: str | None = None,
     measure: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = lambda what, fraction: None,
@@ -58,10 +63,12 @@ def fit(
         sequence: tokens per sample, or "auto" for as many as fit.
         host: may plans use the host's memory?
         pretrained: does the model have a function that has to be kept?
+        optimizer: as `autorev.optimizers` spells it. Default: AdamW, fused, stepping in backward or on the host where
+            that makes room: its numbers are the same.
         measure: run the plan here, and take a tighter one where it does not hold.
         trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
         progress: is told what is being done, and the fraction done.
-        setting: dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout, adapter_dtype,
+        setting: dtype, autocast, accumulate, trains, lora_rank, lora_dropout, adapter_dtype,
             weights, loss, gpus, shard, sequence_parallel.
 
     Raises:
@@ -82,6 +89,7 @@ def fit(
     if measure and setting.get("gpus", 1) != 1:
         raise SettingError("a plan for several GPUs is not run here; leave `measure` out, or `gpus`")
     axis = auto[0] if auto else None
+    setting["optimizer"] = optimizer or ADAMW[0]
     progress("analysing the model", 0.0)
     if isinstance(model, nn.Module):
         if auto or sequence is not None:
@@ -101,7 +109,8 @@ def fit(
     assert analysis.device is not None
     chunked = head_of(forecaster.twin) is not None
     limit = analysis.device.usable_bytes if room is None else room[0] + (_standing(forecaster) if room[1] else 0)
-    search = Search(forecaster, limit, pretrained, host, chunked, progress)
+    optimizers = (forecaster.setting.optimizer,) if optimizer else _equal(forecaster, host)
+    search = Search(forecaster, limit, pretrained, host, chunked, optimizers, progress)
     longest: tuple[Reached, ...] = ()
     if axis is not None:
         longest = tuple(search.reach(axis))
@@ -109,7 +118,7 @@ def fit(
         if size:
             sized: Any = {axis: size}
             forecaster = replace(forecaster, setting=replace(forecaster.setting, **sized), probed={}, simulated={})
-            search = Search(forecaster, limit, pretrained, host, chunked, progress)
+            search = Search(forecaster, limit, pretrained, host, chunked, optimizers, progress)
     search.all()
     plan = _plan(analysis, search, longest, axis)
     return _measured(plan, search, model, batch, trust_remote_code, setting) if measure else plan
@@ -123,7 +132,7 @@ def _plan(analysis: Analysis, search: Search, longest: tuple[Reached, ...], axis
     impossible = [f"{spec}: {reason}" for spec, reason in search.impossible.items()]
     return Plan(
         model=analysis.model,
-        setting=search.forecaster.setting,
+        setting=search.forecaster.setting if chosen is None else _with(search, chosen.optimizer),
         device=analysis.device,
         memory_bytes=search.room,
         method=None if chosen is None else chosen.method,
@@ -132,9 +141,34 @@ def _plan(analysis: Analysis, search: Search, longest: tuple[Reached, ...], axis
         rungs=rungs,
         longest=longest,
         axis=axis,
-        notes=(*analysis.notes, *impossible),
+        notes=(*analysis.notes, *impossible, *_not_clipped(chosen)),
         versions=analysis.versions,
     )
+
+
+def _with(search: Search, optimizer: str) -> Setting:
+    return replace(search.forecaster.setting, optimizer=optimizer)
+
+
+def _not_clipped(chosen: Option | None) -> list[str]:
+    if chosen is None or not Optimizer.parse(chosen.optimizer).during_backward:
+        return []
+    return [
+        f"{chosen.optimizer} takes gradients one by one, so they are not clipped; `optimizer=adamw-fused` clips them"
+    ]
+
+
+def _equal(forecaster: Forecaster, host: bool) -> tuple[str, ...]:
+    """The optimisers of AdamW's numbers that can take such a step on such a device."""
+    found = []
+    for spec in ADAMW:
+        optimizer = Optimizer.parse(spec)
+        with suppress(SettingError):
+            replace(forecaster.setting, optimizer=spec)
+            optimizer.check_device(forecaster.device_kind)
+            if host or not optimizer.on_host:
+                found.append(spec)
+    return tuple(found)
 
 
 def _measured(
@@ -149,6 +183,7 @@ def _measured(
         search.progress(f"running {chosen.method.spec}", 0.95)
         size = batch if isinstance(model, nn.Module) else search.forecaster.setting.batch
         how = {name: value for name, value in setting.items() if name not in ("loss", "accumulate")}
+        how["optimizer"] = chosen.optimizer
         sequence = None if isinstance(model, nn.Module) else search.forecaster.setting.sequence
         dtype = {} if isinstance(model, nn.Module) else {"dtype": search.forecaster.setting.dtype}
         record = profile(
@@ -171,7 +206,12 @@ def _measured(
             result.memory.peak_bytes <= search.room,
         )
         plan = replace(
-            plan, method=chosen.method, why=search.why(chosen), rungs=tuple(search.rungs(chosen)), measured=found
+            plan,
+            method=chosen.method,
+            setting=_with(search, chosen.optimizer),
+            why=search.why(chosen),
+            rungs=tuple(search.rungs(chosen)),
+            measured=found,
         )
         if found.holds or attempt == MOST_TIGHTENED - 1:
             return plan
@@ -183,7 +223,6 @@ def _live(model: nn.Module, batch: Any, device: str, setting: dict[str, Any]) ->
     trains, lora_rank = resolve_lora(setting.get("trains"), setting.get("lora_rank"))
     wanted = {
         "autocast": None,
-        "optimizer": "adamw",
         "lora_dropout": 0.0,
         "adapter_dtype": None,
         "weights": None,
@@ -214,8 +253,10 @@ def _bytes_of(memory: str | int) -> tuple[int, bool]:
 
 
 def _standing(forecaster: Forecaster) -> int:
-    whole, division = standing_bytes(forecaster.twin, forecaster.setting.optimizer), forecaster.division
+    optimizer, division = forecaster.setting.optimizer, forecaster.division
+    whole = standing_bytes(forecaster.twin, optimizer)
     if division is None:
         return whole
-    state, _, _ = optimizer_bytes(trained_sizes(forecaster.twin), forecaster.setting.optimizer, "cpu")
-    return whole - state - division.gradients + forecaster.optimizer()[0] + division.standing().total()
+    whole -= update_of(updated_by(forecaster.twin, Optimizer.parse(optimizer), "cpu")).state
+    whole -= 0 if division.accumulated else division.gradients
+    return whole + forecaster.update().state + division.standing().total()

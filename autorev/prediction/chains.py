@@ -11,14 +11,17 @@ from torch import nn
 from autorev.analysis import Category
 from autorev.detect.judge import Finding
 from autorev.engine.chain import pass_of
+from autorev.engine.host_store import HostStore
 from autorev.engine.step import Branch, Step
 from autorev.methods import Method
-from autorev.prediction.baselines import Run
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 
 if TYPE_CHECKING:
     from autorev.prediction.layout import Site
+
+Run = Callable[[torch.Tensor], Any]
+"""Runs one block: stream in, whatever the block returns out."""
 
 
 class Chains:
@@ -29,7 +32,12 @@ class Chains:
     """
 
     def __init__(
-        self, twin: nn.Module, findings: tuple[list[Finding], ...], stored: tuple[int, ...], method: Method
+        self,
+        twin: nn.Module,
+        findings: tuple[list[Finding], ...],
+        stored: tuple[int, ...],
+        method: Method,
+        host: HostStore,
     ) -> None:
         """`stored`: of each chain, how many blocks at its end are not recomputed.
 
@@ -42,7 +50,7 @@ class Chains:
             return
         for number, (chain, kept) in enumerate(zip(findings, stored, strict=True)):
             names = {item.chain.name for item in self.built}
-            item = BuiltChain(twin, chain, kept, method, names)
+            item = BuiltChain(twin, chain, kept, method, names, host)
             self.built.append(item)
             self.forwards |= {(number, forward.block): forward for forward in item.forwards}
 
@@ -64,17 +72,13 @@ class Chains:
         chain = self.built[site.chain].chain
         number = len(chain.couplings) - 1 - site.from_end
         branch = Branch(None, chain.paths[number], True, lambda module, name: False)
-        step = Step(chain, stream, (number,), branch)
+        step = Step(chain, (stream,), (number,), branch)
         if step.replay is not None:
-            step.replay.again = lambda x: (None, turn(x))
+            step.replay.again = lambda x: (None, (turn(x),))
         with step.running():
-            out = turn(step.given())
-        return step.take(out)
-
-    def on_host(self, site: Site) -> int:
-        """Bytes of the site's chain that lie on the host."""
-        host = self.built[site.chain].chain.host if self.built and site.chain is not None else None
-        return 0 if host is None else host.bytes
+            out = turn(*step.given())
+        (new,) = step.take((out,))
+        return new
 
     def kept(self, site: Site) -> Iterator[tuple[Category, torch.Tensor]]:
         """What the engine holds of the site's chain: its state, and side bits."""
@@ -82,6 +86,8 @@ class Chains:
         if latest is None:
             return
         tape = latest.tape
-        yield Category.STREAMS, tape.state.stream
-        yield Category.STREAMS, tape.state.partner
-        yield from ((Category.SIDE_BITS, step.side) for step in tape.steps if isinstance(step.side, torch.Tensor))
+        for lane in tape.lanes:
+            yield Category.STREAMS, lane.state.stream
+            yield Category.STREAMS, lane.state.partner
+        sides = (kept.side for step in tape.steps for kept in step.lanes)
+        yield from ((Category.SIDE_BITS, side) for side in sides if isinstance(side, torch.Tensor))

@@ -13,19 +13,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autorev.analysis import Category, DeviceInfo, Prediction, Setting
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.record import record
 from autorev.detect.chains import detect
-from autorev.errors import SettingError
+from autorev.errors import ConversionError, SettingError
 from autorev.methods import PREDICTED, Method
+from autorev.optimizers import Optimizer
+from autorev.own_mode import OwnMode
 from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.layout import Layout, layout_of
 from autorev.prediction.scaling import ScaledTrace
 from autorev.prediction.sharding import Division
 from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
-from autorev.prediction.training import DTYPES, loss_function, optimizer_bytes, trained_sizes
+from autorev.prediction.training import DTYPES, loss_function
 from autorev.prediction.ulysses import Ulysses
+from autorev.prediction.update import Update, Updated, update_of, updated_by
+from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)
@@ -57,12 +60,18 @@ class Forecaster:
     """Among several GPUs."""
     probed: dict[tuple[Method, int], ScaledTrace] = field(default_factory=dict)
     """Method and batch -> its steps at `PROBES`."""
-    simulated: dict[tuple[Method, int, int | None], StepTrace] = field(default_factory=dict)
-    """Method, batch and sequence -> its step: what was simulated to choose `keep_last` is not simulated again."""
+    simulated: dict[Any, tuple[list[int], StepTrace]] = field(default_factory=dict)
+    """What blocks are run and how, batch and sequence -> the numbers of these blocks, and the step: what differs only
+    in how many blocks are stored, or keep something, is simulated once."""
 
     def methods(self) -> tuple[Method, ...]:
         """The methods that say something about this model, with `keep_last` chosen."""
-        chosen = [Method(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        chosen = [Method.parse(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
+        tiled, findings = [method for method in chosen if method.tile is not None], self.layout.findings
+        try:
+            _ = tiled and tiled_forwards(self.twin, findings, "auto", as_long=False)
+        except ConversionError:
+            chosen = [method for method in chosen if method not in tiled]
         return tuple(self.settled(m) for m in chosen if self.reversible or not m.reversible)
 
     def settled(self, method: Method) -> Method:
@@ -84,10 +93,14 @@ class Forecaster:
                 probes = tuple(self.trace(method, batch, probe) for probe in PROBES)
                 self.probed[method, batch] = ScaledTrace(PROBES, probes)
             return self.probed[method, batch].at(sequence)
-        known = method, batch, sequence
+        layout = self.layout.under(method)
+        active = sorted(layout.active)
+        alike = tuple((s.chain, s.kind, s.stored, s.keeps) for s in map(layout.sites.__getitem__, active))
+        known = replace(method, keep_last="auto", keep=None, host=None), batch, sequence, alike
         if known not in self.simulated:
-            self.simulated[known] = self._simulate(method, batch, sequence)
-        return self.simulated[known]
+            self.simulated[known] = active, self._simulate(method, batch, sequence)
+        before, trace = self.simulated[known]
+        return trace if before == active else trace.of_blocks(dict(zip(before, active, strict=True)))
 
     def _simulate(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
         degree = self.setting.sequence_parallel
@@ -102,7 +115,10 @@ class Forecaster:
             ):
                 autocast = DTYPES[self.setting.autocast] if self.setting.autocast else None
                 accumulated = self.setting.accumulate > 1
-                trace = simulate(self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated)
+                taken = self._taken_in_backward()
+                trace = simulate(
+                    self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated, taken=taken
+                )
         if degree > 1 and not attention.calls:
             raise SettingError(
                 f"{type(self.twin).__name__} calls no scaled_dot_product_attention, whose heads `sequence_parallel` "
@@ -119,20 +135,27 @@ class Forecaster:
 
     def cost(self, trace: StepTrace, method: Method) -> StepCost:
         """The step's memory and work, optimiser included."""
-        state, temporary, _ = self.optimizer()
+        update = self.update()
         layout = self.layout.under(method)
-        return compose(trace, layout, state, temporary, self.division)
+        return compose(trace, layout, update.state, update.temporary, self.division)
 
-    def optimizer(self) -> tuple[int, int, int]:
-        """(state, temporary, moved) bytes of an update."""
-        if self.division is not None:
-            return self.division.optimizer(self.setting.optimizer, self.device_kind)
-        return optimizer_bytes(trained_sizes(self.twin), self.setting.optimizer, self.device_kind)
+    def update(self) -> Update:
+        """What the optimiser takes."""
+        each = self.updated()
+        return update_of(each) if self.division is None else self.division.update(each)
+
+    def updated(self) -> list[Updated]:
+        """The parameters that train."""
+        return updated_by(self.twin, Optimizer.parse(self.setting.optimizer), self.device_kind)
 
     def standing(self, trace: StepTrace) -> int:
         """Bytes that are alive before the step."""
         more = 0 if self.division is None else self.division.standing().total()
-        return sum(trace.start.values()) + more + self.optimizer()[0]
+        return sum(trace.start.values()) + more + self.update().state
+
+    def _taken_in_backward(self) -> dict[nn.Parameter, int]:
+        """What the update of each parameter takes whose gradient it frees."""
+        return {one.parameter: one.temporary for one in self.updated() if one.frees_gradient}
 
     def prediction(self, method: Method, trace: StepTrace) -> Prediction:
         """The public form of a method's step."""
@@ -140,7 +163,7 @@ class Forecaster:
         phase = max(cost.phase_peaks, key=lambda p: cost.phase_peaks[p])
         alive = cost.peak_categories[phase]
         return Prediction(
-            method=method.name,
+            method=method.known_as,
             peak_bytes=cost.phase_peaks[phase],
             phase=phase,
             categories={c.value: int(alive.get(c, 0)) for c in Category},
@@ -150,7 +173,7 @@ class Forecaster:
             step_seconds=self.seconds(cost),
             side_bits=trace.side_bits,
             preserves_function=method.preserves_function,
-            host_bytes=cost.host_bytes,
+            host_bytes=cost.host_bytes + self.update().host,
             note=_note(method),
             keep_last=tuple(method.stored_of(chain) for chain in range(len(self.layout.lengths)))
             if method.reversible
@@ -166,7 +189,9 @@ class Forecaster:
         products = max(cost.flops / self.device.peak_flops, cost.matmul_bytes / self.device.bandwidth)
         on_device = products + cost.other_bytes / self.device.bandwidth
         a_pass = max(on_device, 2 * cost.host_bytes / self.device.host_bandwidth)
-        return self.setting.accumulate * a_pass + self.optimizer()[2] / self.device.bandwidth
+        update = self.update()
+        after = update.moved / self.device.bandwidth + update.linked / self.device.host_bandwidth
+        return self.setting.accumulate * a_pass + after
 
 
 def walks_through_sequence(twin: nn.Module, example: Example, batch: int) -> bool:

@@ -34,7 +34,7 @@ class Exploration:
 
     def reach(self) -> Reach:
         """The public form of the limits."""
-        return Reach(self.method.name, self.limits.get("batch"), self.limits.get("sequence"))
+        return Reach(self.method.known_as, self.limits.get("batch"), self.limits.get("sequence"))
 
 
 def explore(
@@ -131,7 +131,7 @@ def sweeps(forecaster: Forecaster, explored: list[Exploration]) -> list[Sweep]:
             curve, method = exploration.curves.get(axis), exploration.method
             if curve is not None:
                 peaks = tuple(forecaster.peak(curve.at(value), method) for value in values)
-                found.append(Sweep(axis, method.name, values, peaks))
+                found.append(Sweep(axis, method.known_as, values, peaks))
     return found
 
 

@@ -15,6 +15,7 @@ from autorev.couplings.choose import coupling_for
 from autorev.detect.ends import argument_of, flatten_with_path
 from autorev.detect.judge import Finding
 from autorev.detect.outline import Outlined, outline
+from autorev.keeps import NOTHING, Keeps
 from autorev.methods import Method
 from autorev.rewrite.in_steps import by_steps
 
@@ -27,9 +28,8 @@ class Site:
     module: nn.Module
     call: int
     """Number of this call among the module's calls."""
-    stream: str
-    """Argument name, `hidden_states` or `states[0]`."""
-    output_at: tuple[Any, ...]
+    lanes: tuple[tuple[str, tuple[Any, ...]], ...]
+    """(argument name, `hidden_states` or `states[0]`; place in what is returned) of each stream that it carries."""
     chain: int | None
     """Number of its chain; None for a refused block."""
     from_end: int
@@ -38,6 +38,9 @@ class Site:
     """Blocks of one kind (class, shapes, graph) behave alike."""
     turn: int | None = None
     """For an inline block: which turn of `module`'s loop it is."""
+    stored: bool = False
+    """Is it left as it is?"""
+    keeps: Keeps = NOTHING
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +57,9 @@ class Layout:
     """Of each chain, how many blocks at its end a reversible method stores instead of recomputing."""
 
     @property
-    def run(self) -> list[Finding]:
-        """Of the blocks that have to be run."""
-        modules = {id(self.sites[number].module) for number in self.active}
-        every = [*(finding for chain in self.chains for finding in chain), *self.refused]
-        return [finding for finding in every if id(finding.call.module) in modules]
+    def findings(self) -> list[Finding]:
+        """Of all blocks."""
+        return [*(finding for chain in self.chains for finding in chain), *self.refused]
 
     @cached_property
     def groups(self) -> dict[Any, list[int]]:
@@ -101,13 +102,17 @@ class Layout:
         )
         sites = []
         for site in layout.sites:
-            kind = site.kind
             if site.chain is not None:
                 length = len(layout.chains[site.chain])
                 last = site.from_end < stored[site.chain]
-                bits = _side_bits(method, length - 1 - site.from_end, length)
-                kind = kind, last and stored[site.chain] > 1, bits  # the last block of a kind is run in any case
-            sites.append(replace(site, kind=kind))
+                position = length - 1 - site.from_end
+                bits, keeps = _side_bits(method, position, length), method.keeps(position, length - stored[site.chain])
+                # The last block of a kind is run in any case.
+                kind = site.kind, last and stored[site.chain] > 1, bits, NOTHING if last else keeps
+                site = replace(site, kind=kind, stored=last, keeps=keeps)
+            else:
+                site = replace(site, keeps=method.keeps(0, 1))
+            sites.append(site)
         return replace(layout, sites=tuple(sites), stored=stored)
 
 
@@ -141,8 +146,7 @@ def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Modu
             number=n,
             module=twin.get_submodule(f.call.path),
             call=f.call.index,
-            stream=argument_of(f.start) if f.start is not None and not f.inline else "",
-            output_at=f.output_at,
+            lanes=tuple((argument_of(g.start) if g.start and not g.inline else "", g.output_at) for g in f.lanes),
             chain=chain,
             from_end=from_end,
             kind=_kind(f),

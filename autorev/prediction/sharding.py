@@ -26,7 +26,7 @@ from autorev.analysis import Category, Setting
 from autorev.errors import SettingError
 from autorev.prediction.layout import Layout
 from autorev.prediction.tracker import Segment
-from autorev.prediction.training import optimizer_bytes
+from autorev.prediction.update import Update, Updated, update_of
 
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's `reduce_bucket_size`: elements of the buffer that gradients wait in until they are reduced.
@@ -149,23 +149,25 @@ class Division:
         """Bytes of the buffer that they are reduced in."""
         return REDUCE_BUCKET * self.gradient_size
 
-    def optimizer(self, optimizer: str, device_kind: str) -> tuple[int, int, int]:
-        """(state, temporary, moved) bytes of an update, as `optimizer_bytes` has them for one GPU.
+    def update(self, each: list[Updated]) -> Update:
+        """What the optimiser takes of one GPU, for all parameters that train.
 
-        DeepSpeed updates fp32 weights of its own, on fp32 gradients.
+        DeepSpeed updates fp32 weights of its own, on fp32 gradients: one flat tensor of them.
         """
-        if self.shard == "none":
-            return optimizer_bytes([(p.numel(), p.element_size()) for p in self.trained], optimizer, device_kind)
+        if self.shard == "none" or not each:
+            return update_of(each)
         if self.shard == "fsdp":
-            parts = [(part_of(p.shape, self.gpus), p.element_size()) for p in self.trained]
-            return optimizer_bytes(parts, optimizer, device_kind)
-        flat = [(self.partition, FP32)] if self.partition else []
-        state, temporary, moved = optimizer_bytes(flat, optimizer, device_kind)
+            return update_of([replace(one, part=part_of(one.parameter.shape, self.gpus)) for one in each])
+        flat = nn.Parameter(torch.empty(self.partition, dtype=torch.float32, device="meta"))
+        update = update_of([replace(each[0], parameter=flat, embeds=False)])
         at_once = min(self.partition, SUBGROUP) if self.shard == "zero3" else self.partition
-        if self.partition:
-            temporary = temporary * at_once // self.partition
+        temporary = update.temporary * at_once // self.partition
         narrow = at_once * self.gradient_size if self.shard != "zero3" else 0  # what the fp32 ones are made from
-        return self.partition * FP32 + state, at_once * FP32 + max(temporary, narrow), moved
+        return replace(
+            update,
+            state=self.partition * FP32 + update.state,
+            temporary=at_once * FP32 + max(temporary, narrow),
+        )
 
     def standing(self) -> Counter[Category]:
         """What is alive throughout, beyond what it is on one GPU."""

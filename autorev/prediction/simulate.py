@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -20,18 +20,20 @@ import torch
 from torch import nn
 from torch.autograd.graph import _engine_run_backward
 
+from autorev.alike import few_of_them
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import named_arguments
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.outline import Outlined
+from autorev.engine.host_store import HostStore
 from autorev.hush import logs_hushed
 from autorev.integrations.transformers import without_caches
 from autorev.methods import Method
-from autorev.prediction.baselines import Run, run_checkpointed, run_offloaded
-from autorev.prediction.chains import Chains
+from autorev.prediction.chains import Chains, Run
 from autorev.prediction.layout import Layout, Site
 from autorev.prediction.tracker import MemoryTracker, Segment
+from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of
 from autorev.rewrite.replacement import installed
 from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
@@ -50,6 +52,19 @@ class StepTrace:
     host_bytes: dict[int, int] = field(default_factory=dict)
     """What each block that was run leaves on the host until backward."""
 
+    def of_blocks(self, numbers: dict[int, int]) -> StepTrace:
+        """The same, with other numbers for the blocks that were run."""
+
+        def renumbered(found: dict[int, Any]) -> dict[int, Any]:
+            return {numbers[block]: value for block, value in found.items()}
+
+        segments = [
+            replace(s, block=None if s.block is None else numbers[s.block], freed=renumbered(s.freed))
+            for s in self.segments
+        ]
+        streams, host = renumbered(self.stream_bytes), renumbered(self.host_bytes)
+        return StepTrace(self.start, segments, streams, self.side_bits, host)
+
 
 def simulate(
     twin: nn.Module,
@@ -60,6 +75,7 @@ def simulate(
     counting_work: bool = True,
     autocast: torch.dtype | None = None,
     accumulated: bool = False,
+    taken: Mapping[nn.Parameter, int] | None = None,
 ) -> StepTrace:
     """One forward and backward pass of `twin` under `method`; without `counting_work` its memory alone.
 
@@ -68,26 +84,32 @@ def simulate(
     Args:
         autocast: the dtype that the forward pass computes in, where it is not that of the weights.
         accumulated: are there gradients of a pass before, to which those of this one are added?
+        taken: bytes that updating a parameter takes, of those that are updated as soon as their gradient is there, and
+            whose gradient is freed then.
     """
     for parameter in twin.parameters() if accumulated else ():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
+        stack.enter_context(few_of_them())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            tiled = tiled_forwards(twin, layout.run, method.tile, method.in_pieces, as_long=False)
+            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, as_long=False)
             stack.enter_context(installed(tiled.forwards))
-        chains = Chains(twin, layout.chains, layout.stored, method)
+        host = HostStore()
+        chains = Chains(twin, layout.chains, layout.stored, method, host)
         stack.enter_context(tracker)
         tracker.adopt(twin)
+        for parameter, size in (taken or {}).items():
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(_update, size)).remove)
         for _, leaf in flatten_with_path(call):
             if isinstance(leaf, torch.Tensor):
                 tracker.see(leaf, Category.OTHER)
         start = tracker.total()
         tracker.begin("forward", None, Category.OTHER)
-        steps = _Steps(layout, method, chains, tracker)
+        steps = _Steps(layout, method, chains, host, tracker)
         stack.enter_context(steps.patched())
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = loss_of(twin, call)
@@ -103,6 +125,12 @@ def simulate(
     return StepTrace(dict(start), segments, steps.stream_bytes, chains.side_bits, steps.host_bytes)
 
 
+def _update(size: int, parameter: torch.Tensor) -> None:
+    """An update of one parameter in backward."""
+    torch.empty(size, dtype=torch.uint8, device=parameter.device)
+    parameter.grad = None
+
+
 def _backward(loss: torch.Tensor) -> None:
     """`loss.backward()` in which blocks that run a second time are seen by the function modes, as in the first run.
 
@@ -116,14 +144,14 @@ def _backward(loss: torch.Tensor) -> None:
 class _Steps:
     """Wraps every block's forward for the length of one simulated step."""
 
-    def __init__(self, layout: Layout, method: Method, chains: Chains, tracker: MemoryTracker) -> None:
-        self.layout, self.method, self.chains, self.tracker = layout, method, chains, tracker
+    def __init__(self, layout: Layout, method: Method, chains: Chains, host: HostStore, tracker: MemoryTracker) -> None:
+        self.layout, self.method, self.chains, self.host, self.tracker = layout, method, chains, host, tracker
         self.active = layout.active
         self.calls: dict[int, int] = {}
         self.returned: dict[Any, Any] = {}
         self.stream_bytes: dict[int, int] = {}
         self.host_bytes: dict[int, int] = {}
-        self.last_output: Callable[[], torch.Tensor | None] = lambda: None
+        self.last_outputs: list[weakref.ref[torch.Tensor]] = []
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -146,16 +174,18 @@ class _Steps:
             site = sites.get(call)
             if site is None:
                 return forward(*args, **kwargs)
-            place, stream = find_stream(named_arguments(site.module, args, kwargs), site.stream, args, kwargs)
+            named = list(named_arguments(site.module, args, kwargs))
+            found = [find_stream(named, argument, args, kwargs) for argument, _ in site.lanes if argument]
+            (place, stream), *beside = found
             # The closure lives on in the graph where a block is recomputed: it must not hold the stream.
             blank = replace_leaf((args, kwargs), place, None)
-            del args, kwargs
+            del args, kwargs, named, found
 
             def run(value: torch.Tensor) -> Any:
                 args, kwargs = replace_leaf(blank, place, value)
                 return (self.chains.forward_of(site) or forward)(*args, **kwargs)
 
-            return self._block(site, run, stream)
+            return self._block(site, run, stream, *(tensor for _, tensor in beside))
 
         return wrapped
 
@@ -176,28 +206,35 @@ class _Steps:
 
         return wrapped
 
-    def _block(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
+    def _block(self, site: Site, run: Run, stream: torch.Tensor, *beside: torch.Tensor) -> Any:
+        """`beside`: its other streams, which `run` holds."""
         if site.number not in self.active:
-            return replace_leaf(self.returned[site.chain, site.kind], site.output_at, stream)
+            returned = self.returned[site.chain, site.kind]
+            for (_, at), value in zip(site.lanes, (stream, *beside), strict=True):
+                returned = replace_leaf(returned, at, value)
+            return returned
         self.tracker.begin("forward", site.number, Category.WORKING_SET)
-        self.stream_bytes[site.number] = stream.numel() * stream.element_size()
-        if stream.requires_grad and stream is not self.last_output():
-            stream.register_hook(lambda grad: self._enter_backward(None))
-        before = self.chains.on_host(site)
+        self.stream_bytes[site.number] = sum(t.numel() * t.element_size() for t in (stream, *beside))
+        returned_last = [known() for known in self.last_outputs]
+        for value in (stream, *beside):
+            if value.requires_grad and all(value is not last for last in returned_last):
+                value.register_hook(lambda grad: self._enter_backward(None))
+        del beside, value, returned_last
+        before = self.host.bytes
         returned = self._under_method(site, run, stream)
-        offloads = self.method.name == "offload" and not self._stored(site)
-        offloaded = self.stream_bytes[site.number] if offloads else 0
-        self.host_bytes[site.number] = offloaded + self.chains.on_host(site) - before
-        out = dict(flatten_with_path(returned))[site.output_at]
-        if out.requires_grad:
-            out.register_hook(lambda grad: self._enter_backward(site.number))
-        self.last_output = weakref.ref(out)
-        self.returned[site.chain, site.kind] = replace_leaf(returned, site.output_at, None)
+        self.host_bytes[site.number] = self.host.bytes - before
+        leaves, blank = dict(flatten_with_path(returned)), returned
+        for _, at in site.lanes:
+            if leaves[at].requires_grad:
+                leaves[at].register_hook(lambda grad: self._enter_backward(site.number))
+            blank = replace_leaf(blank, at, None)
+        self.last_outputs = [weakref.ref(leaves[at]) for _, at in site.lanes]
+        self.returned[site.chain, site.kind] = blank
         self._name_state(site)
         self.tracker.settle(Category.STORED_ACTIVATIONS)
-        last = site.number == max(self.active)
-        del out, stream
-        self.tracker.begin("forward", None, Category.LOGITS_AND_LOSS if last else Category.OTHER)
+        last_site = site.number == max(self.active)
+        del leaves, stream
+        self.tracker.begin("forward", None, Category.LOGITS_AND_LOSS if last_site else Category.OTHER)
         return returned
 
     def _under_method(self, site: Site, run: Run, stream: torch.Tensor) -> Any:
@@ -206,18 +243,14 @@ class _Steps:
         if self.method.reversible:
             in_chain = site.chain is not None and site.turn is not None
             return self.chains.take_turn(site, run, stream) if in_chain else run(stream)
-        if self._stored(site):
+        if site.stored or self.method.name not in CHECKPOINTS:
             return run(stream)
-        runs = {"checkpoint": run_checkpointed, "sac": run_checkpointed, "offload": run_offloaded}
-        return runs[self.method.name](self.method, run, stream) if self.method.name in runs else run(stream)
-
-    def _stored(self, site: Site) -> bool:
-        """Does the method leave it as it is?"""
-        return site.chain is not None and site.from_end < self.layout.stored[site.chain]
+        return checkpoint_of(self.method, site.keeps, self.host)(run, stream)
 
     def _enter_backward(self, number: int | None) -> None:
         label = Category.OTHER if number is None else Category.WORKING_SET
-        if self.tracker.current.phase == "backward":
+        now = self.tracker.current
+        if now.phase == "backward" and (number is None or now.block != number):  # each of its streams brings a gradient
             if number is not None:
                 self._name_state(self.layout.sites[number])
             self.tracker.begin("backward", number, label)

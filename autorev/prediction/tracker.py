@@ -24,9 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from autorev.alike import standing_for
 from autorev.analysis import Category
-from autorev.capture.own_mode import OwnMode
 from autorev.capture.quantised import held_by
+from autorev.own_mode import OwnMode
 
 aten = torch.ops.aten
 _device_of = torch.ops.prim.device.default
@@ -284,8 +285,8 @@ class MemoryTracker(OwnMode):
         inputs = {t.untyped_storage()._cdata for t in read}
         if made and all(t.untyped_storage()._cdata in inputs for t in made) and not _writes(func):
             return  # a view moves nothing
-        moved = sum(t.numel() * t.element_size() for t in (*read, *made))
-        flops = flops_of(func, args, kwargs, result)
+        moved = standing_for() * sum(t.numel() * t.element_size() for t in (*read, *made))
+        flops = standing_for() * flops_of(func, args, kwargs, result)
         self.current.flops += flops
         if flops:
             self.current.matmul_bytes += moved

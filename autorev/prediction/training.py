@@ -1,8 +1,8 @@
-"""What a training step does besides the model's forward: which parameters train, which loss, which optimiser."""
+"""What a training step does besides the model's forward: which parameters train, and which loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -147,40 +147,3 @@ def _chunked_loss(model: nn.Module, call: Call) -> torch.Tensor:
         raise SettingError(NO_LABELS)
     _, hidden = run_without_logits(model, model, head, args, kwargs)
     return linear_loss(head, hidden, kwargs["labels"])
-
-
-# -- optimiser ------------------------------------------------------------
-
-
-def trained_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """(elements, bytes of each) of every parameter that trains."""
-    return [(p.numel(), p.element_size()) for p in model.parameters() if p.requires_grad]
-
-
-STATE_BYTES_PER_ELEMENT: dict[str, float | None] = {
-    "adamw": None,  # two tensors like the parameter
-    "adamw-fused": None,
-    "adamw-8bit": 2 + 8 / 256,  # two bytes, and two fp32 scales for every block of 256
-    "sgd": 0,
-    "sgd-momentum": None,  # one tensor like the parameter
-}
-
-
-def optimizer_bytes(trained: Sequence[tuple[int, int]], optimizer: str, device_kind: str) -> tuple[int, int, int]:
-    """(state, temporary, moved) bytes of one update of `trained`: (elements, bytes of each) of every parameter.
-
-    torch's defaults: on a GPU the multi-tensor (foreach) form, whose temporaries are as large as all parameters
-    together; on a CPU one parameter after the other. The fused form has none.
-    """
-    sizes = [elements * size for elements, size in trained]
-    elements = sum(elements for elements, _ in trained)
-    total, largest = sum(sizes), max(sizes, default=0)
-    per_element = STATE_BYTES_PER_ELEMENT[optimizer]
-    copies = {"adamw": 2, "adamw-fused": 2, "sgd-momentum": 1}.get(optimizer, 0)
-    # AdamW also keeps a step count per parameter, one fp32 number.
-    counts = 4 * len(trained) if copies == 2 else 0
-    state = round(elements * per_element) if per_element is not None else copies * total + counts
-    temporaries = 0
-    if optimizer == "adamw":
-        temporaries = total if device_kind == "cuda" else 2 * largest
-    return state, temporaries, 3 * total + 2 * state

@@ -13,8 +13,6 @@ from autorev.profiler.passes.sweep import UNITS
 from autorev.profiler.record import GOALS
 from autorev.profiler.subject import Subject
 
-OPTIMIZERS = ("adamw", "adamw-fused", "sgd", "sgd-momentum")
-
 
 @dataclass(frozen=True, slots=True)
 class SweepRequest:
@@ -55,16 +53,12 @@ def parse_sweeps(texts: str | Iterable[str]) -> list[SweepRequest]:
     return [SweepRequest.parse(text) for text in ([texts] if isinstance(texts, str) else texts)]
 
 
-def check_options(
-    optimizer: str, goal: str, rounds: int, timed_steps: int, trains: str, longest_step: float, progress: Any
-) -> None:
+def check_options(goal: str, rounds: int, timed_steps: int, trains: str, longest_step: float, progress: Any) -> None:
     """Raises:
     SettingError: an option of `profile` makes no sense, whatever the model.
     """
     if wrong := no_function(progress=progress):
         raise SettingError(wrong)
-    if optimizer not in OPTIMIZERS:
-        raise SettingError(f"the optimizers that are measured are {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     if goal not in GOALS:
         raise SettingError(f"a goal is one of {', '.join(GOALS)}, not {goal!r}")
     if not is_count(rounds) or not is_count(timed_steps):

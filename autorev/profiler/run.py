@@ -14,9 +14,11 @@ import torch
 from autorev.analysis import resolve_lora
 from autorev.errors import SettingError
 from autorev.files import path_of, why_not_written
+from autorev.integrations.optimizers import check_runs
 from autorev.lock import held
 from autorev.methods import Method, parse_methods
 from autorev.models.load import load_model
+from autorev.optimizers import Optimizer
 from autorev.prediction.training import DTYPES
 from autorev.profiler.environment import device_profile, environment, parse_memory
 from autorev.profiler.options import check_options, check_sweeps, parse_sweeps
@@ -38,7 +40,7 @@ def profile(
     sequence: int | None = None,
     dtype: str | None = None,
     autocast: str | None = None,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     trains: str | None = None,
     lora_rank: int | None = None,
     lora_dropout: float = 0.0,
@@ -69,7 +71,7 @@ def profile(
         sequence: tokens per sample.
         dtype: fp32, bf16 or fp16; default fp32 on a CPU and under autocast, bf16 on a GPU.
         autocast: bf16 to compute in it over fp32 weights.
-        optimizer: adamw, adamw-fused, sgd or sgd-momentum.
+        optimizer: as `autorev.optimizers` spells it; default: adamw.
         trains: full, lora or head; default: full.
         lora_rank: of the adapters; implies LoRA; default: 16.
         lora_dropout: of the adapters' inputs.
@@ -103,9 +105,12 @@ def profile(
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         raise SettingError(f"the name of a record is letters, digits, dots, - and _, not {name!r}")
     trains, lora_rank = resolve_lora(trains, lora_rank)
-    check_options(optimizer, goal, rounds, timed_steps, trains, longest_step, progress)
+    check_options(goal, rounds, timed_steps, trains, longest_step, progress)
     limit = None if memory is None else parse_memory(memory)
     on = "cuda" if torch.cuda.is_available() else "cpu"
+    optimizer = optimizer or "adamw"
+    if not predict:
+        check_runs(Optimizer.parse(optimizer), on)
     hardware = device_profile(on, device)
     setting = {
         "batch": batch,

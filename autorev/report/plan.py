@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autorev.format import NOTHING, clean, format_bytes, format_integer, format_seconds, sentence, unit_for
-from autorev.plan import Option, Plan, Rung
+from autorev.plan import Option, Plan, Reached, Rung
 from autorev.report import document as doc
 from autorev.report import plots, shared
 from autorev.report.palette import look_of
@@ -77,7 +77,14 @@ _TIME = "Times are roofline times on the device: lower bounds, which compare met
 def _title(plan: Plan) -> str:
     if plan.method is None:
         return "Nothing fits"
-    return "Train as it is" if plan.method.spec == "plain" else f"Train with {plan.method.spec}"
+    other = plan.setting.optimizer if plan.setting.optimizer != plan.rungs[0].option.optimizer else ""
+    ways = ([] if plan.method.spec == "plain" else [plan.method.spec]) + ([other] if other else [])
+    return f"Train with {' and '.join(ways)}" if ways else "Train as it is"
+
+
+def _by(plan: Plan, each: Option | Reached) -> dict[str, doc.Content]:
+    """The optimiser, where there are several."""
+    return {"optimizer": each.optimizer} if len({option.optimizer for option in plan.options}) > 1 else {}
 
 
 def _answer(plan: Plan) -> Iterator[doc.Part]:
@@ -146,19 +153,20 @@ def _options(plan: Plan) -> doc.Table:
     rows = []
     for option in plan.options:
         cells: dict[str, doc.Content] = {
+            **_by(plan, option),
             f"peak, {unit.name}": _peak(option, unit.number(option.peak_bytes)),
             f"on the host, {unit.name}": unit.number(option.host_bytes) if option.host_bytes else NOTHING,
             "step": format_seconds(option.seconds),
             "frontier": "yes" if option in best else "",
         }
-        rows.append((doc.Row(option.method.spec, chosen=option.method == plan.method), cells))
+        rows.append((doc.Row(option.method.spec, chosen=option == plan.option), cells))
     return doc.table("method", rows, code_heads=True)
 
 
 def _reached(plan: Plan) -> doc.Table:
     head = "largest batch" if plan.axis == "batch" else "longest sequence"
     rows: list[tuple[doc.Row, dict[str, doc.Content]]] = [
-        (doc.Row(each.method.spec), {head: format_integer(each.size) if each.size else NOTHING})
+        (doc.Row(each.method.spec), {**_by(plan, each), head: format_integer(each.size) if each.size else NOTHING})
         for each in plan.longest
     ]
     return doc.table("method", rows, code_heads=True)
@@ -180,7 +188,8 @@ def _chart(plan: Plan) -> doc.Figure:
         those = [option for option in plan.options if option.method.name == name]
         x, y = [plots.in_unit(option.peak_bytes, unit) for option in those], [option.seconds for option in those]
         texts = [
-            f"{each.method.spec}: {format_bytes(each.peak_bytes)}, {format_seconds(each.seconds)}" for each in those
+            f"{each.method.spec}, {each.optimizer}: {format_bytes(each.peak_bytes)}, {format_seconds(each.seconds)}"
+            for each in those
         ]
         series.append(plots.Series.like(look_of(name), name, x, y, texts=texts, mode="markers", size=11))
     room = plots.in_unit(plan.memory_bytes, unit)

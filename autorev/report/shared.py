@@ -7,7 +7,7 @@ from typing import Any
 
 from autorev.analysis import Category, ModelInfo
 from autorev.format import clean, plural, sentence
-from autorev.methods import METHODS
+from autorev.methods import METHODS, TILES
 from autorev.report import document as doc
 from autorev.report.terminal import shortened
 from autorev.words import CATEGORY_MEANINGS, CATEGORY_TITLES, method_title, model_facts
@@ -89,5 +89,11 @@ def categories(found: Iterable[Category]) -> doc.Terms:
 
 def methods(found: dict[str, str]) -> doc.Terms:
     """What each method does, with what is said beside it."""
-    known = {name: said for name, said in found.items() if name in METHODS}
-    return doc.Terms(tuple((None, method_title(name), METHODS[name].meaning + said) for name, said in known.items()))
+    terms = []
+    for name, said in found.items():
+        if name in METHODS:
+            terms.append((None, method_title(name), METHODS[name].meaning + said))
+        elif name.endswith(TILES):
+            meaning = "What of a block acts on each token alone runs a tile of tokens at a time, forward and backward."
+            terms.append((None, method_title(name), meaning + said))
+    return doc.Terms(tuple(terms))

@@ -74,6 +74,8 @@ class KnownAdds:
         assert captured is not None
         ending = set(ends)
         nodes = list(captured.graph.nodes)
+        if start is not None:  # what the code adds up before the loop is none of the stream
+            nodes = nodes[nodes.index(start) + 1 :]
         # New sets: the code may be running in another thread, which goes through those that are here now.
         self.opened = self.opened | captured.opened
         self.closing = self.closing | {node.meta["place"] for node in nodes if node in ending}

@@ -25,6 +25,9 @@ from autorev.integrations.transformers import is_asked_for, is_cache, is_checkpo
 from autorev.rewrite.compiled import compiler_of
 from autorev.rewrite.replacement import CompilingReplacement
 
+Places = tuple[tuple[Any, ...], ...]
+"""In nested tuples, lists, dicts and dataclasses, one for each lane."""
+
 
 @dataclass(eq=False)
 class ReversibleForward(CompilingReplacement):
@@ -87,7 +90,7 @@ class ReversibleForward(CompilingReplacement):
         self._refuse_transforms()
         try:
             place, stream = find_stream(self._named(args, kwargs), argument, args, kwargs)
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
             place, stream = (), None
         if not isinstance(stream, torch.Tensor) or not stream.is_floating_point():
             raise ConversionError(
@@ -111,13 +114,13 @@ class ReversibleForward(CompilingReplacement):
         names = [*self.positional, *(f"{self.rest}[{i}]" for i in range(len(args) - len(self.positional)))]
         return [*zip(names, args, strict=False), *kwargs.items()]
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[Any, ...] | None) -> tuple[Any, bool]:
-        """The call without its stream, and whether it can be run again: not if it fills a key-value cache.
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], *places: tuple[Any, ...]) -> tuple[Any, bool]:
+        """The call without its streams, and whether it can be run again: not if it fills a key-value cache.
 
         A cache that the caller handed over, or asked for by `use_cache=True`, is filled, and the block is stored. One
         that the model makes by itself in training is left out: nobody reads it, and a second run would fill it again.
         """
-        inputs: Any = (args, kwargs) if place is None else replace_leaf((args, kwargs), place, None)
+        inputs: Any = _with_leaves((args, kwargs), places, (None,) * len(places))
         if not torch.is_grad_enabled():
             return inputs, True
         recomputable = True
@@ -154,55 +157,79 @@ class ReversibleForward(CompilingReplacement):
 
 @dataclass(eq=False)
 class WholeBlock(ReversibleForward):
-    """The block is one step: f is everything it adds to its stream. Its own code runs, with whatever arguments."""
+    """The block is one step: f is everything it adds to its stream. Its own code runs, with whatever arguments.
+
+    A block may carry several streams, and is one step of all of them.
+    """
+
+    beside: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """(argument, place in what is returned) of every stream but the first."""
+
+    @property
+    def lanes(self) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+        """(argument, place in what is returned) of every stream."""
+        return (self.argument, self.output_at), *self.beside
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step."""
-        place, stream = self._stream(self.argument, args, kwargs)
-        inputs, recomputable = self._inputs(args, kwargs, place)
+        found = [self._stream(argument, args, kwargs) for argument, _ in self.lanes]
+        places, streams = tuple(place for place, _ in found), tuple(stream for _, stream in found)
+        inputs, recomputable = self._inputs(args, kwargs, *places)
         forward = self.own()
         self.compiling.say_how(self.chain, in_steps=False)
         writes = self._writes()
         branch = Branch(self.block, self.path, self.block.training, writes, self.mutates_input, recomputable)
-        step = Step(self.chain, stream, self.numbers, branch)
-        del args, kwargs, stream
+        step = Step(self.chain, streams, self.numbers, branch)
+        del args, kwargs, found, streams
         if step.replay is not None:
             # Of the inputs, only values are needed again. Kept with their history, one that an earlier block of the
             # chain returned (T5's position bias) would close a circle through autograd's graph that no one collects.
             kept = tree_map(without_history, inputs)
             step.replay.add_arguments(kept)
             # Containers are made anew for each run: the block may write to a dict or a context that it is given.
-            step.replay.again = lambda x: self._branch(forward, place, tree_map(without_history, kept), x)
+            step.replay.again = lambda *xs: self._branch(forward, places, tree_map(without_history, kept), xs)
         with step.running():
-            (at, rest), out = self._branch(forward, place, inputs, step.given())
-        return replace_leaf(rest, at, step.take(out))
+            (outputs_at, rest), outs = self._branch(forward, places, inputs, step.given())
+        return _with_leaves(rest, outputs_at, step.take(outs))
 
     def _branch(
-        self, forward: Callable[..., Any], place: tuple[Any, ...], inputs: Any, x: torch.Tensor
-    ) -> tuple[Any, torch.Tensor]:
-        """The block's own forward: ((where the stream is in what it returns, the rest of that), x + f(x))."""
-        args, kwargs = replace_leaf(inputs, place, x)
+        self, forward: Callable[..., Any], places: Places, inputs: Any, xs: tuple[torch.Tensor, ...]
+    ) -> tuple[tuple[Places, Any], tuple[torch.Tensor, ...]]:
+        """The block's own forward: ((where each lane's stream is in what it returns, the rest of that), x + f(x))."""
+        args, kwargs = _with_leaves(inputs, places, xs)
         returned = forward(*args, **kwargs)
-        at = self._output_place(returned)
-        out = dict(flatten_with_path(returned))[at]
-        return (at, replace_leaf(returned, at, None)), out
+        outputs_at = tuple(self._output_place(returned, at) for _, at in self.lanes)
+        if len(set(outputs_at)) < len(outputs_at):
+            raise ConversionError(
+                f"{self.path} was analysed as a block that returns {len(outputs_at)} streams, and returns fewer; "
+                "convert again with example arguments like this call's"
+            )
+        leaves = dict(flatten_with_path(returned))
+        rest = _with_leaves(returned, outputs_at, (None,) * len(outputs_at))
+        return (outputs_at, rest), tuple(leaves[at] for at in outputs_at)
 
-    def _output_place(self, returned: Any) -> tuple[Any, ...]:
+    def _output_place(self, returned: Any, output_at: tuple[Any, ...]) -> tuple[Any, ...]:
         """Where the stream is; a block that returns a tuple or a tensor as it is asked has it first."""
         if isinstance(returned, torch.Tensor):
             return ()
         found = returned
         try:
-            for key in self.output_at:
+            for key in output_at:
                 found = found[key] if not isinstance(key, str) or isinstance(found, dict) else getattr(found, key)
         except (KeyError, IndexError, TypeError, AttributeError):
             found = None
         if isinstance(found, torch.Tensor) and found.dim():
-            return self.output_at
+            return output_at
         place = next((at for at, leaf in flatten_with_path(returned) if isinstance(leaf, torch.Tensor)), None)
         if place is None:
             raise ConversionError(f"{self.path} returned no tensor, so it has no stream; exclude it")
         return place
+
+
+def _with_leaves(structure: Any, places: Places, values: tuple[Any, ...]) -> Any:
+    for place, value in zip(places, values, strict=True):
+        structure = replace_leaf(structure, place, value)
+    return structure
 
 
 _left_empty: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,16 +24,24 @@ from autorev.errors import ConversionError
 from autorev.methods import Method
 from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
+from autorev.rewrite.deferred import DeferredBlock
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
 
 
 class BuiltChain:
     """A chain ready to be installed."""
 
-    def __init__(self, model: nn.Module, findings: list[Finding], kept: int, method: Method, taken: set[str]) -> None:
-        """`kept`: so many blocks are stored."""
+    def __init__(
+        self, model: nn.Module, findings: list[Finding], kept: int, method: Method, taken: set[str], host: HostStore
+    ) -> None:
+        """`kept`: so many blocks are stored; `host`: the model's."""
         pieces = method.in_pieces
         inline = findings[0].inline
+        if pieces and findings[0].deferred:
+            raise ConversionError(
+                f"{findings[0].path} leaves the last of its residual adds to the next block, so it is no step by step; "
+                "use granularity='block', and a coupling of one stream"
+            )
         self.kept = kept
         if pieces and inline:
             kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
@@ -52,9 +61,14 @@ class BuiltChain:
         name = plain_name = chain_name(findings)
         while name in taken:
             name = f"{plain_name} ({1 + sum(other.startswith(plain_name) for other in taken)})"
-        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, method.preset.averages, paths)
-        self.chain.host = HostStore() if method.host == "side_bits" else None
-        self.chain.keeps_attention = method.keep == "attention"
+        keeps = [
+            method.keeps(position, len(findings) - kept)
+            for position, (begin, end) in enumerate(pairwise([*self.first, len(paths)]))
+            for _ in range(begin, end)
+        ]
+        averages = method.preset.averages
+        self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
+        self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
         self.forwards = self._forwards(model, pieces, method.tile is not None)
 
     def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:
@@ -77,14 +91,17 @@ class BuiltChain:
                 "argument": argument_of(finding.start),
                 "output_at": finding.output_at,
                 "written": finding.call.buffers_written,
-                "mutates_input": any(o.code == "in-place-add" for o in finding.caveats),
+                "mutates_input": any(o.code == "in-place-add" for lane in finding.lanes for o in lane.caveats),
             }
             if pieces:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
-            elif tiled and (adds := _last_add_of(finding)) is not None:
+            elif tiled and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
-                made.append(WholeBlock(**known))
+                beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
+                made.append(
+                    DeferredBlock(**known, added=beside[0]) if finding.deferred else WholeBlock(**known, beside=beside)
+                )
         return made
 
     def install(self) -> None:

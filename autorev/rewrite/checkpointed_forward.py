@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from autorev.detect.judge import Finding
 from autorev.engine.host_store import HostStore
-from autorev.engine.kept import ATTENTION
+from autorev.engine.kept import ATTENTION, KeptOutputs
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import is_cache
+from autorev.keeps import Keeps
 from autorev.methods import Method
+from autorev.own_mode import OwnMode
 from autorev.rewrite.replacement import Replacement
+
+CHECKPOINTS = ("checkpoint", "sac", "offload")
+"""The methods that put a checkpoint around blocks."""
 
 
 @dataclass(eq=False)
@@ -25,6 +31,8 @@ class CheckpointedForward(Replacement):
 
     around: Callable[..., Any]
     """Runs a forward under a checkpoint."""
+    host: HostStore
+    """What that moves to the host."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward.
@@ -41,26 +49,42 @@ class CheckpointedForward(Replacement):
 
 
 def checkpointed_forwards(
-    model: nn.Module, paths: tuple[str, ...], method: Method
-) -> tuple[tuple[CheckpointedForward, ...], HostStore | None]:
-    """What checkpoints the blocks at `paths` as `method` does (checkpoint, sac or offload), and the host's memory that
-    it uses; nothing is installed."""
-    around: Callable[..., Any] = partial(checkpoint_of(method), use_reentrant=False)
-    store: HostStore | None = None
-    if method.name == "offload":
-        store = HostStore()
-        around = partial(store.around, around)
-    made = (CheckpointedForward(model.get_submodule(path), path, around) for path in dict.fromkeys(paths))
-    return tuple(made), store
+    model: nn.Module, blocks: Mapping[str, Keeps], method: Method
+) -> tuple[tuple[CheckpointedForward, ...], HostStore]:
+    """What checkpoints `blocks` as `method` does (checkpoint, sac or offload), and the host's memory that it uses;
+    nothing is installed."""
+    host = HostStore()
+    made = (
+        CheckpointedForward(model.get_submodule(path), path, checkpoint_of(method, keeps, host), host)
+        for path, keeps in blocks.items()
+    )
+    return tuple(made), host
 
 
-def checkpoint_of(method: Method) -> Callable[..., Any]:
-    """PyTorch's checkpoint, with what `method` keeps besides the input."""
+def run_twice(method: Method, chains: Iterable[Sequence[Finding]], others: Iterable[str]) -> dict[str, Keeps]:
+    """The paths of the blocks that `method` checkpoints, and what each keeps: but for what is stored of `chains`."""
+    found: dict[str, Keeps] = {}
+    for number, chain in enumerate(chains):
+        recomputed = max(len(chain) - method.stored_of(number), 0)
+        for position, finding in enumerate(chain[:recomputed]):
+            if not finding.inline:
+                found.setdefault(finding.call.path, method.keeps(position, recomputed))
+    return found | {path: method.keeps(0, 1) for path in others if path not in found}
+
+
+def checkpoint_of(method: Method, keeps: Keeps, host: HostStore) -> Callable[..., Any]:
+    """PyTorch's checkpoint, with what `method` and `keeps` say besides the input."""
+    around: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
     if method.name == "sac":
-        return partial(checkpoint, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
-    if method.keep == "attention":
-        return partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, [*ATTENTION]))
-    return checkpoint
+        around = partial(around, context_fn=lambda: create_selective_checkpoint_contexts(selective_policy()))
+    if keeps.attention:
+        around = partial(around, context_fn=partial(_keeping, host if "attention" in keeps.on_host else None))
+    return partial(host.around, around) if "inputs" in keeps.on_host else around
+
+
+def _keeping(host: HostStore | None) -> tuple[OwnMode, OwnMode]:
+    kept = KeptOutputs(host)
+    return kept.first(), kept.later()
 
 
 def selective_policy() -> Callable[..., CheckpointPolicy]:

@@ -82,7 +82,7 @@ class CompiledBlock:
         """Tell the user once what is compiled, where it is not what was asked for."""
         if self.compiler is None and _around.get() is None:
             return
-        if chain.keeps_attention:
+        if any(keeps.attention for keeps in chain.keeps):
             chain.warn_once(WHILE_KEPT)
         elif in_steps:
             chain.warn_once(IN_STEPS)

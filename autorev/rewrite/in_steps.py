@@ -92,7 +92,7 @@ class StepsOfLoop(ReversibleForward):
         self._refuse_transforms()
         self.compiling.say_how(self.chain, in_steps=True)
         with one_pass([self.chain], (args, kwargs)):
-            inputs, recomputable = self._inputs(args, kwargs, None)
+            inputs, recomputable = self._inputs(args, kwargs)
             like = tree_map_only(torch.Tensor, shape_of, inputs)
             branch = Branch(None, self.path, self.block.training, self._writes(), recomputable=recomputable)
             watch = Watch(

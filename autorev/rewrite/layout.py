@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from autorev.detect.stream import is_times_one
+
 _COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 _PERMUTATIONS = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
@@ -61,4 +63,11 @@ def layout_of(func: Any, name: str, args: Any, kwargs: Any, result: torch.Tensor
         return (Permuted(tuple(size - 2 for size in moved.shape)),)
     if name in _RESHAPES:
         return (Reshaped(source.shape, result.shape),)
-    return () if name in _COPIES and result.shape == source.shape else None
+    same = name in _COPIES or is_times_one(name, args, kwargs) or (name == "clamp" and _is_guard(args, kwargs))
+    return () if same and result.shape == source.shape else None
+
+
+def _is_guard(args: Any, kwargs: Any) -> bool:
+    """Are the bounds of a clamp as large as the dtype allows, or computed for it?"""
+    bounds = [bound for bound in (*args[1:], *kwargs.values()) if bound is not None]
+    return all(isinstance(b, torch.Tensor) or abs(b) >= 0.9 * torch.finfo(args[0].dtype).max for b in bounds)

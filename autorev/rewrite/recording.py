@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -57,6 +58,8 @@ class _Made:
     grad: bool
     autocast: tuple[bool, torch.dtype]
     device: str
+    generators: list[tuple[torch.Generator, torch.Tensor]]
+    """Those that it was given, with their states."""
 
 
 class Recording:
@@ -83,7 +86,8 @@ class Recording:
         noted = [self._noted(leaf) if isinstance(leaf, torch.Tensor) else without_history(leaf) for leaf in leaves]
         for tensor in _written(function, args, kwargs, in_place):
             self._about_to_write(tensor)
-        made = _Made(function, noted, spec, [], torch.is_grad_enabled(), _autocast(self.device), self.device)
+        given = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
+        made = _Made(function, noted, spec, [], torch.is_grad_enabled(), _autocast(self.device), self.device, given)
         result = function(*args, **kwargs)
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and isinstance(name := self._noted(leaf), _Outer):
@@ -176,10 +180,10 @@ class Repeated:
     result: int | None
     tiled: int | None
 
-    def __call__(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def __call__(self, x: torch.Tensor) -> tuple[None, tuple[torch.Tensor]]:
         values = {0: x}
         self._make(range(len(self.calls)), values, self._outer())
-        return None, x if self.result is None else values[self.result]
+        return None, (x if self.result is None else values[self.result],)
 
     def but_for_tiles(self, x: torch.Tensor) -> Rest:
         """The calls up to the tiled one; what is left is a function of what that returns."""
@@ -241,24 +245,19 @@ class Repeated:
         return outer[leaf.number] if isinstance(leaf, _Outer) else leaf
 
 
-class _as_it_was:
-    """Grad mode and autocast, where the code had switched them between two calls."""
-
-    def __init__(self, made: _Made) -> None:
-        self.contexts: list[Any] = []
+@contextmanager
+def _as_it_was(made: _Made) -> Iterator[None]:
+    """Grad mode and autocast, where the code had switched them between two calls, and generators that it hands over."""
+    with ExitStack() as stack:
         if torch.is_grad_enabled() != made.grad:
-            self.contexts.append(torch.set_grad_enabled(made.grad))
+            stack.enter_context(torch.set_grad_enabled(made.grad))
         if _autocast(made.device) != made.autocast:
             enabled, dtype = made.autocast
-            self.contexts.append(torch.autocast(made.device, enabled=enabled, dtype=dtype))
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+            stack.enter_context(torch.autocast(made.device, enabled=enabled, dtype=dtype))
+        for generator, state in made.generators:
+            stack.callback(generator.set_state, generator.get_state())
+            generator.set_state(state)
+        yield
 
 
 def _written(

@@ -19,8 +19,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_place
 from autorev.detect.ends import replace_leaf
+from autorev.detect.stream import FURTHER_OPERANDS, ONTO_FIRST
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.replay import Replay
 from autorev.engine.step import Branch, Step
@@ -35,6 +37,14 @@ _SUMS: dict[str, Callable[..., torch.Tensor]] = {
     **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__", "isub", "subtract", "subtract_"), torch.sub),
     **dict.fromkeys(("addcmul", "addcmul_"), torch.addcmul),
     **dict.fromkeys(("addcdiv", "addcdiv_"), torch.addcdiv),
+    **dict.fromkeys(("addmm", "addmm_"), torch.addmm),
+    **dict.fromkeys(("baddbmm", "baddbmm_"), torch.baddbmm),
+    **dict.fromkeys(("addbmm", "addbmm_"), torch.addbmm),
+    **dict.fromkeys(("addmv", "addmv_"), torch.addmv),
+    **dict.fromkeys(("addr", "addr_"), torch.addr),
+    **dict.fromkeys(("index_add", "index_add_"), torch.index_add),
+    **dict.fromkeys(("scatter_add", "scatter_add_"), torch.scatter_add),
+    "sum": torch.sum,
 }
 
 
@@ -68,6 +78,8 @@ class Watch(TorchFunctionMode):
         """How often the code has come by a place where the stream may begin."""
         self.forms: dict[int, tuple[weakref.ref[torch.Tensor], Form]] = {}
         """Tensors that are the stream, as the code has it."""
+        self.stacked: dict[int, list[torch.Tensor]] = {}
+        """What the latest stack holds: `torch.stack([x, f(x)]).sum(0)` is a sum, too."""
         self.renamed: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         """A tensor that the code added to in place -> the stream that it is now."""
 
@@ -94,6 +106,7 @@ class Watch(TorchFunctionMode):
                 self,
                 patched_here(nn.Module, "__call__", lambda original: partial(self._call_module, original)),
                 patched_here(torch.autograd.Function, "apply", applying),
+                scripted_as_written(),
             ):
                 yield
         except BaseException as error:
@@ -113,9 +126,9 @@ class Watch(TorchFunctionMode):
             self.paused -= 1
 
     def _begin(self, stream: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
-        self.step = Step(self.chain, stream, numbers, self.branch)
+        self.step = Step(self.chain, (stream,), numbers, self.branch)
         self.number = self.step.number
-        given = self.step.given()
+        (given,) = self.step.given()
         self.recording = None
         if self.step.replay is not None:
             self.recording = Recording(given)
@@ -145,7 +158,7 @@ class Watch(TorchFunctionMode):
         self.running.__exit__(None, None, None)
         self.running = self.recording = None
         step, self.step = self.step, None
-        new = step.take(out)
+        (new,) = step.take((out,))
         self.taken += 1
         if self.taken < self.total:
             new = self.begin(new, (self.number + 1,))
@@ -221,6 +234,8 @@ class Watch(TorchFunctionMode):
                 )
             return self._close(name, args, kwargs, skip)
         result = self._leaf(func, args, kwargs, in_place=_in_place(name))
+        if name == "stack":
+            self.stacked = {id(result): [*args[0]]}
         if skip is not None:
             self._mark(result, self._form(skip) or ())
         else:
@@ -301,11 +316,15 @@ class Watch(TorchFunctionMode):
 
     def _skip(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The operand that is the stream, of a sum of it and something that is not."""
-        operands = [*args, *(kwargs[key] for key in ("other", "tensor1", "tensor2") if key in kwargs)]
+        operands = [*args, *(kwargs[key] for key in FURTHER_OPERANDS if key in kwargs)]
+        if name == "sum":
+            operands = self.stacked.pop(id(args[0]), [])
         streams = [operand for operand in operands if self._form(operand) is not None]
-        if len(streams) != 1 or (streams[0] is not operands[0] and _SUMS[name] is not torch.add):
+        if len(streams) != 1 or (streams[0] is not operands[0] and _SUMS[name] not in (torch.add, torch.sum)):
             return None
         skip: torch.Tensor = streams[0]
+        if _SUMS[name] in ONTO_FIRST:
+            return skip
         others = (o for o in operands if isinstance(o, torch.Tensor) and o is not skip)
         return skip if torch.broadcast_shapes(skip.shape, *(o.shape for o in others)) == skip.shape else None
 

@@ -233,7 +233,7 @@ def test_no_step_waits_for_its_device(train: bool, monkeypatch: pytest.MonkeyPat
     if train:
         with Reads() as reads:
             one_step(model, x)
-        assert reads.by == [*forward, "check_largest", "Tape._left_over", "Comparison.settle"]
+        assert reads.by == [*forward, "check_largest", "Lane.left_over", "Comparison.settle"]
 
 
 def test_a_grid_that_an_evaluation_outgrew_is_told_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

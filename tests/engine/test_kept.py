@@ -122,6 +122,22 @@ def test_checkpoints_keep_it_too(name: str) -> None:
     assert_same(actual, expected, 1e-6)
 
 
+@pytest.mark.parametrize(("spec", "runs"), [("momentum:k=3,keep_last=1", 5), ("checkpoint:keep_last=0", 6)])
+def test_so_many_blocks_keep_it(spec: str, runs: int) -> None:
+    """The last two that run twice; the others compute it once more."""
+    torch.manual_seed(0)
+    model = small()
+    autorev.convert(model, (TOKENS,), method=f"{spec},keep=attention:2")
+    with counted() as counts:
+        actual = step(model)
+    assert counts[0] == runs
+    if "momentum" in spec:
+        assert_like_oracle(model, EXACT)
+    else:
+        autorev.revert(model)
+        assert_same(actual, step(model), 0)
+
+
 def test_a_second_backward_computes_it_again() -> None:
     """What was kept is let go once it has been used."""
 

@@ -276,7 +276,7 @@ def hostile() -> FineTuning:
         done,
         name=text,
         model=ModelInfo(text, text, 1, text),
-        recipe=replace(done.recipe, trains=text, dtype=text, optimizer=text, schedule=text, schedule_steps=3),
+        recipe=replace(done.recipe, trains=text, dtype=text, schedule=text, schedule_steps=3),
         corpus=replace(CORPUS, source=text),
         command=text,
         environment=replace(ENVIRONMENT, machine=text, system=text, versions={"autorev": text}, commit=text),

@@ -315,6 +315,36 @@ class SkippingInPython(Stack):
         return self.head(self.norm(x))
 
 
+class Joint(Parts):
+    """Image and text attend to each other; each has a stream of its own."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        length = text.shape[1]
+        h = self.attention(self.norm1(torch.cat([text, image], 1)))
+        text, image = text + h[:, :length], image + h[:, length:]
+        text = text + self.mlp(self.norm2(text))
+        return image + self.mlp(self.norm2(image + text.mean(1, keepdim=True))), text
+
+
+class ReadingText(Parts):
+    """The text is read, and goes on as it is."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> Any:  # here: other-streams
+        h = self.attention(self.norm1(torch.cat([text, image], 1)))
+        image = image + h[:, text.shape[1] :]
+        return image + self.mlp(self.norm2(image)), text
+
+
+class ImageAndText(Stack):
+    """Two streams of the same width, and lengths of their own; only one is read in the end."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        image, text = self.embedding(tokens), self.embedding(tokens[:, :3])
+        for block in self.blocks:
+            image, text = block(image, text)
+        return self.head(self.norm(image))
+
+
 class Alternating(Stack):
     """Two streams whose blocks alternate: two chains."""
 
@@ -537,10 +567,10 @@ class Interpolated(Parts):
 
 
 class Broadcast(Parts):
-    """One vector per sequence is added to every token."""
+    """The stream grows by an axis."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(self.norm1(x.mean(1, keepdim=True)))  # here: broadcast
+        return x + self.mlp(self.norm1(x)).unsqueeze(0).expand(2, *x.shape)  # here: broadcast
 
 
 class Pooling(Parts):
@@ -577,7 +607,7 @@ class DataDependent(Parts):
 class DroppingItself(Block):
     """Layer-drop inside the block."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: data-dependent
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: layer-drop
         if self.training and random.random() < 0.1:
             return x
         return super().forward(x)
@@ -707,6 +737,42 @@ class RememberingStack(Stack):
         for block in self.blocks:
             x = block(x, cache)
         return self.head(self.norm(x))
+
+
+class Inside(Block):
+    """Runs in `Forgetting`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # here: own-backward
+        return super().forward(x)
+
+
+class Forgetting(torch.autograd.Function):
+    """Runs blocks without autograd; backward runs them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+        ctx.blocks = blocks
+        ctx.save_for_backward(x)
+        for block in blocks:
+            x = block(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            y = x = x.detach().requires_grad_()
+            for block in ctx.blocks:
+                y = block(y)
+            y.backward(gradient)
+        return x.grad, None
+
+
+class ReversibleAlready(Stack):
+    """Keeps nothing between its blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(Forgetting.apply(self.embedding(tokens), self.blocks)))
 
 
 class HyperConnected(Parts):

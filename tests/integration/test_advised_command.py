@@ -59,6 +59,10 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
             "finetune m --method {spec},loss=chunked --batch 4 --sequence 96 --lora-rank 4",
         ),
         (
+            replace(SETTING, optimizer="adamw-8bit"),
+            "finetune m --method {spec} --batch 4 --sequence 96 --lora-rank 4 --optimizer adamw-8bit",
+        ),
+        (
             replace(SETTING, dtype="bf16", trains="full", lora_rank=None),
             "profile m --method {spec} --batch 4 --sequence 96 --dtype bf16 --optimizer adamw --trains full",
         ),
@@ -88,6 +92,6 @@ def test_a_command_is_copied_from_one_line(width: int) -> None:
 
 
 def test_what_no_command_takes_has_none() -> None:
-    """An 8-bit optimiser is predicted, and not measured."""
-    assert training_command("m", replace(SETTING, optimizer="adamw-8bit"), can_be_finetuned=True) == ""
+    """Accumulated gradients of 16-bit weights are predicted, and not measured."""
+    assert training_command("m", replace(SETTING, dtype="bf16", accumulate=2), can_be_finetuned=True) == ""
     assert SPEC == "{spec}"

@@ -11,14 +11,17 @@ import json
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +35,8 @@ from tests.helpers.one_step import gap, gradients_of, loss_of, one_step
 pytest.importorskip("transformers")
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
+
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from tests.helpers import zoo
 
@@ -53,8 +58,36 @@ FIRST: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "ddp", "exact momentum", SETTINGS["exact momentum"]),
 ]
 """Wrapped before they are converted."""
+SPREAD: dict[str, dict[str, Any]] = {
+    "blocks": {},
+    "in steps": {"granularity": "sublayer"},
+    "tiled": {"tile": 4},
+}
 OUT_OF_ORDER = ["again", "two losses", "1"]
 """A second backward of one graph, two losses of one forward, a loss on the state behind block 1."""
+
+
+class Ulysses(hand.Attention):
+    """Each rank has a part of the sequence, and attends with a part of the heads on all of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = [part.unflatten(-1, (RANKS, -1)) for part in self.qkv(x).chunk(3, -1)]
+        spread = dist.is_initialized()
+        q, k, v = ((exchanged(part, 2, 1) if spread else part).transpose(1, 2) for part in heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return self.out((exchanged(y, 1, 2) if spread else y).flatten(2))
+
+
+class UlyssesBlock(hand.Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Ulysses()
+
+
+def exchanged(x: torch.Tensor, scattered: int, gathered: int) -> torch.Tensor:
+    """All-to-all: each rank gives away parts of one dimension for those of the other."""
+    parts = torch.stack(x.chunk(RANKS, scattered)).contiguous()
+    return torch.cat(list(all_to_all_single_autograd(parts, None, None, dist.group.WORLD)), gathered)
 
 
 # -- what the two processes do
@@ -327,6 +360,64 @@ def refused_when_spread() -> dict[str, Any]:
     return said
 
 
+def sequence_spread(settings: dict[str, Any]) -> dict[str, Any]:
+    """Half of the sequence in each process: the gap of the summed gradients to the oracle's on all of it."""
+    tokens = batch("hand-written")["tokens"]
+    mine = tokens.chunk(RANKS, 1)[dist.get_rank()]
+    gradients = []
+    for spread in (True, False):
+        with torch.random.fork_rng(), nullcontext() if spread else patch.object(dist, "is_initialized", lambda: False):
+            torch.manual_seed(0)
+            model = hand.stack_of(UlyssesBlock).train()
+            autorev.convert(model, mine if spread else tokens, fraction_bits=16, **settings)
+            with running("reversible" if spread else "oracle"):
+                model(mine if spread else tokens).square().sum().backward()
+        gradients.append(gradients_of(model))
+    for gradient in gradients[0].values():
+        if gradient is not None:
+            dist.all_reduce(gradient)
+    return {"gap": gap(*gradients)}
+
+
+def refused_in_a_stage() -> dict[str, Any]:
+    """What the first of two stages of a pipeline says of its chain; checkpointed, the same stage runs."""
+    from torch.distributed.pipelining import PipelineStage
+
+    said = {}
+    for method in ("momentum", "checkpoint"):
+        model = hand.Stack(*(hand.Block() for _ in range(2)))
+        model.norm = model.head = nn.Identity()
+        autorev.convert(model.train(), **example("hand-written"), method=method)
+        tokens = batch("hand-written")["tokens"]
+        stage = PipelineStage(
+            model, dist.get_rank(), RANKS, torch.device("cpu"), tokens, torch.zeros(ROWS, 12, hand.WIDTH)
+        )
+        try:
+            said[method] = str(stage.forward_one_chunk(0, (tokens,)).shape) if stage.is_first else ""
+        except RuntimeError as error:  # the stage's own, for whatever its module raises
+            said[method] = str(error.__cause__)
+    return said
+
+
+def grid(scale: float) -> list[int | None]:
+    """The grid for activations that are so many times larger."""
+    model = build("hand-written")
+    with torch.no_grad():
+        next(model.parameters()).mul_(scale)  # the embedding's
+    return [chain.fraction_bits for chain in autorev.convert(model, **example("hand-written")).chains]
+
+
+def grids_of_both() -> dict[str, Any]:
+    """Of a model whose activations are larger in one process, where both convert and where rank 0 alone does."""
+    found: dict[str, Any] = {"both": grid(64.0 if dist.get_rank() else 1.0)}
+    if dist.get_rank() == 0:
+        with patch("autorev.conversion.agreed.PATIENCE", timedelta(seconds=1)):
+            alone = autorev.convert(build("hand-written"), **example("hand-written"))
+        found["alone"] = alone.notes
+    dist.barrier()
+    return found
+
+
 def example(model: str) -> dict[str, Any]:
     """The example call for `convert`."""
     return {} if model == "llama" else {"batch": batch(model)}
@@ -362,6 +453,9 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "tensor parallel first": partial(in_tensor_parallel, True),
     "tensor parallel": partial(in_tensor_parallel, False),
     "spread": refused_when_spread,
+    "grids": grids_of_both,
+    "stage": refused_in_a_stage,
+    **{f"ulysses, {name}": partial(sequence_spread, settings) for name, settings in SPREAD.items()},
     "bfloat16": partial(in_bfloat16, SETTINGS["exact momentum"]),
 }
 
@@ -479,6 +573,28 @@ def test_a_model_that_is_wrapped_already_is_converted(results: dict[str, Any], w
         assert found["verified"] is True
     else:
         assert "verify the model before fully_shard" in found["verified"]
+
+
+def test_processes_agree_on_the_coarsest_of_their_grids(results: dict[str, Any]) -> None:
+    """Each has rows of its own; where one of them converts alone it says so and does not wait for ever."""
+    found = result_of(results, "grids")
+    assert grid(64.0) < grid(1.0), "the larger activations have the same grid, so nothing is shown"
+    assert found["both"] == grid(64.0)
+    assert "the grid of its own rows" in found["alone"][0]
+
+
+@pytest.mark.parametrize("how", SPREAD)
+def test_a_sequence_that_is_spread_over_processes(results: dict[str, Any], how: str) -> None:
+    """Nothing but attention communicates, in the second run as in the first."""
+    assert result_of(results, f"ulysses, {how}")["gap"] < 1e-5
+
+
+def test_a_chain_does_not_begin_in_a_stage_of_a_pipeline(results: dict[str, Any]) -> None:
+    """Each stage would begin with a velocity of zero, and nobody would be told; a checkpoint is right there."""
+    said = result_of(results, "stage")
+    assert "blocks.0 begins a chain in stage 0 of a pipeline of 2" in said["momentum"]
+    assert "method='checkpoint'" in said["momentum"]
+    assert said["checkpoint"] == f"torch.Size([{ROWS}, 12, {hand.WIDTH}])"
 
 
 @pytest.mark.parametrize("order", ["tensor parallel first", "tensor parallel"])

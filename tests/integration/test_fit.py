@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from autorev.methods import Method
 from autorev.plan import Plan
 from autorev.planning import fit as fitting
 from autorev.report.render import render_html, render_markdown
+from tests.engine.test_kept import counted
 from tests.helpers.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,8 +90,10 @@ def test_blocks_are_stored_until_the_memory_is_full(plans: dict[str, Plan]) -> N
     assert stored
     for plan in stored:
         assert plan.method is not None
-        one_more = replace(plan.method, keep_last=int(str(plan.method.keep_last)) + 1)
-        found = next(option for option in plan.options if option.method == one_more)
+        more = int(str(plan.method.keep_last)) + 1
+        one_more = replace(plan.method, keep_last=more) if more < 8 else Method("plain", loss=plan.method.loss)
+        by = plan.setting.optimizer
+        found = next(option for option in plan.options if (option.method, option.optimizer) == (one_more, by))
         assert not found.fits
 
 
@@ -136,6 +140,31 @@ def test_a_plan_with_a_coupling_is_put_in_place(plans: dict[str, Plan]) -> None:
     expected = step(by_hand)
     assert loss == pytest.approx(expected[0], rel=1e-4)
     assert all((grads[n] - g).norm() <= 1e-3 * g.norm() for n, g in expected[1].items())
+
+
+@pytest.mark.slow
+def test_some_blocks_keep_their_attention() -> None:
+    """Where not all can: faster than every method without such a number that fits; the plan survives its file, and is
+    put in place."""
+    ids = torch.arange(4096).reshape(1, 4096) % 2048
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    plan = autorev.fit(llama(), batch, memory="+30MiB", device="cpu", host=False, lora_rank=4)
+    assert plan.method is not None
+    assert plan.option is not None
+    assert re.fullmatch(r"attention:\d", plan.method.keep or "")
+    single = [
+        o for o in plan.options if o.fits and ":" not in (o.method.keep or "") and o.method.keep_last in ("auto", 0)
+    ]
+    assert plan.option.seconds < min(option.seconds for option in single)
+    assert plan.option.peak_bytes <= plan.memory_bytes
+    assert any("not computed twice" in rung.what and "blocks" in rung.what for rung in plan.rungs)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    model = llama()
+    autorev.convert(model, again)
+    with counted() as runs:
+        model(**BATCH).loss.backward()
+    assert runs[0] == 16 - int(plan.method.keep[-1]) - plan.method.stored_of(0)
 
 
 def test_a_plan_for_another_model_changes_nothing(plans: dict[str, Plan]) -> None:
@@ -295,6 +324,7 @@ def test_a_run_takes_its_method_from_a_plan(folder: Path, tmp_path: Path) -> Non
     """`finetune --plan`: method, sizes and adapters; a plan and a method contradict each other."""
     plan = autorev.fit(str(folder), 2, sequence=48, memory="+2MiB", device="cpu", dtype="fp32", lora_rank=2)
     plan = replace(plan, method=Method.parse("momentum:k=3,keep_last=0,loss=chunked"))
+    plan = replace(plan, setting=replace(plan.setting, optimizer="adamw-fused:step=backward"))
     (tmp_path / "plan.json").write_text(plan.to_json())
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {n} of a text that repeats itself: {n * n}." for n in range(120)))
@@ -304,6 +334,90 @@ def test_a_run_takes_its_method_from_a_plan(folder: Path, tmp_path: Path) -> Non
     record = json.loads(run.stdout)
     assert record["method"] == "momentum:k=3,keep_last=0,loss=chunked"
     assert (record["recipe"]["sequence"], record["recipe"]["lora_rank"]) == (48, 2)
+    assert (record["recipe"]["optimizer"], record["recipe"]["clip"]) == ("adamw-fused:step=backward", 0)
     both = CliRunner().invoke(main, [*usual, "--method", "leapfrog", "--out", str(tmp_path / "other")])
     assert both.exit_code == 2
     assert "--plan says by which method; leave --method out" in both.output
+
+
+# -- the optimiser
+
+
+SHORT = {"input_ids": IDS[:, :8], "labels": IDS[:, :8], "use_cache": False}
+"""Of a model with a large vocabulary: a step that is highest in its update."""
+
+
+@pytest.fixture(scope="module")
+def updates() -> dict[str, Plan]:
+    """By memory."""
+    return {m: autorev.fit(llama(2, 8192), SHORT, memory=m, device="cpu") for m in ("1GiB", "20MiB", "16.5MiB", "9MiB")}
+
+
+def test_an_optimizer_that_makes_room(updates: dict[str, Plan]) -> None:
+    """None where none is needed; then fused, then stepping in backward, which is said to clip nothing."""
+    assert [plan.setting.optimizer for plan in updates.values()] == [
+        *("adamw", "adamw-fused", "adamw-fused:step=backward", "adamw"),
+    ]
+    assert [plan.why for plan in updates.values()] == [
+        "nothing is needed: plain training fits",
+        "a loss in chunks is enough with fused AdamW",
+        "plain training fits with fused AdamW, stepping in backward",
+        "does not fit: the weights and the optimiser's state alone take more than there is",
+    ]
+    told = [any("they are not clipped" in note for note in plan.notes) for plan in updates.values()]
+    assert told == [False, False, True, False]
+
+
+def test_what_an_optimizer_buys_is_in_the_table(updates: dict[str, Plan]) -> None:
+    """A step of its own, whose bytes are the difference of two simulated peaks."""
+    plan = updates["16.5MiB"]
+    assert [rung.what for rung in plan.rungs] == ["plain training", "fused AdamW, stepping in backward"]
+    before, after = (rung.option for rung in plan.rungs)
+    assert after.peak_bytes < plan.memory_bytes < before.peak_bytes
+    assert plan.option == after
+    text = str(plan)
+    assert "Train with adamw-fused:step=backward" in text
+    assert "fused AdamW, stepping in backward" in render_markdown([plan])
+    assert "adamw-fused:step=backward" in render_html([plan], "autorev fit")
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_what_convert_leaves_to_do(updates: dict[str, Plan]) -> None:
+    """An optimiser is no part of a model; the note makes it."""
+    model = llama(2, 8192)
+    conversion = autorev.convert(model, updates["20MiB"])
+    assert 'make_optimizer(model, "adamw-fused", learning_rate)' in str(conversion)
+    autorev.revert(model)
+    unchunk_loss(model)
+    assert not any("optimizer" in note for note in autorev.convert(model, updates["1GiB"]).notes)
+
+
+def test_what_is_asked_for_stays(updates: dict[str, Plan]) -> None:
+    """A named one is the only one; sums of several passes need their gradients; LoRA has next to nothing to free."""
+    named = autorev.fit(llama(2, 8192), SHORT, memory="20MiB", device="cpu", optimizer="adamw")
+    assert named.method is None
+    eight = autorev.fit(llama(2, 8192), SHORT, memory="1GiB", device="cpu", optimizer="adamw-8bit")
+    assert {option.optimizer for option in eight.options} == {eight.setting.optimizer} == {"adamw-8bit"}
+    twice = autorev.fit(llama(2, 8192), SHORT, memory="16.5MiB", device="cpu", accumulate=2)
+    assert {option.optimizer for option in twice.options} == {"adamw", "adamw-fused"}
+    adapters = autorev.fit(llama(2, 8192), SHORT, memory="5MiB", device="cpu", lora_rank=2)
+    assert {option.optimizer for option in adapters.options} == {"adamw"}
+
+
+def test_the_host_where_nothing_else_fits() -> None:
+    """And not without it."""
+    how: dict[str, Any] = {"memory": "8MiB", "device": "h100-80gb"}
+    plan = autorev.fit(llama(2, 8192), SHORT, **how)
+    assert plan.setting.optimizer == "adamw-host:gradients=host"
+    assert plan.option is not None and plan.option.host_bytes > 4 * plan.model.parameters * 3
+    assert autorev.fit(llama(2, 8192), SHORT, host=False, **how).method is None
+
+
+@pytest.mark.slow
+def test_a_planned_optimizer_that_is_run_holds() -> None:
+    """By the allocator."""
+    plan = autorev.fit(llama(2, 8192), SHORT, memory="16.5MiB", device="cpu", measure=True)
+    assert plan.measured is not None and plan.option is not None
+    assert plan.setting.optimizer == "adamw-fused:step=backward"
+    assert plan.measured.holds
+    assert plan.measured.peak_bytes == pytest.approx(plan.option.peak_bytes, rel=0.01)

@@ -58,7 +58,16 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
     "shared weights": (shared_blocks, TOKENS, [("blocks.0", [TWO] * 3)]),
     "half in a child": (lambda: hand.stack_of(hand.OfHalves), TOKENS, [("blocks", [TWO] * 3)]),
     "adding in double": (lambda: hand.stack_of(hand.AddingInDouble), TOKENS, [("blocks", [TWO] * 3)]),
-    "side stream": (lambda: hand.TwoStreams(*blocks(hand.WithSideStream, 3)), TOKENS, [("blocks", [TWO] * 3)]),
+    "side stream": (
+        lambda: hand.TwoStreams(*blocks(hand.WithSideStream, 3)),
+        TOKENS,
+        [("blocks", [TWO + " + attention"] * 3)],
+    ),
+    "joint": (
+        lambda: hand.ImageAndText(*blocks(hand.Joint, 3)),
+        TOKENS,
+        [("blocks", ["parallel + attention + mlp"] * 3)],
+    ),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),
         TOKENS,
@@ -80,6 +89,13 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
         lambda: hand.SkippingInPython(*blocks(hand.Block, 3)),
         TOKENS,
         hand.SkippingInPython,
+        "layer-drop",
+        3,
+    ),
+    "layer-drop in the block": (
+        lambda: hand.stack_of(hand.DroppingItself),
+        TOKENS,
+        hand.DroppingItself,
         "layer-drop",
         3,
     ),
@@ -114,6 +130,13 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
         "stream-read",
         2,
     ),
+    "other streams": (
+        lambda: hand.ImageAndText(*blocks(hand.Joint, 2), *blocks(hand.ReadingText, 2)),
+        TOKENS,
+        hand.ReadingText,
+        "other-streams",
+        1,
+    ),
     "single": (lambda: hand.stack_of(hand.OnlyOne, 1), TOKENS, hand.OnlyOne, "single-block", 1),
 }
 
@@ -141,7 +164,6 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
             (hand.Broadcast, "broadcast"),
             (hand.Pooling, "shape-change"),
             (hand.DataDependent, "data-dependent"),
-            (hand.DroppingItself, "data-dependent"),
             (hand.OnceOnly, "not-repeatable"),
             (hand.Unseen, "unseen-code"),
             (hand.InPlaceActivation, "in-place"),
@@ -160,6 +182,7 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
         hand.Remembering,
         "argument-write",
     ),
+    "Inside": (lambda: hand.ReversibleAlready(*blocks(hand.Inside, 3)), TOKENS, hand.Inside, "own-backward"),
     "WithInnerStream": (
         lambda: hand.TakingApart(*blocks(hand.WithInnerStream, 3)),
         TOKENS,

@@ -128,7 +128,7 @@ def test_bytes_agree_with_the_library(weights: str, dtype: str, adapters: str | 
 def test_tiles_go_through_quantised_layers(weights: str, folder: Path) -> None:
     """The MLP is tiled, in the prediction and in the library's own model, whose gradients stay."""
     _, forecaster = prepare(resolve(str(folder)), sequence=TOKENS, lora_rank=RANK, weights=weights, device="cpu")
-    tiled = tiled_forwards(forecaster.twin, forecaster.layout.run, 32)
+    tiled = tiled_forwards(forecaster.twin, forecaster.layout.findings, 32)
     assert {one.path.rpartition(".")[2] for one in tiled.forwards} >= {"mlp", "input_layernorm"}
     assert {path.rpartition(".")[2] for path, _ in tiled.untiled} == {"self_attn"}
 

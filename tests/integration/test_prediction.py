@@ -7,6 +7,7 @@ python -m pytest tests/integration/test_prediction.py
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 import autorev
 from autorev.analysis import RESERVE_BYTES, Analysis, Category, Prediction
+from autorev.couplings import arithmetic
 from autorev.errors import SettingError
 from autorev.methods import Method
 from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare
+from autorev.prediction import simulate
 from autorev.prediction.forecast import Forecaster
 from autorev.prediction.frontier import explore
 from autorev.profiles import load_device
@@ -196,6 +199,45 @@ def test_kept_bytes_per_block_are_what_each_method_claims() -> None:
     assert slope["plain"] > 10 * slope["checkpoint"]
 
 
+@pytest.mark.parametrize(
+    ("known", "spec"),
+    [
+        (
+            "momentum:keep_last=4,keep=attention:3,host=side_bits:4",
+            "momentum:keep_last=3,keep=attention:4,host=side_bits:5",
+        ),
+        ("checkpoint:keep_last=9", "checkpoint:keep_last=5"),
+        ("offload:host=inputs:4", "offload:host=inputs:9"),
+    ],
+)
+def test_so_many_blocks_are_not_simulated_anew(known: str, spec: str) -> None:
+    """The segments of one simulation make the step with other numbers, to the byte and the operation."""
+    model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes | {"num_hidden_layers": 16}))
+    _, forecaster = prepare(workload, batch=1, sequence=64, dtype="fp32", device="cpu")
+    forecaster.trace(Method.parse(known), 1, 64)
+    simulated = len(forecaster.simulated)
+    method = Method.parse(spec)
+    found = forecaster.prediction(method, forecaster.trace(method, 1, 64))
+    assert len(forecaster.simulated) == simulated
+    forecaster.simulated.clear()
+    assert found == forecaster.prediction(method, forecaster.trace(method, 1, 64))
+
+
+@pytest.mark.parametrize("spec", ["revnet", "momentum:k=3,keep_last=0,tile=20", "plain:tile=20", "checkpoint:tile=20"])
+def test_pieces_that_are_alike_stand_for_each_other(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulation of few of them predicts what one of all of them does."""
+    model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes))
+    _, forecaster = prepare(workload, batch=4, sequence=128, dtype="fp32", device="cpu", lora_rank=4)
+    method = Method.parse(spec)
+    monkeypatch.setattr(arithmetic, "SLICE", 2**10)
+    found = forecaster.prediction(method, forecaster.trace(method, 4, 128))
+    forecaster.simulated.clear()
+    monkeypatch.setattr(simulate, "few_of_them", contextlib.nullcontext)
+    assert found == forecaster.prediction(method, forecaster.trace(method, 4, 128))
+
+
 def test_the_frontier_is_where_the_device_ends() -> None:
     """The largest batch fits the device and the next one does not, by simulating both."""
     model_cls, config_cls, sizes, _, _ = FAMILIES["gpt2"]
@@ -244,7 +286,7 @@ def test_attention_drops_out_inside_of_a_gpus_kernel() -> None:
     ("setting", "said"),
     [
         ({"trains": "LoRA"}, "trains is full, lora or head, not 'LoRA'"),
-        ({"optimizer": "adam"}, "optimizer is adamw, adamw-fused, adamw-8bit, sgd or sgd-momentum, not 'adam'"),
+        ({"optimizer": "adam"}, "optimizer is adamw, adamw-fused, adamw-8bit, adamw-paged, adamw-8bit-paged, adamw-h"),
         ({"loss": "fused"}, "loss is full or chunked, not 'fused'"),
         ({"dtype": "fp8"}, "dtype is fp32, bf16 or fp16, not 'fp8'"),
         ({"trains": "head", "lora_rank": 4}, "lora_rank has no meaning with trains='head'"),
@@ -308,7 +350,7 @@ def predict(forecaster: Forecaster, name: str) -> Prediction:
 
 def workload_of(model_cls: Any, config: Any) -> Workload:
     """The workload of a config, built in any dtype with random weights."""
-    from autorev.models.building import building
+    from autorev.integrations.building import building
 
     def build(dtype: torch.dtype) -> nn.Module:
         with building(dtype):

@@ -23,9 +23,11 @@ from autorev.analysis import Analysis, Category, Prediction, Setting
 from autorev.cli import main
 from autorev.errors import SettingError
 from autorev.methods import Method
+from autorev.optimizers import Optimizer
 from autorev.pipeline import prepare
 from autorev.prediction.forecast import Forecaster
 from autorev.prediction.sharding import REDUCE_BUCKET, Division, Group, division_of
+from autorev.prediction.update import updated_by
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep, optimizer_for
 from autorev.workload import Workload
@@ -144,7 +146,7 @@ def test_parts_are_those_of_fsdp2_to_the_byte(ranks: list[dict[str, Any]]) -> No
     assert sum(group.part for group in groups) == first["parameters"] > second["parameters"]
     assert first["parameters"] + second["parameters"] == whole
     assert sum(group.gradient_part for group in groups) == first["gradients"]
-    assert division.optimizer("adamw", "cpu")[0] == first["states"]
+    assert forecaster.update().state == first["states"]
     assert plain.categories[Category.OPTIMIZER_STATE] == first["states"]
 
 
@@ -230,7 +232,8 @@ def test_a_published_case() -> None:
         held = Counter({Category.PARAMETERS: group.whole, Category.GRADIENTS: division.gradients})
         held.update(division.standing())
         held[Category.GRADIENTS] -= division.bucket if shard == "zero3" else 0
-        assert held.total() + division.optimizer("adamw", "cuda")[0] == pytest.approx(published, rel=0.02), shard
+        update = division.update(updated_by(layers, Optimizer("adamw"), "cuda"))
+        assert held.total() + update.state == pytest.approx(published, rel=0.02), shard
 
 
 # -- what a user sees
@@ -263,6 +266,8 @@ SAID = {
     ("--gpus", "6", "--sequence-parallel", "6"): "64 tokens are not a multiple of it",
     ("--gpus", "4", "--sequence-parallel", "4"): "2 heads of keys, which --sequence-parallel 4 does not divide",
     ("--gpus", "2", "--shard", "fsdp", "--weights", "nf4", "--lora-rank", "8"): "are not predicted divided",
+    ("--gpus", "2", "--optimizer", "adamw:step=backward"): "before it is summed over 2 GPUs",
+    ("--gpus", "2", "--shard", "zero2", "--optimizer", "adamw-8bit"): "which --shard zero2 gives it",
 }
 
 

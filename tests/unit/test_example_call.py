@@ -274,7 +274,6 @@ def test_an_unknown_type_of_model_is_refused_with_the_way_out() -> None:
 
 
 def test_inputs_that_cannot_be_made_up_are_named() -> None:
-    """A time-series model reads past values, and the message says so."""
-    config = transformers.TimeSeriesTransformerConfig(prediction_length=4)
-    with pytest.raises(ModelBuildError, match=r"past_values.*package\.module:function"):
-        example_call(config, transformers.TimeSeriesTransformerModel, 2, None)
+    """Pix2Struct reads patches with their places in one row, and the message says so."""
+    with pytest.raises(ModelBuildError, match=r"flattened_patches.*package\.module:function"):
+        example_call(transformers.Pix2StructConfig(), transformers.Pix2StructVisionModel, 2, None)

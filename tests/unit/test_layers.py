@@ -11,8 +11,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
-    errors format given patching
-    couplings files hush lock packages workload
+    alike errors format given patching
+    own_mode
+    couplings files hush keeps lock optimizers packages workload
     integrations
     capture
     engine methods records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import autorev
 from autorev.conversion.convert import chains_of
 from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import side_bits_of
+from autorev.errors import ConversionError
 from autorev.finetuning.callback import ReversibleCallback, chain_figures
+from autorev.methods import Method
+from autorev.plan import Plan
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep
+from autorev.rewrite.replacement import replacements_of
 from autorev.workload import Call
 from tests.helpers.tiny_llm import LENGTH, tiny_model
 
@@ -222,3 +227,43 @@ def test_figures_are_means_over_the_steps() -> None:
     assert chain_figures(model)["drift"] == 0.0
     assert chain_figures(converted(method="revnet")) == {"side_bits": 0.0}
     assert chain_figures(tiny_model()) == {}
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """For the trainer's batch."""
+    ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 256
+    return autorev.fit(tiny_model(), {"input_ids": ids, "labels": ids}, memory="+1GiB", device="cpu")
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["among the callbacks", "attached"])
+@pytest.mark.parametrize("spec", ["plain", "checkpoint:loss=chunked", "momentum:k=2,keep_last=1,loss=chunked"])
+def test_a_plan_is_put_in_place(spec: str, attached: bool, plan: Plan, tmp_path: Path) -> None:
+    """Before the first step; the losses are those of a model that was converted by hand."""
+    plan = replace(plan, method=Method.parse(spec))
+    by_hand, model = tiny_model(), tiny_model()
+    autorev.convert(by_hand, plan)
+    expected = trainer_of(by_hand, tmp_path, 2)
+    expected.train()
+    callback = ReversibleCallback(plan=plan)
+    trainer = trainer_of(model, tmp_path, 2, callbacks=[] if attached else [callback])
+    if attached:
+        callback.attach(trainer)
+    assert bool(chains_of(model)) == ("momentum" in spec)
+    assert bool(list(replacements_of(model))) == (spec != "plain")
+    trainer.train()
+    assert [row["loss"] for row in logged(trainer)] == [row["loss"] for row in logged(expected)]
+
+
+def test_what_does_not_go_with_a_plan(plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Checkpoints of the trainer's are refused, and a larger batch is said."""
+    plan = replace(plan, method=Method.parse("checkpoint"))
+    name = next(field.name for field in fields(transformers.TrainingArguments) if field.name.endswith("_checkpointing"))
+    name = "activation_checkpointing" if hasattr(transformers.TrainingArguments, "activation_checkpointing") else name
+    model = tiny_model()
+    with pytest.raises(ConversionError, match="own checkpointing would run all of them once more"):
+        trainer_of(model, tmp_path, 1, [ReversibleCallback(plan=plan)], **{name: True})
+    assert not list(replacements_of(model))
+    with caplog.at_level("WARNING", "autorev"):
+        trainer_of(model, tmp_path, 1, [ReversibleCallback(plan=plan)], per_device_train_batch_size=BATCH + 1)
+    assert f"the plan is for a batch of {BATCH}, and the trainer takes {BATCH + 1}" in caplog.text

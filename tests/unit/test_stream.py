@@ -56,6 +56,7 @@ ONE_STEP = {
     "transposed": lambda m, x: (x.transpose(0, 1) + m.f(x).transpose(0, 1)).transpose(0, 1),
     "widened": lambda m, x: x.double() + m.f(x),
     "dropout of nothing": lambda m, x: F.dropout(x + m.f(x), 0.0),
+    "broadcast branch": lambda m, x: x + m.f(x).mean(1, keepdim=True),
     "a bias behind": lambda m, x: x + m.f(x) + m.scale,
 }
 
@@ -79,7 +80,6 @@ NOT_THE_STREAM = {
     "detached": lambda m, x: x.detach() + m.f(x),
     "norm behind": lambda m, x: F.layer_norm(x + m.f(x), (8,)),
     "norm before the skip": lambda m, x: F.layer_norm(x, (8,)) + m.f(x),
-    "broadcast branch": lambda m, x: x + m.f(x).mean(1, keepdim=True),
     "broadcast stream": lambda m, x: x + m.f(x) + torch.ones(3, 1, 1, 1),
     "concatenated": lambda m, x: torch.cat([x, m.f(x)], -1),
     "part of it": lambda m, x: (x + m.f(x))[:, 1:],

@@ -216,11 +216,12 @@ class _Watcher:
     def _relabel(self) -> None:
         """What the tapes hold has categories of its own; their states are new tensors after every step."""
         for tape in filter(None, (reference() for reference in self.tapes)):
-            for stream in (tape.state.stream, tape.state.partner):
-                self.ledger.relabel(stream, Category.STREAMS)
-            for step in tape.steps if self.phase == "forward" else ():
-                if isinstance(step.side, torch.Tensor):
-                    self.ledger.relabel(step.side, Category.SIDE_BITS)
+            for lane in tape.lanes:
+                self.ledger.relabel(lane.state.stream, Category.STREAMS)
+                self.ledger.relabel(lane.state.partner, Category.STREAMS)
+            for kept in [kept for step in tape.steps for kept in step.lanes] if self.phase == "forward" else ():
+                if isinstance(kept.side, torch.Tensor):
+                    self.ledger.relabel(kept.side, Category.SIDE_BITS)
 
     def _gradient_came(self, path: str, grad: torch.Tensor) -> None:
         self._relabel()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autorev.capture.quantised import held_by
+from autorev.integrations.optimizers import make_optimizer
 from autorev.prediction.training import DTYPES, own_loss
 from autorev.profiler.readings import PHASES
 
@@ -74,11 +75,8 @@ class TrainingStep:
 
 
 def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """torch's own optimiser of the parameters that train; adamw, adamw-fused, sgd or sgd-momentum."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if name in ("adamw", "adamw-fused"):
-        return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=name == "adamw-fused" or None)
-    return torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9 if name == "sgd-momentum" else 0.0)
+    """The optimiser of that spelling, of the parameters that train."""
+    return make_optimizer(model, name, LEARNING_RATE)
 
 
 def tensors_of(structure: Any) -> list[torch.Tensor]:

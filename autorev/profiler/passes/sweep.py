@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 from autorev.analysis import Setting
 from autorev.errors import is_out_of_memory
 from autorev.in_place import in_place
-from autorev.prediction.training import optimizer_bytes, trained_sizes
+from autorev.optimizers import Optimizer
+from autorev.prediction.update import update_of, updated_by
 from autorev.profiler.job import Job, Sweep
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.prepare import Prepared, prepare_model, with_text
@@ -205,5 +206,5 @@ def _budget(model: nn.Module, sweep: Sweep, setting: Setting) -> int | None:
 def standing_bytes(model: nn.Module, optimizer: str) -> int:
     """Bytes of parameters, buffers, gradients and optimiser state."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    state, _, _ = optimizer_bytes(trained_sizes(model), optimizer, "cpu")
+    state = update_of(updated_by(model, Optimizer.parse(optimizer), "cpu")).state
     return storage_bytes([*model.parameters(), *model.buffers()]) + trained + state

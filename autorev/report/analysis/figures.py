@@ -7,10 +7,11 @@ from typing import Any
 
 from autorev.analysis import Analysis, Sweep
 from autorev.format import clean, format_bytes, format_integer, unit_for
+from autorev.methods import TILES
 from autorev.report import document as doc
 from autorev.report import plots
 from autorev.report.analysis import view
-from autorev.report.palette import PHASE_LOOKS, look_of
+from autorev.report.palette import PHASE_LOOKS, Look, look_of
 
 
 def peaks(analysis: Analysis, rows: list[view.MethodRow], id: str, label: str) -> doc.Figure:
@@ -69,12 +70,12 @@ def along(analysis: Analysis, axis: str, title: str, x_title: str) -> doc.Figure
         points = [(value, peak) for value, peak in _points(line) if value <= values[-1]]
         texts = [f"{axis} {format_integer(value)}: {format_bytes(peak)}" for value, peak in points]
         x, y = [value for value, _ in points], [plots.in_unit(peak, unit) for _, peak in points]
-        series.append(plots.Series.like(look_of(line.method), label, x, y, texts=texts))
+        series.append(plots.Series.like(_look(line.method), label, x, y, texts=texts))
     if device:
         top = plots.in_unit(device.memory_bytes, unit)
         series.append(plots.Series.level(_capacity(analysis), values, top))
         for name, most in _reached(analysis, axis, kept):
-            look, said = look_of(name), f"fits up to {axis} {format_integer(most)}"
+            look, said = _look(name), f"fits up to {axis} {format_integer(most)}"
             mark: dict[str, Any] = {"mode": "markers", "size": 12, "legend": False, "outlined": True, "texts": [said]}
             if most <= values[-1]:
                 series.append(plots.Series.like(look, name, [most], [top], **mark))
@@ -86,6 +87,11 @@ def along(analysis: Analysis, axis: str, title: str, x_title: str) -> doc.Figure
     x_axis, y_title = plots.whole_numbers(values), f"peak, {unit.name}"
     id = f"memory-by-{axis}"
     return plots.lines(id, title, series, x_title, y_title, height=460, x_axis=x_axis, y_axis=y_axis, marked=marked)
+
+
+def _look(method: str) -> Look:
+    """Of one with tiles, the second of its kind."""
+    return look_of(method.removesuffix(TILES), int(method.endswith(TILES)))
 
 
 def _points(line: Sweep) -> list[tuple[int, int]]:

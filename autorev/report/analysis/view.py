@@ -9,7 +9,8 @@ from itertools import groupby
 
 from autorev.analysis import Analysis, Block, Category, Prediction, Reach, Sweep, Verdict
 from autorev.format import clean
-from autorev.methods import BASELINES
+from autorev.methods import BASELINES, TILES
+from autorev.words import method_label
 
 _FARTHEST_CAPACITY = 3
 """In units of the highest peak: a capacity farther away would leave the bars too short to read."""
@@ -48,7 +49,7 @@ class MethodRow:
     @property
     def label(self) -> str:
         """`leapfrog, midpoint`."""
-        return ", ".join(clean(name) for name in self.names)
+        return ", ".join(method_label(name) for name in self.names)
 
 
 def identical_runs(blocks: Iterable[Block]) -> list[Run]:
@@ -86,7 +87,7 @@ def method_rows(analysis: Analysis) -> list[MethodRow]:
     groups: dict[Hashable, list[Prediction]] = {}
     for prediction in analysis.predictions:
         name = prediction.method
-        key = name if name in BASELINES else _figures(prediction, reaches.get(name))
+        key = name if name in BASELINES or name.endswith(TILES) else _figures(prediction, reaches.get(name))
         groups.setdefault(key, []).append(prediction)
     return [_row(group, reaches.get(group[0].method)) for group in groups.values()]
 
@@ -135,8 +136,9 @@ def sweep_rows(analysis: Analysis, axis: str) -> list[tuple[str, Sweep]]:
     rows: dict[Hashable, tuple[list[str], Sweep]] = {}
     for sweep in analysis.sweeps:
         if sweep.axis == axis:
-            key = sweep.method if sweep.method in BASELINES else (sweep.values, sweep.peak_bytes)
-            rows.setdefault(key, ([], sweep))[0].append(clean(sweep.method))
+            apart = sweep.method in BASELINES or sweep.method.endswith(TILES)
+            key = sweep.method if apart else (sweep.values, sweep.peak_bytes)
+            rows.setdefault(key, ([], sweep))[0].append(method_label(sweep.method))
     return [(", ".join(names), sweep) for names, sweep in rows.values()]
 
 

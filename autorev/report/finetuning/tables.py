@@ -14,11 +14,10 @@ from autorev.format import (
     format_seconds,
     plural,
 )
+from autorev.optimizers import Optimizer
 from autorev.report.document import Cell, Row, Table
 from autorev.report.finetuning import numbers, view
 from autorev.report.profile.tables import optional_bytes, optional_seconds
-
-_optimizers = {"adamw": "AdamW"}
 
 
 def evaluations_table(run: FineTuning) -> Table:
@@ -136,7 +135,7 @@ def recipe_facts(run: FineTuning) -> dict[str, str]:
         "Batch": f"{format_integer(r.batch)} x {format_integer(r.sequence)} tokens"
         + (f", {format_integer(r.accumulate)} times a step" if r.accumulate > 1 else ""),
         "Learning rate": f"{r.learning_rate:g}",
-        "Optimizer": _optimizers.get(r.optimizer, clean(r.optimizer)),
+        "Optimizer": Optimizer.parse(r.optimizer).title,
         "Precision": clean(r.dtype),
         "Seed": str(r.seed),
     }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from autorev.analysis import Category
 from autorev.format import clean, format_bytes
+from autorev.optimizers import Optimizer
 from autorev.profiler.readings import Memory
 from autorev.profiler.record import Profile, Result
 from autorev.report.profile import view
@@ -72,13 +73,13 @@ def _mover(profile: Profile, result: Result, category: str) -> str:
 
 
 def _ways(profile: Profile, result: Result, category: str) -> Iterator[str]:
-    setting = profile.setting
+    setting, optimizer = profile.setting, Optimizer.parse(profile.setting.optimizer)
     if category in (Category.PARAMETERS, Category.OTHER):
         return
     if category in (Category.OPTIMIZER_STATE, Category.GRADIENTS):
         if setting.trains == "full":
             yield "training fewer weights, as LoRA does"
-        if category == Category.OPTIMIZER_STATE and setting.optimizer in ("adamw", "adamw-fused"):
+        if category == Category.OPTIMIZER_STATE and optimizer.momenta == 2 and not optimizer.is_8bit:
             yield "an optimizer that keeps less, such as 8-bit AdamW"
         return
     if category == Category.STORED_ACTIVATIONS and not result.method.reversible:

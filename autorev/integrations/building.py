@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from autorev.errors import ModelBuildError
-from autorev.integrations.quirks import quiet
+from autorev.integrations.quirks import fake_weights_replaced, quiet, replace_tensors
 from autorev.patching import patched_here
 from autorev.workload import Call
 
@@ -38,7 +38,7 @@ def building(dtype: torch.dtype) -> Iterator[None]:
         count_modules(),
         # It draws until every value lies within its bounds, and there is none to look at.
         patched_here(nn.init, "_no_grad_trunc_normal_", lambda original: _as_it_is),
-        patched_here(nn.Module, "_apply", lambda original: _apply_by_replacing),
+        patched_here(nn.Module, "_apply", fake_weights_replaced),
         _RealLinspace(),
         quiet(),
     ):
@@ -106,34 +106,13 @@ def settle(model: nn.Module, dtype: torch.dtype) -> None:
         wanted = dtype if old.is_floating_point() else old.dtype
         return torch.empty_like(old, dtype=wanted, device="cpu")
 
-    _replace(model, "_parameters", parameter)
-    _replace(model, "_buffers", lambda old: torch.empty_like(old, device="cpu"))
+    replace_tensors(model, "_parameters", parameter)
+    # One whole number (a stride) may be known, and decide a shape.
+    replace_tensors(model, "_buffers", lambda old: torch.empty_like(old, device="cpu") if old.dim() else old)
 
 
 def _as_it_is(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
-
-
-def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """What `.to()`, `.half()` and the like call; torch's own swaps tensors, which fake ones refuse."""
-    _replace(self, "_parameters", fn)
-    _replace(self, "_buffers", fn)
-    return self
-
-
-def _replace(model: nn.Module, kind: str, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    replaced: dict[int, torch.Tensor] = {}  # tied weights stay tied
-    with torch.no_grad():
-        for module in model.modules():
-            tensors: dict[str, torch.Tensor | None] = getattr(module, kind)
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in replaced:
-                    new = fn(old)
-                    is_parameter = isinstance(old, nn.Parameter)
-                    replaced[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
-                tensors[name] = replaced[id(old)]
 
 
 class _RealLinspace(TorchFunctionMode):
