@@ -17,7 +17,7 @@ A further coupling is its arithmetic and its numbers in `autorev/couplings/`, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -315,6 +315,12 @@ class Method:
         if self.name == "offload":
             moved.setdefault("inputs", None)
         return keeps_at(position, recomputed, amounts_of(self.keep, KEPT), moved)
+
+    @property
+    def of_all_blocks(self) -> Method:
+        """The same, but what is said of so many blocks (`attention:8`) is said of all."""
+        keep, host = dict.fromkeys(amounts_of(self.keep, KEPT)), dict.fromkeys(amounts_of(self.host, MOVED))
+        return replace(self, keep=text_of(keep), host=text_of(host))
 
     def gamma_of(self, path: str) -> float | None:
         """gamma of the block at `path`; None: the coupling's own."""

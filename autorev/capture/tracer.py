@@ -198,13 +198,13 @@ class ValueTracer(fx.Tracer):
             items = list(enumerate(value))
         elif isinstance(value, Mapping):
             items = list(value.items())
-        elif is_dataclass(value) and not isinstance(value, type):
+        elif _is_record(value):
             items = [(f.name, getattr(value, f.name, None)) for f in fields(value)]
         for key, item in items:
             if isinstance(item, torch.Tensor):
                 if id(item) not in self.node_of:
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"])
-            elif (isinstance(item, list | tuple | Mapping) and tree_leaves(item)) or is_dataclass(item):
+            elif (isinstance(item, list | tuple | Mapping) and tree_leaves(item)) or _is_record(item):
                 self._take_apart(
                     self._book(self.graph.call_function(operator.getitem, (node, key)), item, node.meta["source"]),
                     item,
@@ -223,7 +223,7 @@ class ValueTracer(fx.Tracer):
             return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
         if isinstance(a, Mapping):
             return {key: self.create_arg(item) for key, item in a.items()}
-        if is_dataclass(a) and not isinstance(a, type):
+        if _is_record(a):
             return {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
         if isinstance(a, fx.node.base_types) or a is None or a is ...:
             return a
@@ -334,6 +334,11 @@ class _Recorder(TorchFunctionMode):
             return self.tracer._leaf(lambda: func(*args, **kwargs), "call_function", getattr, (args[0], descriptor), {})
         kind, target = ("call_method", name) if _is_tensor_method(func) else ("call_function", func)
         return self.tracer._leaf(lambda: func(*args, **kwargs), kind, target, args, kwargs)
+
+
+def _is_record(value: Any) -> bool:
+    """Is it an object of a dataclass?"""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _is_tensor_method(func: Any) -> bool:

@@ -63,7 +63,7 @@ class Estimate:
         none = [0] * len(self.chains)
         if method.in_pieces:
             return self._alike(none, "a step is less than a block, whose activations would raise the peak")
-        nothing, last = (self._step(replace(method, keep_last=n)) for n in (0, 1))
+        nothing, last = (self._step(replace(method.of_all_blocks, keep_last=n)) for n in (0, 1))
         if nothing is None or last is None:
             return self._alike(none, "what storing one would cost is not known")
         blocks = blocks_to_store(nothing[1], last[1], nothing[0])

@@ -67,6 +67,12 @@ def _may_be_an_add(node: fx.Node, captured: CapturedBlock) -> bool:
 
 def _blocks_of(call: ModuleCall, captured: CapturedBlock, run: Run) -> list[Finding]:
     steps = _told_by_place(run)
+    if not steps:
+        end = run.steps[-1].after
+        text = "this add ends a step of the loop at one time and is none of its chain at another, so it marks no step"
+        obstacle = Obstacle("shared-add", text, end.meta["source"])
+        path = _path(call, run.steps, 0)
+        return [Finding(call, captured, run.steps[0].before, [], [obstacle], path=path, end=end, inline=True)]
     period = turn_of(steps)
     obstacles = obstacles_on_stream(captured, run.stream, run.path) + own_backward(call)
     findings = []

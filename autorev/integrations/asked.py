@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from autorev.integrations.inputs import text_config
-from autorev.integrations.quirks import quirks
 
 
 def shallow(config: Any, model_cls: type[Any]) -> Any:
@@ -44,6 +43,7 @@ def _without_values() -> Iterator[None]:
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+    from autorev.integrations.quirks import quirks
     from autorev.own_mode import OwnFakeMode
 
     with unset_fake_temporarily(), OwnFakeMode(allow_non_fake_inputs=True), torch.no_grad(), quirks():

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from autorev.integrations.asked import shallow
 from autorev.integrations.inputs import text_config, two
-from autorev.integrations.quirks import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +154,8 @@ def _asked(config: Any, model_cls: type[Any], shape: tuple[int, ...], sizes: Any
     """The tokens that the vision tower makes of one picture."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from autorev.integrations.quirks import quiet
 
     with unset_fake_temporarily(), torch.device("meta"), torch.no_grad(), quiet():
         model = shallow(config, model_cls)

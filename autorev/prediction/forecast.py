@@ -80,9 +80,8 @@ class Forecaster:
             return method
         if method.in_pieces:
             return replace(method, keep_last=0)
-        nothing, last = (
-            self.trace(replace(method, keep_last=n), self.setting.batch, self.setting.sequence) for n in (0, 1)
-        )
+        alike, size = method.of_all_blocks, (self.setting.batch, self.setting.sequence)
+        nothing, last = (self.trace(replace(alike, keep_last=n), *size) for n in (0, 1))
         stored = blocks_to_store(nothing, last, self.layout)
         return replace(method, keep_last=stored[0] if len(set(stored)) == 1 else stored)
 

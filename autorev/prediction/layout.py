@@ -107,8 +107,11 @@ class Layout:
                 last = site.from_end < stored[site.chain]
                 position = length - 1 - site.from_end
                 bits, keeps = _side_bits(method, position, length), method.keeps(position, length - stored[site.chain])
-                # The last block of a kind is run in any case.
-                kind = site.kind, last and stored[site.chain] > 1, bits, NOTHING if last else keeps
+                # The last block of a kind is run in any case: where it alone is stored, it is of the kind that it
+                # would be of otherwise, so that steps with and without it run the same blocks.
+                several = stored[site.chain] > 1
+                alike = method.keeps(position, length) if last and not several else keeps
+                kind = site.kind, last and several, bits, alike
                 site = replace(site, kind=kind, stored=last, keeps=keeps)
             else:
                 site = replace(site, keeps=method.keeps(0, 1))

@@ -203,3 +203,12 @@ def test_methods_without_a_second_run_have_no_such_option() -> None:
             Method.parse(spec)
     with pytest.raises(SettingError, match="keep of momentum is 'attention', not 'mlp'"):
         Method.parse("momentum:keep=mlp")
+
+
+@pytest.mark.parametrize("how", [{"keep": "attention:2"}, {"keep": "attention:2", "host": "attention:1+side_bits:3"}])
+def test_what_is_said_of_so_many_blocks_goes_with_any_choice_of_stored_ones(how: dict[str, Any]) -> None:
+    """Whether the last block is stored is decided by two simulated steps, which have to run the same blocks."""
+    model = hand.stack_of(hand.Block, 8).train()
+    tokens = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    autorev.convert(model, tokens, **how)
+    assert autorev.verify(model, tokens).passed

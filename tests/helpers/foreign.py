@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -358,3 +359,62 @@ class Growing(Stack):
             x = block(x, states)
             states.append(x)
         return self.head(self.norm(x))
+
+
+# -- what branches and blocks hand on
+
+
+@dataclass
+class State:
+    """The stream, and what goes with it."""
+
+    h: torch.Tensor
+    kept: torch.Tensor
+
+
+class TakingState(Block):
+    """A block from dataclass to dataclass."""
+
+    def forward(self, state: State) -> State:  # type: ignore[override]  # takes another kind of argument than its parent
+        return State(super().forward(state.h), state.kept)
+
+
+class OfStates(Stack):
+    """A stack of these."""
+
+    def __init__(self) -> None:
+        super().__init__(*(TakingState() for _ in range(3)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        state = State(self.embedding(tokens), tokens)
+        for block in self.blocks:
+            state = block(state)
+        return self.head(self.norm(state.h))
+
+
+class Telling(nn.Module):
+    """x-transformers' attention: a branch that also says what it computed, in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Normed()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, State]:
+        out = self.f(x)
+        return out, State(x, out.mean(1, keepdim=True))
+
+
+class Told(nn.Module):
+    """A loop that keeps what the first branch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Telling() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first: torch.Tensor | None = None
+        for layer in self.layers:
+            out, state = layer(x)
+            first = state.kept if first is None else first
+            x = x + (out + first)
+        return x

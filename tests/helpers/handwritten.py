@@ -291,6 +291,16 @@ class PostNormLoop(Loop):
         return x
 
 
+class SharedAdd(Loop):
+    """Two streams by one add."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.flip(1)
+        for mlp in self.mlps:
+            x, y = (h + mlp(h) for h in (x, y))  # here: shared-add
+        return x + y
+
+
 class Skipping(Stack):
     """Layer-drop, by torch's generator."""
 

@@ -15,7 +15,7 @@ from autorev import records
 from autorev.cli import main
 from autorev.errors import RecordError, UnreadableError
 from autorev.files import DEEPEST, parse_json, path_of
-from autorev.models import building
+from autorev.integrations import building
 from autorev.models.resolve import resolve
 from autorev.profiler.record import Profile
 from tests.helpers import profile_examples

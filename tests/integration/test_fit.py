@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from autorev.methods import Method
 from autorev.plan import Plan
 from autorev.planning import fit as fitting
 from autorev.report.render import render_html, render_markdown
-from tests.engine.test_kept import counted
 from tests.helpers.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,31 +138,6 @@ def test_a_plan_with_a_coupling_is_put_in_place(plans: dict[str, Plan]) -> None:
     expected = step(by_hand)
     assert loss == pytest.approx(expected[0], rel=1e-4)
     assert all((grads[n] - g).norm() <= 1e-3 * g.norm() for n, g in expected[1].items())
-
-
-@pytest.mark.slow
-def test_some_blocks_keep_their_attention() -> None:
-    """Where not all can: faster than every method without such a number that fits; the plan survives its file, and is
-    put in place."""
-    ids = torch.arange(4096).reshape(1, 4096) % 2048
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
-    plan = autorev.fit(llama(), batch, memory="+30MiB", device="cpu", host=False, lora_rank=4)
-    assert plan.method is not None
-    assert plan.option is not None
-    assert re.fullmatch(r"attention:\d", plan.method.keep or "")
-    single = [
-        o for o in plan.options if o.fits and ":" not in (o.method.keep or "") and o.method.keep_last in ("auto", 0)
-    ]
-    assert plan.option.seconds < min(option.seconds for option in single)
-    assert plan.option.peak_bytes <= plan.memory_bytes
-    assert any("not computed twice" in rung.what and "blocks" in rung.what for rung in plan.rungs)
-    again = Plan.from_json(plan.to_json())
-    assert again == plan
-    model = llama()
-    autorev.convert(model, again)
-    with counted() as runs:
-        model(**BATCH).loss.backward()
-    assert runs[0] == 16 - int(plan.method.keep[-1]) - plan.method.stored_of(0)
 
 
 def test_a_plan_for_another_model_changes_nothing(plans: dict[str, Plan]) -> None:

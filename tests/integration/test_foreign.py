@@ -73,6 +73,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[list[int]]]]
     "viewed between": (foreign.Viewed, TOKENS, [[2] * 3]),
     "repeated": (foreign.Repeated, TOKENS, [[2] * 6]),
     "reading the first": (foreign.ReadingTheFirst, SEQUENCE, [[1, 2, 2]]),
+    "of states": (foreign.OfStates, TOKENS, [[2] * 3]),
+    "told": (foreign.Told, SEQUENCE, [[1] * 3]),
     "growing": (foreign.Growing, TOKENS, [[1] * 3]),
 }
 
@@ -114,3 +116,10 @@ def test_without_velocity_it_computes_what_its_code_does(name: str, granularity:
     loss, found = one_step(model, example)
     assert torch.allclose(loss, expected_loss, rtol=1e-12)
     assert gap(found, expected) < 1e-9
+
+
+def test_what_a_step_draws_from_a_generator_is_drawn_again() -> None:
+    """Taken apart into steps, too: there the code's own calls are repeated."""
+    model = stack_of(foreign.OwnGenerator).train()
+    autorev.convert(model, TOKENS, granularity="sublayer", keep_last=0)
+    assert autorev.verify(model, TOKENS).passed

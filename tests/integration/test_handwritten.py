@@ -196,6 +196,7 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
         "aux-output",
     ),
     "Between": (lambda: hand.Between(*blocks(hand.Block, 3)), TOKENS, hand.Between, "stream-replaced"),
+    "SharedAdd": (hand.SharedAdd, SEQUENCE, hand.SharedAdd, "shared-add"),
     "PostNormLoop": (hand.PostNormLoop, SEQUENCE, hand.PostNormLoop, "post-norm"),
 }
 
