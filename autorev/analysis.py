@@ -147,6 +147,12 @@ class Setting:
     """fp32: of adapters beside weights of 16 bits, as `peft.get_peft_model` has them; None: the weights' own."""
     weights: str | None = None
     """What linear layers are quantised to: nf4, nf4-double (scales, too), int8 or torchao-int8; None: as they are."""
+    gpus: int = 1
+    """That train together; memory is of one of them, and `batch` is what each is given."""
+    shard: str = "none"
+    """How they divide weights, gradients and optimiser states: none, fsdp, zero1, zero2 or zero3."""
+    sequence_parallel: int = 1
+    """GPUs among which the tokens of a sample are divided (Ulysses)."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -161,6 +167,8 @@ class Setting:
         optimizer = Optimizer.parse(self.optimizer)
         optimizer.check_step(self.accumulate)
         object.__setattr__(self, "optimizer", str(optimizer))
+        self._check_gpus()
+        optimizer.check_gpus(self.gpus, self.shard)
         if not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise SettingError(f"lora_dropout is 0 or more and below 1, not {self.lora_dropout!r}")
         given = {"lora_dropout": self.lora_dropout, "adapter_dtype": self.adapter_dtype}
@@ -171,6 +179,24 @@ class Setting:
                 f"weights quantised to {self.weights} do not train: train adapters beside them (`lora_rank`), or a head"
             )
 
+    def _check_gpus(self) -> None:
+        for name in ("gpus", "sequence_parallel"):
+            if not is_count(getattr(self, name)):
+                raise SettingError(f"{name} is a whole number, 1 or more, not {getattr(self, name)!r}")
+        if self.shard != "none" and self.gpus == 1:
+            raise SettingError(f"`shard={self.shard}` divides a model among several GPUs; give `gpus`, 2 or more")
+        if self.gpus % self.sequence_parallel:
+            raise SettingError(
+                f"{self.gpus} GPUs make no groups of {self.sequence_parallel} that share a sample: `sequence_parallel` "
+                "has to divide `gpus`"
+            )
+        if self.sequence_parallel > 1 and (self.sequence is None or self.sequence % self.sequence_parallel):
+            what = "the model has no sequence axis" if self.sequence is None else f"{self.sequence:,} tokens are not"
+            raise SettingError(
+                f"`sequence_parallel={self.sequence_parallel}` gives every GPU as many tokens of a sample, and {what}"
+                + ("" if self.sequence is None else " a multiple of it")
+            )
+
 
 CHOICES = {
     "dtype": ("fp32", "bf16", "fp16"),
@@ -179,6 +205,7 @@ CHOICES = {
     "autocast": (None, "bf16"),
     "adapter_dtype": (None, "fp32"),
     "weights": (None, "nf4", "nf4-double", "int8", "torchao-int8"),
+    "shard": ("none", "fsdp", "zero1", "zero2", "zero3"),
 }
 """What the options of a `Setting` may be."""
 

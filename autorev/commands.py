@@ -36,6 +36,8 @@ def training_command(model: str, setting: Setting, can_be_finetuned: bool) -> st
         setting: the predicted step.
         can_be_finetuned: is it a causal language model with weights?
     """
+    if setting.gpus > 1:
+        return ""
     program = "autorev" if Path(sys.argv[0]).name == "autorev" else "python cli.py"
     spec = SPEC + (",loss=chunked" if setting.loss == "chunked" else "")
     lora = "" if setting.lora_rank is None else str(setting.lora_rank)

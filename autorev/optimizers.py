@@ -154,6 +154,23 @@ class Optimizer:
                 "adamw-8bit do without"
             )
 
+    def check_gpus(self, gpus: int, shard: str) -> None:
+        """Raise where nothing is known of it on so many GPUs, with weights and states divided as `shard` says.
+
+        Raises:
+            SettingError: that is so.
+        """
+        if gpus > 1 and self.during_backward:
+            raise SettingError(
+                f"{self} takes each gradient as soon as it is there, which is before it is summed over {gpus} GPUs; "
+                "adamw-fused waits for that"
+            )
+        if shard != "none" and self.library != "torch":
+            raise SettingError(
+                f"{self} is not predicted on parts of weights, which `shard={shard}` gives it; use adamw-fused, or "
+                "leave `shard` out"
+            )
+
     def check_step(self, accumulate: int = 1, clip: float | None = None) -> None:
         """Raise unless it can take a step of so many passes, with gradients clipped to the norm `clip` (0: not at all).
 

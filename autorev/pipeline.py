@@ -32,6 +32,7 @@ from autorev.prediction.example_step import plan_without_chains
 from autorev.prediction.forecast import PROBES, Forecaster, walks_through_sequence
 from autorev.prediction.frontier import Exploration, explore, sweeps
 from autorev.prediction.layout import layout_of
+from autorev.prediction.sharding import division_of, notes_on
 from autorev.prediction.training import DTYPES, choose_trained
 from autorev.profiles import load_device
 from autorev.workload import Call, Workload, check_step
@@ -106,6 +107,9 @@ def prepare(
     adapter_dtype: str | None = None,
     weights: str | None = None,
     loss: str = "full",
+    gpus: int = 1,
+    shard: str = "none",
+    sequence_parallel: int = 1,
     device: str = "h100-80gb",
     progress: Progress = lambda what, fraction: None,
 ) -> tuple[Analysis, Forecaster]:
@@ -135,6 +139,9 @@ def prepare(
         lora_dropout=lora_dropout,
         adapter_dtype=adapter_dtype,
         weights=weights,
+        gpus=gpus,
+        shard=shard,
+        sequence_parallel=sequence_parallel,
     )
     Optimizer.parse(setting.optimizer).check_device(profile.kind)
     scheme = chosen_scheme(workload.name, workload.scheme, weights)
@@ -174,6 +181,8 @@ def prepare(
             f"{workload.name} ({analysis.model.class_name}): {found}: {why}; if you know of one, please report it"
         )
     layout = layout_of(detection.chains, detection.refused, twin)
+    if setting.sequence_parallel > 1:
+        _check_tokens_can_be_divided(analysis)
     with mode:
         notes += choose_trained(twin, [site.module for site in layout.sites], setting)
     forecaster = Forecaster(
@@ -189,8 +198,20 @@ def prepare(
         longest_sequence=workload.longest_sequence,
         walks=walks,
         walks_batch=workload.walks_batch,
+        division=division_of(twin, layout, setting),
     )
+    notes += notes_on(setting)
     return replace(analysis, setting=setting, device=device_info, notes=(*notes, *analysis.notes)), forecaster
+
+
+def _check_tokens_can_be_divided(analysis: Analysis) -> None:
+    blocks = [*(block for chain in analysis.chains for block in chain.blocks), *analysis.refused]
+    kinds = {step.kind for block in blocks for step in block.steps}
+    for kind in sorted(kinds & {"convolution", "state-space"}):
+        raise SettingError(
+            f"{analysis.model.name} mixes tokens by {kind}, and `sequence_parallel` divides attention's heads alone; "
+            "leave it out"
+        )
 
 
 def _detect_on_twin(twin: nn.Module, call: Call, progress: Progress) -> Detection:
@@ -217,7 +238,8 @@ def predict(
     """What `autorev analyze MODEL` does, as a function: MODEL by name, or a workload of your own.
 
     `setting` is any of batch, sequence, dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout,
-    adapter_dtype, weights, loss and device; see `analyze_workload` and `autorev.analysis.Setting`.
+    adapter_dtype, weights, loss, gpus, shard, sequence_parallel and device; see `analyze_workload` and
+    `autorev.analysis.Setting`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
 

@@ -93,6 +93,10 @@ def setting_facts(setting: Setting) -> dict[str, str]:
     facts["Precision"] += f", linear layers quantised to {clean(setting.weights)}" if setting.weights else ""
     facts["Optimizer"] = Optimizer.parse(setting.optimizer).title
     facts["Trains"] = _trained(setting)
+    if setting.gpus > 1:
+        facts["GPUs"] = f"per GPU, {setting.gpus} GPUs, {clean(setting.shard) if setting.shard != 'none' else 'DDP'}"
+        if setting.sequence_parallel > 1:
+            facts["GPUs"] += f", {setting.sequence_parallel} to a sample"
     facts["Loss"] = _losses.get(setting.loss, clean(setting.loss))
     return facts
 

@@ -165,6 +165,29 @@ def training_step(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Materialise all logits, or never more than a chunk.",
         ),
+        click.option(
+            "--gpus",
+            type=COUNT,
+            default=1,
+            show_default=True,
+            metavar="INT",
+            help="That train together; figures are per GPU, and so is --batch.",
+        ),
+        click.option(
+            "--shard",
+            type=click.Choice(["none", "fsdp", "zero1", "zero2", "zero3"]),
+            default="none",
+            show_default=True,
+            help="Divide weights, gradients and optimizer state among them, as FSDP2 or DeepSpeed.",
+        ),
+        click.option(
+            "--sequence-parallel",
+            type=COUNT,
+            default=1,
+            show_default=True,
+            metavar="DEGREE",
+            help="GPUs that share the tokens of a sample (Ulysses).",
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -19,7 +19,6 @@ import torch
 
 from autorev.alike import typical
 from autorev.couplings.side_bits import pack, unpack
-from autorev.errors import FixedPointRangeError
 
 LIMIT = 2**29
 """|H| of a fixed-point stream stays below this.
@@ -50,16 +49,16 @@ class FixedPoint:
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """A floating tensor, rounded to the grid: int32, in the tensor's memory format."""
-        scaled = _wide(value).mul(2.0**self.fraction_bits)  # h_BTD float; a power of two changes the exponent alone
-        return _to_integers(scaled.round_())  # H_BTD int32; from here on, sums are exact
+        scaled = wide(value).mul(2.0**self.fraction_bits)  # h_BTD float; a power of two changes the exponent alone
+        return to_integers(scaled.round_())  # H_BTD int32; from here on, sums are exact
 
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """An int32 stream as a new floating tensor of `dtype`."""
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        floating = torch.float64 if dtype is torch.float64 else torch.float32
         value = torch.empty_like(stream, dtype=dtype)
         for ints, floats in _slices(stream, value):
             # |H| < 2^29 has more bits than a float32 holds: the branch reads a rounded h, the same one in both runs.
-            floats.copy_(ints.to(wide).mul_(2.0**-self.fraction_bits))  # H_BTD int32 -> h_BTD dtype
+            floats.copy_(ints.to(floating).mul_(2.0**-self.fraction_bits))  # H_BTD int32 -> h_BTD dtype
         return value
 
     def add_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
@@ -76,8 +75,8 @@ class FixedPoint:
 
     def _increment(self, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         # Both are what the branch read and returned, in the model's dtype, so that both runs find the same integers.
-        change = _wide(out) - value  # f_BTD float32
-        return _to_integers(change.mul_(factor * 2.0**self.fraction_bits).round_())
+        change = wide(out) - value  # f_BTD float32
+        return to_integers(change.mul_(factor * 2.0**self.fraction_bits).round_())
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a + b, in a's memory."""
@@ -93,7 +92,6 @@ class FixedPoint:
         if gamma.numerator == -1:
             velocity.neg_()
         elif gamma.numerator != 1:
-            _check_product(velocity, gamma.numerator)
             velocity.mul_(gamma.numerator)  # V n, int32
         if not bits:
             return velocity, None
@@ -109,9 +107,7 @@ class FixedPoint:
             unpack(side, bits, velocity.bitwise_left_shift_(bits))  # q 2^k, whose low k bits are zero, + r
         if gamma.numerator == -1:
             return velocity.neg_()
-        if gamma.numerator != 1:  # V n is a multiple of n: nothing is rounded
-            return torch.div(velocity, gamma.numerator, rounding_mode="trunc", out=velocity)
-        return velocity
+        return velocity if gamma.numerator == 1 else velocity.mul_(inverse_of(gamma.numerator))
 
 
 @dataclass(frozen=True)
@@ -129,13 +125,13 @@ class Floating:
     def add_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         """a + c * (out - h), in a's memory."""
         for total, o, h in _slices(a, out, value):
-            total.add_((_wide(o) - h).mul_(factor))
+            total.add_((wide(o) - h).mul_(factor))
         return a
 
     def subtract_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         """a - c * (out - h), in a's memory."""
         for total, o, h in _slices(a, out, value):
-            total.sub_((_wide(o) - h).mul_(factor))
+            total.sub_((wide(o) - h).mul_(factor))
         return a
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -163,23 +159,16 @@ def side_bits_of(gamma: Fraction) -> int:
     return gamma.denominator.bit_length() - 1  # 8 is 0b1000: four bits, k = 3
 
 
+def inverse_of(numerator: int) -> int:
+    """What V n has to be multiplied with, as int32 that wrap round, to be V again: an odd number, as n is, has one."""
+    inverse = pow(numerator, -1, 2**32)
+    return inverse - 2**32 if inverse >= 2**31 else inverse
+
+
 def grid_for(largest: float, head_room: float) -> int:
     """The most fraction bits with which activations `head_room` times as large as `largest` do not overflow."""
     needed = max(largest * head_room, 2.0**-MOST_FRACTION_BITS)
     return min(MOST_FRACTION_BITS, math.ceil(math.log2(LIMIT / needed)) - 1)  # |H| stays *below* the limit
-
-
-def _check_product(velocity: torch.Tensor, factor: int) -> None:
-    """V n has to fit into an int32; |V| < 2^30 is known from the stream, so n = +-1 needs no look at V.
-
-    Raises:
-        FixedPointRangeError: it does not.
-    """
-    if velocity.is_meta or hasattr(velocity, "fake_mode") or not velocity.numel():
-        return
-    low, high = torch.aminmax(velocity)  # `abs` would make a copy, and keep -2^31 as it is
-    if max(-int(low), int(high)) * abs(factor) >= 2**31:
-        raise FixedPointRangeError(f"a velocity times {factor}, the numerator of gamma, left the fixed-point grid")
 
 
 SLICE = 2**16
@@ -205,12 +194,13 @@ _NAN_IS_LEAST = platform.machine() in ("x86_64", "AMD64")
 """Does this CPU turn NaN into -2^31, as it does with what is too large? Others, and GPUs, turn it into 0."""
 
 
-def _to_integers(values: torch.Tensor) -> torch.Tensor:
-    """int32; what is no number becomes one that `LIMIT` catches."""
+def to_integers(values: torch.Tensor) -> torch.Tensor:
+    """Rounded floats as int32; what is no number becomes one that `LIMIT` catches."""
     if values.device.type != "cpu" or not _NAN_IS_LEAST:
         values = values.nan_to_num_(nan=-(2.0**31))
     return values.to(torch.int32)
 
 
-def _wide(value: torch.Tensor) -> torch.Tensor:
+def wide(value: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where it is that."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()

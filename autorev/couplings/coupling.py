@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from autorev.couplings.arithmetic import Arithmetic
+from autorev.couplings.fused import Stepped
 
 Gradient = torch.Tensor | None
 
@@ -67,6 +68,11 @@ class Coupling(ABC):
         """The input of the chain that its first partner has its gradient from; None for a constant."""
         return None
 
+    @property
+    def multiplier(self) -> int:
+        """What a step multiplies the partner with; the product has to fit into an int32."""
+        return 1
+
     @abstractmethod
     def initial_state(self, stream: torch.Tensor) -> State:
         """The chain's first state."""
@@ -77,11 +83,18 @@ class Coupling(ABC):
 
     def max_abs(self, state: State) -> float:
         """The largest value that the grid has to hold for this state and the next step."""
-        return max(float(state.stream.abs().max()), float(state.partner.abs().max()) / 2)
+        partner = float(state.partner.abs().max()) * abs(self.multiplier)
+        return max(float(state.stream.abs().max()), partner / 2)
 
     @abstractmethod
     def step(self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor | None:
         """Take the step whose branch gave `out = value + f(value)`; returns the packed side bits, if any."""
+
+    def fused_step(
+        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
+    ) -> Stepped | None:
+        """`step` in one pass over the state; None, and nothing done, where there is no such thing."""
+        return None
 
     @abstractmethod
     def recover_input(self, state: State, arithmetic: Arithmetic) -> None:

@@ -31,6 +31,7 @@ import torch
 
 from autorev.couplings.arithmetic import Arithmetic, side_bits_of
 from autorev.couplings.coupling import Coupling, Gradient, State
+from autorev.couplings.fused import Stepped, fused_for
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Velocity(Coupling):
         """v_0 = 0."""
         return State(stream, torch.zeros_like(stream))
 
-    def max_abs(self, state: State) -> float:
-        """V n has to fit into an int32, too."""
-        return max(float(state.stream.abs().max()), float(state.partner.abs().max()) * abs(self.gamma.numerator) / 2)
+    @property
+    def multiplier(self) -> int:
+        """n of gamma = n / 2^k."""
+        return self.gamma.numerator
 
     def initial_residual(self, state: State) -> torch.Tensor:
         """v."""
@@ -76,6 +78,13 @@ class Velocity(Coupling):
         state.partner = arithmetic.add_branch(velocity, out, value, self.c)  # v'_BTD, int32 in exact arithmetic
         state.stream = arithmetic.add(state.stream, state.partner)  # h'_BTD
         return side
+
+    def fused_step(
+        self, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: Arithmetic
+    ) -> Stepped | None:
+        """The same, compiled."""
+        fused = fused_for(arithmetic, self.gamma, state.stream, state.partner, out, value)
+        return None if fused is None else fused.step(state.stream, state.partner, out, value, self.gamma, self.c)
 
     def recover_input(self, state: State, arithmetic: Arithmetic) -> None:
         """h = h' - v'."""
@@ -94,6 +103,10 @@ class Velocity(Coupling):
         arithmetic: Arithmetic,
     ) -> None:
         """v = (v' - c f) / gamma."""
+        fused = fused_for(arithmetic, self.gamma, state.partner, out, value)
+        if fused is not None:
+            fused.back(state.partner, out, value, side, self.gamma, self.c)
+            return
         # gamma v_BTD, without its remainder: what is taken off are the very integers of the forward pass.
         scaled = arithmetic.subtract_branch(state.partner, out, value, self.c)
         state.partner = arithmetic.unscale(scaled, self.gamma, side)  # v_BTD

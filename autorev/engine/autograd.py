@@ -21,15 +21,15 @@ from autorev.couplings.coupling import Coupling, State
 
 def couple(
     coupling: Coupling,
-    step: Callable[[], torch.Tensor],
+    new: torch.Tensor,
     stream: torch.Tensor,
     partner: torch.Tensor | None,
     out: torch.Tensor,
     check: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x', p') with the gradients of `Coupling.vjp`; `step()` computes x', `check()` is asked before backward."""
-    new: tuple[torch.Tensor, torch.Tensor] = apply(_Couple, coupling, step, stream, partner, out, check)
-    return new
+    """(x', p') with the gradients of `Coupling.vjp`; `new` is x' without them, `check()` is asked before backward."""
+    coupled: tuple[torch.Tensor, torch.Tensor] = apply(_Couple, coupling, [new], stream, partner, out, check)
+    return coupled
 
 
 def apply(function: Any, *args: Any) -> Any:
@@ -42,7 +42,7 @@ class _Couple(torch.autograd.Function):
     def forward(
         ctx: Any,
         coupling: Coupling,
-        step: Callable[[], torch.Tensor],
+        made: list[torch.Tensor],
         stream: torch.Tensor,
         partner: torch.Tensor | None,
         out: torch.Tensor,
@@ -50,7 +50,7 @@ class _Couple(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.coupling, ctx.check = coupling, check
         ctx.set_materialize_grads(False)
-        new = step()
+        (new,) = made  # in a list it is no input of the node
         return new, _valueless(new)
 
     @staticmethod

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.couplings.arithmetic import MOST_FRACTION_BITS, Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling
-from autorev.engine.digest import Digest, digest, looked_at
+from autorev.engine.digest import Digest, digest, looked_at, waited_for
 from autorev.engine.grid import say_coarsened
 from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
@@ -166,7 +166,7 @@ def memory_of(stream: torch.Tensor) -> tuple[Any, ...]:
 def values_of(stream: torch.Tensor) -> Digest | None:
     """Whoever writes through `.data` or NumPy is not counted. None on a GPU, which is not waited for: there, what runs
     again in backward differs."""
-    return digest(stream.detach(), exact=True) if stream.device.type == "cpu" else None
+    return digest(stream.detach(), exact=True) if waited_for(stream.device) else None
 
 
 # -- one forward pass
@@ -209,6 +209,18 @@ class Pass:
     """How the last step handed its stream on, where that is in two parts."""
     given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """The arguments of the module that holds the loop; None where blocks are called one by one."""
+    unchecked: list[Tape] = field(default_factory=list)
+    """Tapes of which it is not known yet whether a stream has left its grid, and that no backward pass will look at."""
+
+    def ends(self) -> None:
+        """Look at them, now that waiting for the device holds nothing up.
+
+        Raises:
+            FixedPointRangeError: one has.
+        """
+        tapes, self.unchecked = self.unchecked, []
+        for tape in tapes:
+            tape.check_peak()
 
 
 _passes: ContextVar[dict[ReversibleChain, Pass] | None] = ContextVar("autorev passes", default=None)
@@ -227,9 +239,12 @@ _loose = _Loose()
 @contextmanager
 def one_pass(chains: Sequence[ReversibleChain], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[None]:
     """Around the forward of the module that holds the loop, called with `given`: no state is kept beyond it."""
-    token = _passes.set({**(_passes.get() or {}), **{chain: Pass(given=given) for chain in chains}})
+    passes = {chain: Pass(given=given) for chain in chains}
+    token = _passes.set({**(_passes.get() or {}), **passes})
     try:
         yield
+        for one in passes.values():
+            one.ends()
     finally:
         _passes.reset(token)
 
@@ -263,6 +278,7 @@ def arrive(
     number = numbers[0] if found is None else next((n for n in numbers if n > found.number), numbers[0])
     label = chain.name
     if found is None:
+        here.ends()  # of an earlier pass that left the chain before its end
         check_no_stage(chain.paths[number])
         if here.latest is not None and number > here.latest.number:
             label = f"{chain.name} from {chain.paths[number]}"

@@ -40,6 +40,15 @@ Digest = int | tuple[float, ...] | torch.Tensor
 """A hash of the bytes; or count, norm and a few random projections, which a small difference changes by little."""
 
 
+WAITED_FOR = frozenset({"cpu"})
+"""Kinds of devices. To read a number on a GPU is to wait until it has computed all that was asked of it."""
+
+
+def waited_for(device: torch.device) -> bool:
+    """Are values there read as soon as they are made?"""
+    return device.type in WAITED_FOR
+
+
 def looked_at() -> bool:
     """Have tensors values at the moment? Fake tensors have none."""
     return torch._C._get_dispatch_mode(_TorchDispatchModeKey.FAKE) is None
@@ -52,7 +61,7 @@ def digest(tensor: torch.Tensor, exact: bool, wholly: bool = True) -> Digest | N
         return None
     if tensor.is_meta or tensor.is_quantized or not looked_at():
         return None
-    on_cpu = tensor.device.type == "cpu"
+    on_cpu = waited_for(tensor.device)
     if not on_cpu and not tensor.is_floating_point() and tensor.numel() <= 2:
         return None  # fused attention without dropout leaves the seed that it saves unwritten
     if exact and on_cpu and (tensor.numel() <= WHOLE or not wholly) and _is_dense(tensor):

@@ -76,8 +76,19 @@ def _refined(coarse: torch.Tensor, low: torch.Tensor, bits: int) -> torch.Tensor
     return unpack(low, bits, coarse.bitwise_left_shift_(bits))
 
 
-Taken = tuple[Arithmetic, torch.Tensor | None, Dropped | None]
-"""How a step was taken: with which arithmetic, its side bits, and what the state lost just before it."""
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """How a step was taken."""
+
+    arithmetic: Arithmetic
+    side: torch.Tensor | None
+    """Its side bits."""
+    new: torch.Tensor | None = None
+    """The new stream as the model reads it, where it is made already."""
+    dropped: Dropped | None = None
+    """What the state lost just before the step."""
+    largest: torch.Tensor | None = None
+    """The largest |H|, not looked at yet."""
 
 
 def grid_at_start(chain: ReversibleChain, stream: torch.Tensor) -> Arithmetic:
@@ -131,23 +142,38 @@ def step_on_grid(
 ) -> Taken:
     """`coupling.step`, coarsening the grid where the step needs it.
 
-    `at_once`: look at the new stream now. On a GPU that waits for the device, and steps on a tape do without
-    (`largest_of`, once per backward pass).
+    `at_once`: look at the new stream now. On a GPU that waits for the device, so there it is done once a pass.
 
     Raises:
         FixedPointRangeError: the branch returned something that is not a number.
     """
     if not isinstance(arithmetic, FixedPoint):
-        return arithmetic, coupling.step(state, out, value, arithmetic), None
-    try:
-        side = coupling.step(state, out, value, arithmetic)
-        if not at_once or not _outgrown(state.stream):
-            return arithmetic, side, None
-        coupling.recover_input(state, arithmetic)  # exact even where the sum wrapped round: so does the difference
-        coupling.recover_partner(state, out, value, side, arithmetic)
-    except FixedPointRangeError:
-        pass  # a product left the grid, before anything was written
+        return Taken(arithmetic, coupling.step(state, out, value, arithmetic))
+    fused = coupling.fused_step(state, out, value, arithmetic)
+    side, largest, new = (
+        (*_step_by_operators(coupling, state, out, value, arithmetic), None)
+        if fused is None
+        else (fused.side, fused.largest, fused.new)
+    )
+    if largest is None or not at_once or int(largest) < LIMIT:
+        return Taken(arithmetic, side, new, largest=None if at_once else largest)
+    coupling.recover_input(state, arithmetic)  # exact even where a number wrapped round: so does its way back
+    coupling.recover_partner(state, out, value, side, arithmetic)
     return _coarsened(coupling, state, out, value, arithmetic, path)
+
+
+def _step_by_operators(
+    coupling: Coupling, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: FixedPoint
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(side bits, the largest |H|: `LIMIT` at least where V n left int32)."""
+    # |V| < 2^30 is known from the streams before, so n = +-1 needs no look at V.
+    partner = largest_of(state.partner) if abs(coupling.multiplier) > 1 else None
+    side = coupling.step(state, out, value, arithmetic)
+    largest = largest_of(state.stream)
+    if partner is not None and largest is not None:
+        fits = partner * abs(coupling.multiplier) < 2**31
+        largest = torch.where(fits, largest, largest.clamp(min=LIMIT))
+    return side, largest
 
 
 def _coarsened(
@@ -167,12 +193,9 @@ def _coarsened(
         coarse = FixedPoint(arithmetic.fraction_bits - bits)
         before = state.clone()
         dropped = Dropped.from_state(state, bits)
-        try:
-            side = coupling.step(state, out, value, coarse)
-            if not _outgrown(state.stream):
-                return coarse, side, dropped
-        except FixedPointRangeError:
-            pass
+        side, size = _step_by_operators(coupling, state, out, value, coarse)
+        if size is None or int(size) < LIMIT:
+            return Taken(coarse, side, dropped=dropped)
         state.stream, state.partner = before.stream, before.partner
         bits += 2
     raise FixedPointRangeError(
@@ -194,20 +217,12 @@ def say_coarsened(name: str, path: str, before: FixedPoint, after: FixedPoint) -
     )
 
 
-def _outgrown(stream: torch.Tensor) -> bool:
-    if not stream.numel() or stream.device.type == "meta" or not looked_at():
-        return False
-    low, high = torch.aminmax(stream)  # Python's integers: -(-2^31) is 2^31
-    return max(-int(low), int(high)) >= LIMIT
-
-
-def largest_of(stream: torch.Tensor, peak: torch.Tensor | None) -> torch.Tensor | None:
-    """The largest |H| so far, as a tensor on the stream's device: nothing waits for it."""
+def largest_of(stream: torch.Tensor) -> torch.Tensor | None:
+    """The largest |H|, int64, on the stream's device: nothing waits for it."""
     if not stream.numel() or stream.device.type == "meta" or not looked_at():
         return None
-    low, high = torch.aminmax(stream)
-    largest = torch.maximum(high, -(low + 1))  # -(-2^31) would be itself
-    return largest if peak is None else torch.maximum(peak, largest)
+    low, high = torch.aminmax(stream)  # `abs` would make a copy, and keep -2^31 as it is
+    return torch.maximum(high.long(), -low.long())
 
 
 def check_largest(arithmetic: FixedPoint, peak: torch.Tensor, name: str) -> None:

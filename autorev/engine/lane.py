@@ -7,15 +7,15 @@ the branch reads all of them and adds something to each, and the coupling acts o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from autorev.couplings.arithmetic import Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling, State
-from autorev.engine.digest import Digest, looked_at
-from autorev.engine.grid import Dropped, step_on_grid
+from autorev.engine.digest import Digest, looked_at, waited_for
+from autorev.engine.grid import Dropped, Taken, step_on_grid
 from autorev.engine.host_store import OnHost
 
 if TYPE_CHECKING:
@@ -46,18 +46,30 @@ class LaneStep:
 
 
 @dataclass(eq=False)
+class Peak:
+    """The largest |H| of a forward pass so far, on devices where looking at it would hold the program up."""
+
+    largest: torch.Tensor | None = None
+
+    def add(self, largest: torch.Tensor) -> None:
+        """A step was taken."""
+        here = self.largest
+        self.largest = largest if here is None else torch.maximum(here.to(largest.device), largest)
+
+
+@dataclass(eq=False)
 class Lane:
     """The state that a tape stands at, of one of its tensors."""
 
     state: State
     arithmetic: Arithmetic
     """Of `state`."""
-    peak: torch.Tensor | None = None
-    """Largest |H| so far, on devices where looking at it would stall."""
+    peak: Peak = field(default_factory=Peak)
+    """A clone's is its own, too."""
 
     def clone(self) -> Lane:
         """A state of its own."""
-        return Lane(self.state.clone(), self.arithmetic)
+        return Lane(self.state.clone(), self.arithmetic, self.peak)
 
     def bring(self, device: torch.device) -> None:
         """The model may be spread over devices: a step is taken, and undone, on its own."""
@@ -76,14 +88,22 @@ class Lane:
         value: torch.Tensor,
         out: torch.Tensor,
         path: str,
-        at_once: bool,
-    ) -> tuple[torch.Tensor | None, Dropped | None]:
-        """The step whose branch returned `out` of `value`; see `step_on_grid`."""
-        arithmetic, side, dropped = step_on_grid(coupling, self.state, out, value, self.arithmetic, path, at_once)
-        if dropped is not None:
-            chain.coarsen(self.arithmetic, arithmetic, path)
-        self.arithmetic = arithmetic
-        return side, dropped
+        at_once: bool = False,
+    ) -> Taken:
+        """The step whose branch returned `out` of `value`; see `step_on_grid`. `at_once`: look at the new stream even
+        where that waits for the device."""
+        at_once = at_once or waited_for(self.state.stream.device)
+        taken = step_on_grid(coupling, self.state, out, value, self.arithmetic, path, at_once)
+        if taken.dropped is not None:
+            chain.coarsen(self.arithmetic, taken.arithmetic, path)
+        if taken.largest is not None:
+            self.peak.add(taken.largest)
+        self.arithmetic = taken.arithmetic
+        return taken
+
+    def new(self, taken: Taken, dtype: torch.dtype) -> torch.Tensor:
+        """The stream behind the step that was just `taken`, as the model is given it."""
+        return self.decoded(dtype) if taken.new is None else taken.new
 
     def recover_input(self, coupling: Coupling, kept: LaneStep) -> None:
         """(x', p') -> (x, p')."""
@@ -122,9 +142,10 @@ class Lane:
             return float((channels / sizes.clamp(min=floor)).amax())
 
 
-def fingerprint(lanes: Iterable[Lane]) -> tuple[float, ...] | None:
+def fingerprint(lanes: Iterable[Lane]) -> torch.Tensor | None:
     """Sums over all streams: what a chain that begins in the middle is compared by."""
     streams = [stream for lane in lanes for stream in (lane.state.stream, lane.state.partner)]
     if not looked_at() or any(stream.is_meta or not stream.numel() for stream in streams):
         return None
-    return tuple(float(s.double().abs().sum()) if s.is_floating_point() else int(s.sum()) for s in streams)
+    sums = [stream.double().abs().sum() if stream.is_floating_point() else stream.sum() for stream in streams]
+    return torch.stack([total.to(sums[0].device) for total in sums])

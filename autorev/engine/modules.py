@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from autorev.engine.digest import WHOLE, Digest, digest, looked_at
+from autorev.engine.digest import WHOLE, Digest, digest, looked_at, waited_for
 
 _ABSENT = object()
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
@@ -78,7 +78,7 @@ class Owned:
 
 def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
     """A GPU is not waited for: weights there are compared among what the branch saved."""
-    if tensor.device.type != "cpu" or hasattr(tensor, PARTITIONED):
+    if not waited_for(tensor.device) or hasattr(tensor, PARTITIONED):
         return None
     return digest(tensor, exact=True, wholly=wholly)
 
@@ -335,8 +335,8 @@ def set_generator(generator: Any, state: Any) -> None:
 
 def is_zero(parameter: torch.Tensor) -> bool:
     """By a few of its elements."""
-    if parameter.device.type != "cpu" or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
-        return parameter.device.type != "cpu"  # not waited for, and looking at all of it costs little there
+    if not waited_for(parameter.device) or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
+        return not waited_for(parameter.device)  # and looking at all of it costs little there
     if hasattr(parameter, PARTITIONED):
         return True  # not to be seen before its module runs
     if parameter.layout is not torch.strided or not parameter.numel():

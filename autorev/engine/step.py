@@ -209,8 +209,8 @@ class Step:
         ]
         step = TapedStep(self.coupling, replay, kept, self._host_for("side_bits"))
         with torch.no_grad():
-            tape.append(step, self._values(), [out.detach() for out in outs])
-        return self._coupled(outs)
+            news = tape.append(step, self._values(), [out.detach() for out in outs])
+        return self._coupled(outs, news)
 
     def _stored(self, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
         """Autograd keeps what the branch saved, and the state goes on without a way back."""
@@ -219,24 +219,27 @@ class Step:
             self.tape.go_to_end()
             self.tape = self.tape.fork()
         with torch.no_grad():
-            self._off_tape(outs)
-        return self._coupled(outs, partial(_check_unchanged, self.owned, self.branch.path) if self.owned else None)
+            news = self._off_tape(outs)
+        check = partial(_check_unchanged, self.owned, self.branch.path) if self.owned else None
+        return self._coupled(outs, news, check)
 
-    def _coupled(self, outs: tuple[torch.Tensor, ...], check: Callable[[], None] | None = None) -> list[Coupled]:
-        every = zip(self.tape.lanes, self.xs, self.partners, outs, strict=True)
-        return [couple(self.coupling, partial(lane.decoded, o.dtype), x, p, o, check) for lane, x, p, o in every]
+    def _coupled(
+        self, outs: tuple[torch.Tensor, ...], news: list[torch.Tensor], check: Callable[[], None] | None = None
+    ) -> list[Coupled]:
+        every = zip(news, self.xs, self.partners, outs, strict=True)
+        return [couple(self.coupling, new, x, p, out, check) for new, x, p, out in every]
 
     def _as_oracle(self, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
         """The values of `_stored`, with the gradients of the equations; those of the rounding to the grid are 1."""
         assert not self.tape.steps
         self.tape = self.tape.fork()
         with torch.no_grad():
-            self._off_tape(outs)
+            news = self._off_tape(outs)
         coupled = []
-        for lane, x, p, out in zip(self.tape.lanes, self.xs, self.partners, outs, strict=True):
+        for new, x, p, out in zip(news, self.xs, self.partners, outs, strict=True):
             wide = _wide(x)
             formula, partner = self.coupling.equations(x.to(wide), p, out.to(wide))
-            coupled.append((straight_through(lane.decoded(out.dtype), formula.to(out.dtype)), partner))
+            coupled.append((straight_through(new, formula.to(out.dtype)), partner))
         return coupled
 
     # -- what they share
@@ -256,14 +259,20 @@ class Step:
             values.append(x.detach() if as_it_was else lane.decoded(dtype).to(x.dtype))
         return values
 
-    def _off_tape(self, outs: tuple[torch.Tensor, ...]) -> None:
-        for lane, out in zip(self.tape.lanes, outs, strict=True):
+    def _off_tape(self, outs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        tape, magnitudes = self.tape, self.chain.magnitudes
+        for lane, out in zip(tape.lanes, outs, strict=True):
             lane.bring(out.device)
-        self.tape.step(self.coupling, self._values(), [out.detach() for out in outs], self.branch.path)
-        magnitudes = self.chain.magnitudes
+        values, given = self._values(), [out.detach() for out in outs]
+        news = tape.step(self.coupling, values, given, self.branch.path, at_once=magnitudes is not None)
+        unchecked = pass_of(self.chain).unchecked
+        is_known = all(lane.peak.largest is None for lane in tape.lanes) or tape.looked_at_in_backward
+        if not is_known and tape not in unchecked:
+            unchecked.append(tape)
         if magnitudes is not None:
-            for number, lane in enumerate(self.tape.lanes):
+            for number, lane in enumerate(tape.lanes):
                 magnitudes[number].add(self.coupling.max_abs(lane.state), lane.state.stream)
+        return news
 
     def _hand_on(self, coupled: list[Coupled]) -> tuple[torch.Tensor, ...]:
         """The state travels beside the new streams; behind the last step, that is what is read out."""
@@ -273,6 +282,8 @@ class Step:
             carried = Carried(self.number, lanes, self.tape, self.tape.position, self.seed)
         elif chain.averages:
             news = tuple(self._mean(lane, *both) for lane, both in zip(self.tape.lanes, coupled, strict=True))
+        if carried is None:
+            pass_of(chain).ends()
         if self.carried is not None:
             chain.carried.pop(self.xs[0].untyped_storage(), None)  # whoever reads this again starts a new chain
         pass_of(chain).latest = carried

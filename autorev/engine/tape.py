@@ -21,8 +21,8 @@ import torch
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.coupling import Coupling
-from autorev.engine.digest import Comparison, looked_at
-from autorev.engine.grid import check_largest, largest_of
+from autorev.engine.digest import Comparison, looked_at, waited_for
+from autorev.engine.grid import Taken, check_largest
 from autorev.engine.host_store import HostStore, OnHost
 from autorev.engine.lane import Lane, LaneStep, fingerprint
 from autorev.engine.observed import observed_here
@@ -78,41 +78,54 @@ class Tape:
         self.exact = isinstance(lanes[0].arithmetic, FixedPoint)
         self.comparison = Comparison(self.exact)
         self.observed = observed_here()
-        self.origin: tuple[float, ...] | None = None
+        self.origin: torch.Tensor | None = None
         """What the first state is known by, where it is not the chain's first one."""
+        self.looked_at_in_backward = False
+        """Is that a fork's of a tape with steps?"""
 
     def fork(self) -> Tape:
         """The state alone, on a tape of its own."""
-        return Tape(self.chain, [lane.clone() for lane in self.lanes])
+        fork = Tape(self.chain, [lane.clone() for lane in self.lanes])
+        fork.looked_at_in_backward = bool(self.steps) or self.looked_at_in_backward
+        return fork
 
     # -- forward
 
-    def step(self, coupling: Coupling, values: Tensors, outs: Tensors, path: str) -> None:
-        """Take a step that nobody will go back over: `outs` are what the branch returned of `values`, lane by lane."""
+    def step(
+        self, coupling: Coupling, values: Tensors, outs: Tensors, path: str, at_once: bool = False
+    ) -> list[torch.Tensor]:
+        """Take a step that nobody will go back over: `outs` are what the branch returned of `values`, lane by lane.
+
+        Returns: the new streams, in the dtypes of `outs`.
+        """
         assert not self.steps
         self.label = None
+        news = []
         for lane, value, out in zip(self.lanes, values, outs, strict=True):
-            lane.take(self.chain, coupling, value, out, path, at_once=True)
+            taken = lane.take(self.chain, coupling, value, out, path, at_once)
+            news.append(lane.new(taken, out.dtype))
+        return news
 
-    def append(self, step: TapedStep, values: Tensors, outs: Tensors) -> None:
-        """Take a step."""
+    def append(self, step: TapedStep, values: Tensors, outs: Tensors) -> list[torch.Tensor]:
+        """Take a step; returns the new streams, in the dtypes of `outs`."""
         assert self.position == len(self.steps)
         if not self.steps and self.label is None:
             self.origin = fingerprint(self.lanes)
-        self._forward(step, values, outs)
+        every = self._forward(step, values, outs)
         self.steps.append(step)
-        for lane in self.lanes:
-            if self.exact and lane.state.stream.device.type != "cpu":
-                lane.peak = largest_of(lane.state.stream, lane.peak)
+        return [lane.new(taken, out.dtype) for lane, taken, out in zip(self.lanes, every, outs, strict=True)]
 
-    def _forward(self, step: TapedStep, values: Tensors, outs: Tensors) -> None:
+    def _forward(self, step: TapedStep, values: Tensors, outs: Tensors) -> list[Taken]:
         self.bring(step.replay)
+        every = []
         for lane, kept, value, out in zip(self.lanes, step.lanes, values, outs, strict=True):
-            at_once = lane.state.stream.device.type == "cpu"
-            side, kept.dropped = lane.take(self.chain, step.coupling, value, out, step.replay.path, at_once)
+            taken = lane.take(self.chain, step.coupling, value, out, step.replay.path)
+            side, kept.dropped = taken.side, taken.dropped
             kept.side = side if side is None or step.host is None else step.host.put(side)
             kept.arithmetic = lane.arithmetic
+            every.append(taken)
         self.position += 1
+        return every
 
     def bring(self, replay: Replay) -> None:
         """Each lane to where the branch reads it."""
@@ -226,13 +239,21 @@ class Tape:
     def _check_peak(self) -> None:
         """Once per backward pass: no activation left the grid, and nothing differed in the last one."""
         at_the_end = self.position == len(self.steps) and not self.halfway
-        if not at_the_end or all(lane.state.stream.device.type == "cpu" for lane in self.lanes):
+        if not at_the_end or all(waited_for(lane.state.stream.device) for lane in self.lanes):
             return
         torch.autograd.Variable._execution_engine.queue_callback(self._settle)
+        self.check_peak()
+
+    def check_peak(self) -> None:
+        """Look whether a stream has left its grid, which waits for the device.
+
+        Raises:
+            FixedPointRangeError: one has. The chain's next pass begins on a coarser grid.
+        """
         for lane in self.lanes:
-            if lane.peak is not None and isinstance(lane.arithmetic, FixedPoint):
+            if lane.peak.largest is not None and isinstance(lane.arithmetic, FixedPoint):
                 try:
-                    check_largest(lane.arithmetic, lane.peak, self.chain.name)
+                    check_largest(lane.arithmetic, lane.peak.largest, self.chain.name)
                 except FixedPointRangeError:
                     coarse = FixedPoint(lane.arithmetic.fraction_bits - 4)
                     self.chain.coarsen(lane.arithmetic, coarse, self.chain.name)
@@ -266,9 +287,10 @@ class Tape:
         found = fingerprint(self.lanes)
         if self.origin is None or found is None:
             return False
+        origin = self.origin.to(found.device)
         if self.exact:
-            return found != self.origin
-        return any(abs(a - b) > TOLERANCE * max(abs(b), 1e-12) for a, b in zip(found, self.origin, strict=True))
+            return not torch.equal(found, origin)
+        return bool(((found - origin).abs() > TOLERANCE * origin.abs().clamp(min=1e-12)).any())
 
     def _not_reconstructed(self, what: str, drift: float) -> ReconstructionError:
         rounding = (

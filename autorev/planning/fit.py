@@ -20,6 +20,7 @@ from autorev.pipeline import prepare
 from autorev.plan import Measured, Option, Plan, Reached
 from autorev.planning.search import Search
 from autorev.prediction.forecast import Forecaster
+from autorev.prediction.update import update_of, updated_by
 from autorev.profiler.environment import parse_memory
 from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.run import profile
@@ -68,7 +69,7 @@ def fit(
         trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
         progress: is told what is being done, and the fraction done.
         setting: dtype, autocast, accumulate, trains, lora_rank, lora_dropout, adapter_dtype,
-            weights, loss.
+            weights, loss, gpus, shard, sequence_parallel.
 
     Raises:
         SettingError: an option makes no sense, or the axis that is asked for cannot be varied.
@@ -85,12 +86,16 @@ def fit(
         raise SettingError("batch and sequence cannot both be as large as fits; give one of them")
     if measure and setting.get("weights"):
         raise SettingError("a plan is run with the weights as they are; leave `measure` out, or `weights`")
+    if measure and setting.get("gpus", 1) != 1:
+        raise SettingError("a plan for several GPUs is not run here; leave `measure` out, or `gpus`")
     axis = auto[0] if auto else None
     setting["optimizer"] = optimizer or ADAMW[0]
     progress("analysing the model", 0.0)
     if isinstance(model, nn.Module):
         if auto or sequence is not None:
             raise SettingError("a model of yours is planned for on the batch that it is given; leave `sequence` out")
+        if setting.get("sequence_parallel", 1) != 1:
+            raise SettingError("`sequence_parallel` divides the tokens of a model by name; leave it out")
         analysis, forecaster = _live(model, batch, device, setting)
     else:
         if batch is not None and axis != "batch" and not is_count(batch, 1):
@@ -159,7 +164,7 @@ def _equal(forecaster: Forecaster, host: bool) -> tuple[str, ...]:
     for spec in ADAMW:
         optimizer = Optimizer.parse(spec)
         with suppress(SettingError):
-            optimizer.check_step(forecaster.setting.accumulate)
+            replace(forecaster.setting, optimizer=spec)
             optimizer.check_device(forecaster.device_kind)
             if host or not optimizer.on_host:
                 found.append(spec)
@@ -248,4 +253,10 @@ def _bytes_of(memory: str | int) -> tuple[int, bool]:
 
 
 def _standing(forecaster: Forecaster) -> int:
-    return standing_bytes(forecaster.twin, forecaster.setting.optimizer)
+    optimizer, division = forecaster.setting.optimizer, forecaster.division
+    whole = standing_bytes(forecaster.twin, optimizer)
+    if division is None:
+        return whole
+    whole -= update_of(updated_by(forecaster.twin, Optimizer.parse(optimizer), "cpu")).state
+    whole -= 0 if division.accumulated else division.gradients
+    return whole + forecaster.update().state + division.standing().total()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from autorev.analysis import Category
 from autorev.prediction.layout import Layout
+from autorev.prediction.sharding import Division
 from autorev.prediction.simulate import StepTrace
 from autorev.prediction.tracker import Segment
 
@@ -30,12 +31,20 @@ class StepCost:
     """Moved between host and device, one direction."""
 
 
-def compose(trace: StepTrace, layout: Layout, optimizer_state: int, optimizer_temporary: int) -> StepCost:
-    """Roll the segments of every block up into one step.
+def compose(
+    trace: StepTrace,
+    layout: Layout,
+    optimizer_state: int,
+    optimizer_temporary: int,
+    division: Division | None = None,
+) -> StepCost:
+    """Roll the segments of every block up into one step, of one GPU of several where there is a `division`.
 
     `optimizer_state` bytes live throughout (a warm step); `optimizer_temporary` bytes live during the update.
     """
     totals: Counter[Category] = Counter(trace.start)
+    if division is not None:
+        totals.update(division.standing())
     totals[Category.OPTIMIZER_STATE] += optimizer_state
     before = sum(totals.values())
     peaks: dict[str, int] = {}
@@ -47,7 +56,8 @@ def compose(trace: StepTrace, layout: Layout, optimizer_state: int, optimizer_te
         if size > peaks.get(phase, -1):
             peaks[phase], categories[phase] = size, {c: n for c, n in alive.items() if n}
 
-    for segment in expand(trace.segments, layout):
+    segments = expand(trace.segments, layout)
+    for segment in segments if division is None else division.applied(segments):
         if segment.phase != "forward" and not kept:
             kept = sum(totals.values()) - before
         reach(segment.phase, _sum(totals, segment.top))
@@ -79,7 +89,8 @@ def expand(segments: list[Segment], layout: Layout) -> Iterator[Segment]:
         if block is None:
             continue
         for number in after[block] if phase == "forward" else before.get(block, ()):
-            yield from own.get((phase, layout.stand_in(number)), ())
+            for segment in own.get((phase, layout.stand_in(number)), ()):
+                yield segment if segment.block is None else replace(segment, block=number)
 
 
 def _freed_of_others(segment: Segment, layout: Layout) -> Iterator[Segment]:

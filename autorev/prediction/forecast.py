@@ -15,16 +15,18 @@ from autorev.analysis import Category, DeviceInfo, Prediction, Setting
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.record import record
 from autorev.detect.chains import detect
-from autorev.errors import ConversionError
+from autorev.errors import ConversionError, SettingError
 from autorev.methods import PREDICTED, Method
 from autorev.optimizers import Optimizer
 from autorev.own_mode import OwnMode
 from autorev.prediction.compose import StepCost, compose
 from autorev.prediction.layout import Layout, layout_of
 from autorev.prediction.scaling import ScaledTrace
+from autorev.prediction.sharding import Division
 from autorev.prediction.simulate import StepTrace, simulate
 from autorev.prediction.stored import blocks_to_store
 from autorev.prediction.training import DTYPES, loss_function
+from autorev.prediction.ulysses import Ulysses
 from autorev.prediction.update import Update, Updated, update_of, updated_by
 from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.workload import Call
@@ -54,6 +56,8 @@ class Forecaster:
     """Does the model walk through the sequence token by token, in Python? Then long ones are extrapolated."""
     walks_batch: bool = False
     """Likewise through the batch?"""
+    division: Division | None = None
+    """Among several GPUs."""
     probed: dict[tuple[Method, int], ScaledTrace] = field(default_factory=dict)
     """Method and batch -> its steps at `PROBES`."""
     simulated: dict[Any, tuple[list[int], StepTrace]] = field(default_factory=dict)
@@ -98,17 +102,28 @@ class Forecaster:
         return trace if before == active else trace.of_blocks(dict(zip(before, active, strict=True)))
 
     def _simulate(self, method: Method, batch: int, sequence: int | None) -> StepTrace:
+        degree = self.setting.sequence_parallel
+        attention = Ulysses(degree)
         with self.mode:
-            call = self.example(batch, sequence)
+            call = self.example(batch, sequence if sequence is None else -(-sequence // degree))
             layout = self._layout_for(call).under(method)
             loss = loss_function(self.twin, self.setting.loss)
-            with fused_attention_dropout() if self.device_kind == "cuda" else nullcontext():
+            with (
+                fused_attention_dropout() if self.device_kind == "cuda" else nullcontext(),
+                attention if degree > 1 else nullcontext(),
+            ):
                 autocast = DTYPES[self.setting.autocast] if self.setting.autocast else None
                 accumulated = self.setting.accumulate > 1
                 taken = self._taken_in_backward()
-                return simulate(
+                trace = simulate(
                     self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated, taken=taken
                 )
+        if degree > 1 and not attention.calls:
+            raise SettingError(
+                f"{type(self.twin).__name__} calls no scaled_dot_product_attention, whose heads `sequence_parallel` "
+                "divides; leave it out"
+            )
+        return trace
 
     def _layout_for(self, call: Call) -> Layout:
         """Inline blocks are run from their graph, which holds for one shape: they are traced anew for another."""
@@ -121,15 +136,21 @@ class Forecaster:
         """The step's memory and work, optimiser included."""
         update = self.update()
         layout = self.layout.under(method)
-        return compose(trace, layout, update.state, update.temporary)
+        return compose(trace, layout, update.state, update.temporary, self.division)
 
     def update(self) -> Update:
         """What the optimiser takes."""
-        return update_of(self.updated())
+        each = self.updated()
+        return update_of(each) if self.division is None else self.division.update(each)
 
     def updated(self) -> list[Updated]:
         """The parameters that train."""
         return updated_by(self.twin, Optimizer.parse(self.setting.optimizer), self.device_kind)
+
+    def standing(self, trace: StepTrace) -> int:
+        """Bytes that are alive before the step."""
+        more = 0 if self.division is None else self.division.standing().total()
+        return sum(trace.start.values()) + more + self.update().state
 
     def _taken_in_backward(self) -> dict[nn.Parameter, int]:
         """What the update of each parameter takes whose gradient it frees."""

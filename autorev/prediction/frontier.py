@@ -113,7 +113,7 @@ def _limit(forecaster: Forecaster, method: Method, curve: ScaledTrace, axis: str
 
 def _may_fit(forecaster: Forecaster, curve: ScaledTrace, room: int) -> bool:
     """Is there room for what is alive before a step?"""
-    return sum(curve.traces[0].start.values()) + forecaster.update().state < room
+    return forecaster.standing(curve.traces[0]) < room
 
 
 def sweeps(forecaster: Forecaster, explored: list[Exploration]) -> list[Sweep]:

@@ -53,26 +53,33 @@ class Updated:
     on_gpu: bool
     embeds: bool
     """Is it the weight of an embedding?"""
+    part: int | None = None
+    """Elements of it that are updated here, where it is divided among GPUs."""
+
+    @property
+    def elements(self) -> int:
+        """Their number."""
+        return self.parameter.numel() if self.part is None else self.part
 
     @property
     def size(self) -> int:
         """Its own bytes."""
-        return self.parameter.numel() * self.parameter.element_size()
+        return self.elements * self.parameter.element_size()
 
     @property
     def coded(self) -> bool:
         """Are its states 8-bit codes?"""
-        return self.optimizer.is_8bit and not self.embeds and self.parameter.numel() >= SMALL
+        return self.optimizer.is_8bit and not self.embeds and self.elements >= SMALL
 
     @property
     def on_host(self) -> bool:
         """Is it the host that updates it?"""
-        return self.optimizer.on_host and self.parameter.numel() >= SMALL
+        return self.optimizer.on_host and self.elements >= SMALL
 
     @property
     def paged(self) -> int:
         """Bytes of its state that may be on the host or on the device."""
-        pages = self.optimizer.paged and self.parameter.numel() >= _UNPAGED
+        pages = self.optimizer.paged and self.elements >= _UNPAGED
         return self._moments if pages else 0
 
     @property
@@ -81,7 +88,7 @@ class Updated:
         if self.on_host:
             return 0
         if self.optimizer.library == "bitsandbytes":
-            blocks = -(-self.parameter.numel() // BLOCK) if self.coded else 0
+            blocks = -(-self.elements // BLOCK) if self.coded else 0
             return self._moments - self.paged + 2 * 4 * blocks
         return self._moments + (4 if self.optimizer.momenta == 2 else 0)
 
@@ -106,7 +113,7 @@ class Updated:
             return self.size if self.all_at_once else 2 * self.size
         if self.optimizer.library == "bitsandbytes" and not self.on_gpu:
             copies = (5 if self.coded else 3) + (self.parameter.element_size() != 4)
-            return copies * 4 * self.parameter.numel()
+            return copies * 4 * self.elements
         return self.paged
 
     @property
@@ -116,9 +123,8 @@ class Updated:
 
     @property
     def _moments(self) -> int:
-        elements = self.parameter.numel()
         if self.optimizer.library == "bitsandbytes":
-            return 2 * elements * (1 if self.coded else 4)
+            return 2 * self.elements * (1 if self.coded else 4)
         return self.optimizer.momenta * self.size
 
 

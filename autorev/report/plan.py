@@ -102,7 +102,8 @@ def _figures(plan: Plan) -> Iterator[str]:
         yield f"Up to {format_integer(reached.size)} {what}"
     if chosen is not None:
         host = f", and {format_bytes(chosen.host_bytes)} on the host" if chosen.host_bytes else ""
-        yield f"Peak {format_bytes(chosen.peak_bytes)} of {format_bytes(plan.memory_bytes)}{host}"
+        each = " per GPU" if plan.setting.gpus > 1 else ""
+        yield f"Peak {format_bytes(chosen.peak_bytes)} of {format_bytes(plan.memory_bytes)}{each}{host}"
         yield f"A step takes {format_seconds(chosen.seconds)} at least"
     if (found := plan.measured) is not None:
         held = "within the memory" if found.holds else "MORE than the memory"
