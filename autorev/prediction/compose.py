@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from autorev.analysis import Category
+from autorev.prediction.collectives import with_collectives
 from autorev.prediction.layout import Layout
 from autorev.prediction.sharding import Division
 from autorev.prediction.simulate import StepTrace
@@ -57,7 +58,7 @@ def compose(
             peaks[phase], categories[phase] = size, {c: n for c, n in alive.items() if n}
 
     segments = expand(trace.segments, layout)
-    for segment in segments if division is None else division.applied(segments):
+    for segment in segments if division is None else with_collectives(segments, division):
         if segment.phase != "forward" and not kept:
             kept = sum(totals.values()) - before
         reach(segment.phase, _sum(totals, segment.top))
