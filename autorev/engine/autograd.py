@@ -106,6 +106,23 @@ class _ReadOut(torch.autograd.Function):
         return half, half if ctx.needs_input_grad[1] else None, None, None
 
 
+def joined(stream: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """`stream`, in its own memory, as the sum of `parts`: its gradient goes to each, and to what was done to each."""
+    total: torch.Tensor = apply(_Joined, stream.detach(), *parts)
+    return total
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.dtypes = [part.dtype for part in parts]
+        return stream.view_as(stream)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *(grads[0].to(dtype) for dtype in ctx.dtypes)
+
+
 def straight_through(value: torch.Tensor, formula: torch.Tensor) -> torch.Tensor:
     """`value`, with the gradient of `formula`."""
     return value.detach() + (formula - formula.detach())

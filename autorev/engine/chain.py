@@ -187,16 +187,13 @@ class Apart:
         return cls(stream, (first, second), (CarriedLane.of(first, None), CarriedLane.of(second, None)))
 
     def is_sum_of(self, *parts: torch.Tensor) -> bool:
-        """Are these the very parts that were handed on, in whatever order?"""
+        """Are these the memory of the parts that were handed on, in whatever order?"""
         return any(all(map(self._is_part, order, (0, 1))) for order in (parts, parts[::-1]))
 
     def _is_part(self, given: torch.Tensor, number: int) -> bool:
         part = self.parts[number]
-        return (
-            given.untyped_storage()._cdata == part.untyped_storage()._cdata
-            and self.known[number].is_memory_of(given)
-            and given.requires_grad == part.requires_grad
-        )
+        same = given.untyped_storage()._cdata == part.untyped_storage()._cdata
+        return same and self.known[number].is_memory_of(given)
 
 
 @dataclass(eq=False)

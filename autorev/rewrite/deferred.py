@@ -3,7 +3,8 @@
 The block is given the whole stream as its residual, and zero for the rest, so that its own add changes nothing. What it
 returns is added up, and the new stream is handed on in two parts as the model's code expects: what the last branch
 returned, and the rest. Whoever reads them or adds them finds what they stand for; the next block of the chain, which is
-given the very tensors, takes the stream that they were made of, without their rounding.
+given the same memory, takes the stream that they were made of, without their rounding. Its gradient goes through the
+parts, which may have been detached, or have hooks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from autorev.detect.ends import flatten_with_path, replace_leaf
+from autorev.engine.autograd import joined
 from autorev.engine.chain import Apart, pass_of
 from autorev.rewrite.block_forward import Places, WholeBlock
 
@@ -33,7 +35,7 @@ class DeferredBlock(WholeBlock):
         if self.added[0]:
             added_at, added = self._stream(self.added[0], args, kwargs)
             known = apart is not None and apart.is_sum_of(residual, added)
-            stream = apart.stream if apart is not None and known else residual + added
+            stream = joined(apart.stream, (residual, added)) if apart is not None and known else residual + added
             zero = torch.zeros((), dtype=added.dtype, device=added.device).expand(added.shape)
             args, kwargs = replace_leaf(replace_leaf((args, kwargs), at, stream), added_at, zero)
             del added, stream

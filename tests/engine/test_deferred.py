@@ -113,6 +113,49 @@ class Collecting(Loop):
         return self.head(self.norm(hidden + residual)), states[:4]
 
 
+class HalfGradient(torch.autograd.Function):
+    """The same memory, and half the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] / 2
+
+
+def hooked(x: torch.Tensor) -> torch.Tensor:
+    """Its gradient is doubled."""
+    x.register_hook(lambda grad: 2 * grad)
+    return x
+
+
+HALFWAY: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "hidden detached": lambda hidden, residual: (hidden.detach(), residual),
+    "hidden a new leaf": lambda hidden, residual: (hidden.detach().requires_grad_(), residual),
+    "residual detached": lambda hidden, residual: (hidden, residual.detach()),
+    "gradient of hidden": lambda hidden, residual: (HalfGradient.apply(hidden), residual),
+    "gradient of residual": lambda hidden, residual: (hidden, HalfGradient.apply(residual)),
+    "hook": lambda hidden, residual: (hidden, hooked(residual)),
+    "views": lambda hidden, residual: (hidden.view_as(hidden), residual.view_as(residual)),
+}
+
+
+class Halfway(Loop):
+    """What is done to both parts behind the second block is chosen after the conversion."""
+
+    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden, residual = self.embedding(tokens), None
+        for number, block in enumerate(self.blocks):
+            hidden, residual = block(hidden, residual)
+            if self.change is not None and number == 1:
+                hidden, residual = self.change(hidden, residual)
+        return self.head(self.norm(hidden + residual))
+
+
 class Between(Loop):
     """Changes one part between two blocks."""
 
@@ -164,6 +207,27 @@ def test_the_loop_written_by_hand() -> None:
     assert_same(step(model), {"loss": loss.detach(), **gradients_of(model)}, 1e-9)
 
 
+@pytest.mark.parametrize("name", HALFWAY)
+def test_gradients_go_through_the_parts(name: str) -> None:
+    """What the loop does to the gradient of one part holds, although the next block takes the stream as a whole."""
+    model = converted(DOUBLE, partial(loop, Mamba, Halfway))
+    model.change = HALFWAY[name]
+    actual = step(model)
+    assert autorev.drift(model)["blocks"] <= 1e-9
+
+    model.zero_grad(set_to_none=True)
+    stream = model.embedding(TOKENS)
+    velocity = torch.zeros_like(stream)
+    for number, block in enumerate(model.blocks):
+        hidden = block.mlp(block.norm1(stream))
+        velocity = velocity + hidden
+        residual = stream + velocity - hidden
+        stream = sum(HALFWAY[name](hidden, residual)) if number == 1 else stream + velocity
+    loss = mean_square(model.head(model.norm(stream)))
+    loss.backward()
+    assert_same(actual, {"loss": loss.detach(), **gradients_of(model)}, 1e-9)
+
+
 def test_a_residual_wider_than_what_is_added_to_it() -> None:
     """The stream is in float32, the branches in bfloat16."""
     setting = Setting("bf16", dtype=torch.bfloat16)
@@ -195,7 +259,7 @@ def test_without_velocity_it_is_the_model() -> None:
 
 def test_what_is_not_the_sum_is_no_stream() -> None:
     """A branch that reads a part by itself, and a loop that changes one: refused, the latter with its line."""
-    with pytest.raises(ConversionError, match="no residual block"):
+    with pytest.raises(ConversionError, match="none of them ends a block"):
         autorev.convert(loop(ReadingApart), batch=(TOKENS,))
     with pytest.raises(ConversionError, match=r"stream-replaced: .*`mul`.*test_deferred"):
         autorev.convert(loop(Mamba, Between), batch=(TOKENS,))
