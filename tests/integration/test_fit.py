@@ -372,7 +372,8 @@ def test_what_is_asked_for_stays(updates: dict[str, Plan]) -> None:
     eight = autorev.fit(llama(2, 8192), SHORT, memory="1GiB", device="cpu", optimizer="adamw-8bit")
     assert {option.optimizer for option in eight.options} == {eight.setting.optimizer} == {"adamw-8bit"}
     twice = autorev.fit(llama(2, 8192), SHORT, memory="16.5MiB", device="cpu", accumulate=2)
-    assert {option.optimizer for option in twice.options} == {"adamw", "adamw-fused"}
+    assert twice.options
+    assert not any("step=backward" in option.optimizer for option in twice.options)
     adapters = autorev.fit(llama(2, 8192), SHORT, memory="5MiB", device="cpu", lora_rank=2)
     assert {option.optimizer for option in adapters.options} == {"adamw"}
 

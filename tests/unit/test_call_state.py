@@ -20,8 +20,9 @@ OF_THE_PROCESS = {
     "conversion/references.py _beside": "a mark on a reference model, for each policy",
     "conversion/references.py _following": "likewise",
     "conversion/references.py _checked": "a mark on a trainer",
-    "integrations/example_call.py _said": "log messages that are not repeated",
-    "models/weights.py _said": "likewise",
+    "integrations/example_call.py _taken": "which inputs a class of models takes, by its config",
+    "models/weights.py _said": "log messages that are not repeated",
+    "couplings/fused.py _said": "likewise",
     "rewrite/block_forward.py _left_empty": "a mark on a key-value cache, whichever model is given it",
 }
 """Containers that grow while the process runs, and why they are no call's."""

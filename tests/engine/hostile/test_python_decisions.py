@@ -107,7 +107,7 @@ def seeded(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@pytest.mark.parametrize("make", [ByPython, ByNumpy, ByCounter, ByGlobal, ByAttribute])
+@pytest.mark.parametrize("make", [ByPython, ByNumpy, ByTorch, ByCounter, ByGlobal, ByAttribute])
 @pytest.mark.parametrize("keep_last", [0, 1])
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
 def test_a_loop_decides_anew_at_every_call(
@@ -133,10 +133,17 @@ def test_a_loop_decides_anew_at_every_call(
     assert model.calls == original.calls
 
 
+class ByValue(Loop):
+    """A number of a parameter's, taken out of it."""
+
+    def factor(self, number: int) -> float:
+        return float(self.inward.bias[number])
+
+
 def test_a_decision_by_the_value_of_a_tensor_is_refused() -> None:
     """Before anything is lost, with the line."""
     with pytest.raises(ConversionError, match=r"data-dependent.*test_python_decisions\.py:\d+"):
-        autorev.convert(ByTorch(), batch=(torch.randn(5, 12),))
+        autorev.convert(ByValue(), batch=(torch.randn(5, 12),))
 
 
 class Guided(Loop):
