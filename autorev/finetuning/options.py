@@ -116,7 +116,7 @@ def _without_grid(method: Method) -> Method:
 
 
 def _passes(recipe: Recipe, folder: Path) -> int:
-    """Of each process in a step: together they take the rows that the run was begun with, in however many it goes on."""
+    """Of each process in a step: together they take the rows that the run was begun with, however many they are."""
     passes, rest = divmod(recipe.accumulate * recipe.processes, world.size())
     if rest:
         raise SettingError(

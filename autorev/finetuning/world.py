@@ -1,7 +1,7 @@
 """This process among those that train one model together, as `torchrun` and `accelerate launch` start them.
 
-Each holds the whole model and trains on its share of a step's rows (`transformers.Trainer` shares them out, and averages
-the gradients by DDP). The first one alone claims the folder, writes to it, and speaks; whatever is no matter of a
+Each holds the whole model and trains on its share of a step's rows (`transformers.Trainer` shares them out, and DDP
+averages the gradients). The first one alone claims the folder, writes to it, and speaks; whatever is no matter of a
 process's own rows, all compute alike. For a process by itself, nothing here does anything.
 """
 
@@ -92,9 +92,9 @@ def each(act: Callable[[], T]) -> list[T]:
     answers = gathered((found, told))
     if own is not None:
         raise own
-    for _, error in answers:
-        if error is not None:
-            raise error
+    for _, theirs in answers:
+        if theirs is not None:
+            raise theirs
     return [answer for answer, _ in answers]  # type: ignore[misc]  # nowhere did it fail
 
 

@@ -1,4 +1,4 @@
-"""`finetune` in two processes, as `torchrun` starts them: what one process computes with twice the batch, written once."""
+"""`finetune` in two processes, as `torchrun` starts them: what one computes with twice the batch, written once."""
 
 from __future__ import annotations
 
