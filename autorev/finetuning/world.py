@@ -1,4 +1,4 @@
-"""This process among those that train one model together, as `torchrun` and `accelerate launch` start them.
+"""This process among those that train one model together, as `torchrun` starts them.
 
 Each holds the whole model and trains on its share of a step's rows (`transformers.Trainer` shares them out, and DDP
 averages the gradients). The first one alone claims the folder, writes to it, and speaks; whatever is no matter of a
