@@ -98,7 +98,7 @@ def test_one_is_told_to_stop(folder: Path) -> None:
 
 def test_one_fails(folder: Path) -> None:
     """Weights that broke in one process end both; what was saved before is whole."""
-    assert "no number" in (folder / "broken.1").read_text()
+    assert "not numbers" in (folder / "broken.1").read_text()
     assert [row.step for row in record_of(folder, "broken").logged] and not record_of(folder, "broken").complete
 
 
