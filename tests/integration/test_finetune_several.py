@@ -64,7 +64,8 @@ def assert_alike(folder: Path, name: str, other: str) -> None:
     for x, y in zip(a.logged, b.logged, strict=True):
         assert x.loss == pytest.approx(y.loss, rel=1e-4)
         assert x.gradient_norm == pytest.approx(y.gradient_norm, rel=2e-3)
-        assert (x.tokens, x.drift, x.side_bits) == (y.tokens, y.drift, y.side_bits)
+        assert (x.drift, x.side_bits) == (y.drift, y.side_bits)
+        assert x.tokens and y.tokens and x.tokens <= y.tokens <= 2 * x.tokens  # each pads to its own longest row
         assert x.divergence == pytest.approx(y.divergence, rel=1e-2, abs=1e-6)
     assert [e.step for e in a.evaluations] == [e.step for e in b.evaluations]
     assert [e.loss for e in a.evaluations] == pytest.approx([e.loss for e in b.evaluations], rel=1e-4)
