@@ -171,8 +171,9 @@ class Optimizer:
                 "leave `shard` out"
             )
 
-    def check_step(self, accumulate: int = 1, clip: float | None = None) -> None:
-        """Raise unless it can take a step of so many passes, with gradients clipped to the norm `clip` (0: not at all).
+    def check_step(self, accumulate: int = 1, clip: float | None = None, processes: int = 1) -> None:
+        """Raise unless it can take a step of so many passes in so many processes (or GPUs of one process), with
+        gradients clipped to the norm `clip` (0: not at all).
 
         Raises:
             SettingError: it cannot.
@@ -181,6 +182,11 @@ class Optimizer:
             raise SettingError(
                 f"{self} takes each gradient as soon as it is there, so those of {accumulate} passes are never added "
                 "up; leave `accumulate` out, and raise `batch`"
+            )
+        if self.during_backward and processes > 1:
+            raise SettingError(
+                f"{self} takes each gradient as soon as it is there, before those of {processes} processes are "
+                "averaged; train in one, or choose another optimizer"
             )
         if self.during_backward and clip:
             raise SettingError(

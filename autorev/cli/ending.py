@@ -22,6 +22,7 @@ import click
 
 from autorev.cli.output import say, show_what_cannot_be_written
 from autorev.errors import AutorevError, Terminated, is_out_of_memory, message_of, one_line
+from autorev.finetuning import world
 from autorev.format import visible
 
 COMMAND = "autorev.command"
@@ -59,7 +60,15 @@ class Group(click.Group):
         return context
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an exception becomes a line and an exit code."""
+        """Run the command; an exception becomes a line and an exit code. Of several processes, one prints the line."""
+        try:
+            return self._invoke(ctx)
+        except click.ClickException as error:
+            if world.speaks():
+                raise
+            ctx.exit(error.exit_code)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             with _terminated(), _exit_noticed(), _visible_log():
                 return super().invoke(ctx)
@@ -69,10 +78,12 @@ class Group(click.Group):
         except (click.Abort, click.exceptions.Exit):
             raise
         except Terminated as error:
-            say(f"Terminated: {_in_flags(str(error) or _what_is_left(ctx), ctx)}.", err=True)
+            if world.speaks():
+                say(f"Terminated: {_in_flags(str(error) or _what_is_left(ctx), ctx)}.", err=True)
             ctx.exit(_TERMINATED)
         except KeyboardInterrupt:
-            say("Interrupted.", err=True)
+            if world.speaks():
+                say("Interrupted.", err=True)
             ctx.exit(_INTERRUPTED)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:

@@ -27,6 +27,7 @@ from autorev.cli.group import (
 )
 from autorev.cli.output import file_name, say
 from autorev.cli.report import show
+from autorev.finetuning import world
 
 
 @main.command(short_help="Fine-tune MODEL reversibly, and follow its quality.")
@@ -131,11 +132,16 @@ def finetune(
         from autorev.finetuning.folder import finished
         from autorev.finetuning.run import finetune as run
 
-        record = finished(folder) if options["resume"] and not page.is_file() else None  # all but its report was done
+        world.join()
+        record = None
+        if options["resume"]:
+            record = world.first(lambda: None if page.is_file() else finished(folder))  # all but its report was done
         record = record or run(model, out=folder, command=command, progress=tell, **options)
-    show([record], command, as_json, page)
-    if not as_json:
-        say(f"Model and record: {folder}")
+    if world.rank() == 0:
+        show([record], command, as_json, page)
+        if not as_json:
+            say(f"Model and record: {folder}")
+    world.leave()
 
 
 def _planned(path: Path, options: dict[str, Any]) -> dict[str, Any]:

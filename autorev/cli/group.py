@@ -18,6 +18,7 @@ from autorev.cli.ending import Group
 from autorev.cli.output import check_place, say
 from autorev.errors import SettingError, UnreadableError
 from autorev.files import path_of
+from autorev.finetuning import world
 from autorev.format import visible
 from autorev.optimizers import KINDS, Optimizer
 
@@ -224,7 +225,10 @@ def progress() -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def steps_told() -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal; a line now and then where the output goes to a file."""
+    """A bar on a terminal; a line now and then where the output goes to a file. One process speaks for all of them."""
+    if world.rank() > 0:
+        yield lambda message, fraction: None
+        return
     if sys.stderr.isatty():
         with progress() as tell:
             yield tell

@@ -114,10 +114,14 @@ class ReversibleChain:
         usual = self.arithmetic
         if not isinstance(usual, FixedPoint) or after.fraction_bits >= usual.fraction_bits:
             return  # begun on a finer grid, for a small input
-        self.arithmetic = after
-        if self.name in self.grids:
-            self.grids[self.name] = after.fraction_bits
+        self.begin_on(after)
         say_coarsened(self.name, path, before, after)
+
+    def begin_on(self, grid: FixedPoint) -> None:
+        """Further forward passes do, and so does the model once it is saved and loaded."""
+        self.arithmetic = grid
+        if self.name in self.grids:
+            self.grids[self.name] = grid.fraction_bits
 
 
 @dataclass(eq=False)

@@ -9,8 +9,9 @@ from typing import Any
 
 from autorev.conversion.schedule import Schedule
 from autorev.errors import SettingError
+from autorev.finetuning import world
 from autorev.finetuning.data import TOPICS
-from autorev.finetuning.record import Asked, FineTuning
+from autorev.finetuning.record import Asked, FineTuning, Recipe
 from autorev.given import is_count, is_number
 from autorev.methods import Method
 from autorev.models.quantization import KINDS
@@ -114,6 +115,17 @@ def _without_grid(method: Method) -> Method:
     return replace(method, fraction_bits=None)
 
 
+def _passes(recipe: Recipe, folder: Path) -> int:
+    """Of each process in a step: together they take the rows that the run was begun with, however many they are."""
+    passes, rest = divmod(recipe.accumulate * recipe.processes, world.size())
+    if rest:
+        raise SettingError(
+            f"a step of the run in {folder} is {recipe.accumulate * recipe.processes} x {recipe.batch} rows, which "
+            f"{world.size()} processes cannot share evenly; go on with it in {recipe.processes}"
+        )
+    return passes
+
+
 def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
     """As the run was begun."""
     recipe, asked = before.recipe, before.asked
@@ -139,7 +151,7 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
         steps=recipe.steps,
         sequence=recipe.sequence,
         batch=recipe.batch,
-        accumulate=recipe.accumulate,
+        accumulate=_passes(recipe, record.parent),
         learning_rate=recipe.learning_rate,
         decay=recipe.decay,
         warmup=recipe.warmup,
@@ -172,7 +184,7 @@ def check(asked: Options) -> Method:
         raise SettingError(f"the learning rate is a number above 0, not {rate!r}")
     if asked.clip is not None and not (is_number(asked.clip) and asked.clip >= 0):
         raise SettingError(f"the largest norm of the gradients is above 0, or 0 for any, not {asked.clip!r}")
-    Optimizer.parse(asked.optimizer).check_step(asked.accumulate, asked.clip)
+    Optimizer.parse(asked.optimizer).check_step(asked.accumulate, asked.clip, world.size())
     if asked.autocast not in (None, "bf16"):
         raise SettingError(f"autocast is bf16 or none, not {asked.autocast!r}")
     if asked.decay not in DECAYS:

@@ -79,9 +79,16 @@ class Recipe:
     """The largest norm of the gradients; 0: any."""
     quantize: str | None = None
     """nf4 or int8, which the weights were quantised to when they were loaded; None: they are as they were saved."""
+    processes: int = 1
+    """That train together, each with `batch` sequences in a pass."""
 
     def __post_init__(self) -> None:
         Optimizer.parse(self.optimizer)
+
+    @property
+    def rows(self) -> int:
+        """Sequences in one optimiser step, of all processes."""
+        return self.batch * self.accumulate * self.processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ class Logged:
     gradient_norm: float | None
     seconds: float | None
     tokens: int | None
-    """That went through the model."""
+    """That went through the model, in all processes."""
     drift: float | None
     """Of the reconstruction: 0 in exact arithmetic; None where nothing is rebuilt."""
     gamma: float | None
@@ -120,7 +127,7 @@ class Logged:
     side_bits: float | None
     """Mean over the chains' steps."""
     peak_bytes: int | None
-    """By the allocator; None for a step in which it was not looked at."""
+    """By the allocator, in the process that needed most; None for a step in which it was not looked at."""
     cross_entropy: float | None = None
     """The part of the loss that the text makes, with distillation."""
     divergence: float | None = None

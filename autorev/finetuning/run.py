@@ -1,6 +1,7 @@
 """`autorev.finetune`: convert, train with `transformers.Trainer`, follow the quality, and write down what happened.
 
-Read this first: the order of everything in this folder. A run lives in a folder of its own: `run.json` (the record),
+Read this first: the order of everything in this folder. Several processes (`torchrun`) go through all of it alike, and
+the first one writes (`world.py`). A run lives in a folder of its own: `run.json` (the record),
 `checkpoint-N` while it trains, and in the end the model as `save_pretrained` writes it.
 """
 
@@ -18,6 +19,7 @@ import torch
 
 from autorev.errors import SettingError
 from autorev.files import path_of
+from autorev.finetuning import world
 from autorev.finetuning.folder import claimed
 from autorev.finetuning.options import Options, check, settled
 from autorev.finetuning.record import FILE, FineTuning, Recipe
@@ -131,8 +133,9 @@ def finetune(
         raise SettingError(f"callbacks are a tuple of TrainerCallbacks, not {callbacks!r}")
     if name is not None:
         check_name(name, "the run")
+    world.join()
     with ExitStack() as stack:
-        before = stack.enter_context(claimed(folder, resume))
+        before = world.first(lambda: stack.enter_context(claimed(folder, resume)))
         asked = settled(given, before, folder / FILE)
         trained_by = check(asked)
         _check_installed()
@@ -162,7 +165,7 @@ def finetune(
             asked=asked.asked,
             vocabulary=found.vocabulary,
             notes=(*found.notes, *_not_clipped(recipe)),
-            run=secrets.token_hex(8),
+            run=world.gathered(secrets.token_hex(8))[0],
             base=found.base,
         )
         if before is not None:
@@ -213,6 +216,7 @@ def _recipe(asked: Options, found: Setup) -> Recipe:
         warmup=max(1, asked.steps // 20) if asked.warmup is None else asked.warmup,
         clip=_clip(asked),
         quantize=asked.quantize,
+        processes=world.size(),
     )
 
 
@@ -248,6 +252,12 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
     notes = before.notes
     if rate != old_rate:
         notes += (f"gone on with at a learning rate of {rate:g} instead of {old_rate:g}",)
+    processes = record.recipe.processes
+    if processes != before.recipe.processes:
+        notes += (
+            f"gone on with by {processes} instead of {before.recipe.processes} processes; dropout draws other numbers "
+            "from there",
+        )
     same = before.method.spec == record.method.spec
     if not same:
         notes += (f"gone on with as {record.method.title} instead of {before.method.title}",)
@@ -264,7 +274,7 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
         asked=record.asked,
         model=record.model,
         method=record.method,
-        recipe=replace(before.recipe, learning_rate=rate),
+        recipe=replace(before.recipe, learning_rate=rate, accumulate=record.recipe.accumulate, processes=processes),
         chains=before.chains if same else tuple(replace(chain, fraction_bits=None) for chain in before.chains),
         notes=notes,
     )
@@ -274,6 +284,9 @@ def _compared(record: FineTuning) -> dict[str, Any]:
     parts = {"model's ": asdict(record.model), "data's ": asdict(record.corpus), "": asdict(record.recipe)}
     found = {what + name: value for what, part in parts.items() for name, value in part.items()}
     found.pop("trained_parameters")  # not known before adapters are added
+    for shared in ("accumulate", "processes"):  # what counts is what they make together
+        found.pop(shared)
+    found["rows in a step"] = record.recipe.rows
     found["model's weights"] = record.base[:_SHOWN]
     if record.asked is not None:
         found["validation_rows"] = record.asked.validation_rows

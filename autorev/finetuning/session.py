@@ -28,6 +28,8 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
 from autorev.engine.mode import ORIGINAL, running
 from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, is_out_of_memory, message_of
+from autorev.finetuning import world
+from autorev.finetuning.agreeing import Agreeing
 from autorev.finetuning.calibrate import calibrate
 from autorev.finetuning.callback import ReversibleCallback
 from autorev.finetuning.checkpoints import (
@@ -91,10 +93,8 @@ class Run:
 
     def begin(self) -> None:
         """What is known before any training: the original's loss, the side bits of each block, the loss under them."""
-        gammas = {p: g for chain in self.record.chains for p, g in zip(self._paths(chain), chain.gamma, strict=True)}
         if self.record.evaluations:  # a run that goes on
-            if gammas and self.record.calibration is not None:
-                recouple(self.model, gamma=gammas)
+            self._take_up_gammas()
             self._keep_held_out()
             return
         whose = "original model" if self.record.pretrained else "random weights"
@@ -117,8 +117,10 @@ class Run:
         self.progress("evaluating the converted model", 0.0)
         zero_shot = self._evaluate(logits_of(self.model), 0, original)
         chains = chain_states(self.model)
-        self.record = replace(self.record, original=first, evaluations=(zero_shot,), chains=chains)
-        self.record.write(self.folder / FILE)  # first: from here on, whatever happens, the folder is this run's
+        found = replace(self.record, original=first, evaluations=(zero_shot,), chains=chains)
+        self.record = world.gathered(found)[0]
+        self._take_up_gammas()  # on other GPUs, another choice may have been made
+        self._write()  # first: from here on, whatever happens, the folder is this run's
         self._keep_held_out()
 
     def train(self, arguments: dict[str, Any], callbacks: tuple[Any, ...], resume: bool) -> None:
@@ -131,6 +133,7 @@ class Run:
         interrupt = StopWhenAsked()
         config: Any = self.found.model.config
         caches = config.use_cache
+        together = [Agreeing()] if world.size() > 1 else []
         optimizer = Optimizer.parse(recipe.optimizer)
         optim, made = trainer_options(optimizer, recipe.learning_rate)
         self.trainer = trainer = FineTuner(
@@ -161,7 +164,7 @@ class Run:
             eval_dataset=self.found.texts.validation,
             data_collator=self.found.texts.collator,
             optimizer_cls_and_kwargs=made,
-            callbacks=[Told(self.progress, self._save), interrupt, *callbacks],
+            callbacks=[*together, Told(self.progress, self._save), interrupt, *callbacks],
             teacher=self.teacher,
             weight=recipe.distill_weight,
             examine=lambda step: self._evaluate(logits_of(self.model), step),
@@ -220,7 +223,16 @@ class Run:
         final = self._evaluate(logits_of(self.model), steps, original)
         vanilla = self._evaluate(vanilla_logits(self.model), steps) if self.record.chains else final
         kept = tuple(e for e in self.record.evaluations if e.step < steps)
-        self.record = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
+        found = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
+        self.record = world.gathered(found)[0]
+        world.first(self._write_all)
+        return self.record
+
+    # --
+
+    def _write_all(self) -> None:
+        """The model, and last the record, which says that it is there."""
+        assert self.trainer is not None
         part = part_of(self.folder) / "model"
         try:
             clear_parts(self.folder)
@@ -242,9 +254,6 @@ class Run:
         # Not before the record says that nobody needs them.
         for checkpoint in checkpoints_of(self.folder, self.record.run):
             discard(checkpoint)
-        return self.record
-
-    # --
 
     def _save(self) -> None:
         """The record, with what the trainer has logged so far."""
@@ -257,10 +266,21 @@ class Run:
         )
         first = tuple(e for e in self.record.evaluations if e.step == 0)
         self.record = replace(self.record, logged=logged, evaluations=(*first, *later), chains=chain_states(self.model))
-        self.record.write(self.folder / FILE)
+        self._write()
+
+    def _write(self) -> None:
+        if world.rank() == 0:
+            self.record.write(self.folder / FILE)
 
     def _keep_held_out(self) -> None:
-        write_whole(self.folder / HELD_OUT, self.found.texts.validation.to_json())
+        if world.rank() == 0:
+            write_whole(self.folder / HELD_OUT, self.found.texts.validation.to_json())
+
+    def _take_up_gammas(self) -> None:
+        """Those that were calibrated."""
+        gammas = {p: g for chain in self.record.chains for p, g in zip(self._paths(chain), chain.gamma, strict=True)}
+        if gammas and self.record.calibration is not None:
+            recouple(self.model, gamma=gammas)
 
     def _evaluate(self, logits: Any, step: int, original: Any = None) -> Evaluation:
         texts = self.found.texts

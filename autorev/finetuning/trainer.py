@@ -17,7 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from autorev.conversion.convert import chains_of
 from autorev.couplings.arithmetic import FixedPoint
-from autorev.errors import FixedPointRangeError, SettingError, TrainingError, message_of
+from autorev.errors import FixedPointRangeError, TrainingError, message_of
+from autorev.finetuning import world
+from autorev.finetuning.agreeing import grids
 from autorev.finetuning.checkpoints import checkpoints_of, clear_parts, part_of, put_in_place
 from autorev.finetuning.evaluate import evaluate, logits_of
 from autorev.finetuning.record import Evaluation
@@ -64,13 +66,9 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         """The library's, which steps in backward where that is asked for.
 
         Raises:
-            SettingError: several processes train, whose gradients would have to be averaged first.
+            SettingError: several GPUs train, whose gradients would have to be averaged first.
         """
-        if self.updates.during_backward and self.args.world_size * max(self.args.n_gpu, 1) > 1:
-            raise SettingError(
-                f"{self.updates} takes each gradient as soon as it is there, before those of several GPUs are "
-                "averaged; train on one, or choose another optimizer"
-            )
+        self.updates.check_step(processes=self.args.world_size * max(self.args.n_gpu, 1))
         new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if new and self.updates.step == "backward":
@@ -102,9 +100,11 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         theirs, _ = shifted(self.teacher.logits(batch), inputs["labels"])
         outputs = model(**batch, use_cache=False)
         ours, wanted = shifted(outputs.logits, inputs["labels"])
-        # Without the count of the whole accumulated batch, each of its parts weighs the same.
+        # Without the count of the whole accumulated batch, each of its parts weighs the same. Processes are averaged.
         share = (
-            wanted.numel() * self.args.gradient_accumulation_steps if num_items_in_batch is None else num_items_in_batch
+            wanted.numel() * self.args.gradient_accumulation_steps
+            if num_items_in_batch is None
+            else num_items_in_batch / self.args.world_size
         )
         text = F.cross_entropy(ours.float(), wanted, reduction="sum") / share
         distance = divergence(theirs, ours) / share
@@ -115,8 +115,9 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Beside a step's loss, the parts that it is made of."""
-        if "loss" in logs:
-            logs = {**logs, **self._parts}
+        if "loss" in logs and self._parts:
+            parts = world.gathered(self._parts)
+            logs = {**logs, **{name: sum(part[name] for part in parts) / len(parts) for name in self._parts}}
             self._parts = {}
         super().log(logs, *args, **kwargs)
 
@@ -132,12 +133,13 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step
+        written = part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         row = self.eval_dataset.first(1)
         self._sound(lambda: evaluate(logits_of(self.model), row, self.data_collator, step))
         try:
-            clear_parts(folder)
-            super()._save_checkpoint(*args, **kwargs)
-            put_in_place(folder, self.mark(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"))
+            world.first(lambda: clear_parts(folder))
+            world.each(lambda: super(FineTuner, self)._save_checkpoint(*args, **kwargs))
+            world.first(lambda: put_in_place(folder, self.mark(written)))
         except TrainingError:
             raise
         except Exception as error:  # safetensors, torch and the system each have their own for a full disk
@@ -147,11 +149,12 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
                 "space, and go on with `resume`"
             ) from error
         finally:
-            clear_parts(folder)
+            if world.rank() == 0:
+                clear_parts(folder)
 
     def mark(self, written: Path) -> Mark:
         """Of the weights that were written to a folder, which are those of the present step."""
-        return Mark(self.run, self.state.global_step, stored(written), self.spec, self._grids())
+        return Mark(self.run, self.state.global_step, stored(written), self.spec, grids(self.model))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer writes: aside, until it is whole."""
@@ -179,16 +182,12 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             take_up_weights(into, resume_from_checkpoint)
 
-    def _grids(self) -> dict[str, int]:
-        chains = chains_of(self.model)
-        return {c.name: c.arithmetic.fraction_bits for c in chains if isinstance(c.arithmetic, FixedPoint)}
-
     def take_up_grids(self, checkpoint: Path) -> None:
         """A grid that was coarsened in training goes on as it was."""
         mark = read_mark(checkpoint)
         for chain in chains_of(self.model):
             if mark is not None and chain.name in mark.grids:
-                chain.arithmetic = FixedPoint(mark.grids[chain.name])
+                chain.begin_on(FixedPoint(mark.grids[chain.name]))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The schedule goes on where it was, with the learning rate that this run was given."""
@@ -234,7 +233,8 @@ class StopWhenAsked(TrainerCallback):  # type: ignore[misc]  # transformers is u
                 self._before[number] = signal.signal(number, ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop, if asked to."""
+        """Save and stop, if asked to: all processes, if one of them is."""
+        self.asked = max((asked for asked in world.gathered(self.asked) if asked is not None), default=None)
         if self.asked is not None:
             control.should_save = control.should_training_stop = True
 

@@ -99,6 +99,9 @@ def test_commands_are_understood(command: Command) -> None:
                 main.commands[name].make_context(name, arguments)
             except click.exceptions.Exit as ended:  # --help
                 assert ended.exit_code == 0
+        case ["torchrun", *rest]:
+            name, *arguments = rest[rest.index("cli.py") + 1 :]
+            main.commands[name].make_context(name, arguments)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module)
         case ["python", script, *_]:

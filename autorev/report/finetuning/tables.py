@@ -133,7 +133,8 @@ def recipe_facts(run: FineTuning) -> dict[str, str]:
         "Side bits": view.side_bits_words(run),
         "Steps": format_integer(r.steps),
         "Batch": f"{format_integer(r.batch)} x {format_integer(r.sequence)} tokens"
-        + (f", {format_integer(r.accumulate)} times a step" if r.accumulate > 1 else ""),
+        + (f", {format_integer(r.accumulate)} times a step" if r.accumulate > 1 else "")
+        + (f", in each of {format_integer(r.processes)} processes" if r.processes > 1 else ""),
         "Learning rate": f"{r.learning_rate:g}",
         "Optimizer": Optimizer.parse(r.optimizer).title,
         "Precision": clean(r.dtype),

@@ -60,7 +60,7 @@ def same_but_seed(run: FineTuning) -> object:
     The coupling is not in it, nor a schedule, a distillation or a budget for side bits: those are what is compared.
     """
     r = run.recipe
-    size = (r.trains, r.lora_rank, r.sequence, r.batch, r.accumulate, r.steps)
+    size = (r.trains, r.lora_rank, r.sequence, r.batch, r.accumulate, r.processes, r.steps)
     return (run.model.name, run.model.parameters, run.corpus, *size, r.learning_rate, r.dtype, r.optimizer)
 
 
@@ -163,10 +163,11 @@ def how_words(run: FineTuning) -> str:
 
 
 def recipe_title(run: FineTuning) -> str:
-    """`All weights, 40 steps of 1 x 192 tokens at rate 5e-05`."""
+    """`All weights, 40 steps of 1 x 192 tokens at rate 5e-05`, `... in 2 processes at rate ...`."""
     r = run.recipe
-    rows = format_integer(r.batch * r.accumulate)
+    rows = format_integer(r.rows)
     words = f"{trains_words(run)}, {plural(r.steps, 'step')} of {rows} x {format_integer(r.sequence)} tokens"
+    words += f" in {format_integer(r.processes)} processes" if r.processes > 1 else ""
     return f"{words[0].upper()}{words[1:]} at rate {r.learning_rate:g}"
 
 
