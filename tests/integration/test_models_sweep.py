@@ -37,10 +37,17 @@ def repeated(step: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Te
     return lambda x: step(step(step(x)))
 
 
-def two_streams(x: torch.Tensor) -> torch.Tensor:
-    """RevNet: what is added comes from the other half."""
+def other_half(x: torch.Tensor) -> torch.Tensor:
+    """What is added first comes from the other half."""
     a, b = x.chunk(2)
-    return torch.cat([a + f(b), b])
+    a = a + f(b)
+    return a + f(a)
+
+
+def broadcast(x: torch.Tensor) -> torch.Tensor:
+    """The first sum is larger than what it adds to."""
+    h = x[:1] + f(torch.cat([x[:1], x[:1]]))
+    return h + f(h)
 
 
 def through_views(x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +70,8 @@ GRAPHS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]] = {
     "through views": (repeated(through_views), [3]),
     "post-norm": (repeated(lambda x: norm(x + f(x))), []),
     "post-activation": (repeated(lambda x: torch.relu(x + f(x))), []),
-    "from one half to the other": (repeated(two_streams), []),
+    "from the other half": (other_half, []),
+    "broadcast": (broadcast, []),
     "a bias": (repeated(lambda x: f(x) + WEIGHT[0]), []),
     "one add": (lambda x: x + f(x), []),
     "two streams": (lambda x: torch.cat([repeated(lambda h: h + f(h))(x), repeated(lambda h: h - f(h))(f(x))]), [3, 3]),
