@@ -230,11 +230,9 @@ def _recorded(path: Path | None) -> dict[str, Record]:
 
 
 def _not_run(names: list[str], records: list[Record]) -> Iterator[str]:
-    left = sorted(set(names) - {record["name"] for record in records})
-    yield f"\n## Not run ({len(left)})\n"
-    for group in dict.fromkeys(name.partition("/")[0] for name in left):
-        own = [name.partition("/")[2] for name in left if name.startswith(f"{group}/")]
-        yield f"- {group} ({len(own)}): {', '.join(own)}"
+    left = Counter(name.partition("/")[0] for name in set(names) - {record["name"] for record in records})
+    yield f"\n## Not run ({left.total()})\n"
+    yield from (f"- {group}: {count}" for group, count in sorted(left.items()))
     yield from (f"- {reason}" for reason in absent())
 
 
