@@ -251,12 +251,11 @@ def markdown(records: list[Record]) -> Iterator[str]:
         cells += [sum(bool(record.get("found")) for record in usable), len(converted)]
         cells += [sum(verdict(record) == "verified" for record in converted), states["WRONG"]]
         yield f"| {group} | {' | '.join(map(str, cells))} | {f'{statistics.median(kept):.2f}' if kept else '-'} |"
-    missed = [record for record in records if record.get("adds") and verdict(record) != "verified"]
+    missed = [r for r in records if (r.get("adds") and verdict(r) != "verified") or verdict(r) == "WRONG"]
     yield from _listed(f"Missed, with two or more usable adds ({len(missed)})", missed, _reason)
     partly = [r for r in records if verdict(r) == "verified" and r["converted"] < sum(r["adds"])]
-    yield from _listed(
-        f"Converted in part ({len(partly)})", partly, lambda r: f"{r['converted']} converted; {_reason(r)}"
-    )
+    title = f"Fewer steps than adds ({len(partly)}; a step of several streams is one)"
+    yield from _listed(title, partly, lambda r: f"{r['converted']} converted; {_reason(r)}")
     failed = [record for record in records if "crashed" in record]
     yield from _listed(f"Not judged ({len(failed)})", failed, lambda record: record["crashed"])
 
@@ -264,6 +263,8 @@ def markdown(records: list[Record]) -> Iterator[str]:
 def _reason(record: Record) -> str:
     if verdict(record) == "WRONG":
         return f"{verdict(record)}: {record['error']:.2g}, without velocity {record.get('without velocity', 0):.2g}"
+    if "crashed" in record or record.get("idle"):
+        return verdict(record)
     return "; ".join(record.get("reasons", [])[:2]) or str(record.get("refused", ""))
 
 
