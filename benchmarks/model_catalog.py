@@ -78,8 +78,8 @@ FLUX = {
 }
 CROSS = {"cross_attention_dim": 32, "attention_head_dim": 2}
 
-# name -> (class, its arguments, the shapes of its call's tensors; a number is one timestep)
-DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
+# name -> (class, its arguments, the shapes of its call's tensors, or numbers)
+DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flux": (
         "FluxTransformer2DModel",
         FLUX | {"pooled_projection_dim": 32, "guidance_embeds": False},
@@ -173,7 +173,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
         HEADS
         | {"in_channels": 4, "out_channels": 4, "num_layers": 4, "caption_channels": 32, "cross_attention_dim": 32},
         {"hidden_states": (2, 8, 4), "encoder_hidden_states": (2, 5, 32), "timestep": (2,)}
-        | {"encoder_attention_mask": (2, 5), "num_frames": 2, "height": 2, "width": 2},  # type: ignore[dict-item]  # sizes
+        | {"encoder_attention_mask": (2, 5), "num_frames": 2, "height": 2, "width": 2},
     ),
     "unet2d": ("UNet2DModel", UNET, {"sample": (2, 3, 16, 16), "timestep": (2,)}),
     "unet2d_condition": (
