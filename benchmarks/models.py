@@ -4,7 +4,7 @@
     python -m benchmarks.models timm/ torchvision/vit_b_16
 
 Every model of `benchmarks.model_catalog` whose package is installed (`pip install -e ".[models]"`) runs in a process of
-its own, within a time and a memory limit. With `--record FILE` a line of JSON is added for each model, and models that
+its own, within a time and a memory limit (Linux). With `--record FILE` a line of JSON is added for each model, and models that
 have one are not run again. A Markdown table is printed at the end; progress is told on stderr.
 
 What autorev finds is set beside `benchmarks.residual_adds`, which knows nothing of autorev: it looks at the autograd
