@@ -4,8 +4,8 @@
     python -m benchmarks.models timm/ torchvision/vit_b_16
 
 Every model of `benchmarks.model_catalog` whose package is installed (`pip install -e ".[models]"`) runs in a process of
-its own, within a time and a memory limit (Linux). With `--record FILE` a line of JSON is added for each model, and models that
-have one are not run again. A Markdown table is printed at the end; progress is told on stderr.
+its own, within a time and a memory limit (Linux). With `--record FILE` a line of JSON is added for each model, and
+models that have one are not run again. A Markdown table is printed at the end; progress is told on stderr.
 
 What autorev finds is set beside `benchmarks.residual_adds`, which knows nothing of autorev: it looks at the autograd
 graph of the plain model's own forward. Verified is what `autorev.verify` passes and what, with gamma = 0 and c = 1, has
