@@ -118,7 +118,7 @@ def _loss(returned: Any) -> torch.Tensor:
 def _gradients(model: nn.Module, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None]:
     torch.manual_seed(1)
     random.seed(1)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = _loss(model(*args, **kwargs))
     return dict(zip(parameters, torch.autograd.grad(loss, [*parameters.values()], allow_unused=True), strict=True))
 

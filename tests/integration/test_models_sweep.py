@@ -103,7 +103,7 @@ REFUSED = {
     "hand/Inside": "own-backward",
     "zoo/bert": "post-norm",
     "zoo/resnet-basic": "post-activation",
-    "transformers/roberta": "post-norm",
+    "transformers/mvp": "post-norm",
 }
 
 
