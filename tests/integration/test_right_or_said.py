@@ -294,7 +294,7 @@ NEAREST = {
     "in an operation": (
         lambda: hand.stack_of(Hidden),
         TOKENS,
-        r"3 residual adds were seen by autograd, .*the nearest is blocks\.0: not-residual: the output comes from einsum",
+        r"3 residual adds were seen by autograd, .*the nearest is blocks\.0: not-residual: .* comes from einsum",
     ),
     "in the model's code": (
         lambda: AddingBetween(*(hand.MLP() for _ in range(3))),
