@@ -278,7 +278,12 @@ class Run:
 
     def _take_up_gammas(self) -> None:
         """Those that were calibrated."""
-        gammas = {p: g for chain in self.record.chains for p, g in zip(self._paths(chain), chain.gamma, strict=True)}
+        gammas = {
+            p: g
+            for chain in self.record.chains
+            if chain.gamma
+            for p, g in zip(self._paths(chain), chain.gamma, strict=True)
+        }
         if gammas and self.record.calibration is not None:
             recouple(self.model, gamma=gammas)
 
