@@ -14,31 +14,39 @@ from typing import Any
 
 from torch import fx
 
-from autorev.detect.stream import Add, ResidualStep, Stream, add_operands, reaches, scale_of
+from autorev.detect.stream import Add, ResidualStep, Stream, add_operands, merely_laid_out, reaches, scale_of
 
 
 def deferred_parts(total: fx.Node, streams: dict[fx.Node, Stream]) -> tuple[fx.Node, fx.Node] | None:
-    """The two arguments (residual, branch) of which `total` is the sum; the wider dtype is the residual's, and of equal
-    ones the second operand is taken for it, as which is which does not matter."""
+    """The two arguments of which `total` is the sum: the one that will be given the whole stream, and the other.
+
+    The first is the wider of the two, and reaches the sum by casts and reshapes alone. On its way to the sum, the other
+    may be given to what does nothing as it is set, such as a dropout of 0: it will be zeros that watch over that.
+    """
     operands = add_operands(total)
     if operands is None or len(operands[1]) != 1 or scale_of(total) != 1:
         return None
-    first, second = (_argument_of(operand, streams) for operand in (operands[0], operands[1][0]))
-    if first is None or second is None or first is second:
+    ways = [_way(operand, streams) for operand in (operands[1][0], operands[0])]
+    if not all(ways) or ways[0][0] is ways[1][0]:
         return None
-    sizes = [node.meta["val"] for node in (first, second)]
-    if sizes[0].shape != sizes[1].shape or sizes[0].shape != total.meta["val"].shape:
+    if any(way[0].meta["val"].shape != total.meta["val"].shape for way in ways):
         return None
-    return (first, second) if sizes[0].dtype.itemsize > sizes[1].dtype.itemsize else (second, first)
+    # Of two that are as wide, which is which does not matter.
+    ways.sort(key=lambda way: (-way[0].meta["val"].dtype.itemsize, not _is_bare(way)))
+    return (ways[0][0], ways[1][0]) if _is_bare(ways[0]) else None
 
 
-def _argument_of(operand: object, streams: dict[fx.Node, Stream]) -> fx.Node | None:
-    """The argument that `operand` is, but for casts and reshapes."""
-    for start, stream in streams.items():
+def _way(operand: object, streams: dict[fx.Node, Stream]) -> list[fx.Node]:
+    """From the argument that `operand` stands for to `operand`; empty where it is none, or a sum itself."""
+    for stream in streams.values():
         if isinstance(operand, fx.Node) and operand in stream:
-            made = [stream.nodes[node] for node in stream.path_to(operand)]
-            return None if any(isinstance(one, Add) for one in made) else start
-    return None
+            way = stream.path_to(operand)
+            return [] if any(isinstance(stream.nodes[node], Add) for node in way) else way
+    return []
+
+
+def _is_bare(way: list[fx.Node]) -> bool:
+    return all(map(merely_laid_out, way[1:]))
 
 
 def read_apart(parts: tuple[fx.Node, fx.Node], total: fx.Node, outputs: Sequence[Any]) -> bool:

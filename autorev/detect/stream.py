@@ -279,6 +279,12 @@ def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
     return source if same or _is_guard(node) or is_times_one(name, node.args, node.kwargs) else None
 
 
+def merely_laid_out(node: fx.Node) -> bool:
+    """Is it a cast or a reshape by name, whatever is set in the model?"""
+    name = node.args[1] if node.target is getattr else node.target
+    return node.op != "call_module" and (name in _copies or _name(node) in _moves | _views)
+
+
 def _is_guard(node: fx.Node) -> bool:
     """Is it a clamp to the largest numbers that the dtype has, as models that train in half precision have it (T5)?"""
     if node.target not in (torch.clamp, "clamp"):

@@ -1,14 +1,15 @@
 """Blocks whose last residual add is the next block's (`detect.deferred`), as steps of the stream that is the sum.
 
-The block is given the whole stream as its residual, and zero for the rest, so that its own add changes nothing. What it
-returns is added up, and the new stream is handed on in two parts as the model's code expects: what the last branch
-returned, and the rest. Whoever reads them or adds them finds what they stand for; the next block of the chain, which is
-given the same memory, takes the stream that they were made of, without their rounding. Its gradient goes through the
-parts, which may have been detached, or have hooks.
+The block is given the whole stream as its residual, and zeros for the rest that may only be added (`nothing`): its own
+add changes nothing. What it returns is added up, and the new stream is handed on in two parts as the model's code
+expects: what the last branch returned, and the rest. Whoever reads them or adds them finds what they stand for; the
+next block of the chain, given the same memory, takes the stream that they were made of, without their rounding. Its
+gradient goes through the parts, which may have been detached, or have hooks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from autorev.detect.ends import flatten_with_path, replace_leaf
 from autorev.engine.autograd import joined
 from autorev.engine.chain import Apart, pass_of
+from autorev.engine.digest import looked_at
 from autorev.rewrite.block_forward import Places, WholeBlock
+from autorev.rewrite.nothing import Nothing
 
 
 @dataclass(eq=False)
@@ -26,6 +29,15 @@ class DeferredBlock(WholeBlock):
 
     added: tuple[str, tuple[Any, ...]] = ("", ())
     """(argument, place in what is returned) of what is added to it; the first block is given nothing to add."""
+
+    def own(self) -> Callable[..., Any]:
+        """Not compiled: no compiler follows what watches over the zeros."""
+        if super().own() != self.original:
+            self.chain.warn_once(
+                "run eagerly, as they leave their last add to the next one; compile the modules that they call, as in "
+                "block.mlp.compile()"
+            )
+        return self.original
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step of the sum."""
@@ -37,6 +49,8 @@ class DeferredBlock(WholeBlock):
             known = apart is not None and apart.is_sum_of(residual, added)
             stream = joined(apart.stream, (residual, added)) if apart is not None and known else residual + added
             zero = torch.zeros((), dtype=added.dtype, device=added.device).expand(added.shape)
+            if looked_at():
+                zero = zero.as_subclass(Nothing)
             args, kwargs = replace_leaf(replace_leaf((args, kwargs), at, stream), added_at, zero)
             del added, stream
         del residual, apart

@@ -270,3 +270,30 @@ def test_steps_of_a_block_are_refused_in_words(options: dict[str, Any]) -> None:
     """The last add of a block is in the next one."""
     with pytest.raises(ConversionError, match="leaves the last of its residual adds to the next block"):
         autorev.convert(loop(TwoHalves), batch=(TOKENS,), **options)
+
+
+class Neutral(hand.Parts):
+    """As flash-attn has it: a dropout of 0, and a factor of 1, before the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.factor = nn.Dropout(0.0), 1.0
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        hidden = self.dropout(hidden) * self.factor
+        residual = hidden if residual is None else residual + hidden
+        return self.mlp(self.norm1(residual)), residual
+
+
+@pytest.mark.parametrize(("name", "value"), [("p", 0.3), ("factor", 0.5)])
+def test_what_was_neutral_and_is_set_later_is_an_error(name: str, value: float) -> None:
+    """The part that the stream holds already is zeros to the block: no dropout or factor of it would be seen."""
+    model = loop(Neutral)
+    tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    conversion = autorev.convert(model, tokens)
+    assert conversion.chains[0].blocks
+    assert autorev.verify(model, tokens).passed
+    block = model.blocks[2]
+    setattr(block.dropout if name == "p" else block, name, value)
+    with pytest.raises(ConversionError, match="changes what a block of deferred residuals adds"):
+        model(tokens).sum().backward()
