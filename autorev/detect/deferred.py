@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import fx
 
-from autorev.detect.stream import Add, ResidualStep, Stream, add_operands, merely_laid_out, reaches, scale_of
+from autorev.detect.stream import Add, ResidualStep, Stream, merely_laid_out, reaches
+from autorev.detect.sums import add_operands, scale_of
 
 
 def deferred_parts(total: fx.Node, streams: dict[fx.Node, Stream]) -> tuple[fx.Node, fx.Node] | None:

@@ -18,7 +18,8 @@ from autorev.detect.graph_queries import BlockView
 from autorev.detect.judge import Finding, own_backward
 from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
-from autorev.detect.stream import ResidualStep, add_operands, follow, is_stream_like, reaches
+from autorev.detect.stream import ResidualStep, follow, is_stream_like, reaches
+from autorev.detect.sums import add_operands
 
 
 def inline_blocks(call: ModuleCall, opened: frozenset[str] = frozenset()) -> list[Finding]:

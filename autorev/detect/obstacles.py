@@ -32,7 +32,8 @@ from autorev.detect.graph_queries import (
     tail,
     title,
 )
-from autorev.detect.stream import Add, Stream, add_operands, storage_of
+from autorev.detect.stream import Add, Stream, storage_of
+from autorev.detect.sums import add_operands
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from functools import cached_property
 
 from torch import fx
 
-from autorev.detect.stream import Add, ResidualStep, Stream, add_operands, follow, is_stream_like, reaches
+from autorev.detect.stream import Add, ResidualStep, Stream, follow, is_stream_like, reaches
+from autorev.detect.sums import add_operands
 
 
 @dataclass(eq=False)

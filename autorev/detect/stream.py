@@ -9,7 +9,6 @@ walking back from it along the skips meets the adds; those that every path from 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,24 +18,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-_adds = {operator.add, operator.iadd, torch.add, "add", "add_", "__radd__"}
-_subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
-_scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
-_matrix_products: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.addr}
-_matrix_products |= {"addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm_", "addmv", "addmv_", "addr", "addr_"}
-_scatters: set[Any] = {torch.index_add, torch.scatter_add, "index_add", "index_add_", "scatter_add", "scatter_add_"}
-ONTO_FIRST = _scaled_products | _matrix_products | _scatters
-"""They add to their first operand, whatever the shapes of the others."""
-_multiplies: set[Any] = {
-    operator.mul,
-    operator.truediv,
-    torch.mul,
-    torch.div,
-    torch.true_divide,
-    "mul",
-    "div",
-    "true_divide",
-}
+from autorev.detect.sums import MATRIX_PRODUCTS, ONTO_FIRST, add_operands, is_subtraction, is_times_one, scale_of
+
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
 _cats = {"cat", "concat", "concatenate"}
@@ -302,12 +285,6 @@ def _is_as_large(bound: Any, limit: float) -> bool:
     return bool(below) and bound.target is not torch.clamp and all(_is_as_large(item, limit) for item in below)
 
 
-def is_times_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Is it `x * 1.0` or `x / 1.0`, as where a model has a factor that was never set?"""
-    known = function in _multiplies and len(args) == 2 and not kwargs
-    return known and isinstance(args[1], int | float) and args[1] == 1
-
-
 def residual_add(node: fx.Node, stream: Stream) -> Add | None:
     """`node` as stream + something that is not the stream, unscaled and of the stream's shape; None otherwise."""
     parts = add_operands(node)
@@ -315,12 +292,12 @@ def residual_add(node: fx.Node, stream: Stream) -> Add | None:
         return None
     skip, branch = parts
     if not isinstance(skip, fx.Node) or skip not in stream:
-        if node.target in _subtracts | ONTO_FIRST or scale_of(node) != 1:
+        if is_subtraction(node) or node.target in ONTO_FIRST or scale_of(node) != 1:
             return None
         summands = (skip, *branch)
         skip = next((item for item in branch if isinstance(item, fx.Node) and item in stream), None)
         branch = tuple(item for item in summands if item is not skip)
-    if skip is None or (node.target in _matrix_products and node.kwargs.get("beta", 1) != 1):
+    if skip is None or (node.target in MATRIX_PRODUCTS and node.kwargs.get("beta", 1) != 1):
         return None
     if any(item in stream for item in branch):
         return None
@@ -328,46 +305,6 @@ def residual_add(node: fx.Node, stream: Stream) -> Add | None:
     if node.meta["val"].shape != shape:
         return None
     return Add(node, skip, branch)
-
-
-def add_operands(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """(first operand, the others) of an addition or subtraction of tensors; None for any other node."""
-    if node.op not in ("call_function", "call_method") or not isinstance(node.meta.get("val"), torch.Tensor):
-        return None
-    operands = [*node.args, *(node.kwargs[k] for k in FURTHER_OPERANDS if k in node.kwargs)]
-    if node.target in _adds | _subtracts and len(operands) >= 2:
-        return operands[0], (operands[1],)
-    if node.target in _scaled_products | _matrix_products and len(operands) >= 3:
-        return operands[0], tuple(operands[1:3])
-    if node.target in _scatters and len(operands) >= 4:
-        return operands[0], tuple(operands[2:4])
-    return _stacked(node)
-
-
-FURTHER_OPERANDS = ("other", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2", "dim", "index", "source", "src")
-"""What the operands of sums behind the first one are called, where they are given by name."""
-
-
-def _stacked(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """The same of `torch.stack([a, b, ...]).sum(0)`."""
-    stack = node.args[0] if node.args else None
-    if node.target not in (torch.sum, "sum") or not isinstance(stack, fx.Node) or stack.target is not torch.stack:
-        return None
-    dims = [n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", usual) for n, usual in ((stack, 0), (node, None))]
-    tensors, kept = stack.args[0], node.meta["val"].dim() == stack.meta["val"].dim()
-    if dims[0] != dims[1] or kept or not isinstance(tensors, list | tuple):
-        return None
-    return tensors[0], tuple(tensors[1:])
-
-
-def scale_of(node: fx.Node) -> Any:
-    """The factor that `torch.add(a, b, alpha=...)` puts on its second operand."""
-    return node.kwargs.get("alpha", 1)
-
-
-def is_subtraction(node: fx.Node) -> bool:
-    """Is it `a - b`?"""
-    return node.target in _subtracts
 
 
 def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> bool:

@@ -15,7 +15,7 @@ from torch import fx
 
 from autorev.detect.ends import argument_of
 from autorev.detect.judge import Finding
-from autorev.detect.stream import add_operands
+from autorev.detect.sums import add_operands
 from autorev.errors import ConversionError
 
 Place = tuple[str, int]

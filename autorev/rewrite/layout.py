@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autorev.detect.stream import is_times_one
+from autorev.detect.sums import is_times_one
 
 _COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 _PERMUTATIONS = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}

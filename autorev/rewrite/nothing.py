@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_any
 
+from autorev.detect.sums import is_times_one
 from autorev.errors import ConversionError
 
 _ADDED = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _LOOKED_AT = {"__get__", "detach", "requires_grad_", "expand", "expand_as", "__getitem__"}
 _LAID_OUT = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone"}
 _CAST = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
-_FACTORS = {"mul", "div", "true_divide", "__mul__", "__rmul__", "__truediv__"}
 
 
 class Nothing(torch.Tensor):
@@ -40,7 +40,11 @@ class Nothing(torch.Tensor):
             result = func(*args, **kwargs)
         if not tree_any(lambda leaf: isinstance(leaf, torch.Tensor), result) or name in _ADDED:
             return result  # a question about it; or the sum
-        keeps = name in _LOOKED_AT | _LAID_OUT | _CAST or _drops_nothing(func, args, kwargs) or _is_one(name, args)
+        keeps = (
+            name in _LOOKED_AT | _LAID_OUT | _CAST
+            or _drops_nothing(func, args, kwargs)
+            or is_times_one(name, args, kwargs)
+        )
         if not keeps:
             raise ConversionError(
                 f"{name} changes what a block of deferred residuals adds to its stream, which nothing did when the "
@@ -55,7 +59,3 @@ def _drops_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
     training = given.get("training", given.get("train", True))
     return not training or given.get("p", 0.5) == 0
-
-
-def _is_one(name: str, args: tuple[Any, ...]) -> bool:
-    return name in _FACTORS and any(isinstance(factor, int | float) and factor == 1 for factor in args)

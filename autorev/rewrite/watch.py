@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_place
 from autorev.detect.ends import replace_leaf
-from autorev.detect.stream import FURTHER_OPERANDS, ONTO_FIRST
+from autorev.detect.sums import FURTHER_OPERANDS, ONTO_FIRST
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.replay import Replay
 from autorev.engine.step import Branch, Step
