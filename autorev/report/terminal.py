@@ -97,7 +97,7 @@ def _table(table: doc.Table, console: Console) -> RenderableType:
     heads = [head if "\n" in head else head.replace(" ", "\n", 1) for head in heads]
     heads = [head if "\n" in head or not any("\n" in h for h in heads) else f"\n{head}" for head in heads]
     made = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=bool(bars), header_style="dim")
-    made.add_column(heads[0], max_width=max(13, min(24, console.width // 5 - 2)) if bars else 34)
+    made.add_column(heads[0], max_width=max(16, min(24, console.width // 5 - 2)) if bars else 34)
     for i, head in enumerate(heads[1:], 1):
         words = i in table.words or i in bars
         made.add_column(head, justify="left" if words else "right", ratio=1 if i in bars else None, no_wrap=not words)
