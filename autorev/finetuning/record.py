@@ -81,6 +81,8 @@ class Recipe:
     """nf4 or int8, which the weights were quantised to when they were loaded; None: they are as they were saved."""
     processes: int = 1
     """That train together, each with `batch` sequences in a pass."""
+    shard: str = "none"
+    """What they share out beside the rows: none, or fsdp: weights, gradients and the optimiser's states, by FSDP2."""
 
     def __post_init__(self) -> None:
         Optimizer.parse(self.optimizer)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from autorev.finetuning.evaluate import Logits, evaluate, logits_of
 from autorev.finetuning.progress import Told
 from autorev.finetuning.record import FILE, HELD_OUT, ChainState, Evaluation, FineTuning, Logged
 from autorev.finetuning.setup import Setup
+from autorev.finetuning.sharded import ShardedFineTuner
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.in_place import NotApplicable, in_place
@@ -136,7 +138,12 @@ class Run:
         together = [Agreeing()] if world.size() > 1 else []
         optimizer = Optimizer.parse(recipe.optimizer)
         optim, made = trainer_options(optimizer, recipe.learning_rate)
-        self.trainer = trainer = FineTuner(
+        fine_tuner: Any = FineTuner
+        if recipe.shard == "fsdp":
+            blocks = [self.found.model.get_submodule(path) for path in self.found.blocks.paths]
+            fine_tuner = partial(ShardedFineTuner, blocks=blocks)
+        trainer: FineTuner
+        self.trainer = trainer = fine_tuner(
             model=self.model,
             args=TrainingArguments(
                 output_dir=str(self.folder),
@@ -225,33 +232,43 @@ class Run:
         kept = tuple(e for e in self.record.evaluations if e.step < steps)
         found = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
         self.record = world.gathered(found)[0]
-        world.first(self._write_all)
+        self._write_all()
         return self.record
 
     # --
 
     def _write_all(self) -> None:
         """The model, and last the record, which says that it is there."""
-        assert self.trainer is not None
+        trainer = self.trainer
+        assert trainer is not None
         part = part_of(self.folder) / "model"
         try:
-            clear_parts(self.folder)
-            self.trainer.save_model(str(part))
-            self.found.tokenizer.save_pretrained(part)
-            for name in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
-                (part / name).unlink(missing_ok=True)
-            shutil.copy(self.folder / HELD_OUT, part)
-            move_in(self.folder, self.trainer.mark(part))
+            world.first(lambda: clear_parts(self.folder))
+            world.each(lambda: trainer.save_model(str(part)))  # all, where each has but a part of the weights
+            world.first(lambda: self._complete(part))
         except Exception as error:  # safetensors and the system each have their own for a full disk
             why = message_of(error)
             raise TrainingError(
-                f"the trained model could not be written to {self.folder} ({why}). {self.trainer.last_good()} Free "
+                f"the trained model could not be written to {self.folder} ({why}). {trainer.last_good()} Free "
                 "some space, and go on with `resume`"
             ) from error
         finally:
-            clear_parts(self.folder)
+            if world.rank() == 0:
+                clear_parts(self.folder)
+        world.first(self._put_away)
+
+    def _complete(self, part: Path) -> None:
+        """The model that lies in the parts is moved to its place, with what belongs to it."""
+        assert self.trainer is not None
+        self.found.tokenizer.save_pretrained(part)
+        for name in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
+            (part / name).unlink(missing_ok=True)
+        shutil.copy(self.folder / HELD_OUT, part)
+        move_in(self.folder, self.trainer.mark(part))
+
+    def _put_away(self) -> None:
+        """Not before the record says that nobody needs them, the checkpoints."""
         self.record.write(self.folder / FILE)
-        # Not before the record says that nobody needs them.
         for checkpoint in checkpoints_of(self.folder, self.record.run):
             discard(checkpoint)
 
