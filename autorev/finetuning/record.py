@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp
 from statistics import median
+from typing import Any
 
 from autorev.analysis import ModelInfo
 from autorev.methods import Method
@@ -134,6 +135,18 @@ class Logged:
     """The part of the loss that the text makes, with distillation."""
     divergence: float | None = None
     """KL(original, model) of the step's batch, with distillation."""
+
+    @classmethod
+    def from_history(cls, row: dict[str, Any]) -> Logged:
+        """Of a row of the Trainer's `log_history`, with what was logged beside."""
+        names = ("seconds", "tokens", "drift", "gamma", "side_bits", "peak_bytes", "cross_entropy", "divergence")
+        return cls(
+            step=row["step"],
+            loss=float(row["loss"]),
+            learning_rate=float(row["learning_rate"]),
+            gradient_norm=None if row.get("grad_norm") is None else float(row["grad_norm"]),
+            **{name: row.get(name) for name in names},
+        )
 
 
 @dataclass(frozen=True, slots=True)

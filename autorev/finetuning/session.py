@@ -27,7 +27,6 @@ from autorev.conversion.recouple import recouple
 from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
-from autorev.engine.mode import ORIGINAL, running
 from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, is_out_of_memory, message_of
 from autorev.finetuning import world
 from autorev.finetuning.agreeing import Agreeing
@@ -43,7 +42,7 @@ from autorev.finetuning.checkpoints import (
     part_of,
     step_of,
 )
-from autorev.finetuning.evaluate import Logits, evaluate, logits_of
+from autorev.finetuning.evaluate import evaluate, logits_of, vanilla_logits
 from autorev.finetuning.progress import Told
 from autorev.finetuning.record import FILE, HELD_OUT, ChainState, Evaluation, FineTuning, Logged
 from autorev.finetuning.setup import Setup
@@ -52,10 +51,9 @@ from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.in_place import NotApplicable, in_place
 from autorev.integrations.optimizers import trainer_options
-from autorev.integrations.peft import lora_config, wrap
+from autorev.integrations.peft import wrap
 from autorev.models.load import load_model
 from autorev.optimizers import Optimizer
-from autorev.profiler.passes.prepare import linear_layers
 from autorev.records import write_whole
 
 Progress = Callable[[str, float], None]
@@ -83,7 +81,7 @@ class Run:
         except NotApplicable as error:
             raise SettingError(f"{record.model.name} cannot be trained as {record.method.title}: {error}") from None
         if recipe.lora_rank is not None:
-            self.model = _with_adapters(self.model, self.found, recipe.lora_rank)
+            self.model = wrap(self.model, self.found.adapters(recipe.lora_rank))
             if recipe.distill_weight:
                 self.teacher = Teacher.within(self.model)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -276,7 +274,7 @@ class Run:
         """The record, with what the trainer has logged so far."""
         assert self.trainer is not None
         history = self.trainer.state.log_history
-        logged = tuple(_logged(row) for row in history if "loss" in row)
+        logged = tuple(Logged.from_history(row) for row in history if "loss" in row)
         found = {row["step"]: row for row in history if "eval_loss" in row}
         later = tuple(
             Evaluation(step, row["eval_loss"], row.get("eval_standard_error")) for step, row in sorted(found.items())
@@ -346,29 +344,3 @@ def chain_states(model: nn.Module) -> tuple[ChainState, ...]:
         )
         for chain in chains_of(model)
     )
-
-
-def vanilla_logits(model: nn.Module) -> Logits:
-    """`model` with its weights as they are, in the plain architecture."""
-    logits = logits_of(model)
-
-    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with running(ORIGINAL):
-            return logits(batch)
-
-    return run
-
-
-def _logged(row: dict[str, Any]) -> Logged:
-    names = ("seconds", "tokens", "drift", "gamma", "side_bits", "peak_bytes", "cross_entropy", "divergence")
-    return Logged(
-        step=row["step"],
-        loss=float(row["loss"]),
-        learning_rate=float(row["learning_rate"]),
-        gradient_norm=None if row.get("grad_norm") is None else float(row["grad_norm"]),
-        **{name: row.get(name) for name in names},
-    )
-
-
-def _with_adapters(model: nn.Module, found: Setup, rank: int) -> nn.Module:
-    return wrap(model, lora_config(linear_layers(model, found.blocks), rank, task_type="CAUSAL_LM"))
