@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -226,8 +227,12 @@ class _Maker:
         return call
 
     def made(self, name: str) -> torch.Tensor:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
         if name in IDS:
-            return self.tokens(name=name)
+            # Models look for where in a text its picture stands.
+            with unset_fake_temporarily() if self.shown is not None else nullcontext():
+                return self.tokens(name=name)
         if name in FLOATING:
             return self.noise(FLOATING[name](self.config))
         return self.whole(WHOLE[name](self.config, self.length))
@@ -246,9 +251,11 @@ class _Maker:
     def illustrated(self, call: dict[str, Any], shown: Picture, accepted: frozenset[str]) -> dict[str, Any]:
         """What changes in a call of text alone when a picture stands in front of the text."""
         import torch
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-        ids = torch.tensor([shown.ids], device=self.device).repeat(self.batch, 1)
-        ids = torch.cat([ids, call["input_ids"]], dim=1)
+        with unset_fake_temporarily():
+            ids = torch.tensor([shown.ids], device=self.device).repeat(self.batch, 1)
+            ids = torch.cat([ids, call["input_ids"]], dim=1)
         kinds = kinds_of_tokens(accepted, shown, self.batch, call["input_ids"].shape[1])
         changed = {**shown.inputs, **kinds, "input_ids": ids}
         if "labels" in call:
@@ -278,10 +285,18 @@ class _Maker:
         if name.endswith("ForSemanticSegmentation"):
             return self.integers(self.config.num_labels, pixels(self.config)[-2:])
         if name.endswith("ForCTC"):
-            return self.tokens(_LABEL_TOKENS)
+            return self.transcript()
         if (each := rows("decoder_input_ids", self.config)) > 1:
             return self.tokens(name="decoder_input_ids").view(self.batch, each, -1).mT
         return self.tokens() if has_sequence(self.config, self.model_cls) else None
+
+    def transcript(self) -> torch.Tensor:
+        """Tokens of which none is special, and no two that follow one another are the same: known ones, as the loss
+        leaves out what is padding."""
+        count = text_config(self.config).vocab_size
+        special = _special_tokens(self.config, count)
+        plain = [token for token in range(min(count, _LABEL_TOKENS + len(special))) if token not in special] or [0]
+        return self.whole([plain[number % len(plain)] for number in range(_LABEL_TOKENS)])
 
     def classes(self) -> torch.Tensor:
         """One class per sample, in the form that the config's loss reads."""

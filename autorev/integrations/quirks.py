@@ -16,8 +16,8 @@ Two more things are about pictures in a text:
 
 - `torch_compilable_check` asks whether there are as many places for a picture in the text as there are pieces of it.
   Calls that autorev makes are so, and a fake tensor is believed.
-- How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over. Where it is a real
-  one, it stays real, with whatever is computed from it alone.
+- How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over: see
+  `known_numbers`.
 
 And one is torch's: a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
 weights with their copies, which torch refuses of tensors that anybody watches. Where nothing changes, nothing is done.
@@ -28,14 +28,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autorev.hush import logs_hushed, warnings_hushed
+from autorev.integrations.known_numbers import known_numbers_stay
 from autorev.patching import patched_here
 
 
@@ -57,7 +58,7 @@ def quirks() -> Iterator[None]:
                 stack.enter_context(patched_here(module, name, replace))
         stack.enter_context(patched_here(nn.Module, "_apply", fake_weights_replaced))
         stack.enter_context(quiet())
-        stack.enter_context(real_numbers_stay())
+        stack.enter_context(known_numbers_stay())
         yield
 
 
@@ -119,25 +120,6 @@ def _fake_ones_are_believed(original: Any) -> Any:
             original(error, condition, *message)
 
     return check
-
-
-@contextmanager
-def real_numbers_stay() -> Iterator[None]:
-    """While it lasts, what is computed under fake tensors from real ones of whole numbers alone is real."""
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._pytree import tree_leaves
-
-    class RealNumbers(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if args and isinstance(args[0], FakeTensor):  # most of the time; nothing is looked for among the others
-                return func(*args, **(kwargs or {}))
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            real = bool(tensors) and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors)
-            with unset_fake_temporarily() if real else nullcontext():
-                return func(*args, **(kwargs or {}))
-
-    with RealNumbers():
-        yield
 
 
 def _one_text_per_row(original: Any) -> Any:
