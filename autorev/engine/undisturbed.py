@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autorev.capture.generators import set_generator
 from autorev.engine.digest import looked_at
 from autorev.engine.modules import (
     SHARDED,
@@ -18,7 +19,6 @@ from autorev.engine.modules import (
     is_fake,
     put_back,
     same_entries,
-    set_generator,
 )
 from autorev.engine.surroundings import RandomStates, devices_of
 

@@ -1,4 +1,4 @@
-"""For a `transformers` config: which class trains it, and an example call of that class.
+"""An example call of a class of `transformers` models, for a config.
 
 Nothing is downloaded and no tokeniser is needed: the call holds random token ids, images or sound of the
 right shapes, and the labels that make the model return a loss. Under fake tensors nothing is allocated; with
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import ModelBuildError, one_line
+from autorev.errors import ModelBuildError
 from autorev.integrations.accelerate import execution_device
 from autorev.integrations.asked import takes
 from autorev.integrations.inputs import FLOATING, IDS, WHOLE, pixels, rows, text_config
@@ -26,28 +26,6 @@ if TYPE_CHECKING:
 
     from autorev.workload import Call
 
-# Searched in this order: a CLIP is trained on pairs and a BERT to fill gaps, though the one is also an image
-# classifier and the other also a causal model. `MODEL_MAPPING_NAMES` holds the headless classes.
-_TASKS = (
-    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_CTC_MAPPING_NAMES",
-    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
-    "MODEL_MAPPING_NAMES",
-)
-
-_OWN = (
-    *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"),
-    *("AutoModelForSequenceClassification", "AutoModel"),
-)
-"""What a config's own code is searched for, in this order."""
-
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 _AFTER_PADDING = "create_position_ids_from_input_ids"
@@ -58,50 +36,6 @@ _NO_LABEL = -100
 """What losses leave out."""
 _LABEL_TOKENS = 8
 """Length of a transcript, which must be shorter than the sound's frames."""
-
-
-def model_class(config: Any, code_from: str | None = None) -> type[Any]:
-    """The class to build for `config`: the one it names, else its type's usual class with a training loss.
-
-    `code_from`: the folder or hub id whose own code may run, where the config names some; None: none may.
-
-    Raises:
-        ModelBuildError: this `transformers` has no model of the config's type, or its own code has none.
-    """
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    if code_from is not None and isinstance(getattr(config, "auto_map", None), dict):
-        return _own_class(config.auto_map, code_from)
-    named = list(getattr(config, "architectures", None) or [])
-    first = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"] if getattr(config, "is_decoder", False) else []
-    tasks = [*first, *(["MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"] if mixes_in_tokens(config) else []), *_TASKS]
-    for task in tasks:
-        classes = getattr(modeling_auto, task, {}).get(config.model_type, ())
-        named += [classes] if isinstance(classes, str) else list(classes)
-    for name in named:
-        found = getattr(transformers, name, None)
-        if not (isinstance(found, type) and hasattr(found, "main_input_name")):
-            continue
-        if isinstance(config, getattr(found, "config_class", None) or object):  # else it is of a part of the model
-            return found
-    raise ModelBuildError(
-        f"transformers {transformers.__version__} has no model of type {config.model_type!r}; "
-        "install a version that has it, or write a function that builds it and give package.module:function"
-    )
-
-
-def _own_class(auto_map: dict[str, str], code_from: str) -> type[Any]:
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    name = next((name for name in _OWN if name in auto_map), None)
-    if name is None:
-        raise ModelBuildError(f"{code_from} brings code of its own and no model in it ({', '.join(auto_map)})")
-    try:
-        found: type[Any] = get_class_from_dynamic_module(auto_map[name], code_from)
-    except Exception as error:  # code of others
-        raise ModelBuildError(f"the code of {code_from} cannot be imported: {one_line(error)}") from error
-    return found
 
 
 def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | None) -> Call:
@@ -186,6 +120,8 @@ class _Maker:
     dtype: torch.dtype
     device: torch.device
     live: bool
+    upright: bool = False
+    """A spectrum's bins come before its frames; which way round it is, no config says."""
 
     def keywords(self) -> dict[str, Any]:
         """Every input that is known, where the model takes them together; else those that it cannot do without."""
@@ -202,7 +138,12 @@ class _Maker:
             )
         needed = [name for name in known if name in self.needed]
         choices = [known, [*known, "attention_mask"], needed] if known != needed or self.shown else []
-        return self.call_of(next((names for names in choices if self.taken(names)), known))
+        spectrum = [name for name in known if name == "input_features"]
+        for maker in (self, *(replace(self, upright=True) for _ in spectrum)):
+            for names in choices or ([known] if spectrum else []):
+                if maker.taken(names):
+                    return maker.call_of(names)
+        return self.call_of(known)
 
     @property
     def needed(self) -> set[str]:
@@ -234,14 +175,15 @@ class _Maker:
             with unset_fake_temporarily() if self.shown is not None else nullcontext():
                 return self.tokens(name=name)
         if name in FLOATING:
-            return self.noise(FLOATING[name](self.config))
+            shape = FLOATING[name](self.config)
+            return self.noise(shape[::-1] if self.upright and name == "input_features" else shape)
         return self.whole(WHOLE[name](self.config, self.length))
 
     def taken(self, names: Sequence[str]) -> bool:
         """Does the model run on these inputs?"""
         import torch
 
-        key = self.model_cls, self.config.to_json_string(), *names, self.live
+        key = self.model_cls, self.config.to_json_string(), *names, self.live, self.upright
         if key not in _taken:
             alike = replace(self, batch=2, sequence=self.length, device=torch.device("cpu"))
             alike = replace(alike, dtype=torch.get_default_dtype())

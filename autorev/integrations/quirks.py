@@ -19,7 +19,9 @@ Two more things are about pictures in a text:
 - How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over: see
   `known_numbers`.
 
-And one is torch's: a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
+Two are torch's. `ctc_loss` has to know how long each text is before it can tell what it keeps for backward: beside the
+logarithms of the probabilities, which its stand-in keeps too, a table of as many steps by twice the text's length. And
+a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
 weights with their copies, which torch refuses of tensors that anybody watches. Where nothing changes, nothing is done.
 """
 
@@ -50,6 +52,7 @@ def quirks() -> Iterator[None]:
         ("transformers.masking_utils", "find_packed_sequence_indices", _one_text_per_row),
         ("transformers.integrations.moe", "_can_use_grouped_mm", _grouped_only_where_it_can_be_faked),
         ("torch", "_check_tensor_all_with", _fake_ones_are_believed),
+        ("torch.nn.functional", "ctc_loss", _keeps_what_ctc_keeps),
     )
     with ExitStack() as stack:
         for module_name, name, replace in places:
@@ -120,6 +123,15 @@ def _fake_ones_are_believed(original: Any) -> Any:
             original(error, condition, *message)
 
     return check
+
+
+def _keeps_what_ctc_keeps(original: Any) -> Any:
+    def ctc_loss(log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(log_probs, FakeTensor):
+            return cast(torch.Tensor, original(log_probs, *args, **kwargs))
+        return log_probs.square().mean()
+
+    return ctc_loss
 
 
 def _one_text_per_row(original: Any) -> Any:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError, one_line
-from autorev.integrations.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
+from autorev.integrations.example_call import example_call, has_images, has_sequence, sequence_limit
 from autorev.integrations.inputs import text_config
+from autorev.integrations.model_class import model_class
 from autorev.integrations.pictures import picture
 from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
@@ -55,6 +56,10 @@ def config_workload(
                 built: torch.nn.Module = model_cls._from_config(copy.deepcopy(config), dtype=dtype)
         except AutorevError:
             raise
+        except ImportError as error:  # it is for `transformers` to say of what
+            raise ModelBuildError(
+                f"{model_cls.__name__} cannot be built: {one_line(error)}; install what it needs"
+            ) from error
         except Exception as error:
             raise ModelBuildError(
                 f"{model_cls.__name__} cannot be built from {source}: {one_line(error)}; correct the config"

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import autorev
 from autorev.cli.group import main
-from autorev.integrations.example_call import model_class
+from autorev.integrations.model_class import model_class
 from autorev.models.from_config import config_workload
 from autorev.pipeline import prepare
 
@@ -72,6 +72,12 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"text_config": TEXT, "projection_dim": 32, "prompt_num_attention_heads": 4}
         | {"vision_config": {**IMAGE, "num_frames": 2, "mit_hidden_size": 32, "mit_intermediate_size": 64}},
         {"input_ids": (2, 8), "pixel_values": (2, 2, 3, 32, 32)},
+    ),
+    "tvp": (
+        {**TEXT, "num_frames": 2, "max_img_size": 64, "visual_prompt_size": 8}
+        | {"backbone_config": {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32]}}
+        | {"depths": [1, 1]},
+        {"input_ids": (2, 8), "pixel_values": (2, 2, 3, 64, 64)},
     ),
     "blip-2": (QUERIES, {"input_ids": (2, 12), "pixel_values": (2, 3, 32, 32), "labels": (2, 12)}),
     "instructblip": (

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig
 
 import autorev
-from autorev.integrations.example_call import example_call_for, model_class
+from autorev.integrations.example_call import example_call_for
+from autorev.integrations.model_class import model_class
 from autorev.models.from_config import config_workload
 from autorev.pipeline import prepare
 
