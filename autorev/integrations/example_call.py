@@ -8,7 +8,7 @@ real ones the values are valid, and the caller's random numbers are left alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,6 +47,14 @@ def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | 
 
     maker = _Maker(config, model_cls, batch, sequence, torch.get_default_dtype(), torch.device("cpu"), live=False)
     return (), maker.keywords()
+
+
+def picture_in(config: Any, model_cls: type[Any]) -> Picture | None:
+    """The picture that each sample of an example call has."""
+    import torch
+
+    maker = _Maker(config, model_cls, 1, None, torch.get_default_dtype(), torch.device("cpu"), live=False)
+    return maker.settled[0].shown
 
 
 def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
@@ -122,8 +130,16 @@ class _Maker:
     live: bool
     upright: bool = False
     """A spectrum's bins come before its frames; which way round it is, no config says."""
+    pictured: bool = True
+    """With a picture, where the model reads one."""
 
     def keywords(self) -> dict[str, Any]:
+        """The call's arguments."""
+        maker, names = self.settled
+        return maker.call_of(names)
+
+    @cached_property
+    def settled(self) -> tuple[_Maker, Sequence[str]]:
         """Every input that is known, where the model takes them together; else those that it cannot do without."""
         accepted = _accepted(self.model_cls)
         known = [name for name in (*IDS, *FLOATING, *WHOLE) if name in accepted and name != "attention_mask"]
@@ -137,13 +153,21 @@ class _Maker:
                 "write a function that returns (model, args, kwargs) and give package.module:function"
             )
         needed = [name for name in known if name in self.needed]
-        choices = [known, [*known, "attention_mask"], needed] if known != needed or self.shown else []
-        spectrum = [name for name in known if name == "input_features"]
-        for maker in (self, *(replace(self, upright=True) for _ in spectrum)):
-            for names in choices or ([known] if spectrum else []):
+        if known == needed and self.shown is None and "input_features" not in known:
+            return self, known
+        for maker in self.ways(known):
+            for names in (known, [*known, "attention_mask"], needed):
                 if maker.taken(names):
-                    return maker.call_of(names)
-        return self.call_of(known)
+                    return maker, names
+        return self, known
+
+    def ways(self, known: Sequence[str]) -> Iterator[_Maker]:
+        """This one, and others that are asked when the model does not take what this one makes."""
+        yield self
+        if "input_features" in known:
+            yield replace(self, upright=True)
+        if self.shown is not None and not self.live:
+            yield replace(self, pictured=False)
 
     @property
     def needed(self) -> set[str]:
@@ -183,7 +207,7 @@ class _Maker:
         """Does the model run on these inputs?"""
         import torch
 
-        key = self.model_cls, self.config.to_json_string(), *names, self.live, self.upright
+        key = self.model_cls, self.config.to_json_string(), *names, self.live, self.upright, self.pictured
         if key not in _taken:
             alike = replace(self, batch=2, sequence=self.length, device=torch.device("cpu"))
             alike = replace(alike, dtype=torch.get_default_dtype())
@@ -200,7 +224,7 @@ class _Maker:
             ids = torch.cat([ids, call["input_ids"]], dim=1)
         kinds = kinds_of_tokens(accepted, shown, self.batch, call["input_ids"].shape[1])
         changed = {**shown.inputs, **kinds, "input_ids": ids}
-        if "labels" in call:
+        if "labels" in call and "decoder_input_ids" not in call:
             blank = torch.full((self.batch, len(shown.ids)), _NO_LABEL, device=self.device)
             changed["labels"] = torch.cat([blank, call["labels"]], dim=1)
         # What is where it should be is not touched: under fake tensors, some of it is real.
@@ -271,7 +295,7 @@ class _Maker:
     @cached_property
     def shown(self) -> Picture | None:
         """The picture in front of the text."""
-        return picture(self.config, self.model_cls, self.batch, self.drawn, self.live)
+        return picture(self.config, self.model_cls, self.batch, self.drawn, self.live) if self.pictured else None
 
     def whole(self, row: list[Any]) -> torch.Tensor:
         """Whole numbers, the same for each sample, and known also where other values are not: models loop by them."""
