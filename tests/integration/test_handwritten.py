@@ -52,6 +52,7 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
     "subtracting": (lambda: hand.stack_of(hand.Subtracting), TOKENS, [("blocks", [TWO] * 3)]),
     "dropping": (lambda: hand.stack_of(hand.Dropping), TOKENS, [("blocks", [TWO] * 3)]),
     "flattening": (lambda: hand.stack_of(hand.Flattening), TOKENS, [("blocks", [TWO] * 3)]),
+    "first token apart": (lambda: hand.stack_of(hand.FirstTokenApart), TOKENS, [("blocks", [TWO] * 3)]),
     "by keyword": (lambda: hand.KeywordStack(*blocks(hand.KeywordOnly, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "tuple": (lambda: hand.TakingApart(*blocks(hand.WithTuple, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "dataclass": (lambda: hand.TakingApart(*blocks(hand.WithDataclass, 3)), TOKENS, [("blocks", [TWO] * 3)]),
