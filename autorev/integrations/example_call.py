@@ -34,6 +34,8 @@ rows then serves 512 tokens."""
 
 _NO_LABEL = -100
 """What losses leave out."""
+_SHORT = 8
+"""Tokens of the text in a call that the model is only asked about."""
 _LABEL_TOKENS = 8
 """Length of a transcript, which must be shorter than the sound's frames."""
 
@@ -209,7 +211,7 @@ class _Maker:
 
         key = self.model_cls, self.config.to_json_string(), *names, self.live, self.upright, self.pictured
         if key not in _taken:
-            alike = replace(self, batch=2, sequence=self.length, device=torch.device("cpu"))
+            alike = replace(self, batch=2, sequence=min(self.length, _SHORT), device=torch.device("cpu"))
             alike = replace(alike, dtype=torch.get_default_dtype())
             _taken[key] = takes(self.config, self.model_cls, lambda: alike.call_of(names), self.live)
         return _taken[key]
@@ -224,7 +226,7 @@ class _Maker:
             ids = torch.cat([ids, call["input_ids"]], dim=1)
         kinds = kinds_of_tokens(accepted, shown, self.batch, call["input_ids"].shape[1])
         changed = {**shown.inputs, **kinds, "input_ids": ids}
-        if "labels" in call and "decoder_input_ids" not in call:
+        if "labels" in call and not getattr(self.config, "is_encoder_decoder", False):  # which has a text of its own
             blank = torch.full((self.batch, len(shown.ids)), _NO_LABEL, device=self.device)
             changed["labels"] = torch.cat([blank, call["labels"]], dim=1)
         # What is where it should be is not touched: under fake tensors, some of it is real.

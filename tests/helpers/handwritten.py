@@ -191,7 +191,7 @@ class FirstTokenCut(Parts):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rest = x[:, 1:] + self.attention(self.norm1(x[:, 1:]))
-        x = torch.cat((x[:, :1].detach(), rest), 1)  # here: not-residual
+        x = torch.cat((x[:, :1].detach(), rest), 1)
         return x + self.mlp(self.norm2(x))
 
 

@@ -262,7 +262,7 @@ def test_a_refusal_names_the_line(name: str) -> None:
         assert split(block.reasons[0]) in {(code, line) for line in marked_lines(where, code)}
 
 
-@pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating])
+@pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])
 def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
     """Nothing is made up where no block adds its input to something."""
     analysis = analyze(hand.stack_of(block), TOKENS)
