@@ -75,7 +75,7 @@ def _slice_of(node: fx.Node, stream: Stream, axis: int) -> tuple[fx.Node, int] |
         if root in stream.cats or storage_of(whole) != storage_of(value) or not _views(node, root):
             continue
         same = [n for n in range(value.dim()) if n != axis] if whole.dim() == value.dim() else []
-        offset, rest = divmod(value.storage_offset() - whole.storage_offset(), whole.stride(axis) or 1)
+        offset, rest = divmod(int(value.storage_offset() - whole.storage_offset()), whole.stride(axis) or 1)
         strides = all(value.stride(n) == whole.stride(n) for n in range(value.dim()) if value.shape[n] > 1)
         if same and strides and not rest and all(value.shape[n] == whole.shape[n] for n in same):
             return root, offset

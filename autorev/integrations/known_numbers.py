@@ -65,7 +65,7 @@ def _at_most(function: Any, tensors: list[torch.Tensor]) -> int:
     shapes = [tensor.shape for tensor in tensors]
     if not _has(function, _OUTER):
         try:
-            return torch.broadcast_shapes(*shapes).numel()
+            return math.prod(torch.broadcast_shapes(*shapes))
         except RuntimeError:
             return sum(shape.numel() for shape in shapes)
     return math.prod(shape.numel() for shape in shapes)

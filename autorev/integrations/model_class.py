@@ -87,7 +87,7 @@ def _beside(config: Any) -> type[Any] | None:
         beside = vars(importlib.import_module(module))
     except ImportError:
         return None
-    made_for_it = [
+    made_for_it: list[type[Any]] = [
         found
         for name, found in beside.items()
         if isinstance(found, type)
@@ -95,4 +95,4 @@ def _beside(config: Any) -> type[Any] | None:
         and found.__module__ == module
         and not name.endswith("PreTrainedModel")
     ]
-    return min(made_for_it, key=lambda found: "labels" not in found.forward.__annotations__, default=None)
+    return min(made_for_it, key=lambda found: "labels" not in vars(found).get("forward", found).__annotations__, default=None)
