@@ -9,7 +9,6 @@ run leaves no trace. What cannot be put back (the values of a parameter) is comp
 from __future__ import annotations
 
 import copy
-import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from autorev.capture.generators import KINDS, generator_state, set_generator, shared_generators
 from autorev.engine.digest import WHOLE
 from autorev.engine.owned import PARTITIONED, Owned, is_zero
 
@@ -47,7 +47,7 @@ class _Held:
     """Torch's own dicts as copies; other containers as copies down to their leaves."""
     containers: set[str]
     generators: list[tuple[Any, Any]] = field(default_factory=list)
-    """Random generators of its own, with their states."""
+    """Random generators that it draws from, with their states."""
 
 
 class ModuleStates:
@@ -128,20 +128,18 @@ class ModuleStates:
             held.attributes[key] = value
             if kind in (int, float, bool, str, type(None)):
                 continue
-            if isinstance(value, torch.Generator):
-                held.generators.append((value, value.get_state()))
-            elif isinstance(value, random.Random):
-                held.generators.append((value, value.getstate()))
-            elif isinstance(value, np.random.Generator):
-                held.generators.append((value, copy.deepcopy(value.bit_generator.state)))
-            elif isinstance(value, np.random.RandomState):
-                held.generators.append((value, value.get_state()))
+            if isinstance(value, KINDS):
+                held.generators.append((value, generator_state(value)))
             elif isinstance(value, torch.Tensor):
                 # With its history, what an earlier pass left here would hold on to all that came before it.
                 held.attributes[key] = value if value.is_leaf else without_history(value)
                 self._own(f"{path}.{key}", value, partial(_itself, home), key)
             elif isinstance(thing, nn.Module) and _is_record(value) and id(value) not in self.seen:
                 self.hold(value, f"{path}.{key}")
+        for generator in shared_generators(type(thing)) if isinstance(thing, nn.Module) else ():
+            if id(generator) not in self.seen:  # modules of one class share it: how it was before the first of them ran
+                self.seen.add(id(generator))
+                held.generators.append((generator, generator_state(generator)))
         self.held.append(held)
         for key, parameter in thing._parameters.items() if isinstance(thing, nn.Module) else ():
             if _says_more(parameter) and id(parameter) not in self.seen:
@@ -164,7 +162,7 @@ class ModuleStates:
                 stack.callback(put_back, held.home, dict(held.home))
                 _restore(held, fresh)
                 for generator, state in held.generators:
-                    stack.callback(set_generator, generator, _generator_state(generator))
+                    stack.callback(set_generator, generator, generator_state(generator))
                     set_generator(generator, state)
             for where, name, value in self.updated:
                 home = where()  # the dict that is in place now: `_restore` may have put a copy there
@@ -268,21 +266,3 @@ def _is_record(value: Any) -> bool:
 def _says_more(parameter: Any) -> bool:
     """Is it of a class that keeps more than values: a quantised weight, whose layer may move its scales elsewhere?"""
     return parameter is not None and type(parameter).__module__.partition(".")[0] not in _MACHINERY
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state()
-
-
-def set_generator(generator: Any, state: Any) -> None:
-    """Of torch's, Python's or numpy's kind."""
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
