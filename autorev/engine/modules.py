@@ -9,6 +9,7 @@ run leaves no trace. What cannot be put back (the values of a parameter) is comp
 from __future__ import annotations
 
 import ctypes
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ from autorev.engine.plain_data import (
 _ABSENT = object()
 TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 """Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
-_SIMPLE = (int, float, bool, str, type(None))
+_SIMPLE = frozenset({int, float, bool, str, type(None)})
+_DICTS = frozenset({dict, OrderedDict})
 _MOST = 1000
 """Modules and objects of one branch; more are those of a program that is reached from a module (its trainer's)."""
 SHARDED = "_is_fsdp_managed_module"
@@ -170,26 +172,30 @@ class ModuleStates:
         for key, value in home.items():
             if counted_by_zero(home, key):
                 continue
-            path_of = f"{path}.{key}"
-            if is_container(value):
+            kind = type(value)
+            if kind in _SIMPLE:
+                held.attributes[key] = value
+            elif key in TORCH_DICTS and kind in _DICTS:
                 held.containers.add(key)
-                held.attributes[key] = value.copy() if key in TORCH_DICTS else copied(value, self._copies)
-                for leaf in () if key in TORCH_DICTS else inside(value):
-                    self.hold_object(leaf, path_of)
-                continue
-            held.attributes[key] = value
-            if isinstance(value, torch.Tensor):
+                held.attributes[key] = value.copy()
+            elif is_container(value):
+                held.containers.add(key)
+                held.attributes[key] = copied(value, self._copies)
+                for leaf in inside(value):
+                    self.hold_object(leaf, path, key)
+            elif isinstance(value, torch.Tensor):
                 # With its history, what an earlier pass left here would hold on to all that came before it.
                 held.attributes[key] = value if value.is_leaf else without_history(value)
-                self._own(path_of, value, partial(_itself, home), key)
+                self._own(f"{path}.{key}", value, partial(_itself, home), key)
             else:
-                self.hold_object(value, path_of)
+                held.attributes[key] = value
+                self.hold_object(value, path, key)
         self.held.append(held)
         for key, parameter in thing._parameters.items() if isinstance(thing, nn.Module) else ():
             if says_more(parameter) and id(parameter) not in self.seen:
                 self.hold(parameter, f"{path}.{key}")
 
-    def hold_object(self, value: Any, path: str) -> None:
+    def hold_object(self, value: Any, path: str, key: str = "") -> None:
         """Write down what is none of torch's, where that is plain data or a random generator."""
         if type(value) in _SIMPLE or id(value) in self.seen or len(self.held) > _MOST:
             return
@@ -197,7 +203,7 @@ class ModuleStates:
             self.seen.add(id(value))
             self.generators.append((value, state_of(value)))
         elif is_record(value):
-            self.hold(value, path)
+            self.hold(value, f"{path}.{key}")
 
     def change(self) -> str | None:
         """The first parameter, buffer or tensor attribute that is not what it was, in words."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, set, deque})
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
 """Packages whose objects are no data that a forward reads its numbers from."""
@@ -50,7 +50,7 @@ def says_more(value: Any) -> bool:
 
 def inside(container: Any) -> Iterator[Any]:
     """The leaves of a container, and of those in it."""
-    if type(container) in (*_CONTAINERS, tuple) and len(container) <= _LARGE:
+    if (type(container) in _CONTAINERS or type(container) is tuple) and len(container) <= _LARGE:
         for item in container.values() if isinstance(container, dict) else container:
             yield from inside(item)
     else:

@@ -77,7 +77,7 @@ class ReversibleForward(CompilingReplacement):
         return super().own()
 
     def _refuse_transforms(self) -> None:
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             raise ConversionError(
                 f"{self.path} is reversible: a trace (torch.jit.trace, torch.onnx.export) holds operators, and neither "
                 "the checks between them nor a way back; call autorev.revert(model) first, or export a copy that is "

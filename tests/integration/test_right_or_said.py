@@ -337,3 +337,39 @@ def test_scripted_blocks_are_said(norm: Callable[[], nn.Module]) -> None:
     model = hand.Stack(*(torch.jit.script(Scriptable(norm())) for _ in range(3)))
     with pytest.raises(AutorevError, match=r"blocks\.0 was compiled by torch\.jit\.script"):
         autorev.convert(model, TOKENS)
+
+
+class Slots:
+    """What a block hands on to the next."""
+
+    __slots__ = ("latest",)
+
+    def __init__(self) -> None:
+        self.latest: torch.Tensor | None = None
+
+
+class HandingOn(hand.Parts):
+    """Writes to an object that it is given, and reads what the block before wrote."""
+
+    def forward(self, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        h = self.mlp(self.norm1(x))
+        if slots.latest is not None:
+            h = h + slots.latest
+        slots.latest = h
+        return x + h
+
+
+class HandedOn(hand.Stack):
+    """One object for all blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, slots = self.embedding(tokens), Slots()
+        for block in self.blocks:
+            x = block(x, slots)
+        return self.head(x)
+
+
+def test_an_object_with_slots_that_is_written_to_is_refused() -> None:
+    """As one with a `__dict__` is."""
+    with pytest.raises(ConversionError, match="argument-write: it changes its argument slots"):
+        autorev.convert(HandedOn(*(HandingOn() for _ in range(3))), TOKENS)

@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.scale, self.flag, self.table = 1.0, True, {"scale": 1.0}
         self.config, self.space = Numbers(), SimpleNamespace(scale=1.0)
         self.array, self.listed, self.schedule = np.ones(1), [SimpleNamespace(scale=1.0)], Schedule()
-        self.counted = np.zeros(1)
+        self.counted = np.zeros(())
         self.seen = 0
         self.history: list[int] = []
         self.counts: dict[str, int] = {"calls": 0}
@@ -169,7 +169,7 @@ def test_a_forward_leaves_its_traces_once(granularity: str, arithmetic: str) -> 
     """Counters, lists and dicts are after a step as after one of the plain model, and after `convert` as before it."""
 
     def traces(blocks: nn.Sequential) -> list[Any]:
-        return [(b.seen, b.history, b.counts, float(b.counted[0]), b.schedule.calls) for b in blocks]
+        return [(b.seen, b.history, b.counts, float(b.counted), b.schedule.calls) for b in blocks]
 
     model, plain, x = pair(False, arithmetic=arithmetic, granularity=granularity)
     assert traces(model) == [(0, [], {"calls": 0}, 0.0, 0)] * 4
