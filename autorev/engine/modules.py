@@ -8,7 +8,6 @@ run leaves no trace. What cannot be put back (the values of a parameter) is comp
 
 from __future__ import annotations
 
-import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from autorev.engine.digest import WHOLE, Digest, digest, looked_at, waited_for
+from autorev.capture.generators import generator_state, set_generator, shared_generators
+from autorev.engine.digest import WHOLE
+from autorev.engine.owned import PARTITIONED, Owned, is_zero
 from autorev.engine.plain_data import (
     copied,
     inside,
@@ -28,8 +29,6 @@ from autorev.engine.plain_data import (
     is_generator,
     is_record,
     says_more,
-    set_generator,
-    state_of,
     without_history,
 )
 
@@ -41,53 +40,8 @@ _DICTS = frozenset({dict, OrderedDict})
 _MOST = 1000
 """Modules and objects of one branch; more are those of a program that is reached from a module (its trainer's)."""
 SHARDED = "_is_fsdp_managed_module"
-PARTITIONED = "ds_id"
-"""Of a parameter that DeepSpeed's ZeRO-3 gathers for each use of its module and lets go of afterwards; and of the
-module."""
 _COURSE_OF_ZERO = ("ds_", "applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn")
 """How its attributes begin in which ZeRO-3 counts what is still to be gathered: a later run counts on."""
-
-
-@dataclass(eq=False)
-class Owned:
-    """A parameter or buffer as it was found."""
-
-    path: str
-    tensor: torch.Tensor
-    version: int
-    requires_grad: bool
-    address: int
-    values: Digest | None
-    wholly: bool
-    """Are all of its values looked at? Of all weights, twice a step, that would cost a tenth of it. Version counters
-    see ordinary writes, and where a branch is run again, what it returns tells, too."""
-
-    @classmethod
-    def found(cls, path: str, tensor: torch.Tensor, wholly: bool = False) -> Owned:
-        """`tensor` as it is now; of one with a history (a weight-normalised one) only its values are kept."""
-        kept = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
-        values = _values(tensor, wholly)
-        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), values, wholly)
-
-    def change(self) -> str | None:
-        """What has become of it, in words; None: it holds what it held."""
-        if version_of(self.tensor) != self.version:
-            return "was changed in place"
-        if _address(self.tensor) != self.address and not self._same_values():
-            return "was given other values through .data"
-        if not self._same_values():
-            return "was changed through .data"
-        return None
-
-    def _same_values(self) -> bool:
-        return self.values is None or _values(self.tensor, self.wholly) == self.values
-
-
-def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
-    """A GPU is not waited for: weights there are compared among what the branch saved."""
-    if not waited_for(tensor.device) or hasattr(tensor, PARTITIONED):
-        return None
-    return digest(tensor, exact=True, wholly=wholly)
 
 
 @dataclass(eq=False)
@@ -190,6 +144,8 @@ class ModuleStates:
             else:
                 held.attributes[key] = value
                 self.hold_object(value, path, key)
+        for generator in shared_generators(type(thing)) if isinstance(thing, nn.Module) else ():
+            self.hold_object(generator, path)  # as it was before the first module of its class ran
         self.held.append(held)
         for key, parameter in thing._parameters.items() if isinstance(thing, nn.Module) else ():
             if says_more(parameter) and id(parameter) not in self.seen:
@@ -201,7 +157,7 @@ class ModuleStates:
             return
         if is_generator(value):
             self.seen.add(id(value))
-            self.generators.append((value, state_of(value)))
+            self.generators.append((value, generator_state(value)))
         elif is_record(value):
             self.hold(value, f"{path}.{key}")
 
@@ -222,7 +178,7 @@ class ModuleStates:
                 stack.callback(put_back, held.home, dict(held.home))
                 _restore(held, fresh)
             for generator, state in self.generators:
-                stack.callback(set_generator, generator, state_of(generator))
+                stack.callback(set_generator, generator, generator_state(generator))
                 set_generator(generator, state)
             for where, name, value in self.updated:
                 home = where()  # the dict that is in place now: `_restore` may have put a copy there
@@ -273,38 +229,3 @@ def counted_by_zero(home: dict[str, Any], key: str) -> bool:
 def same_entries(a: Any, b: Any) -> bool:
     """Have two dicts the same keys, with the same objects behind them?"""
     return a is not None and len(a) == len(b) and all(a.get(key, _ABSENT) is value for key, value in b.items())
-
-
-def is_zero(parameter: torch.Tensor) -> bool:
-    """By a few of its elements."""
-    if not waited_for(parameter.device) or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
-        return not waited_for(parameter.device)  # and looking at all of it costs little there
-    if hasattr(parameter, PARTITIONED):
-        return True  # not to be seen before its module runs
-    if parameter.layout is not torch.strided or not parameter.numel():
-        return False
-    if parameter.is_contiguous() and any(ctypes.string_at(parameter.data_ptr(), parameter.element_size())[:-1]):
-        return False  # nearly always: a zero one's first element is zero, too; of -0.0, the last byte is not
-    few = parameter.detach()
-    while few.numel() > 64 and few.dim():
-        few = few[:: max(1, few.shape[0] // 4)][:4].flatten(0, 1) if few.dim() > 1 else few[:: few.shape[0] // 32]
-    return not bool(few.count_nonzero())
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often it was written to; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _address(tensor: torch.Tensor) -> int:
-    if is_fake(tensor):
-        return 0
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a subclass without memory of its own
-        return 0
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """Has it no values?"""
-    return tensor.is_meta or hasattr(tensor, "fake_mode")

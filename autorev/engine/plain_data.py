@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from autorev.capture.generators import KINDS
+
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, set, deque})
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
 """Packages whose objects are no data that a forward reads its numbers from."""
 _CODE = (nn.Module, FunctionType, ModuleType, functools.partial, type)
@@ -31,7 +31,7 @@ def is_container(value: Any) -> bool:
 
 def is_generator(value: Any) -> bool:
     """Of random numbers: torch's, Python's or numpy's kind?"""
-    return isinstance(value, _GENERATORS)
+    return isinstance(value, KINDS)
 
 
 def is_record(value: Any) -> bool:
@@ -97,22 +97,3 @@ def without_history(value: Any) -> Any:
     copies: dict[int, tuple[Any, Any]] = {}
     twin.__dict__.update({name: copied(held, copies) for name, held in vars(value).items()})
     return twin
-
-
-def state_of(generator: Any) -> Any:
-    """Of a random generator, for `set_generator`."""
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state()
-
-
-def set_generator(generator: Any, state: Any) -> None:
-    """Of torch's, Python's or numpy's kind."""
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)

@@ -10,16 +10,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from autorev.capture.generators import set_generator
 from autorev.engine.digest import looked_at
-from autorev.engine.modules import (
-    SHARDED,
-    TORCH_DICTS,
-    ModuleStates,
-    is_fake,
-    put_back,
-    same_entries,
-)
-from autorev.engine.plain_data import copied, is_generator, set_generator
+from autorev.engine.modules import SHARDED, TORCH_DICTS, ModuleStates, put_back, same_entries
+from autorev.engine.owned import is_fake
+from autorev.engine.plain_data import copied, is_generator
 from autorev.engine.surroundings import RandomStates, devices_of
 
 
