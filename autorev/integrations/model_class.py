@@ -95,4 +95,6 @@ def _beside(config: Any) -> type[Any] | None:
         and found.__module__ == module
         and not name.endswith("PreTrainedModel")
     ]
-    return min(made_for_it, key=lambda found: "labels" not in vars(found).get("forward", found).__annotations__, default=None)
+    return min(
+        made_for_it, key=lambda found: "labels" not in vars(found).get("forward", found).__annotations__, default=None
+    )
