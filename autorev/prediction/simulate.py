@@ -35,7 +35,7 @@ from autorev.prediction.layout import Layout, Site
 from autorev.prediction.tracker import MemoryTracker, Segment
 from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of
 from autorev.rewrite.replacement import installed
-from autorev.rewrite.tiled_forward import tiled_forwards
+from autorev.rewrite.tiled_forward import blocks_run_twice, tiled_forwards
 from autorev.workload import Call
 
 
@@ -96,7 +96,8 @@ def simulate(
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, as_long=False)
+            twice = blocks_run_twice(method, layout.chains, layout.stored, layout.refused)
+            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, False, twice)
             stack.enter_context(installed(tiled.forwards))
         host = HostStore()
         chains = Chains(twin, layout.chains, layout.stored, method, host)
