@@ -121,12 +121,13 @@ def kind_of(module: nn.Module, structure: Any) -> Any:
     """What a proof holds for, to be compared: the modules, how they are set, and how they are called."""
     leaves, spec = tree_flatten(structure)
     given = tuple(leaf.dim() if isinstance(leaf, torch.Tensor) else _set_to(leaf) for leaf in leaves)
-    plain = (*_PLAIN, FunctionType, BuiltinFunctionType)
-    held = (
-        (name, type(home), *((key, value) for key, value in vars(home).items() if isinstance(value, plain)))
-        for name, home in module.named_modules()
-    )
+    held = ((name, type(home), *_plain_of(home), *_plain_of(type(home))) for name, home in module.named_modules())
     return str(spec), given, tuple(held)
+
+
+def _plain_of(home: Any) -> Iterator[tuple[str, Any]]:
+    plain = (*_PLAIN, FunctionType, BuiltinFunctionType)
+    return ((key, value) for key, value in vars(home).items() if isinstance(value, plain) and key[:2] != "__")
 
 
 def _set_to(leaf: Any) -> Any:
@@ -231,6 +232,8 @@ def _computed(
     if not kept or result.shape[: axis + 1] != given[0].shape[: axis + 1]:
         raise MixesError("its result has no value for each position")
     _refuse_own_gradients(result, watch)
+    if causal and length > 1:  # autograd itself says whether what it saved was written to since
+        torch.autograd.grad(result, [tensor for tensor in given if tensor.requires_grad], torch.ones_like(result))
     return watch.computed, returned
 
 
@@ -244,7 +247,9 @@ def _one_tensor(result: Any) -> tuple[torch.Tensor, Any]:
 
 
 def _without_layout(computed: Computed) -> Computed:
-    return [(name, numbers) for name, numbers in computed if name not in LAYOUT]
+    """Products of matrices are by one operator or by another as their memory lies."""
+    alike = {"bmm": "mm", "baddbmm": "addmm"}
+    return [(alike.get(name, name), numbers) for name, numbers in computed if name not in LAYOUT]
 
 
 def _like(tensor: torch.Tensor, axis: int, length: int, alone: list[int]) -> torch.Tensor:

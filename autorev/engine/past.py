@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autorev.engine.autograd import apply
+from autorev.errors import ConversionError
 
 AXIS = -2
 """Of queries, keys and values: their positions."""
@@ -101,22 +102,38 @@ class _Attending(TorchFunctionMode):
     def __init__(self, extended: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.extended = extended
+        self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         attending = func is F.scaled_dot_product_attention
+        self.calls += attending
         return (self.attention if attending else func)(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        super().__exit__(*raised)
+        if raised[0] is None and self.calls != 1:
+            raise ConversionError(
+                f"a block whose attention is tiled called scaled_dot_product_attention {self.calls} times, and once "
+                "when it was analysed: it attends by other code now (`set_attn_implementation`); convert again"
+            )
+        return None
 
     def attention(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: None = None,
+        attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
-        is_causal: bool = True,
+        is_causal: bool = False,
         **how: Any,
     ) -> torch.Tensor:
-        """In the place of `scaled_dot_product_attention`, as it is called by modules of which it is proved how."""
+        """In the place of `scaled_dot_product_attention`."""
+        if attn_mask is not None or dropout_p or not (is_causal or query.shape[AXIS] == 1):
+            raise ConversionError(
+                "a block whose attention is tiled calls it with a mask, with dropout, or not causally, which it did "
+                "not when it was analysed; convert again"
+            )
         key, value = self.extended(0, key), self.extended(1, value)
         with _disable_current_modes():  # a bias is a tensor of a class of its own, which no mode can make
             bias = causal_lower_right(query.shape[AXIS], key.shape[AXIS])

@@ -79,7 +79,11 @@ def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
     past = tiling.past(inputs[0])
     for _, start, length in tiling.run(inputs[0]):
         tiles = [cut(x, tiling.axis, start, length).detach() for x in inputs]
-        with torch.set_grad_enabled(graph and past is not None), _in_a_tile(past and past.values(start)):
+        with (
+            hooks_of_others_off(),
+            torch.set_grad_enabled(graph and past is not None),
+            _in_a_tile(past and past.values(start)),
+        ):
             for tile, x in zip(tiles, inputs, strict=True):
                 tile.requires_grad_(x.requires_grad and torch.is_grad_enabled())
             tile = function(*tiles).detach()

@@ -1,5 +1,4 @@
-"""What stands in for the `forward` of a module that acts on each position alone, or attends causally: it runs it a tile
-at a time.
+"""What stands in for the `forward` of a module that is run a tile of positions at a time.
 
 A block that runs twice anyway is tiled as a whole where that can be, attention and all. In its place, and in blocks
 whose activations are stored, the parts of it that act on each position alone are: attention would run once more.
