@@ -232,7 +232,7 @@ def _computed(
     if not kept or result.shape[: axis + 1] != given[0].shape[: axis + 1]:
         raise MixesError("its result has no value for each position")
     _refuse_own_gradients(result, watch)
-    if causal and length > 1:  # autograd itself says whether what it saved was written to since
+    if causal and length == 2:  # autograd itself says whether what it saved was written to since
         torch.autograd.grad(result, [tensor for tensor in given if tensor.requires_grad], torch.ones_like(result))
     return watch.computed, returned
 

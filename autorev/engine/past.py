@@ -75,6 +75,7 @@ class Past:
 
     def _linked(self, start: int, which: int, mine: torch.Tensor) -> torch.Tensor:
         whole = self._room(which, mine)
+        seen: torch.Tensor
         self.tokens[which], seen = apply(_Extend, mine, self.tokens[which], [whole], start)
         return seen
 
@@ -110,7 +111,7 @@ class _Attending(TorchFunctionMode):
         return (self.attention if attending else func)(*args, **(kwargs or {}))
 
     def __exit__(self, *raised: Any) -> bool | None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if raised[0] is None and self.calls != 1:
             raise ConversionError(
                 f"a block whose attention is tiled called scaled_dot_product_attention {self.calls} times, and once "

@@ -82,7 +82,7 @@ def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling
         with (
             hooks_of_others_off(),
             torch.set_grad_enabled(graph and past is not None),
-            _in_a_tile(past and past.values(start)),
+            _in_a_tile(past.values(start) if past else None),
         ):
             for tile, x in zip(tiles, inputs, strict=True):
                 tile.requires_grad_(x.requires_grad and torch.is_grad_enabled())
@@ -152,7 +152,7 @@ class TiledCall:
             random = RandomStates(self.replay.devices) if self.replay.random is not None else None
             saved = SavedTensors(self.replay.path, comparison, self.replay.modules)
             saved.made_by(partial(self.again, number))
-            with saved.dropped(), _in_a_tile(past and past.first(start)):
+            with saved.dropped(), _in_a_tile(past.first(start) if past else None):
                 tile = self.function(*tiles)
             if random is not None:
                 random.keep_moved()
@@ -188,7 +188,7 @@ class TiledCall:
         axis, (start, length) = self.tiling.axis, self.tiling.pieces(inputs[0])[number]
         # The last one that asks has a copy: what it is a part of need not be kept for its backward.
         tiles = self._tiles_of(inputs, start, length, copied=self.left == {number})
-        with self._as_it_was(number), _in_a_tile(self.past and self.past.again(start)):
+        with self._as_it_was(number), _in_a_tile(self.past.again(start) if self.past else None):
             tile = self.function(*tiles).detach()
         completes = self.completes
         if completes is not None:

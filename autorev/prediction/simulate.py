@@ -76,6 +76,7 @@ def simulate(
     autocast: torch.dtype | None = None,
     accumulated: bool = False,
     taken: Mapping[nn.Parameter, int] | None = None,
+    whole_attention: bool = False,
 ) -> StepTrace:
     """One forward and backward pass of `twin` under `method`; without `counting_work` its memory alone.
 
@@ -86,6 +87,7 @@ def simulate(
         accumulated: are there gradients of a pass before, to which those of this one are added?
         taken: bytes that updating a parameter takes, of those that are updated as soon as their gradient is there, and
             whose gradient is freed then.
+        whole_attention: is it never tiled, as several GPUs exchange tokens for heads around it?
     """
     for parameter in twin.parameters() if accumulated else ():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -97,7 +99,10 @@ def simulate(
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
             twice = blocks_run_twice(method, layout.chains, layout.stored, layout.refused)
-            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, False, twice)
+            run = {id(layout.sites[number].module) for number in layout.active}
+            findings = (finding for finding in layout.findings if id(finding.call.module) in run)
+            tile, pieces = method.tile, method.in_pieces
+            tiled = tiled_forwards(twin, findings, tile, pieces, False, () if whole_attention else twice)
             stack.enter_context(installed(tiled.forwards))
         host = HostStore()
         chains = Chains(twin, layout.chains, layout.stored, method, host)

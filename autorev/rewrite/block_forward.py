@@ -191,8 +191,7 @@ class WholeBlock(ReversibleForward):
         with step.running():
             (outputs_at, rest), outs = self._branch(forward, places, inputs, step.given())
         if step.replay is not None and step.is_one_tiled_call(self.block):
-            again = step.replay.again
-            step.replay.again_but_for_tiles = lambda x: (again(x), _as_returned)[1]
+            step.replay.ends_with_tiles()
         return _with_leaves(rest, outputs_at, step.take(outs))
 
     def _branch(
@@ -227,11 +226,6 @@ class WholeBlock(ReversibleForward):
         if place is None:
             raise ConversionError(f"{self.path} returned no tensor, so it has no stream; exclude it")
         return place
-
-
-def _as_returned(result: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """x + f(x) of a block that is one tiled call: what that returned."""
-    return result()
 
 
 def _with_leaves(structure: Any, places: Places, values: tuple[Any, ...]) -> Any:

@@ -39,7 +39,7 @@ TILES = 3
 """Of eight positions, at three a tile."""
 SETTINGS = [EXACT, DOUBLE, EXACT_LEAPFROG, Setting("sublayer", {"granularity": "sublayer"})]
 with_tiles = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-PATHS = Blocks(tuple(f"blocks.{n}" for n in range(4)), inline=False, draws_random=False)
+PATHS = Blocks(tuple(f"blocks.{n}" for n in range(2)), inline=False, draws_random=False)
 
 
 class Grouped(nn.Module):
@@ -119,8 +119,8 @@ class Model(hand.Stack):
 
 
 def model_of(block: Callable[[], nn.Module] = Block) -> Model:
-    """Four blocks."""
-    return Model(*(block() for _ in range(4)))
+    """Two blocks."""
+    return Model(*(block() for _ in range(2)))
 
 
 def tiled(setting: Setting, block: Callable[[], nn.Module] = Block, **options: Any) -> Any:
@@ -151,7 +151,7 @@ ONCE = [(3, 3), (3, 6), (2, 8)]
 @pytest.mark.parametrize("block", [hand.Block, Block, Repeating, Drawing], ids=lambda block: block.__name__)
 def test_gradients_are_those_of_the_original_code(block: Callable[[], nn.Module], setting: Setting) -> None:
     """Whatever stands around attention, under every kind of coupling, and rebuilt bit for bit."""
-    model = converted(setting, lambda: small(4, block), tile=TILES, keep_last=0) if block is hand.Block else None
+    model = converted(setting, lambda: small(2, block), tile=TILES, keep_last=0) if block is hand.Block else None
     model = model or tiled(setting, block)
     assert_like_oracle(model, setting)
     assert autorev.drift(model) == {"blocks": 0.0} or "float" in setting.name
@@ -162,8 +162,8 @@ def test_attention_runs_once_in_each_direction(setting: Setting) -> None:
     """A tile looks at the keys up to its end, and at no more; in backward the last tile comes first."""
     model = tiled(setting)
     runs = attention_of(lambda: step(model))
-    assert runs[:12] == 4 * ONCE
-    assert runs[12:] == 4 * ONCE[::-1]
+    assert runs[:6] == 2 * ONCE
+    assert runs[6:] == 2 * ONCE[::-1]
 
 
 @pytest.mark.parametrize("method", ["checkpoint", "offload"])
@@ -174,7 +174,7 @@ def test_checkpoints(method: str) -> None:
     expected = two_passes(model)
     with in_place(model, Method(method, tile=TILES), PATHS, ((TOKENS,), {})):
         assert_same(two_passes(model), expected, 1e-5)
-        assert attention_of(lambda: step(model)) == 4 * ONCE + 4 * ONCE[::-1]
+        assert attention_of(lambda: step(model)) == 2 * ONCE + 2 * ONCE[::-1]
     assert "forward" not in vars(model.blocks[0])
     assert_same(two_passes(model), expected, 0)
 
@@ -192,16 +192,16 @@ def test_what_is_not_run_twice_anyway_attends_whole() -> None:
     torch.manual_seed(0)
     model: Any = model_of()
     with in_place(model, Method("plain", tile=TILES), PATHS, ((TOKENS,), {})):
-        assert attention_of(lambda: step(model)) == 4 * [(8, 8)]
+        assert attention_of(lambda: step(model)) == 2 * [(8, 8)]
     model = tiled(EXACT, keep_last=1)
-    assert attention_of(lambda: step(model)) == 3 * ONCE + [(8, 8)] + 3 * ONCE[::-1]
+    assert attention_of(lambda: step(model)) == ONCE + [(8, 8)] + ONCE[::-1]
     assert_like_oracle(model, EXACT)
 
 
 def test_attention_that_is_kept_is_not_tiled() -> None:
     """It shall not run a second time."""
     model = tiled(EXACT, keep="attention")
-    assert attention_of(lambda: step(model)) == 4 * [(8, 8)]
+    assert attention_of(lambda: step(model)) == 2 * [(8, 8)]
     assert_like_oracle(model, EXACT)
 
 
@@ -219,7 +219,7 @@ def test_frozen_parameters(frozen: str) -> None:
     """Keys and values that need no gradient leave none."""
     model = tiled(EXACT)
     for name, parameter in model.named_parameters():
-        last = name.startswith("blocks.3") or "head" in name
+        last = name.startswith("blocks.1") or "head" in name
         parameter.requires_grad_(last if frozen == "all but the last block" else frozen not in name)
     assert_like_oracle(model, EXACT)
 
@@ -245,7 +245,7 @@ def test_a_gradient_taken_half_way() -> None:
     def run() -> Results:
         model.zero_grad()
         loss = mean_square(model(TOKENS))
-        (some,) = torch.autograd.grad(loss, [model.blocks[2].attention.k.weight], retain_graph=True)
+        (some,) = torch.autograd.grad(loss, [model.blocks[1].attention.k.weight], retain_graph=True)
         loss.backward()
         return {"some": some, **gradients_of(model)}
 
@@ -270,7 +270,7 @@ def test_a_mask_is_run_whole(caplog: pytest.LogCaptureFixture) -> None:
     (said,) = (text for text in caplog.messages if "run whole" in text)
     assert said.endswith("it is called with a tensor that has other positions, as a mask has")
     assert set(attention_of(lambda: step(model, TOKENS, mask))) == {(8, 8)}
-    assert attention_of(lambda: step(model)) == 4 * ONCE + 4 * ONCE[::-1]
+    assert attention_of(lambda: step(model)) == 2 * ONCE + 2 * ONCE[::-1]
 
 
 def test_attention_of_later_positions_is_not_tiled() -> None:
@@ -285,7 +285,7 @@ def test_attention_of_later_positions_is_not_tiled() -> None:
     torch.manual_seed(0)
     model: Any = model_of(Both)
     conversion = autorev.convert(model, batch=(TOKENS,), tile=TILES, keep_last=0)
-    assert conversion.tiled == tuple(f"blocks.{n}.mlp" for n in range(4))
+    assert conversion.tiled == tuple(f"blocks.{n}.mlp" for n in range(2))
     (path, reason), *_ = conversion.not_tiled
     assert path == "blocks.0.attention"
     assert reason.startswith("attention at")
@@ -300,7 +300,7 @@ def test_a_hook_within_a_block_sees_all_positions() -> None:
     assert_like_oracle(model, EXACT)
     assert set(seen) == {8}
     handle.remove()
-    assert attention_of(lambda: step(model)) == 4 * ONCE + 4 * ONCE[::-1]
+    assert attention_of(lambda: step(model)) == 2 * ONCE + 2 * ONCE[::-1]
 
 
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -328,7 +328,7 @@ def test_gradients_of_keys_are_added_up_in_float32() -> None:
     whole = step(model.to(torch.bfloat16), tokens)
     with in_place(model, Method("checkpoint", tile=8), PATHS, ((tokens,), {})):
         tiles = step(model, tokens)
-    for name in (f"blocks.{n}.attention.{one}.weight" for n in range(4) for one in "kv"):
+    for name in (f"blocks.{n}.attention.{one}.weight" for n in range(2) for one in "kv"):
         errors = [float((one[name].double() - exact[name]).norm()) for one in (whole, tiles)]
         assert errors[1] < 1.5 * errors[0], (name, errors)
 
