@@ -176,7 +176,7 @@ def fused_attention_dropout() -> Iterator[None]:
     """While it lasts, attention runs without dropout, and keeps what a GPU keeps.
 
     A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
-    which keep the whole attention matrix. A GPU's kernel is told where the queries of a tile are; the CPU's takes a mask.
+    which keep the whole attention matrix. A GPU's is told where the queries of a tile are; the CPU's takes a mask.
     """
     with _NoAttentionDropout():
         yield

@@ -194,7 +194,7 @@ def test_what_is_not_run_twice_anyway_attends_whole() -> None:
     with in_place(model, Method("plain", tile=TILES), PATHS, ((TOKENS,), {})):
         assert attention_of(lambda: step(model)) == 2 * [(8, 8)]
     model = tiled(EXACT, keep_last=1)
-    assert attention_of(lambda: step(model)) == ONCE + [(8, 8)] + ONCE[::-1]
+    assert attention_of(lambda: step(model)) == [*ONCE, (8, 8), *ONCE[::-1]]
     assert_like_oracle(model, EXACT)
 
 
