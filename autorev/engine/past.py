@@ -148,6 +148,8 @@ class _UpToAttention(_Attending):
 
     def __exit__(self, *raised: Any) -> bool:
         super().__exit__(*raised)
+        if raised[0] is _Reached:
+            raised[1].__traceback__ = None  # its frames hold what the tile has computed so far
         return raised[0] is _Reached
 
 

@@ -22,7 +22,6 @@ from autorev.detect.judge import Finding
 from autorev.detect.tokenwise import (
     HERE,
     HOOKED,
-    WORTH,
     Mixing,
     TokenWise,
     has_hooks_inside,
@@ -44,6 +43,10 @@ SMALLEST = 128
 """Positions of a tile, at least, where the number is chosen: below that, matrix products become slow."""
 KEPT_BY_A_TILE = 0.5
 """What one tile may keep for backward, in sizes of the module's input."""
+
+WORTH_BEHIND = 1.0
+"""What a module behind the blocks keeps at least, likewise: a norm that is written out keeps as much, and its backward,
+at the very peak, makes several times as much on the way."""
 
 MOST_KINDS = 8
 """Of calls that are analysed; code whose attributes count something would be analysed at every call."""
@@ -257,5 +260,5 @@ def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]
         for child in parent.children:
             if child.path not in taken and child.draws_random is False:
                 found = token_wise(child)
-                if isinstance(found, TokenWise) and found.saved >= WORTH:
+                if isinstance(found, TokenWise) and found.saved >= WORTH_BEHIND:
                     yield parent, found
