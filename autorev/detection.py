@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
+from autorev.capture.generators import shared_generators_left
 from autorev.capture.plain import refuse_flattened
 from autorev.capture.record import record
 from autorev.capture.source import raised_line
@@ -77,7 +78,8 @@ def refuse_converted(model: nn.Module, function: str) -> None:
 
 def detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.Module]:
     """Detection on a fake copy; where the model must see its data to run, on a real copy."""
-    with torch.inference_mode(False), own_forward(model):  # tensors made in inference mode count no writes
+    # Tensors made in inference mode count no writes.
+    with torch.inference_mode(False), own_forward(model), shared_generators_left(model):
         return _detect_in(model, args, kwargs)
 
 
