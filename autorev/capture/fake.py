@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -187,7 +188,7 @@ def fused_attention_dropout() -> Iterator[None]:
     """While it lasts, attention runs without dropout, and keeps what a GPU keeps.
 
     A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
-    which keep the whole attention matrix.
+    which keep the whole attention matrix. A GPU's is told where the queries of a tile are; the CPU's takes a mask.
     """
     with _NoAttentionDropout():
         yield
@@ -197,6 +198,8 @@ class _NoAttentionDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
+            if len(args) > 3 and isinstance(args[3], CausalBias):
+                args, kwargs = args[:3], {**kwargs, "is_causal": True}
             if len(args) > 4:  # query, key, value, mask, dropout, ...
                 args = (*args[:4], 0.0, *args[5:])
             else:

@@ -30,7 +30,7 @@ from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
 from autorev.detect.slices import in_slices, put_together
 from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order, reaches
-from autorev.detect.tokenwise import Mixing, TokenWise, tileable
+from autorev.detect.tokenwise import Mixing, TokenWise, tileable, token_wise
 from autorev.errors import first_line
 
 MOST_OPENED = 8
@@ -112,6 +112,16 @@ class Finding:
     def parts(self) -> tuple[TokenWise | Mixing, ...]:
         """Which modules of the block may run on a few positions at a time, and why others may not."""
         return () if self.inline else tuple(tileable(self.call))
+
+    @cached_property
+    def causal(self) -> TokenWise | Mixing:
+        """May the block itself run so, of whose positions each looks at those before it?"""
+        return Mixing(self.path, "it is no module") if self.inline else token_wise(self.call, causal=True)
+
+    @cached_property
+    def causal_parts(self) -> tuple[TokenWise | Mixing, ...]:
+        """As `parts`, and which modules may attend so."""
+        return () if self.inline else tuple(tileable(self.call, causal=True))
 
     @cached_property
     def opened(self) -> frozenset[str]:

@@ -105,6 +105,17 @@ class Replay:
         gates = any(tensor.requires_grad and is_zero(tensor) for tensor in tensors)
         self.modules.hides = self.modules.hides or gates
 
+    def ends_with_tiles(self) -> None:
+        """The branch is one tiled call, and what that returns is x + f(x)."""
+        again = self.again
+        assert again is not None
+
+        def but_for_tiles(x: torch.Tensor) -> Rest:
+            again(x)
+            return lambda returned: returned()
+
+        self.again_but_for_tiles = but_for_tiles
+
     def begins(self) -> None:
         """Called when the first run is about to begin."""
         read = (*(tensor for tensor, _ in self.arguments), *(owned.tensor for owned in self.modules.owned))

@@ -197,6 +197,12 @@ class Step:
             coupled = self._stored(outs)
         return self._hand_on(coupled)
 
+    def is_one_tiled_call(self, module: nn.Module) -> bool:
+        """Was the branch one call of `module`, which is tiled, and whose tiles autograd will all ask for?"""
+        tiled = [] if self.replay is None else self.replay.tiled
+        alone = len(tiled) == 1 and tiled[0].module is module and not self.saved.any
+        return alone and len(self.xs) == 1 and tiled[0].wholly_asked_for
+
     # -- the three cases
 
     def _on_tape(self, replay: Replay, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:

@@ -196,6 +196,8 @@ class WholeBlock(ReversibleForward):
             step.replay.again = lambda *xs: self._branch(forward, places, tree_map(without_history, kept), xs)
         with step.running():
             (outputs_at, rest), outs = self._branch(forward, places, inputs, step.given())
+        if step.replay is not None and step.is_one_tiled_call(self.block):
+            step.replay.ends_with_tiles()
         return _with_leaves(rest, outputs_at, step.take(outs))
 
     def _branch(

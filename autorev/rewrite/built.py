@@ -70,9 +70,9 @@ class BuiltChain:
         averages = method.preset.averages
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
         self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
-        self.forwards = self._forwards(model, pieces, method.tile is not None)
+        self.forwards = self._forwards(model, pieces, method)
 
-    def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:
+    def _forwards(self, model: nn.Module, pieces: bool, method: Method) -> list[ReversibleForward]:
         if self.findings[0].inline:
             holder = model.get_submodule(self.findings[0].call.path)
             return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
@@ -96,7 +96,9 @@ class BuiltChain:
             }
             if pieces and not finding.in_slices:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
-            elif tiled and not finding.beside and (adds := _last_add_of(finding)) is not None:
+            elif self.is_tiled_whole(positions, method):
+                made.append(WholeBlock(**known))
+            elif method.tile is not None and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
                 beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
@@ -104,6 +106,11 @@ class BuiltChain:
                     DeferredBlock(**known, added=beside[0]) if finding.deferred else WholeBlock(**known, beside=beside)
                 )
         return made
+
+    def is_tiled_whole(self, positions: list[int], method: Method) -> bool:
+        """Are the calls of one block, at these places of the chain, run a tile at a time, attention and all?"""
+        recomputed = max(positions) < len(self.findings) - self.kept
+        return method.tiles_attention and recomputed and isinstance(self.findings[positions[0]].causal, TokenWise)
 
     def install(self) -> None:
         """Put the new forwards in place."""
