@@ -141,15 +141,16 @@ def adds_below(node: fx.Node, view: BlockView) -> bool:
 
 
 def adds_two_of_the_stream(node: fx.Node, view: BlockView) -> bool:
-    """Is it a sum of which two operands depend on the stream, and one is computed by weights that the other is not?
+    """Is it a sum of two that depend on the stream, where one is the stream, or has weights that the other has not?
 
     `u + 0.04 u^3`, of a `u` that a layer made of the stream, is part of an activation.
     """
     found = [o for o in tensor_operands(node) if reaches(view.stream.start, o)]
     if len(found) < 2:
         return False
-    weights = [_weights_behind(operand, view) for operand in found]
-    return weights[0] != weights[1] or len(found) > 2
+    if len(found) > 2 or any(operand in view.stream for operand in found):
+        return True
+    return _weights_behind(found[0], view) != _weights_behind(found[1], view)
 
 
 def _weights_behind(operand: fx.Node, view: BlockView) -> set[fx.Node]:
