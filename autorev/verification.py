@@ -114,7 +114,7 @@ def verify_call(
         raise ConversionError(f"no parameter of {type(model).__name__} requires a gradient; unfreeze some")
 
     def run(how: str) -> tuple[float, Gradients]:
-        with running(how), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        with running(how), undisturbed(model, (args, kwargs)), torch.inference_mode(False), torch.enable_grad():
             value = _checked(scalar(_called(model, args, kwargs)))
             if how == ORIGINAL:
                 return float(value.detach()), {}

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autorev.capture.fake import every_layer_kept
 from autorev.capture.record import ModuleCall
+from autorev.capture.scripted import said_of_scripted
 from autorev.detect.judge import judge
 from autorev.format import plural
 
@@ -24,10 +25,10 @@ _VIEWS = ("View", "UnsafeView", "Reshape", "Transpose", "Permute", "Squeeze", "U
 
 
 def nearest(root: ModuleCall, candidates: Iterable[ModuleCall]) -> str:
-    """A sentence on the residual adds that no block or loop was found around; empty where there are none."""
+    """A sentence on the residual adds that no block or loop was found around; empty where there are none to be seen."""
     count = residual_adds(root) or _with_inputs_in_its_graph(root)
     if not count:
-        return ""
+        return said_of_scripted(root.module)
     text = f"{plural(count, 'residual add')} {'was' if count == 1 else 'were'} seen by autograd, and none of them ends "
     text = text.replace("none of them ends", "it does not end") if count == 1 else text
     text += "a block or a turn of a loop that autorev can follow"
