@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from autorev.errors import ModelBuildError, one_line
@@ -95,6 +96,4 @@ def _beside(config: Any) -> type[Any] | None:
         and found.__module__ == module
         and not name.endswith("PreTrainedModel")
     ]
-    return min(
-        made_for_it, key=lambda found: "labels" not in vars(found).get("forward", found).__annotations__, default=None
-    )
+    return min(made_for_it, key=lambda found: "labels" not in inspect.signature(found.forward).parameters, default=None)
