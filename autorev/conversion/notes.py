@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.kept import KeptOutputs
 from autorev.integrations.accelerate import fetched

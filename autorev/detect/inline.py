@@ -14,9 +14,11 @@ from torch import fx
 from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.ends import drop_unread_items
+from autorev.detect.finding import Finding
 from autorev.detect.graph_queries import BlockView
-from autorev.detect.judge import Finding, own_backward
-from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
+from autorev.detect.judge import own_backward
+from autorev.detect.obstacles import Obstacle, between_sums
+from autorev.detect.on_stream import obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
 from autorev.detect.stream import ResidualStep, follow, is_stream_like, reaches
 from autorev.detect.sums import add_operands

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from autorev.capture.tracer import CapturedBlock
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 
 
 class LiveGraph(fx.GraphModule):

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import fx
 
+from autorev.detect.scaling import factor_in_graph
 from autorev.detect.stream import Add, ResidualStep, Stream, follow, is_stream_like, reaches
 from autorev.detect.sums import add_operands
 
@@ -38,7 +39,7 @@ def residual_runs(graph: fx.Graph) -> list[Run]:
     candidates: list[Run] = []
     covered: set[fx.Node] = set()
     for total in stream_like_sums(graph):
-        for start in summands(total):
+        for start in (node for summand in summands(total) for node in before_products(summand)):
             if start in covered or not is_stream_like(start.meta.get("val")):
                 continue
             run = _longest(follow(start))
@@ -62,15 +63,28 @@ def _longest(stream: Stream) -> Run | None:
     for add in reversed(adds):
         # The number of sums on the way bounds the number of steps, and is cheap to count.
         most = sum(isinstance(stream.nodes[node], Add) for node in stream.path_to(add.node))
-        if most < max(2, len(best.steps) + 1 if best else 0) or not stream.reads(add):
+        if most < max(2, len(best.steps) + 1 if best else 0) or not (stream.reads(add) or _recurs(add, stream)):
             continue
         steps = stream.steps_to(add.node)
         if len(steps) >= 2 and (best is None or len(steps) > len(best.steps)):
             best = Run(stream, steps)
     first = best.steps[0].adds[0] if best is not None else None
-    if first is not None and not stream.reads(first):  # token + position embedding: a sum, but no step
-        return _longest(follow(first.node))
+    if first is not None and not (stream.reads(first) or _recurs(first, stream)):
+        return _longest(follow(first.node))  # token + position embedding: a sum, but no step
     return best
+
+
+def _recurs(add: Add, stream: Stream) -> bool:
+    """Is it a product that other turns of the loop have, too? One before the loop, or behind it, is no part of it."""
+    made = stream.nodes.values()
+    alike = [a for a in made if isinstance(a, Add) and a.node.meta["place"] == add.node.meta["place"]]
+    return not add.branch and len(alike) > 1
+
+
+def before_products(node: fx.Node) -> list[fx.Node]:
+    """What `node` is a multiple of by constants, first one first, and itself."""
+    found = factor_in_graph(node, lambda source: is_stream_like(source.meta.get("val")))
+    return [node] if found is None else [*before_products(found[0]), node]
 
 
 def summands(node: fx.Node) -> list[fx.Node]:

@@ -29,7 +29,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from autorev.analysis import Verdict
 from autorev.detect.graph_queries import BlockView, size
 from autorev.detect.inline import common_start
-from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
+from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_to_stream
+from autorev.detect.on_stream import caveats_on_stream, obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
 from autorev.detect.stream import follow, is_stream_like, reaches
 from autorev.errors import CaptureError

@@ -14,7 +14,7 @@ from autorev.couplings.coupling import Coupling
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
 from autorev.detect.ends import argument_of
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.detect.tokenwise import TokenWise
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import USUAL_FRACTION_BITS
@@ -99,8 +99,11 @@ class BuiltChain:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
                 beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
+                factors = tuple(lane.factor for lane in finding.lanes) if finding.multiplies else ()
                 made.append(
-                    DeferredBlock(**known, added=beside[0]) if finding.deferred else WholeBlock(**known, beside=beside)
+                    DeferredBlock(**known, added=beside[0])
+                    if finding.deferred
+                    else WholeBlock(**known, beside=beside, factors=factors)
                 )
         return made
 
