@@ -101,7 +101,7 @@ class Finding:
     @property
     def modules(self) -> set[str]:
         """Paths, below the call's module, of the sub-modules that the steps run."""
-        return {str(n.target) for step in self.steps for n in step.branch_nodes() if n.op == "call_module"}
+        return {str(n.target) for step in self.steps for n in step.own_nodes() if n.op == "call_module"}
 
     @cached_property
     def parts(self) -> tuple[TokenWise | Mixing, ...]:
@@ -126,7 +126,7 @@ class Finding:
             class_name=type(module).__name__,
             verdict=verdict,
             reasons=tuple(dict.fromkeys(map(str, reasons))),
-            steps=tuple(public_step(step, module) for lane in self.lanes for step in lane.steps),
+            steps=tuple(public_step(step, module, self.inline) for lane in self.lanes for step in lane.steps),
             stream=", ".join(argument_of(lane.start) for lane in self.lanes if lane.start is not None),
             shape=() if value is None else tuple(value.shape),
             dtype="" if value is None else str(value.dtype).removeprefix("torch."),

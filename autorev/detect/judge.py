@@ -25,7 +25,8 @@ from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_o
 from autorev.detect.obstacles import Obstacle, obstacles_to_stream
 from autorev.detect.on_stream import caveats_on_stream, obstacles_on_stream
 from autorev.detect.order import keeps_order
-from autorev.detect.stream import ResidualStep, Stream, follow, reaches
+from autorev.detect.stream import ResidualStep, Stream, follow
+from autorev.detect.ways import reaches
 from autorev.errors import first_line
 
 MOST_OPENED = 8

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from autorev.detect.stream import MOVES, VIEWS, Add, Stream, name_of
+from autorev.detect.stream import MOVES, VIEWS, Add, Stream
+from autorev.detect.ways import name_of
 
 
 def keeps_order(stream: Stream, end: fx.Node) -> bool:

@@ -21,6 +21,7 @@ from torch import fx
 
 from autorev.detect.scaling import Factor, factor_in_graph
 from autorev.detect.sums import add_operands, factor_of_operand, is_times_one
+from autorev.detect.ways import depends, downstream, name_of, reaches, read_by
 
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
@@ -64,7 +65,7 @@ class ResidualStep:
 
     def reads(self, node: fx.Node) -> bool:
         """Does the branch depend on `node`?"""
-        return any(_depends(item, node) for add in self.adds for item in add.branch)
+        return any(depends(item, node) for add in self.adds for item in add.branch)
 
     def branch_nodes(self) -> list[fx.Node]:
         """Nodes that the branch is computed by, in graph order."""
@@ -78,6 +79,11 @@ class ResidualStep:
             wanted.add(node)
             pending += read_by(node)
         return [node for node in self.before.graph.nodes if node in wanted]
+
+    def own_nodes(self) -> list[fx.Node]:
+        """Those of them that come of the stream: not masks, encoder states and older streams, which are its inputs."""
+        own = downstream(self.before)
+        return [node for node in self.branch_nodes() if node in own]
 
 
 @dataclass(frozen=True)
@@ -121,24 +127,30 @@ class Stream:
         """What the stream is multiplied by, all in all, on its path to `end`."""
         return reduce(operator.mul, (add.factor for add in self.adds_to(end)), Factor())
 
-    def steps_to(self, end: fx.Node) -> list[ResidualStep]:
+    def steps_to(self, end: fx.Node, in_loop: bool = False) -> list[ResidualStep]:
         """The residual steps between `start` and the stream node `end`, first one first.
 
         A product belongs to the step before it. Where a loop begins with one, it belongs to the step behind.
+        `in_loop`: later steps may read what earlier ones began with: the loop's first stream, or a long skip's.
         """
         adds = self.adds_to(end)
         leading = {add.node.meta["place"] for add in takewhile(lambda add: not add.branch, adds)}
         steps: list[ResidualStep] = []
         pending: list[Add] = []
         before = self.start
-        for add in adds:
+        for number, add in enumerate(adds):
+            if in_loop:
+                cut = self._ends_here(add, before, adds[number + 1 :], end)
+            else:
+                cut = not reaches(self.start, end, without=add.node)
             behind = steps and not (pending or add.branch or add.node.meta["place"] in leading)
-            if behind and not reaches(self.start, end, without=add.node):
+            if behind and cut:
                 steps[-1], before = ResidualStep((*steps[-1].adds, add), steps[-1].before), add.node
                 continue
             pending.append(add)
-            # A term that does not read the stream (a position, a bias) belongs to the step behind it.
-            if self.reads(*pending) and not reaches(self.start, end, without=add.node):
+            # A term that does not read the stream (a position, a bias, a skip) belongs to the step behind it.
+            origin = before if in_loop else self.start
+            if cut and any(depends(item, origin) for one in pending for item in one.branch):
                 steps.append(ResidualStep(tuple(pending), before))
                 pending, before = [], add.node
         if pending and steps:
@@ -147,9 +159,23 @@ class Stream:
             steps.append(ResidualStep(tuple(pending), before))
         return steps
 
-    def reads(self, *adds: Add) -> bool:
-        """Does anything of what they add depend on the stream?"""
-        return any(_depends(item, self.start) for add in adds for item in add.branch)
+    def _ends_here(self, add: Add, before: fx.Node, later: list[Add], end: fx.Node) -> bool:
+        """May a step that began at `before` end with `add`, although later ones read what is older?
+
+        Not between two terms of one step: of those, the second one reads `before`, and none reads the sum.
+        """
+        if not reaches(self.start, end, without=add.node):
+            return True
+        if later and not any(depends(item, before) for item in later[0].branch):
+            return True
+        path = self.path_to(end)
+        behind = path[path.index(add.node) + 1 :]
+        here = [add.node, *takewhile(lambda node: not isinstance(self.nodes[node], Add), behind)]
+        return any(user not in path and reaches(user, end) for node in here for user in node.users)
+
+    def reads(self, add: Add) -> bool:
+        """Does anything of what it adds depend on the stream?"""
+        return any(depends(item, self.start) for item in add.branch)
 
 
 def follow(start: fx.Node, through_cat: bool = False) -> Stream:
@@ -214,10 +240,6 @@ def _taken_out(node: fx.Node, stream: Stream) -> fx.Node | None:
     if storage_of(value) != storage_of(whole) or value.stride() != whole.stride():
         return None
     return source if offset == part.offset * whole.stride(part.axis) else None
-
-
-def name_of(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
 
 
 MOVES = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
@@ -299,39 +321,6 @@ def constant_multiple(node: fx.Node, stream: Stream) -> Add | None:
     """`node` as a constant times the stream; None otherwise."""
     found = factor_in_graph(node, stream.__contains__)
     return None if found is None else Add(node, found[0], (), found[1])
-
-
-def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> bool:
-    """Does a path of uses lead from `start` to `end`, not counting those through `without`?"""
-    if without is end:
-        return False
-    seen: set[fx.Node] = set()
-    pending = [start]
-    while pending:
-        node = pending.pop()
-        if node is end:
-            return True
-        if node not in seen and node is not without:
-            seen.add(node)
-            pending += [user for user in node.users if node in read_by(user)]
-    return False
-
-
-def read_by(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values `node` reads: not those that only lend it their shape or dtype."""
-    name = name_of(node)
-    if name in _takes_after and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
-        return [n for n in node.all_input_nodes if n is not node.args[1]]
-    if node.op != "call_module" and (name.endswith("_like") or name.startswith("new_")):
-        return [n for n in node.all_input_nodes if n is not node.args[0]]
-    return node.all_input_nodes
-
-
-_takes_after = {"type_as", "view_as", "reshape_as", "expand_as", "to"}
-
-
-def _depends(item: Any, start: fx.Node) -> bool:
-    return isinstance(item, fx.Node) and reaches(start, item)
 
 
 def storage_of(value: Any) -> int | None:

@@ -169,6 +169,45 @@ class Leaking(WaveNet):
         return self.head(2 * x)
 
 
+class Injecting(nn.Module):
+    """Every turn of the loop reads the stream that the loop began with, in its sum and in its branch."""
+
+    def __init__(self, depth: int = 5) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.parts = nn.ModuleList(Parts() for _ in range(depth))
+        self.gain = nn.Parameter(torch.tensor(0.1))
+
+    def turn(self, part: Parts, h: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        h = h + self.gain * first
+        return h + part.mlp(part.norm1(h + 0.2 * first))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = first = self.stem(x)
+        for part in self.parts:
+            h = h + self.gain * first
+            h = h + part.mlp(part.norm1(h + 0.2 * first))
+        return self.head(h)
+
+
+class LongSkips(Stack):
+    """The U-Net of modded-nanogpt: states wait in a list, and the second half of the loop adds them."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.gains = nn.Parameter(torch.full((len(blocks) // 2,), 0.3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, skips, half = self.embedding(tokens), [], len(self.blocks) // 2
+        for number, block in enumerate(self.blocks):
+            if number >= half:
+                x = x + self.gains[number - half] * skips.pop()
+            x = block(x)
+            if number < half:
+                skips.append(x)
+        return self.head(self.norm(x))
+
+
 class Rescaled(Parts):
     """ReZero, LayerScale and a gate: whatever multiplies the branch belongs to the branch."""
 

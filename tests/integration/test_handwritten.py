@@ -83,6 +83,8 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
             hand.Interpolated,
         )
     },
+    "first stream": (hand.Injecting, SEQUENCE, [("parts", ["mlp"] * 5)]),
+    "long skips": (lambda: hand.LongSkips(*blocks(hand.Block, 6)), TOKENS, [("blocks", [TWO] * 6)]),
     "layer scalar": (lambda: hand.stack_of(hand.LayerScalar), TOKENS, [("blocks", [TWO] * 3)]),
     "wavenet": (hand.WaveNet, SEQUENCE, [("parts", ["mlp"] * 6)]),
     "product first": (hand.Leaking, SEQUENCE, [("parts", ["mlp + attention"] * 6)]),
