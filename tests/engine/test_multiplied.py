@@ -229,6 +229,35 @@ def test_reverting_leaves_the_original() -> None:
     assert torch.equal(model(TOKENS), wanted)
 
 
+class Weighing(hand.Joint):
+    """Two streams, each with a constant of its own."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image, text = super().forward(image, text)
+        return image * 0.5**0.5, -text
+
+
+def test_each_of_several_streams_has_its_own_factor() -> None:
+    """In float64, the loop written by hand; exactly, to the last bit."""
+    double = Setting("leapfrog", {"method": "leapfrog", "arithmetic": "float"}, torch.float64)
+    model = converted(double, lambda: hand.ImageAndText(*(Weighing() for _ in range(4))), keep_last=0)
+    model.zero_grad(set_to_none=True)
+    with running("original"):
+        streams, factors = [model.embedding(TOKENS), model.embedding(TOKENS[:, :3])], (0.5**0.5, -1.0)
+        velocities = [torch.zeros_like(x) for x in streams]
+        for block in model.blocks:
+            every = list(zip(velocities, block(*streams), streams, factors, strict=True))
+            velocities = [factor * v + out - factor * x for v, out, x, factor in every]
+            streams = [factor * x + v for v, x, factor in zip(velocities, streams, factors, strict=True)]
+        loss = mean_square(model.head(model.norm(streams[0])))
+    loss.backward()
+    assert_same(step(model), {"loss": loss.detach(), **gradients_of(model)}, 1e-9)
+
+    exact = converted(EXACT, lambda: hand.ImageAndText(*(Weighing() for _ in range(4))), keep_last=0)
+    assert_like_oracle(exact, EXACT)
+    assert autorev.drift(exact) == {"blocks": 0.0}
+
+
 def test_a_hook_that_multiplies_what_a_block_returns() -> None:
     """It is part of the loop's code, as the call shows it."""
     model = hand.stack_of(hand.Block)
