@@ -16,11 +16,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.capture.plain import plain_state, refuse_flattened
 from autorev.capture.quantised import bytes_inside, on_packed_memory, quantised_linears, stand_in_for
@@ -139,8 +142,27 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         else:
             fake = on_packed_memory(tuple(tensor.shape), tensor.dtype, hidden)
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        return fake.requires_grad_(tensor.requires_grad)
+            twin: torch.Tensor = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        else:
+            twin = fake.requires_grad_(tensor.requires_grad)
+    if hidden is None and tensor.numel() == 1 and not tensor.requires_grad:
+        number = number_in(tensor)
+        if number is not None:
+            _numbers[twin] = number
+    return twin
+
+
+_numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of fake tensors that stand for a single number, that: what multiplies a stream has to be known."""
+
+
+def number_in(tensor: torch.Tensor) -> float | None:
+    """The number in a tensor of one element; None where it has no value."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.is_floating_point():
+        known: float | None = _numbers.get(tensor)
+        return known
+    with unset_fake_temporarily():
+        return float(tensor.detach())
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from autorev.conversion.checkpointing import (
     restore_checkpointing_enable,
 )
 from autorev.conversion.estimate import Estimate
-from autorev.conversion.notes import left_to_do, notes_on, without_kernel
+from autorev.conversion.notes import left_to_do, notes_on, stored_beside, without_kernel
 from autorev.conversion.probe import choose_grids
 from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
@@ -184,6 +184,7 @@ def _put_in_place(
         if chunked:
             chunk_loss(model)
         notes += without_kernel(every[0]) if how.keep is not None else []
+        notes += stored_beside(chosen.chains, how.in_pieces)
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
             raise ConversionError("the conversion changed the state_dict's keys; please report the model")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from autorev.conversion.summary import Held, Memory
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.errors import ConversionError
 from autorev.methods import Method
 from autorev.prediction.example_step import example_step, why_unknown

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from autorev.detect.judge import Finding
+from autorev.detect.chains import chain_name
+from autorev.detect.ends import argument_of
+from autorev.detect.finding import Finding
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.kept import KeptOutputs
 from autorev.integrations.accelerate import fetched
@@ -32,6 +34,20 @@ def without_kernel(finding: Finding) -> list[str]:
         f"keep=attention: none of PyTorch's fused kernels ran in {finding.path} when it was looked at on a CPU; where "
         "none runs in training either (attn_implementation='eager', dropout on a CPU), nothing is kept"
     ]
+
+
+def stored_beside(chains: Iterable[list[Finding]], in_pieces: bool) -> list[str]:
+    """A note on each chain whose blocks carry further streams, where steps are smaller than a block (`in_pieces`)."""
+    notes = []
+    for chain in chains:
+        streams = [argument_of(lane.start) for lane in chain[0].lanes if lane.start is not None]
+        if in_pieces and len(streams) > 1 and not chain[0].deferred:
+            notes.append(
+                f"{chain_name(chain)}: step by step, only the stream {streams[0]} is reversed; "
+                f"{' and '.join(streams[1:])} beside it keeps the states between its blocks. A coupling of one stream "
+                "with granularity='block' reverses all of them"
+            )
+    return notes
 
 
 def left_to_do(plan: Plan | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.detection import detect_in
 from autorev.errors import ConversionError
 

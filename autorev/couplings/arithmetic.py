@@ -5,6 +5,9 @@ the model is given is decoded from them.
 
 Upper-case letters are int32 grid points, lower-case ones are values: h = H 2^-s, with s = `fraction_bits`. Streams have
 the shape of the model's own, (batch, time, width) as a rule; H_BTD below stands for any.
+
+Where blocks multiply their stream by a constant, it is the unit that is multiplied, and no grid point is touched: the
+state holds z = h / factor, which such a block only adds to. So nothing is rounded, and nothing has to be divided.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -41,15 +44,35 @@ class FixedPoint:
     """
 
     fraction_bits: int
+    factor: float = 1.0
+    """The rest of the factor that the stream was multiplied with, 1/2 < |factor| <= 1: h = H 2^-s factor."""
+
+    @property
+    def unit(self) -> float:
+        """The value of a grid point 1."""
+        return 2.0**-self.fraction_bits * self.factor
 
     @property
     def largest(self) -> float:
         """The largest activation that the grid can hold."""
-        return LIMIT * 2.0**-self.fraction_bits
+        return LIMIT * abs(self.unit)
+
+    def multiplied(self, factor: float) -> FixedPoint:
+        """The grid on which the same integers are a stream that was multiplied by `factor`."""
+        if factor == 1:
+            return self
+        scale, exponent = math.frexp(self.factor * factor)  # 1/2 <= |scale| < 1
+        if abs(scale) == 0.5:
+            scale, exponent = 2 * scale, exponent - 1  # powers of two change the exponent alone
+        return FixedPoint(self.fraction_bits - exponent, scale)
+
+    def coarsened(self, bits: int) -> FixedPoint:
+        """With so many fraction bits less."""
+        return replace(self, fraction_bits=self.fraction_bits - bits) if bits else self
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """A floating tensor, rounded to the grid: int32, in the tensor's memory format."""
-        scaled = wide(value).mul(2.0**self.fraction_bits)  # h_BTD float; a power of two changes the exponent alone
+        scaled = wide(value).mul(1 / self.unit)  # h_BTD float; a power of two changes the exponent alone
         return to_integers(scaled.round_())  # H_BTD int32; from here on, sums are exact
 
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +81,7 @@ class FixedPoint:
         value = torch.empty_like(stream, dtype=dtype)
         for ints, floats in _slices(stream, value):
             # |H| < 2^29 has more bits than a float32 holds: the branch reads a rounded h, the same one in both runs.
-            floats.copy_(ints.to(floating).mul_(2.0**-self.fraction_bits))  # H_BTD int32 -> h_BTD dtype
+            floats.copy_(ints.to(floating).mul_(self.unit))  # H_BTD int32 -> h_BTD dtype
         return value
 
     def add_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
@@ -76,7 +99,7 @@ class FixedPoint:
     def _increment(self, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         # Both are what the branch read and returned, in the model's dtype, so that both runs find the same integers.
         change = wide(out) - value  # f_BTD float32
-        return to_integers(change.mul_(factor * 2.0**self.fraction_bits).round_())
+        return to_integers(change.mul_(factor / self.unit).round_())
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a + b, in a's memory."""
@@ -114,24 +137,32 @@ class FixedPoint:
 class Floating:
     """Streams in float32 (float64 for float64 models): reconstruction is right up to rounding, which it amplifies."""
 
+    factor: float = 1.0
+    """The factor that the stream was multiplied with: h = z factor."""
+
+    def multiplied(self, factor: float) -> Floating:
+        """The arithmetic in which the same floats are a stream that was multiplied by `factor`."""
+        return self if factor == 1 else Floating(self.factor * factor)
+
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """A floating tensor as a stream of its own."""
-        return value.to(torch.float64 if value.dtype is torch.float64 else torch.float32, copy=True)
+        stream = value.to(torch.float64 if value.dtype is torch.float64 else torch.float32, copy=True)
+        return stream if self.factor == 1 else stream.div_(self.factor)
 
     def decode(self, stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A stream as a new tensor of `dtype`."""
-        return stream.to(dtype, copy=True)
+        return stream.to(dtype, copy=True) if self.factor == 1 else stream.mul(self.factor).to(dtype)
 
     def add_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         """a + c * (out - h), in a's memory."""
         for total, o, h in _slices(a, out, value):
-            total.add_((wide(o) - h).mul_(factor))
+            total.add_((wide(o) - h).mul_(factor / self.factor))
         return a
 
     def subtract_branch(self, a: torch.Tensor, out: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
         """a - c * (out - h), in a's memory."""
         for total, o, h in _slices(a, out, value):
-            total.sub_((wide(o) - h).mul_(factor))
+            total.sub_((wide(o) - h).mul_(factor / self.factor))
         return a
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Fused:
     """Both on one grid."""
 
     kernels: Kernels
-    fraction_bits: int
+    grid: FixedPoint
 
     def step(
         self,
@@ -70,7 +70,7 @@ class Fused:
         c: float,
     ) -> Stepped:
         """Write H' and V' where H and V are."""
-        unit = _number(2.0**-self.fraction_bits, _wide_of(out), stream.device)
+        unit = _number(self.grid.unit, _wide_of(out), stream.device)
         with torch.no_grad():
             numbers = (_number(gamma.numerator, torch.int32, stream.device), self._scale(c, out, value), unit)
             new, largest, *side = self.kernels.step(*_rows(stream, velocity, out, value), *numbers)
@@ -93,7 +93,7 @@ class Fused:
             self.kernels.back(*_rows(velocity, out, value), inverse, self._scale(c, out, value), side)
 
     def _scale(self, c: float, out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return _number(c * 2.0**self.fraction_bits, _wide_of(out, value), out.device)
+        return _number(c / self.grid.unit, _wide_of(out, value), out.device)
 
 
 def fused_for(arithmetic: Arithmetic, gamma: Fraction, *tensors: torch.Tensor) -> Fused | None:
@@ -111,7 +111,7 @@ def fused_for(arithmetic: Arithmetic, gamma: Fraction, *tensors: torch.Tensor) -
     if any(not t.is_contiguous() or t.device != first.device or type(t) is not torch.Tensor for t in tensors):
         return None
     kernels = _tried(side_bits_of(gamma), first.device, out.dtype, value.dtype)
-    return None if kernels is None else Fused(kernels, arithmetic.fraction_bits)
+    return None if kernels is None else Fused(kernels, arithmetic)
 
 
 @lru_cache(maxsize=256)
@@ -170,7 +170,7 @@ def _named(function: Any, bits: int) -> Callable[..., Any]:
 
 def _agree(kernels: Kernels, bits: int, device: torch.device, out_dtype: torch.dtype, in_dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    gamma, c, grid = Fraction(1 - 2**bits if bits else -1, 2**bits), 0.9375, FixedPoint(12)
+    gamma, c, grid = Fraction(1 - 2**bits if bits else -1, 2**bits), 0.9375, FixedPoint(12, 0.7)
     stream, velocity = (
         torch.randint(-(2**n), 2**n, (TRIED,), generator=generator, dtype=torch.int32).to(device) for n in (24, 22)
     )
@@ -179,7 +179,7 @@ def _agree(kernels: Kernels, bits: int, device: torch.device, out_dtype: torch.d
     scaled, side = grid.scale(velocity.clone(), gamma)
     after = grid.add_branch(scaled, out, value, c)
     total, before = stream + after, velocity.clone()
-    fused = Fused(kernels, grid.fraction_bits)
+    fused = Fused(kernels, grid)
     found = fused.step(stream, velocity, out, value, gamma, c)
     pairs = [(stream, total), (velocity, after), (found.new, grid.decode(total, out_dtype))]
     pairs += [] if side is None or found.side is None else [(found.side, side)]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from autorev.analysis import Block, Chain, Verdict
 from autorev.capture.record import ModuleCall, RecordedCall
 from autorev.capture.source import definition_line
-from autorev.detect.ends import argument_of
+from autorev.detect.finding import Finding
 from autorev.detect.idle import idle_towers
 from autorev.detect.inline import common_start, inline_blocks, recur, refused_loops
-from autorev.detect.judge import Finding, judge, judge_first
+from autorev.detect.judge import judge, judge_first
+from autorev.detect.links import State, enters, entry_of, exit_of, leaves, link
 from autorev.detect.nearest import nearest
 from autorev.detect.obstacles import Obstacle
+from autorev.detect.scaling import LEAST_IN_ALL, MOST_IN_ALL
 
 MOST_STEPS = 4
 """A module with more residual steps than this, found inside its own sub-modules, is a container of blocks."""
@@ -53,7 +55,9 @@ def detect(recorded: RecordedCall) -> Detection:
         findings = refused_loops(recorded.root)
     _keep_what_is_handed_on(findings)
     _put_in_one_order(findings)
-    _link(findings, recorded)
+    link(findings, recorded)
+    for chain in _chains(findings):
+        _refuse_product(chain)
     detection = Detection(_chains(findings), [finding for finding in findings if not finding.reversible])
     for chain in detection.chains:
         if len(chain) == 1:
@@ -150,11 +154,11 @@ def _chained(findings: list[Finding]) -> int:
 
 def _interrupted(found: list[Finding]) -> bool:
     """Does a block receive another tensor than the one before it returned, but one that could be made of that?"""
-    taken = {state for f in found if f.reversible for state in _entry(f)}
-    given = {state for f in found if f.reversible for state in _exit(f)}
+    taken = {state for f in found if f.reversible for state in entry_of(f)}
+    given = {state for f in found if f.reversible for state in exit_of(f)}
     return any(
-        taken.isdisjoint(_exit(before))
-        and given.isdisjoint(_entry(after))
+        taken.isdisjoint(exit_of(before))
+        and given.isdisjoint(entry_of(after))
         and before.stream_out is not None
         and after.stream_in is not None
         and before.stream_out.numel() == after.stream_in.numel()
@@ -202,10 +206,6 @@ def _is_container(finding: Finding, judged: dict[int, Finding]) -> bool:
 # -- links between blocks
 
 
-State = tuple[int, int]
-"""A tensor, and how often it had been written to: what one block returns is what the next receives."""
-
-
 def _chains(findings: list[Finding], wholly: bool = True) -> list[list[Finding]]:
     """The reversible ones, in one list those that hand on their streams from each to the next: all of them, or, not
     `wholly`, one at least."""
@@ -213,7 +213,7 @@ def _chains(findings: list[Finding], wholly: bool = True) -> list[list[Finding]]
     tail: dict[Any, list[Finding]] = {}
     for finding in findings:
         if finding.reversible:
-            entry, exit = ((state,) if wholly else state for state in (_entry(finding), _exit(finding)))
+            entry, exit = ((state,) if wholly else state for state in (entry_of(finding), exit_of(finding)))
             state = next((state for state in entry if state in tail and _run_alike(tail[state][-1], finding)), None)
             chain = [] if state is None else tail.pop(state)
             if state is None:
@@ -223,34 +223,28 @@ def _chains(findings: list[Finding], wholly: bool = True) -> list[list[Finding]]
     return chains
 
 
-def _entry(finding: Finding) -> tuple[State, ...]:
-    """Of every stream that it carries."""
-    return tuple(sorted(map(_enters, finding.lanes)) if finding.deferred else map(_enters, finding.lanes))
-
-
-def _exit(finding: Finding) -> tuple[State, ...]:
-    # The parts of a sum have no order.
-    return tuple(sorted(map(_leaves, finding.lanes)) if finding.deferred else map(_leaves, finding.lanes))
-
-
-def _enters(lane: Finding) -> State:
-    return id(lane.stream_in), 0 if lane.inline else lane.call.entered.get(id(lane.stream_in), 0)
-
-
-def _leaves(lane: Finding) -> State:
-    return id(lane.stream_out), 0 if lane.inline else lane.call.left.get(id(lane.stream_out), 0)
+def _refuse_product(chain: list[Finding]) -> None:
+    """The factors of its streams may be held one by one, and not all together."""
+    for lanes in zip(*(finding.lanes for finding in chain), strict=False):
+        factors = [lane.factor_known for lane in lanes]
+        for product in accumulate(factors, operator.mul):
+            if not LEAST_IN_ALL <= abs(product) <= MOST_IN_ALL:
+                text = f"over the {len(chain)} blocks its stream is multiplied by {product:.3g}, which no grid can hold"
+                for finding in chain:
+                    finding.obstacles.append(Obstacle("scaled-shortcut", text, finding.steps[-1].source))
+                return
 
 
 def _keep_what_is_handed_on(findings: list[Finding]) -> None:
     """A further stream is one only where a block receives from another what that one returned, and a deferred residual
     only where another block adds it up."""
-    given = {state for finding in findings if finding.reversible for state in _exit(finding)}
-    taken = {state for finding in findings if finding.reversible for state in _entry(finding)}
-    sums = {_entry(finding) for finding in findings} & {_exit(finding) for finding in findings}
+    given = {state for finding in findings if finding.reversible for state in exit_of(finding)}
+    taken = {state for finding in findings if finding.reversible for state in entry_of(finding)}
+    sums = {entry_of(finding) for finding in findings} & {exit_of(finding) for finding in findings}
     for number, finding in enumerate(findings):
         if not finding.deferred:
-            finding.beside = [lane for lane in finding.beside if _enters(lane) in given or _leaves(lane) in taken]
-        elif sums.isdisjoint((_entry(finding), _exit(finding))):
+            finding.beside = [lane for lane in finding.beside if enters(lane) in given or leaves(lane) in taken]
+        elif sums.isdisjoint((entry_of(finding), exit_of(finding))):
             other = judge(finding.call, deferred=False)
             findings[number] = other if other.residual else finding
 
@@ -259,88 +253,15 @@ def _put_in_one_order(findings: list[Finding]) -> None:
     """A block may take its streams in another order than the one before it returns them."""
     order: dict[frozenset[State], tuple[State, ...]] = {}
     for number, finding in enumerate(findings):
-        wanted = order.get(frozenset(_entry(finding)), ())
+        wanted = order.get(frozenset(entry_of(finding)), ())
         if len(wanted) == len(finding.lanes) and not finding.deferred:
-            lanes = {_enters(lane): lane for lane in finding.lanes}
+            lanes = {enters(lane): lane for lane in finding.lanes}
             finding.beside = []
             first, *beside = (lanes[state] for state in wanted)
             finding = findings[number] = first
             finding.beside = beside
-        if len(set(_exit(finding))) == len(finding.lanes):
-            order[frozenset(_exit(finding))] = _exit(finding)
-
-
-def _link(findings: list[Finding], recorded: RecordedCall) -> None:
-    """Notice what the model's own loop does between two neighbouring blocks."""
-    given = {_exit(f) for f in findings if f.reversible}
-    taken = {_entry(f) for f in findings if f.reversible}
-    linked = {id(f) for f in findings if _exit(f) in taken or _entry(f) in given}
-    broken: dict[int, Obstacle] = {}
-    for before, after in pairwise(findings):
-        if not (before.reversible and after.reversible) or before.call.parent is not after.call.parent:
-            continue
-        if _exit(before) in taken or _entry(after) in given:
-            continue
-        shared = set(_exit(before)) & set(_entry(after))
-        if shared and len(before.lanes) != len(after.lanes):
-            broken[id(after)] = _other_streams(before, after)
-            continue
-        if type(before.call.module) is not type(after.call.module) or before.inline or after.inline:
-            continue
-        if before.call.path.rpartition(".")[0] != after.call.path.rpartition(".")[0]:
-            continue
-        replaced = next(lane.stream_in for lane in after.lanes if _enters(lane) not in shared)
-        written = any(lane.stream_out is replaced for lane in before.lanes)
-        made = recorded.writers if written else recorded.producers
-        name, line = made.get(id(replaced), ("an in-place operation", "unknown source"))
-        text = (
-            f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
-            "receive what the other returned"
-        )
-        broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
-    receivers = {id(lane.stream_in): f for f in reversed(findings) if f.reversible and not f.inline for lane in f.lanes}
-    for finding in findings:
-        for lane in finding.lanes if finding.reversible else ():
-            receiver = receivers.get(id(lane.stream_out))
-            if receiver is not None and lane.stream_in is not lane.stream_out:  # it is, where blocks add in place
-                finding.caveats += _read_outside(lane, receiver, recorded)
-    for finding in findings:
-        obstacle = broken.get(id(finding))
-        if obstacle is not None:
-            if id(finding) in linked:
-                finding.caveats.append(obstacle)
-            else:
-                finding.obstacles.append(obstacle)
-        parent = finding.call.parent
-        if finding.reversible and parent is not None and parent.scalar_draws:
-            text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
-            finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
-
-
-def _other_streams(before: Finding, after: Finding) -> Obstacle:
-    first, second = (", ".join(argument_of(lane.start) for lane in f.lanes if lane.start) for f in (before, after))
-    text = (
-        f"it carries on {second}, and {before.path} before it {first}; a chain has the same streams from its first "
-        "block to its last"
-    )
-    return Obstacle("other-streams", text, definition_line(after.call.module))
-
-
-def _read_outside(before: Finding, after: Finding, recorded: RecordedCall) -> list[Obstacle]:
-    """Long skips, deep supervision: what else keeps the state between two blocks."""
-    assert before.stream_out is not None
-    own = {id(call) for finding in (before, after) for call in finding.call.walk()}
-    for call, function, line in recorded.readers.get(id(before.stream_out), []):
-        if id(call) not in own:
-            text = (
-                f"the model reads the stream between {before.path} and {after.path} for something else as well "
-                f"(`{function}`), so that state stays in memory"
-            )
-            return [Obstacle("stream-read", text, line)]
-    if any(leaf is before.stream_out for leaf in tree_leaves(recorded.root.output)):
-        text = f"the model also returns the stream as {before.path} leaves it, so that state stays in memory"
-        return [Obstacle("stream-read", text, definition_line(recorded.root.module))]
-    return []
+        if len(set(exit_of(finding))) == len(finding.lanes):
+            order[frozenset(exit_of(finding))] = exit_of(finding)
 
 
 def _never_called(root: ModuleCall, findings: list[Finding]) -> Iterator[Block]:

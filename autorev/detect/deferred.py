@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import fx
 
-from autorev.detect.stream import Add, ResidualStep, Stream, merely_laid_out, reaches
+from autorev.detect.stream import Add, ResidualStep, Stream, merely_laid_out
 from autorev.detect.sums import add_operands, scale_of
+from autorev.detect.ways import reaches
 
 
 def deferred_parts(total: fx.Node, streams: dict[fx.Node, Stream]) -> tuple[fx.Node, fx.Node] | None:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx
 
 from autorev.capture.tracer import CapturedBlock
-from autorev.detect.stream import is_stream_like, reaches
+from autorev.detect.stream import is_stream_like
+from autorev.detect.ways import reaches
 
 
 def flatten_with_path(structure: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

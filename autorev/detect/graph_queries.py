@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from autorev.capture.tracer import CapturedBlock
-from autorev.detect.stream import Stream, reaches
+from autorev.detect.stream import Stream
 from autorev.detect.sums import add_operands, is_subtraction, scale_of
+from autorev.detect.ways import reaches
 
 _norm_functions = {F.layer_norm, F.rms_norm, F.batch_norm, F.group_norm, F.instance_norm, F.normalize}
 _norm_functions |= {torch.layer_norm, torch.rms_norm, torch.batch_norm, torch.group_norm}

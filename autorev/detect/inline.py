@@ -14,12 +14,15 @@ from torch import fx
 from autorev.capture.record import ModuleCall
 from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.ends import drop_unread_items
+from autorev.detect.finding import Finding
 from autorev.detect.graph_queries import BlockView
-from autorev.detect.judge import Finding, own_backward
-from autorev.detect.obstacles import Obstacle, between_sums, obstacles_on_stream
+from autorev.detect.judge import own_backward
+from autorev.detect.obstacles import Obstacle, between_sums
+from autorev.detect.on_stream import obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
-from autorev.detect.stream import ResidualStep, follow, is_stream_like, reaches
+from autorev.detect.stream import ResidualStep, follow, is_stream_like
 from autorev.detect.sums import add_operands
+from autorev.detect.ways import reaches
 
 
 def inline_blocks(call: ModuleCall, opened: frozenset[str] = frozenset()) -> list[Finding]:
@@ -122,7 +125,7 @@ def recur(ends: list[fx.Node]) -> bool:
 
 def _path(call: ModuleCall, steps: list[ResidualStep], number: int) -> str:
     """The sub-module that the whole block runs (`layers.3`), or the holder's path with the turn of its loop."""
-    called = [str(n.target) for step in steps for n in step.branch_nodes() if n.op == "call_module"]
+    called = [str(n.target) for step in steps for n in step.own_nodes() if n.op == "call_module"]
     shared = common_start([path.split(".") for path in called])
     prefix = f"{call.path}." if call.path else ""
     if shared and any(part.isdigit() for part in shared):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from autorev.analysis import Block, Verdict
 from autorev.capture.fake import DATA_DEPENDENT
 from autorev.capture.record import ModuleCall
 from autorev.capture.source import definition_line, raised_line
@@ -17,150 +14,24 @@ from autorev.capture.tracer import CapturedBlock, capture
 from autorev.detect.arguments import changed_argument, contents
 from autorev.detect.deferred import deferred_parts, last_of_deferred, read_apart
 from autorev.detect.ends import (
-    argument_of,
     drop_unread_items,
     flatten_with_path,
-    is_read,
     most_likely_start,
     outputs_of,
     starts_of,
 )
+from autorev.detect.finding import Finding
 from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_operands_before
-from autorev.detect.kinds import public_step
-from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
-from autorev.detect.slices import in_slices, put_together
-from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order, reaches
-from autorev.detect.tokenwise import Mixing, TokenWise, tileable, token_wise
+from autorev.detect.obstacles import Obstacle, obstacles_to_stream
+from autorev.detect.on_stream import caveats_on_stream, obstacles_on_stream
+from autorev.detect.order import keeps_order
+from autorev.detect.slices import put_together
+from autorev.detect.stream import ResidualStep, Stream, follow
+from autorev.detect.ways import reaches
 from autorev.errors import first_line
 
 MOST_OPENED = 8
 """Rounds of opening a sub-module that may hide an add; real models need two or three."""
-
-
-@dataclass(eq=False)
-class Finding:
-    """What is known about one call of a would-be block; `block()` is its public form."""
-
-    call: ModuleCall
-    captured: CapturedBlock | None
-    start: fx.Node | None
-    """The argument (or an item of one) that carries the stream."""
-    steps: list[ResidualStep]
-    obstacles: list[Obstacle]
-    caveats: list[Obstacle] = field(default_factory=list)
-    output_at: tuple[Any, ...] = ()
-    """Where in the returned structure the stream leaves: () for a bare tensor, (0,) for a tuple's first item."""
-    path: str = ""
-    """The module's path; an inline block has one of its own."""
-    end: fx.Node | None = None
-    """The node that is the stream after the last step."""
-    beside: list[Finding] = field(default_factory=list)
-    """The block's other streams, which are reversed together with this one."""
-    deferred: bool = False
-    """Does the next block add up the two streams of this one, its residual and what its last branch returned?"""
-    inline: bool = False
-    """A turn of a loop in `call`'s own code, not a module of its own."""
-
-    @property
-    def lanes(self) -> tuple[Finding, ...]:
-        """This stream, and those beside it."""
-        return self, *self.beside
-
-    @property
-    def reversible(self) -> bool:
-        """Eligible, with or without a caveat."""
-        return not self.obstacles
-
-    @property
-    def can_be_checkpointed(self) -> bool:
-        """Is it a module that may run a second time on its own input, and returns a tensor of that shape?"""
-        into, out = self.stream_in, self.stream_out
-        alike = into is not None and out is not None and into.shape == out.shape
-        once = any(o.code in ("not-repeatable", "argument-write", "own-backward") for o in self.obstacles)
-        return alike and not (self.inline or once or "random" in self.call.scalar_draws)
-
-    @property
-    def residual(self) -> bool:
-        """Is it a residual block at all, if perhaps one that cannot be reversed?"""
-        return self.reversible or any(o.code not in GENERIC for o in self.obstacles)
-
-    @property
-    def stream_in(self) -> torch.Tensor | None:
-        """The recorded tensor that entered."""
-        value: torch.Tensor | None = None if self.start is None else self.start.meta["val"]
-        return value
-
-    @property
-    def stream_out(self) -> torch.Tensor | None:
-        """The recorded tensor that left."""
-        if self.inline and self.end is not None:
-            value: torch.Tensor = self.end.meta["val"]
-            return value
-        return dict(flatten_with_path(self.call.output)).get(self.output_at)
-
-    @property
-    def in_slices(self) -> bool:
-        """Does it add to slices of its stream? Then it is one step always: no line of its code holds the whole sum."""
-        return any(in_slices(add) for step in self.steps for add in step.adds)
-
-    @property
-    def modules(self) -> set[str]:
-        """Paths, below the call's module, of the sub-modules that the steps run."""
-        return {str(n.target) for step in self.steps for n in step.branch_nodes() if n.op == "call_module"}
-
-    @cached_property
-    def parts(self) -> tuple[TokenWise | Mixing, ...]:
-        """Which modules of the block may run on a few positions at a time, and why others may not."""
-        return () if self.inline else tuple(tileable(self.call))
-
-    @cached_property
-    def causal(self) -> TokenWise | Mixing:
-        """May the block itself run so, of whose positions each looks at those before it?"""
-        return Mixing(self.path, "it is no module") if self.inline else token_wise(self.call, causal=True)
-
-    @cached_property
-    def causal_parts(self) -> tuple[TokenWise | Mixing, ...]:
-        """As `parts`, and which modules may attend so."""
-        return () if self.inline else tuple(tileable(self.call, causal=True))
-
-    @cached_property
-    def opened(self) -> frozenset[str]:
-        """Paths of the modules in whose own code residual adds stand, as calls of them are recorded."""
-        inner = () if self.captured is None else self.captured.opened
-        holders = {id(self.call.module.get_submodule(path)) for path in inner}
-        return frozenset(call.path for call in self.call.walk() if id(call.module) in holders)
-
-    def block(self) -> Block:
-        """The finding as frozen data."""
-        module, start = self.call.module, self.start
-        reasons = self.obstacles or [caveat for lane in self.lanes for caveat in lane.caveats]
-        verdict = Verdict.REFUSED if self.obstacles else Verdict.CAVEAT if reasons else Verdict.ELIGIBLE
-        value: Any = None if start is None else start.meta["val"]
-        return Block(
-            path=self.path,
-            class_name=type(module).__name__,
-            verdict=verdict,
-            reasons=tuple(dict.fromkeys(map(str, reasons))),
-            steps=tuple(public_step(step, module) for lane in self.lanes for step in lane.steps),
-            stream=", ".join(argument_of(lane.start) for lane in self.lanes if lane.start is not None),
-            shape=() if value is None else tuple(value.shape),
-            dtype="" if value is None else str(value.dtype).removeprefix("torch."),
-            extra_inputs=self._extra_inputs(),
-            buffers_written=self.call.buffers_written,
-            draws_random=self.call.draws_random,
-            parameters=sum(p.numel() for p in module.parameters()),
-            source=definition_line(module),
-            call=self.call.index,
-        )
-
-    def _extra_inputs(self) -> tuple[str, ...]:
-        if self.captured is None or self.start is None:
-            return ()
-        if self.inline:  # the holder reads more than this turn of its loop does
-            turn = {node for step in self.steps for node in step.branch_nodes()}
-            return tuple(name for name, node in self.captured.placeholders.items() if node in turn)
-        arguments, starts = self.captured.placeholders.items(), [lane.start for lane in self.lanes]
-        return tuple(name for name, node in arguments if is_read(node, apart_from=starts))
 
 
 def judge(call: ModuleCall, deferred: bool = True) -> Finding:
@@ -317,6 +188,7 @@ def _on_stream(
         obstacles.append(Obstacle("permuted-shortcut", text, output.meta["source"]))
     obstacles += own_backward(call)
     finding = Finding(call, captured, stream.start, steps, obstacles, output_at=at, path=call.path, end=output)
+    finding.factor = stream.factor_to(output)
     finding.caveats = _caveats(finding, path)
     return finding
 

@@ -19,9 +19,10 @@ _kinds = (
 )
 
 
-def public_step(step: ResidualStep, module: nn.Module) -> Step:
-    """The step as frozen data."""
-    called = [str(n.target) for n in step.branch_nodes() if n.op == "call_module"]
+def public_step(step: ResidualStep, module: nn.Module, in_loop: bool) -> Step:
+    """The step as frozen data; of a turn of a loop, without what has made the older streams that it reads."""
+    nodes = step.own_nodes() if in_loop else step.branch_nodes()
+    called = [str(n.target) for n in nodes if n.op == "call_module"]
     return Step(_kind(called, module), tuple(dict.fromkeys(called)), step.source)
 
 

@@ -6,7 +6,7 @@ the reason (docs/obstacles.md has a section for each); `text` is for the user; `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,6 @@ from autorev.detect.graph_queries import (
     tail,
     title,
 )
-from autorev.detect.stream import Add, Stream, storage_of
 from autorev.detect.sums import add_operands
 
 
@@ -105,37 +104,38 @@ def shape_change(view: BlockView) -> Obstacle | None:
 
 
 def scaled_shortcut(view: BlockView) -> Obstacle | None:
-    """`a * h + f(h)`, `f(h) - h`, `lerp`, a gate on the skip."""
+    """A gate on the skip, a learned factor, `lerp` with a tensor of weights."""
     for node in sums(view):
-        for operand, factor in operands(node):
-            if operand in view.stream and factor != 1:
-                return Obstacle(
-                    "scaled-shortcut",
-                    f"the skip enters its sum with the factor {factor}, not as it is",
-                    node.meta["source"],
-                )
+        for operand, _ in operands(node):
             scaled = scaling_of_carrier(operand, view)
             if scaled is not None:
                 return Obstacle(
                     "scaled-shortcut",
-                    f"the skip is multiplied (`{title(scaled, view.block)}`) before the branch is added, "
-                    "so undoing a layer would divide by that factor",
+                    f"the skip is multiplied (`{title(scaled, view.block)}`) {_by_what(scaled)} before the branch is "
+                    "added, so undoing a layer would divide by that",
                     scaled.meta["source"],
                 )
     last = strip(view.output)
     if is_lerp(last) and any(carries(n, view) for n in last.all_input_nodes):
         return Obstacle(
             "scaled-shortcut",
-            f"`{title(last, view.block)}` weighs the skip against the branch, so the skip is scaled",
+            f"`{title(last, view.block)}` weighs the skip against the branch by a tensor, so the skip is scaled",
             last.meta["source"],
         )
     if is_scaling(last) and adds_below(last, view):
         return Obstacle(
             "scaled-shortcut",
-            f"the residual sum itself is multiplied (`{title(last, view.block)}`) before it leaves the block",
+            f"the residual sum itself is multiplied (`{title(last, view.block)}`) {_by_what(last)} before it leaves "
+            "the block",
             last.meta["source"],
         )
     return None
+
+
+def _by_what(product: fx.Node) -> str:
+    """Constants are no obstacle (`scaling`)."""
+    learned = [n for n in product.all_input_nodes if n.op == "get_attr" and n.meta["val"].requires_grad]
+    return f"by {learned[0].target}, which is learned," if learned else "by a tensor, not by a constant,"
 
 
 def doubled_stream(view: BlockView) -> Obstacle | None:
@@ -217,11 +217,11 @@ def overwritten(view: BlockView) -> Obstacle | None:
         for operand, _ in operands(node):
             inner = strip(operand)
             if add_operands(inner) is None and any(n in view.stream for n in inner.meta["mutates"]):
-                return _in_place(inner, view.block)
+                return in_place(inner, view.block)
     return None
 
 
-def _in_place(node: fx.Node, block: CapturedBlock) -> Obstacle:
+def in_place(node: fx.Node, block: CapturedBlock) -> Obstacle:
     text = f"`{title(node, block)}` overwrites the residual stream in place"
     return Obstacle("in-place", text, node.meta["source"])
 
@@ -280,66 +280,3 @@ def between_sums(view: BlockView, total: fx.Node) -> Obstacle | None:
             user.meta["source"],
         )
     return None
-
-
-# -- obstacles of a block whose output is the stream
-
-
-def obstacles_on_stream(block: CapturedBlock, stream: Stream, path: list[fx.Node]) -> list[Obstacle]:
-    """What forbids reversing a block although its output is the stream; empty when nothing does.
-
-    `path` holds the stream nodes between start and output.
-    """
-    return [*_decisions(block), *unseen_code(block), *_overwritten_values(block, stream, path)]
-
-
-def _decisions(block: CapturedBlock) -> Iterator[Obstacle]:
-    for decision in block.decided:
-        what, _, source = decision.rpartition(" (")
-        text = f"its course depends on the values of its tensors (`{what}`); run again, it could take another path"
-        yield Obstacle("data-dependent", text, source.rstrip(")"))
-
-
-def unseen_code(block: CapturedBlock) -> list[Obstacle]:
-    """A tensor came from somewhere that the capture cannot see, so its branch cannot be cut out."""
-    text = "a tensor appeared that no torch function of the block made (compiled or foreign code)"
-    return [Obstacle("unseen-code", text, source) for source in block.lost]
-
-
-def _overwritten_values(block: CapturedBlock, stream: Stream, path: list[fx.Node]) -> Iterator[Obstacle]:
-    own = {storage_of(n.meta.get("val")) for n in stream.nodes}
-    given = {
-        storage_of(n.meta.get("val")): n for n in block.graph.nodes if "argument" in n.meta and n is not stream.start
-    }
-    for node in block.graph.nodes:
-        changed = {storage_of(target.meta.get("val")) for target in node.meta.get("mutates", ())} - {None}
-        if changed & own and not (node in path and isinstance(stream.nodes[node], Add)):
-            yield _in_place(node, block)
-        for argument in (given[storage] for storage in changed - own if storage in given):
-            name = argument.meta["argument"]
-            text = f"`{title(node, block)}` overwrites its argument {name}, and would do so once more in backward"
-            yield Obstacle("argument-write", text, node.meta["source"])
-
-
-# -- what to know of a stream that can be reversed
-
-
-def caveats_on_stream(path: list[fx.Node]) -> Iterator[Obstacle]:
-    """Casts, roundings and writes to the caller's tensor, of the stream nodes from the first to the last."""
-    start, end = path[0], path[-1]
-    entering, leaving = (n.meta["val"].dtype for n in (start, end))
-    narrow = [n for n in path if n.meta["val"].dtype.itemsize < entering.itemsize]
-    if entering != leaving:
-        text = f"it turns a {_short(entering)} stream into a {_short(leaving)} one"
-        yield Obstacle("stream-cast", text, end.meta["source"])
-    elif narrow:
-        text = f"it rounds its {_short(entering)} stream to {_short(narrow[0].meta['val'].dtype)} on the way"
-        yield Obstacle("stream-cast", text, narrow[0].meta["source"])
-    for node in path[1:]:
-        if any(storage_of(n.meta.get("val")) == storage_of(start.meta["val"]) for n in node.meta["mutates"]):
-            text = "it adds to its input in place; a converted block returns a new tensor instead"
-            yield Obstacle("in-place-add", text, node.meta["source"])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

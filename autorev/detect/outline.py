@@ -15,7 +15,8 @@ import torch
 from torch import fx, nn
 
 from autorev.capture.tracer import CapturedBlock
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
+from autorev.detect.ways import downstream
 
 
 class LiveGraph(fx.GraphModule):
@@ -109,7 +110,7 @@ def _nodes_of(finding: Finding) -> set[fx.Node]:
     nodes: set[fx.Node] = set()
     start, end = finding.start, finding.end
     assert start is not None and end is not None
-    reached = _downstream(start)
+    reached = downstream(start)
     pending = [end]
     while pending:
         node = pending.pop()
@@ -118,14 +119,3 @@ def _nodes_of(finding: Finding) -> set[fx.Node]:
         nodes.add(node)
         pending += node.all_input_nodes
     return nodes
-
-
-def _downstream(start: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = [start]
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending += list(node.users)
-    return seen

@@ -1,9 +1,10 @@
 """Follow the residual stream through a block's graph and find its steps.
 
 `s0` is the input that carries the stream. A node *is the stream* when it is s0, a reshape, cast or alias of the stream,
-or the sum of the stream and something of the same shape that is not the stream. Where the block's output is the stream,
-walking back from it along the skips meets the adds; those that every path from s0 to the output runs through are the
-*cuts*. What is added between two cuts is one residual step (attention and MLP in parallel are one step of two terms).
+a multiple of it by a constant, or the sum of the stream and something of the same shape. Where the block's output is
+the stream, walking back from it along the skips meets the adds; those that every path from s0 to the output runs
+through are the *cuts*. What is added between two cuts is one residual step (attention and MLP in parallel are one step
+of two terms).
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import reduce
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from autorev.detect.sums import MATRIX_PRODUCTS, ONTO_FIRST, add_operands, is_subtraction, is_times_one, scale_of
+from autorev.detect.scaling import Factor, factor_in_graph
+from autorev.detect.sums import add_operands, factor_of_operand, is_times_one
+from autorev.detect.ways import depends, downstream, name_of, reaches, read_by
 
 _copies: set[Any] = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape"}
 _copies |= {torch.clone, torch.reshape, torch.flatten, "flatten"}
@@ -29,12 +32,14 @@ _cuts_gradient = {"detach", "detach_", torch.detach, "data"}
 
 @dataclass(eq=False)
 class Add:
-    """One add of the stream: `node = skip + branch` (or `skip - branch`)."""
+    """One add of the stream: `node = skip + branch` (or `skip - branch`), or a product with a constant."""
 
     node: fx.Node
     skip: fx.Node
     branch: tuple[Any, ...]
-    """Further operands; nodes or numbers."""
+    """Further operands; nodes or numbers. Of a product, none."""
+    factor: Factor = field(default_factory=Factor)
+    """What `skip` is multiplied by."""
 
 
 @dataclass(eq=False)
@@ -61,7 +66,7 @@ class ResidualStep:
 
     def reads(self, node: fx.Node) -> bool:
         """Does the branch depend on `node`?"""
-        return any(_depends(item, node) for add in self.adds for item in add.branch)
+        return any(depends(item, node) for add in self.adds for item in add.branch)
 
     def branch_nodes(self) -> list[fx.Node]:
         """Nodes that the branch is computed by, in graph order."""
@@ -75,6 +80,11 @@ class ResidualStep:
             wanted.add(node)
             pending += read_by(node)
         return [node for node in self.before.graph.nodes if node in wanted]
+
+    def own_nodes(self) -> list[fx.Node]:
+        """Those of them that come of the stream: not masks, encoder states and older streams, which are its inputs."""
+        own = downstream(self.before)
+        return [node for node in self.branch_nodes() if node in own]
 
 
 @dataclass(frozen=True)
@@ -110,16 +120,38 @@ class Stream:
             path.append(made.skip if isinstance(made, Add) else made)
         return path[::-1]
 
-    def steps_to(self, end: fx.Node) -> list[ResidualStep]:
-        """The residual steps between `start` and the stream node `end`, first one first."""
-        adds = [made for node in self.path_to(end) if isinstance(made := self.nodes[node], Add)]
+    def adds_to(self, end: fx.Node) -> list[Add]:
+        """The sums and products on the path to `end`."""
+        return [made for node in self.path_to(end) if isinstance(made := self.nodes[node], Add)]
+
+    def factor_to(self, end: fx.Node) -> Factor:
+        """What the stream is multiplied by, all in all, on its path to `end`."""
+        return reduce(operator.mul, (add.factor for add in self.adds_to(end)), Factor())
+
+    def steps_to(self, end: fx.Node, in_loop: bool = False) -> list[ResidualStep]:
+        """The residual steps between `start` and the stream node `end`, first one first.
+
+        A product belongs to the step before it. Where a loop begins with one, it belongs to the step behind.
+        `in_loop`: later steps may read what earlier ones began with: the loop's first stream, or a long skip's.
+        """
+        adds = self.adds_to(end)
+        leading = {add.node.meta["place"] for add in takewhile(lambda add: not add.branch, adds)}
         steps: list[ResidualStep] = []
         pending: list[Add] = []
         before = self.start
-        for add in adds:
+        for number, add in enumerate(adds):
+            if in_loop:
+                cut = self._ends_here(add, before, adds[number + 1 :], end)
+            else:
+                cut = not reaches(self.start, end, without=add.node)
+            behind = steps and not (pending or add.branch or add.node.meta["place"] in leading)
+            if behind and cut:
+                steps[-1], before = ResidualStep((*steps[-1].adds, add), steps[-1].before), add.node
+                continue
             pending.append(add)
-            # A term that does not read the stream (a position, a bias) belongs to the step behind it.
-            if self.reads(*pending) and not reaches(self.start, end, without=add.node):
+            # A term that does not read the stream (a position, a bias, a skip) belongs to the step behind it.
+            origin = before if in_loop else self.start
+            if cut and any(depends(item, origin) for one in pending for item in one.branch):
                 steps.append(ResidualStep(tuple(pending), before))
                 pending, before = [], add.node
         if pending and steps:
@@ -128,9 +160,23 @@ class Stream:
             steps.append(ResidualStep(tuple(pending), before))
         return steps
 
-    def reads(self, *adds: Add) -> bool:
-        """Does anything of what they add depend on the stream?"""
-        return any(_depends(item, self.start) for add in adds for item in add.branch)
+    def _ends_here(self, add: Add, before: fx.Node, later: list[Add], end: fx.Node) -> bool:
+        """May a step that began at `before` end with `add`, although later ones read what is older?
+
+        Not between two terms of one step: of those, the second one reads `before`, and none reads the sum.
+        """
+        if not reaches(self.start, end, without=add.node):
+            return True
+        if later and not any(depends(item, before) for item in later[0].branch):
+            return True
+        path = self.path_to(end)
+        behind = path[path.index(add.node) + 1 :]
+        here = [add.node, *takewhile(lambda node: not isinstance(self.nodes[node], Add), behind)]
+        return any(user not in path and reaches(user, end) for node in here for user in node.users)
+
+    def reads(self, add: Add) -> bool:
+        """Does anything of what it adds depend on the stream?"""
+        return any(depends(item, self.start) for item in add.branch)
 
 
 Further = Callable[[fx.Node, Stream], Add | fx.Node | None]
@@ -145,7 +191,8 @@ def follow(start: fx.Node, through_cat: bool = False, further: Further | None = 
         if node is start:
             begun = True
         elif begun:
-            made = alias_of(node, stream) or residual_add(node, stream) or (further and further(node, stream))
+            made = alias_of(node, stream) or residual_add(node, stream) or constant_multiple(node, stream)
+            made = made or (further and further(node, stream))
             if made is not None:
                 source = made.skip if isinstance(made, Add) else made
                 part = stream.cats.get(source)
@@ -163,13 +210,13 @@ def follow(start: fx.Node, through_cat: bool = False, further: Further | None = 
 
 
 def _same_layout(node: fx.Node, source: fx.Node) -> bool:
-    moved = _name(node) in _moves or (node.target is getattr and node.args[1] in _moves)
+    moved = name_of(node) in MOVES or (node.target is getattr and node.args[1] in MOVES)
     return not moved and node.meta["val"].shape == source.meta["val"].shape
 
 
 def _concatenated(node: fx.Node, stream: Stream) -> tuple[fx.Node, Part] | None:
     """The stream node that `node` concatenates with other tensors, and where it is."""
-    if _name(node) not in _cats or not node.args or not isinstance(node.args[0], list | tuple):
+    if name_of(node) not in _cats or not node.args or not isinstance(node.args[0], list | tuple):
         return None
     items = [item for item in node.args[0] if isinstance(item, fx.Node)]
     places = [number for number, item in enumerate(items) if item in stream and item not in stream.cats]
@@ -200,51 +247,8 @@ def _taken_out(node: fx.Node, stream: Stream) -> fx.Node | None:
     return source if offset == part.offset * whole.stride(part.axis) else None
 
 
-def keeps_order(stream: Stream, end: fx.Node) -> bool:
-    """Are the stream's elements in the same places at `end` as at the start?
-
-    Shapes do not tell: a transpose that is never undone adds the branch to a permuted skip. So the views on the way are
-    taken of a tensor that holds each element's number.
-    """
-    path = stream.path_to(end)
-    # Into a concatenated tensor and out of it nothing moves (`_same_layout`).
-    way = [
-        node
-        for before, node in pairwise(path)
-        if not isinstance(stream.nodes[node], Add) and before not in stream.cats and node not in stream.cats
-    ]
-    if not any(_name(n) in _moves or (n.target is getattr and n.args[1] in _moves) for n in way):
-        return True
-    shape = stream.start.meta["val"].shape
-    with unset_fake_temporarily():
-        before = torch.arange(shape.numel(), dtype=torch.int32).reshape(shape)
-        places = before
-        for step in way:
-            if _name(step) in _moves or step.target is getattr or _name(step) in _views:
-                places = _moved(step, places)
-            else:
-                places = places.reshape(step.meta["val"].shape)
-        return torch.equal(places, before)
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _moved(node: fx.Node, places: torch.Tensor) -> torch.Tensor:
-    args = list(node.args[1:])
-    if node.target is getattr:
-        moved = getattr(places, str(args[0]))
-    elif node.op == "call_method":
-        moved = getattr(places, str(node.target))(*args, **node.kwargs)
-    else:
-        moved = node.target(places, *args, **node.kwargs)  # type: ignore[operator]  # a function here
-    assert isinstance(moved, torch.Tensor)
-    return moved
-
-
-_moves = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
-_views = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+MOVES = {"permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
+VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
 def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
@@ -269,7 +273,7 @@ def alias_of(node: fx.Node, stream: Stream) -> fx.Node | None:
 def merely_laid_out(node: fx.Node) -> bool:
     """Is it a cast or a reshape by name, whatever is set in the model?"""
     name = node.args[1] if node.target is getattr else node.target
-    return node.op != "call_module" and (name in _copies or _name(node) in _moves | _views)
+    return node.op != "call_module" and (name in _copies or name_of(node) in MOVES | VIEWS)
 
 
 def _is_guard(node: fx.Node) -> bool:
@@ -290,58 +294,38 @@ def _is_as_large(bound: Any, limit: float) -> bool:
 
 
 def residual_add(node: fx.Node, stream: Stream) -> Add | None:
-    """`node` as stream + something that is not the stream, unscaled and of the stream's shape; None otherwise."""
+    """`node` as stream + something else, of the stream's shape; None otherwise."""
     parts = add_operands(node)
     if parts is None:
         return None
-    skip, branch = parts
-    if not isinstance(skip, fx.Node) or skip not in stream:
-        if is_subtraction(node) or node.target in ONTO_FIRST or scale_of(node) != 1:
-            return None
-        summands = (skip, *branch)
-        skip = next((item for item in branch if isinstance(item, fx.Node) and item in stream), None)
-        branch = tuple(item for item in summands if item is not skip)
-    if skip is None or (node.target in MATRIX_PRODUCTS and node.kwargs.get("beta", 1) != 1):
+    summands = (parts[0], *parts[1])
+    number = _latest(summands, stream)
+    if number is None or (factor := factor_of_operand(node, number)) is None:
         return None
-    if any(item in stream for item in branch):
+    skip = summands[number]
+    if node.meta["val"].shape != skip.meta["val"].shape:
         return None
-    shape = skip.meta["val"].shape
-    if node.meta["val"].shape != shape:
-        return None
-    return Add(node, skip, branch)
+    return Add(node, skip, summands[:number] + summands[number + 1 :], Factor(factor))
 
 
-def reaches(start: fx.Node, end: fx.Node, without: fx.Node | None = None) -> bool:
-    """Does a path of uses lead from `start` to `end`, not counting those through `without`?"""
-    if without is end:
-        return False
-    seen: set[fx.Node] = set()
-    pending = [start]
-    while pending:
-        node = pending.pop()
-        if node is end:
-            return True
-        if node not in seen and node is not without:
-            seen.add(node)
-            pending += [user for user in node.users if node in read_by(user)]
-    return False
+def _latest(summands: tuple[Any, ...], stream: Stream) -> int | None:
+    """Which of the summands the sum goes on with: the stream, rather than what it was before, or a multiple of it."""
+    found = [number for number, item in enumerate(summands) if isinstance(item, fx.Node) and item in stream]
+    if len(found) < 2:
+        return found[0] if found else None
+    order = {}
+    for number in found:
+        adds = stream.adds_to(summands[number])
+        products = sum(not add.branch for add in adds)
+        order[number] = len(adds) - products, -products
+    last = [number for number in found if order[number] == max(order.values())]
+    return last[0] if len(last) == 1 else None
 
 
-def read_by(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values `node` reads: not those that only lend it their shape or dtype."""
-    name = _name(node)
-    if name in _takes_after and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
-        return [n for n in node.all_input_nodes if n is not node.args[1]]
-    if node.op != "call_module" and (name.endswith("_like") or name.startswith("new_")):
-        return [n for n in node.all_input_nodes if n is not node.args[0]]
-    return node.all_input_nodes
-
-
-_takes_after = {"type_as", "view_as", "reshape_as", "expand_as", "to"}
-
-
-def _depends(item: Any, start: fx.Node) -> bool:
-    return isinstance(item, fx.Node) and reaches(start, item)
+def constant_multiple(node: fx.Node, stream: Stream) -> Add | None:
+    """`node` as a constant times the stream; None otherwise."""
+    found = factor_in_graph(node, stream.__contains__)
+    return None if found is None else Add(node, found[0], (), found[1])
 
 
 def storage_of(value: Any) -> int | None:

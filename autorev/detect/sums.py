@@ -14,6 +14,7 @@ _subtracts = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "su
 _scaled_products = {torch.addcmul, torch.addcdiv, "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
 MATRIX_PRODUCTS: set[Any] = {torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.addr}
 MATRIX_PRODUCTS |= {"addmm", "addmm_", "addbmm", "addbmm_", "baddbmm", "baddbmm_", "addmv", "addmv_", "addr", "addr_"}
+_averages: set[Any] = {torch.lerp, "lerp", "lerp_"}
 _scatters: set[Any] = {torch.index_add, torch.scatter_add, "index_add", "index_add_", "scatter_add", "scatter_add_"}
 ONTO_FIRST = _scaled_products | MATRIX_PRODUCTS | _scatters
 """They add to their first operand, whatever the shapes of the others."""
@@ -34,6 +35,8 @@ def add_operands(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         return operands[0], tuple(operands[1:3])
     if node.target in _scatters and len(operands) >= 4:
         return operands[0], tuple(operands[2:4])
+    if node.target in _averages and _weight(node.args, node.kwargs) is not None:
+        return node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs["end"],)
     return _stacked(node)
 
 
@@ -57,6 +60,32 @@ def scale_of(node: fx.Node) -> Any:
 def is_subtraction(node: fx.Node) -> bool:
     """Is it `a - b`?"""
     return node.target in _subtracts
+
+
+def factor_of_operand(node: fx.Node, number: int) -> float | None:
+    """What a sum multiplies its operand `number` by, before it adds the others to that; None where nothing is added to
+    that one, or where it is no number."""
+    return factor_of(node.target, node.args, node.kwargs, number)
+
+
+def factor_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> float | None:
+    """The same of a function's call."""
+    factor: Any = 1
+    if function in _averages and (weight := _weight(args, kwargs)) is not None:
+        factor = weight if number else 1 - weight
+    elif number and function in ONTO_FIRST:
+        return None
+    elif number:
+        factor = (-1 if function in _subtracts else 1) * kwargs.get("alpha", 1)
+    elif function in MATRIX_PRODUCTS:
+        factor = kwargs.get("beta", 1)
+    return factor if isinstance(factor, int | float) and factor else None
+
+
+def _weight(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+    """That of `lerp(a, b, weight)`, where it is a number."""
+    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    return weight if isinstance(weight, int | float) else None
 
 
 def is_times_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -25,10 +25,12 @@ def couple(
     stream: torch.Tensor,
     partner: torch.Tensor | None,
     out: torch.Tensor,
+    factor: float = 1.0,
     check: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x', p') with the gradients of `Coupling.vjp`; `new` is x' without them, `check()` is asked before backward."""
-    coupled: tuple[torch.Tensor, torch.Tensor] = apply(_Couple, coupling, [new], stream, partner, out, check)
+    """(x', p') with the gradients of `Coupling.vjp`, of a step from (factor x, factor p); `new` is x' without them,
+    `check()` is asked before backward."""
+    coupled: tuple[torch.Tensor, torch.Tensor] = apply(_Couple, coupling, [new], stream, partner, out, factor, check)
     return coupled
 
 
@@ -46,9 +48,10 @@ class _Couple(torch.autograd.Function):
         stream: torch.Tensor,
         partner: torch.Tensor | None,
         out: torch.Tensor,
+        factor: float,
         check: Callable[[], None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.coupling, ctx.check = coupling, check
+        ctx.coupling, ctx.factor, ctx.check = coupling, factor, check
         ctx.set_materialize_grads(False)
         (new,) = made  # in a list it is no input of the node
         return new, _valueless(new)
@@ -59,7 +62,11 @@ class _Couple(torch.autograd.Function):
             ctx.check()
         grad_stream, grad_partner = grads
         grad_in, grad_carried, grad_out = ctx.coupling.vjp(grad_stream, grad_partner)
-        return None, None, grad_in, grad_carried if ctx.needs_input_grad[3] else None, grad_out, None
+        if not ctx.needs_input_grad[3]:
+            grad_carried = None
+        if ctx.factor != 1:
+            grad_in, grad_carried = (None if g is None else g * ctx.factor for g in (grad_in, grad_carried))
+        return None, None, grad_in, grad_carried, grad_out, None, None
 
 
 def _valueless(like: torch.Tensor) -> torch.Tensor:

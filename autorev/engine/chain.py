@@ -115,7 +115,7 @@ class ReversibleChain:
         usual = self.arithmetic
         if not isinstance(usual, FixedPoint) or after.fraction_bits >= usual.fraction_bits:
             return  # begun on a finer grid, for a small input
-        self.begin_on(after)
+        self.begin_on(FixedPoint(after.fraction_bits))
         say_coarsened(self.name, path, before, after)
 
     def begin_on(self, grid: FixedPoint) -> None:

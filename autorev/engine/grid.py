@@ -89,6 +89,8 @@ class Taken:
     """What the state lost just before the step."""
     largest: torch.Tensor | None = None
     """The largest |H|, not looked at yet."""
+    outgrown: bool = False
+    """Was its grid too fine for the step?"""
 
 
 def grid_at_start(chain: ReversibleChain, stream: torch.Tensor) -> Arithmetic:
@@ -139,16 +141,22 @@ def step_on_grid(
     arithmetic: Arithmetic,
     path: str,
     at_once: bool,
+    finest: int = 2**30,
 ) -> Taken:
     """`coupling.step`, coarsening the grid where the step needs it.
 
     `at_once`: look at the new stream now. On a GPU that waits for the device, so there it is done once a pass.
+    `finest`: fraction bits beyond which the grid is coarsened in any case. A stream that is multiplied by a small
+    number would else leave its grid, on which it becomes no smaller.
 
     Raises:
         FixedPointRangeError: the branch returned something that is not a number.
     """
     if not isinstance(arithmetic, FixedPoint):
         return Taken(arithmetic, coupling.step(state, out, value, arithmetic))
+    spare = max(arithmetic.fraction_bits - finest, 0)
+    dropped = Dropped.from_state(state, spare) if spare else None
+    fine, arithmetic = arithmetic, arithmetic.coarsened(spare)
     fused = coupling.fused_step(state, out, value, arithmetic)
     side, largest, new = (
         (*_step_by_operators(coupling, state, out, value, arithmetic), None)
@@ -156,10 +164,13 @@ def step_on_grid(
         else (fused.side, fused.largest, fused.new)
     )
     if largest is None or not at_once or int(largest) < LIMIT:
-        return Taken(arithmetic, side, new, largest=None if at_once else largest)
+        return Taken(arithmetic, side, new, dropped, None if at_once else largest)
     coupling.recover_input(state, arithmetic)  # exact even where a number wrapped round: so does its way back
     coupling.recover_partner(state, out, value, side, arithmetic)
-    return _coarsened(coupling, state, out, value, arithmetic, path)
+    if dropped is not None:
+        dropped.refine_stream(state)
+        dropped.refine_partner(state)
+    return _coarsened(coupling, state, out, value, fine, path, spare + 1)
 
 
 def _step_by_operators(
@@ -177,9 +188,16 @@ def _step_by_operators(
 
 
 def _coarsened(
-    coupling: Coupling, state: State, out: torch.Tensor, value: torch.Tensor, arithmetic: FixedPoint, path: str
+    coupling: Coupling,
+    state: State,
+    out: torch.Tensor,
+    value: torch.Tensor,
+    arithmetic: FixedPoint,
+    path: str,
+    least: int,
 ) -> Taken:
-    """The step on a coarser grid: as coarse as its largest value needs, then by two bits more at each try."""
+    """The step on a grid that is coarser by `least` bits: as coarse as its largest value needs, then by two bits more
+    at each try."""
     largest = max(float(out.abs().amax()), float(value.abs().amax()))
     if not math.isfinite(largest):
         raise FixedPointRangeError(
@@ -187,15 +205,15 @@ def _coarsened(
             "weights are broken; autorev keeps such a stream no better than autograd does"
         )
     # The branch may be far smaller than the velocity: both have to fit.
-    largest = max(largest, float(state.partner.abs().amax()) * 2.0**-arithmetic.fraction_bits)
-    bits = max(1, arithmetic.fraction_bits - grid_for(largest, HEAD_ROOM))
+    largest = max(largest, float(state.partner.abs().amax()) * abs(arithmetic.unit))
+    bits = max(least, arithmetic.fraction_bits - grid_for(largest, HEAD_ROOM))
     while bits <= MOST_DROPPED:
-        coarse = FixedPoint(arithmetic.fraction_bits - bits)
+        coarse = arithmetic.coarsened(bits)
         before = state.clone()
         dropped = Dropped.from_state(state, bits)
         side, size = _step_by_operators(coupling, state, out, value, coarse)
         if size is None or int(size) < LIMIT:
-            return Taken(coarse, side, dropped=dropped)
+            return Taken(coarse, side, dropped=dropped, outgrown=True)
         state.stream, state.partner = before.stream, before.partner
         bits += 2
     raise FixedPointRangeError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from autorev.couplings.arithmetic import Arithmetic, FixedPoint
+from autorev.couplings.arithmetic import Arithmetic, FixedPoint, wide
 from autorev.couplings.coupling import Coupling, State
 from autorev.engine.digest import Digest, looked_at, waited_for
 from autorev.engine.grid import Dropped, Taken, step_on_grid
@@ -30,19 +30,16 @@ class LaneStep:
 
     out: Digest | None
     """Digest of what the branch returned."""
+    before: Arithmetic
+    """Of the state that the step was taken from."""
     arithmetic: Arithmetic
-    """Of the state behind the step."""
+    """Of the state behind it."""
+    factor: float = 1.0
+    """What the branch has multiplied its input with, besides what it has added."""
     side: torch.Tensor | OnHost | None = None
     """Its packed side bits, uint8, while the tape stands behind the step."""
     dropped: Dropped | None = None
     """What the state lost just before the step, where its grid had to be coarsened."""
-
-    @property
-    def arithmetic_before(self) -> Arithmetic:
-        """That of the state which the step was taken from."""
-        if self.dropped is not None and isinstance(self.arithmetic, FixedPoint):
-            return FixedPoint(self.arithmetic.fraction_bits + self.dropped.bits)
-        return self.arithmetic
 
 
 @dataclass(eq=False)
@@ -66,10 +63,17 @@ class Lane:
     """Of `state`."""
     peak: Peak = field(default_factory=Peak)
     """A clone's is its own, too."""
+    finest: int = field(init=False)
+    """Fraction bits of the grid that it began on; smaller factors make it no finer (`step_on_grid`)."""
+
+    def __post_init__(self) -> None:
+        self.finest = self.arithmetic.fraction_bits if isinstance(self.arithmetic, FixedPoint) else 0
 
     def clone(self) -> Lane:
         """A state of its own."""
-        return Lane(self.state.clone(), self.arithmetic, self.peak)
+        clone = Lane(self.state.clone(), self.arithmetic, self.peak)
+        clone.finest = self.finest
+        return clone
 
     def bring(self, device: torch.device) -> None:
         """The model may be spread over devices: a step is taken, and undone, on its own."""
@@ -89,12 +93,15 @@ class Lane:
         out: torch.Tensor,
         path: str,
         at_once: bool = False,
+        factor: float = 1.0,
     ) -> Taken:
-        """The step whose branch returned `out` of `value`; see `step_on_grid`. `at_once`: look at the new stream even
-        where that waits for the device."""
+        """The step whose branch returned `out` of `value`, which it has multiplied by `factor`; see `step_on_grid`.
+        `at_once`: look at the new stream even where that waits for the device."""
         at_once = at_once or waited_for(self.state.stream.device)
-        taken = step_on_grid(coupling, self.state, out, value, self.arithmetic, path, at_once)
-        if taken.dropped is not None:
+        # h' = factor h + f(h): both streams are multiplied first, and the step is one of what that gives.
+        grid, value = self.arithmetic.multiplied(factor), times(value, factor)
+        taken = step_on_grid(coupling, self.state, out, value, grid, path, at_once, self.finest)
+        if taken.outgrown:
             chain.coarsen(self.arithmetic, taken.arithmetic, path)
         if taken.largest is not None:
             self.peak.add(taken.largest)
@@ -121,10 +128,10 @@ class Lane:
         """(x, p') -> (x, p); the step is undone."""
         # The partner is still on the grid of the state behind the step.
         side = kept.side.back() if isinstance(kept.side, OnHost) else kept.side
-        coupling.recover_partner(self.state, out, value, side, kept.arithmetic)
+        coupling.recover_partner(self.state, out, times(value, kept.factor), side, kept.arithmetic)
         if kept.dropped is not None:
             kept.dropped.refine_partner(self.state)
-        self.arithmetic = kept.arithmetic_before
+        self.arithmetic = kept.before
         kept.side = kept.dropped = None
 
     def left_over(self, coupling: Coupling) -> float:
@@ -140,6 +147,11 @@ class Lane:
             # A channel far below the others weighs as little in what reads the stream.
             floor = max(float(sizes.median()) * SMALL_CHANNEL, torch.finfo(torch.float32).tiny)
             return float((channels / sizes.clamp(min=floor)).amax())
+
+
+def times(value: torch.Tensor, factor: float) -> torch.Tensor:
+    """What a branch has made of the stream that it was given: not rounded to 16 bits, the same in both runs."""
+    return value if factor == 1 else wide(value) * factor
 
 
 def fingerprint(lanes: Iterable[Lane]) -> torch.Tensor | None:

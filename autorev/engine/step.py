@@ -175,13 +175,14 @@ class Step:
             yield
         self.replay.ran()
 
-    def take(self, outs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The new streams in place of `out = x + f(x)`, lane by lane.
+    def take(self, outs: tuple[torch.Tensor, ...], factors: tuple[float, ...] = ()) -> tuple[torch.Tensor, ...]:
+        """The new streams in place of `out = factor x + f(x)`, lane by lane; without `factors` these are 1.
 
         Raises:
             ConversionError: the block returns a stream of another shape than it was given.
             FixedPointRangeError: it returns something that is not a number.
         """
+        self.factors = factors or (1.0,) * len(outs)
         for out, x in zip(outs, self.xs, strict=True):
             if out.shape != x.shape:
                 raise ConversionError(
@@ -211,7 +212,8 @@ class Step:
         tape.go_to_end()  # a gradient may have been taken within the branch (Rule 4)
         self._made_by(replay, partial(tape.run_again, tape.position))  # autograd's graph refers to the tape (Rule 5)
         kept = [
-            LaneStep(tape.comparison.first(out), lane.arithmetic) for lane, out in zip(tape.lanes, outs, strict=True)
+            LaneStep(tape.comparison.first(out), lane.arithmetic, lane.arithmetic, factor)
+            for lane, out, factor in zip(tape.lanes, outs, self.factors, strict=True)
         ]
         step = TapedStep(self.coupling, replay, kept, self._host_for("side_bits"))
         with torch.no_grad():
@@ -232,8 +234,8 @@ class Step:
     def _coupled(
         self, outs: tuple[torch.Tensor, ...], news: list[torch.Tensor], check: Callable[[], None] | None = None
     ) -> list[Coupled]:
-        every = zip(news, self.xs, self.partners, outs, strict=True)
-        return [couple(self.coupling, new, x, p, out, check) for new, x, p, out in every]
+        every = zip(news, self.xs, self.partners, outs, self.factors, strict=True)
+        return [couple(self.coupling, new, x, p, out, factor, check) for new, x, p, out, factor in every]
 
     def _as_oracle(self, outs: tuple[torch.Tensor, ...]) -> list[Coupled]:
         """The values of `_stored`, with the gradients of the equations; those of the rounding to the grid are 1."""
@@ -242,9 +244,10 @@ class Step:
         with torch.no_grad():
             news = self._off_tape(outs)
         coupled = []
-        for new, x, p, out in zip(news, self.xs, self.partners, outs, strict=True):
+        for new, x, p, out, factor in zip(news, self.xs, self.partners, outs, self.factors, strict=True):
             wide = _wide(x)
-            formula, partner = self.coupling.equations(x.to(wide), p, out.to(wide))
+            p = p if p is None else factor * p
+            formula, partner = self.coupling.equations(factor * x.to(wide), p, out.to(wide))
             coupled.append((straight_through(new, formula.to(out.dtype)), partner))
         return coupled
 
@@ -270,14 +273,15 @@ class Step:
         for lane, out in zip(tape.lanes, outs, strict=True):
             lane.bring(out.device)
         values, given = self._values(), [out.detach() for out in outs]
-        news = tape.step(self.coupling, values, given, self.branch.path, at_once=magnitudes is not None)
+        news = tape.step(self.coupling, values, given, self.branch.path, self.factors, magnitudes is not None)
         unchecked = pass_of(self.chain).unchecked
         is_known = all(lane.peak.largest is None for lane in tape.lanes) or tape.looked_at_in_backward
         if not is_known and tape not in unchecked:
             unchecked.append(tape)
         if magnitudes is not None:
             for number, lane in enumerate(tape.lanes):
-                magnitudes[number].add(self.coupling.max_abs(lane.state), lane.state.stream)
+                scale = abs(lane.arithmetic.factor)  # of floats: while a grid is being chosen there is none
+                magnitudes[number].add(self.coupling.max_abs(lane.state) * scale, lane.state.stream * scale)
         return news
 
     def _hand_on(self, coupled: list[Coupled]) -> tuple[torch.Tensor, ...]:

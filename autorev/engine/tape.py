@@ -93,17 +93,24 @@ class Tape:
     # -- forward
 
     def step(
-        self, coupling: Coupling, values: Tensors, outs: Tensors, path: str, at_once: bool = False
+        self,
+        coupling: Coupling,
+        values: Tensors,
+        outs: Tensors,
+        path: str,
+        factors: Sequence[float],
+        at_once: bool = False,
     ) -> list[torch.Tensor]:
-        """Take a step that nobody will go back over: `outs` are what the branch returned of `values`, lane by lane.
+        """Take a step that nobody will go back over: `outs` are what the branch returned of `values`, lane by lane,
+        and `factors` what it has multiplied them with.
 
         Returns: the new streams, in the dtypes of `outs`.
         """
         assert not self.steps
         self.label = None
         news = []
-        for lane, value, out in zip(self.lanes, values, outs, strict=True):
-            taken = lane.take(self.chain, coupling, value, out, path, at_once)
+        for lane, value, out, factor in zip(self.lanes, values, outs, factors, strict=True):
+            taken = lane.take(self.chain, coupling, value, out, path, at_once, factor)
             news.append(lane.new(taken, out.dtype))
         return news
 
@@ -120,7 +127,8 @@ class Tape:
         self.bring(step.replay)
         every = []
         for lane, kept, value, out in zip(self.lanes, step.lanes, values, outs, strict=True):
-            taken = lane.take(self.chain, step.coupling, value, out, step.replay.path)
+            kept.before = lane.arithmetic
+            taken = lane.take(self.chain, step.coupling, value, out, step.replay.path, factor=kept.factor)
             side, kept.dropped = taken.side, taken.dropped
             kept.side = side if side is None or step.host is None else step.host.put(side)
             kept.arithmetic = lane.arithmetic
@@ -177,7 +185,7 @@ class Tape:
 
     def _inputs(self, replay: Replay, step: TapedStep | None = None) -> tuple[torch.Tensor, ...]:
         """What the branch is run again with; of a `step` that is half undone, the grid is still the one behind it."""
-        grids = [lane.arithmetic for lane in self.lanes] if step is None else [k.arithmetic_before for k in step.lanes]
+        grids = [lane.arithmetic for lane in self.lanes] if step is None else [kept.before for kept in step.lanes]
         every = zip(replay.inputs, self.lanes, grids, strict=True)
         return tuple(like.made(lane.state, arithmetic) for like, lane, arithmetic in every)
 

@@ -29,9 +29,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from autorev.analysis import Verdict
 from autorev.detect.graph_queries import BlockView, size
 from autorev.detect.inline import common_start
-from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
+from autorev.detect.obstacles import GENERIC, Obstacle, obstacles_to_stream
+from autorev.detect.on_stream import caveats_on_stream, obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
-from autorev.detect.stream import follow, is_stream_like, reaches
+from autorev.detect.stream import follow, is_stream_like
+from autorev.detect.ways import reaches
 from autorev.errors import CaptureError
 from autorev.fx.user_graph import REMEDY, UserGraph, missing_values, read_user_graph
 

@@ -9,8 +9,10 @@ of a `ReversibleStep`, which runs them on `gm`'s own live modules and parameters
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.choose import coupling_for
 from autorev.detect.outline import LiveGraph, subgraph
 from autorev.detect.runs import Run, residual_runs
+from autorev.detect.scaling import Factor
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.mode import ORIGINAL, mode
 from autorev.engine.plain_data import without_history
@@ -30,15 +33,19 @@ from autorev.errors import ConversionError, SettingError
 from autorev.fx.annotate import ResidualPass, graph_chain
 from autorev.fx.user_graph import UserGraph, read_user_graph
 from autorev.methods import Method
+from autorev.rewrite.block_forward import held_factor
 from autorev.rewrite.built import arithmetic_for
 
 
 class ReversibleStep(nn.Module):
     """One residual step of a rewritten graph; owns no parameter."""
 
-    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, chain: ReversibleChain, number: int) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, graph: fx.Graph, chain: ReversibleChain, number: int, factor: Factor
+    ) -> None:
+        """`factor`: what the step multiplies its stream by."""
         super().__init__()
-        self.chain, self.number, self.graph = chain, number, graph
+        self.chain, self.number, self.graph, self.factor = chain, number, graph, factor
         self.__dict__["gm"] = gm  # past `__setattr__`: it holds this module, and is no part of it
 
     @property
@@ -67,7 +74,7 @@ class ReversibleStep(nn.Module):
             step.replay.again = lambda x: (None, (turn(x, *kept),))
         with step.running():
             out = turn(*step.given(), *inputs)
-        (new,) = step.take((out,))
+        (new,) = step.take((out,), (held_factor(self.factor, self.__dict__["gm"], path),))
         return new
 
 
@@ -171,11 +178,13 @@ class _Unit:
     start: fx.Node
     nodes: list[fx.Node]
     end: fx.Node
+    factor: Factor
+    """What the stream is multiplied by in them."""
 
     def install(self, gm: fx.GraphModule, chain: ReversibleChain, name: str, number: int) -> None:
         """Put one `ReversibleStep` in the nodes' place."""
         graph, outer = subgraph(self.nodes, self.start, self.end)
-        gm.add_submodule(name, ReversibleStep(gm, graph, chain, number))
+        gm.add_submodule(name, ReversibleStep(gm, graph, chain, number, self.factor))
         with gm.graph.inserting_after(self.end):
             new = gm.graph.call_module(name, (self.start, *outer))
         new.meta = dict(self.end.meta)
@@ -190,19 +199,22 @@ def _units(graph: UserGraph, gm: fx.GraphModule, run: Run) -> list[_Unit]:
     path = run.path
     units: list[_Unit] = []
     pending: set[fx.Node] = set()
+    factor = Factor()
     start = graph.origin[run.steps[0].before]
     shape = run.steps[0].before.meta["val"].shape
     for step, branch in zip(run.steps, run.branches, strict=True):
         between = path[path.index(step.before) + 1 : path.index(step.after) + 1]
         pending |= {graph.origin[node] for node in (*branch, *between)}
+        factor = reduce(operator.mul, (add.factor for add in step.adds), factor)
         end = graph.origin[step.after]
         if step.after.meta["val"].shape != shape:
             continue  # flattened for this add: the step ends where its form is restored
         if units and units[-1].end is end:  # a leaf module that holds several steps
             units[-1].nodes = sorted({*units[-1].nodes, *pending}, key=order.__getitem__)
+            units[-1].factor *= factor
         else:
-            units.append(_Unit(start, sorted(pending - {start}, key=order.__getitem__), end))
-        start, pending = end, set()
+            units.append(_Unit(start, sorted(pending - {start}, key=order.__getitem__), end, factor))
+        start, pending, factor = end, set(), Factor()
     for unit in units:
         inside = set(unit.nodes)
         if any(user not in inside for node in unit.nodes if node is not unit.end for user in node.users):

@@ -25,7 +25,8 @@ from autorev.capture.record import ModuleCall, named_arguments
 from autorev.capture.source import is_model_code, short_path
 from autorev.capture.tracer import CapturedBlock
 from autorev.detect.chains import TORCH_BLOCKS
-from autorev.detect.judge import Finding, judge
+from autorev.detect.finding import Finding
+from autorev.detect.judge import judge
 from autorev.detect.obstacles import Obstacle
 from autorev.errors import CaptureError, first_line
 

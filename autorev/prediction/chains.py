@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autorev.analysis import Category
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.engine.chain import pass_of
 from autorev.engine.host_store import HostStore
 from autorev.engine.step import Branch, Step

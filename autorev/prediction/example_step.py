@@ -12,7 +12,7 @@ from torch import nn
 from autorev.analysis import Recommendation
 from autorev.capture.fake import DATA_DEPENDENT, fake_copy
 from autorev.capture.source import raised_line
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.errors import AutorevError, first_line, message_of
 from autorev.format import format_bytes, plural
 from autorev.methods import Method

@@ -13,7 +13,7 @@ from torch import nn
 
 from autorev.couplings.choose import coupling_for
 from autorev.detect.ends import argument_of, flatten_with_path
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.detect.outline import Outlined, outline
 from autorev.keeps import NOTHING, Keeps
 from autorev.methods import Method

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from autorev.detect.ends import argument_of
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.detect.sums import add_operands
 from autorev.errors import ConversionError
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
+from autorev.detect.scaling import Factor, is_held
 from autorev.engine.chain import ReversibleChain, pass_of
 from autorev.engine.plain_data import without_history
 from autorev.engine.step import Branch, Step
@@ -170,6 +171,8 @@ class WholeBlock(ReversibleForward):
 
     beside: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """(argument, place in what is returned) of every stream but the first."""
+    factors: tuple[Factor, ...] = ()
+    """What the block multiplies each stream by; empty: by 1."""
 
     @property
     def lanes(self) -> tuple[tuple[str, tuple[Any, ...]], ...]:
@@ -198,7 +201,8 @@ class WholeBlock(ReversibleForward):
             (outputs_at, rest), outs = self._branch(forward, places, inputs, step.given())
         if step.replay is not None and step.is_one_tiled_call(self.block):
             step.replay.ends_with_tiles()
-        return _with_leaves(rest, outputs_at, step.take(outs))
+        factors = tuple(held_factor(factor, self.block, self.path) for factor in self.factors)
+        return _with_leaves(rest, outputs_at, step.take(outs, factors))
 
     def _branch(
         self, forward: Callable[..., Any], places: Places, inputs: Any, xs: tuple[torch.Tensor, ...]
@@ -232,6 +236,20 @@ class WholeBlock(ReversibleForward):
         if place is None:
             raise ConversionError(f"{self.path} returned no tensor, so it has no stream; exclude it")
         return place
+
+
+def held_factor(factor: Factor, module: nn.Module, path: str) -> float:
+    """What `module` multiplies its stream by in its next call.
+
+    Raises:
+        ConversionError: a chain cannot take a step with that.
+    """
+    value = factor.value(module)
+    if not is_held(value):
+        raise ConversionError(
+            f"{path} multiplies its stream by {value:g} in this call, which no reversible step can undo; exclude it"
+        )
+    return value
 
 
 def _with_leaves(structure: Any, places: Places, values: tuple[Any, ...]) -> Any:

@@ -14,7 +14,7 @@ from autorev.couplings.coupling import Coupling
 from autorev.couplings.velocity import Velocity
 from autorev.detect.chains import chain_name
 from autorev.detect.ends import argument_of
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.detect.tokenwise import TokenWise
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import USUAL_FRACTION_BITS
@@ -94,16 +94,19 @@ class BuiltChain:
                 "written": finding.call.buffers_written,
                 "mutates_input": any(o.code == "in-place-add" for lane in finding.lanes for o in lane.caveats),
             }
+            beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
+            factors = tuple(lane.factor for lane in finding.lanes) if finding.multiplies else ()
             if pieces and not finding.in_slices:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
             elif self.is_tiled_whole(positions, method):
-                made.append(WholeBlock(**known))
+                made.append(WholeBlock(**known, factors=factors))
             elif method.tile is not None and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
-                beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
                 made.append(
-                    DeferredBlock(**known, added=beside[0]) if finding.deferred else WholeBlock(**known, beside=beside)
+                    DeferredBlock(**known, added=beside[0])
+                    if finding.deferred
+                    else WholeBlock(**known, beside=beside, factors=factors)
                 )
         return made
 

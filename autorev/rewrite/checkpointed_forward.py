@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.engine.host_store import HostStore
 from autorev.engine.kept import ATTENTION, KeptOutputs
 from autorev.errors import ConversionError

@@ -20,7 +20,8 @@ from autorev.capture.fake import fake_copy, new_fake_mode
 from autorev.capture.record import RecordedCall, record
 from autorev.detect.chains import detect
 from autorev.detect.ends import replace_leaf
-from autorev.detect.judge import Finding, judge
+from autorev.detect.finding import Finding
+from autorev.detect.judge import judge
 from autorev.engine.chain import ReversibleChain, one_pass
 from autorev.engine.step import Branch
 from autorev.errors import AutorevError, ConversionError, one_line

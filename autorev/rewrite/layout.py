@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,33 @@ class Permuted:
         return tensor.permute(tuple(self.order.index(axis) for axis in range(len(self.order))))
 
 
-Form = tuple[Reshaped | Permuted, ...]
-"""How the code has laid out the stream (OPT flattens tokens around its MLP), from the layout in which it entered."""
+@dataclass(frozen=True)
+class Multiplied:
+    """By a constant: what comes of such a stream is the stream all the same, and nobody divides."""
+
+    factor: float
+
+    def forth(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return tensor
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return tensor
+
+
+Form = tuple[Reshaped | Permuted | Multiplied, ...]
+"""What the code has made of the stream (OPT flattens tokens around its MLP), from the form in which it entered."""
+
+
+def factor_in(form: Form) -> float:
+    """What the stream was multiplied by, all in all."""
+    return math.prod(part.factor for part in form if isinstance(part, Multiplied))
+
+
+def laid_out(form: Form) -> Form:
+    """The layouts alone."""
+    return tuple(part for part in form if not isinstance(part, Multiplied))
 
 
 def layout_of(func: Any, name: str, args: Any, kwargs: Any, result: torch.Tensor) -> Form | None:

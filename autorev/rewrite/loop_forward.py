@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from autorev.detect.finding import Finding
 from autorev.detect.inline import common_start
-from autorev.detect.judge import Finding
 from autorev.engine.chain import ReversibleChain, one_pass
 from autorev.rewrite.replacement import Replacement
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from autorev.capture.record import ModuleCall
-from autorev.detect.judge import Finding
+from autorev.detect.finding import Finding
 from autorev.detect.tokenwise import (
     HERE,
     HOOKED,

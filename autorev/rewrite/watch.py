@@ -22,30 +22,16 @@ from torch.utils._pytree import tree_map_only
 from autorev.capture.scripted import scripted_as_written
 from autorev.capture.source import caller_place
 from autorev.detect.ends import replace_leaf
-from autorev.detect.sums import FURTHER_OPERANDS, ONTO_FIRST
+from autorev.detect.scaling import PRODUCTS, is_held
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.replay import Replay
 from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError
 from autorev.patching import patched_here
 from autorev.rewrite.adds import KnownAdds, Place, Start
-from autorev.rewrite.layout import Form, Reshaped, layout_of
+from autorev.rewrite.layout import Multiplied, laid_out
 from autorev.rewrite.recording import Recording
-
-_SUMS: dict[str, Callable[..., torch.Tensor]] = {
-    **dict.fromkeys(("add", "__add__", "__radd__", "add_", "__iadd__", "iadd"), torch.add),
-    **dict.fromkeys(("sub", "__sub__", "sub_", "__isub__", "isub", "subtract", "subtract_"), torch.sub),
-    **dict.fromkeys(("addcmul", "addcmul_"), torch.addcmul),
-    **dict.fromkeys(("addcdiv", "addcdiv_"), torch.addcdiv),
-    **dict.fromkeys(("addmm", "addmm_"), torch.addmm),
-    **dict.fromkeys(("baddbmm", "baddbmm_"), torch.baddbmm),
-    **dict.fromkeys(("addbmm", "addbmm_"), torch.addbmm),
-    **dict.fromkeys(("addmv", "addmv_"), torch.addmv),
-    **dict.fromkeys(("addr", "addr_"), torch.addr),
-    **dict.fromkeys(("index_add", "index_add_"), torch.index_add),
-    **dict.fromkeys(("scatter_add", "scatter_add_"), torch.scatter_add),
-    "sum": torch.sum,
-}
+from autorev.rewrite.streams import FUNCTIONS, SUMS, Skip, Streams
 
 
 class Watch(TorchFunctionMode):
@@ -76,10 +62,8 @@ class Watch(TorchFunctionMode):
         self.recording: Recording | None = None
         self.passed: dict[Start, int] = {}
         """How often the code has come by a place where the stream may begin."""
-        self.forms: dict[int, tuple[weakref.ref[torch.Tensor], Form]] = {}
-        """Tensors that are the stream, as the code has it."""
-        self.stacked: dict[int, list[torch.Tensor]] = {}
-        """What the latest stack holds: `torch.stack([x, f(x)]).sum(0)` is a sum, too."""
+        self.streams = Streams()
+        """Those of the code's tensors that are the stream."""
         self.renamed: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         """A tensor that the code added to in place -> the stream that it is now."""
 
@@ -96,7 +80,7 @@ class Watch(TorchFunctionMode):
             def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
                 result = self._leaf(partial(original, cls), args, kwargs, in_place=False)
                 if not self.paused:
-                    self._mark_view(args, result)
+                    self.streams.mark_view(args, result)
                 return result
 
             return apply
@@ -135,19 +119,18 @@ class Watch(TorchFunctionMode):
             self.step.replay.roots.append(self.module)  # what its parameters are sharded with
         self.running = self.step.running()
         self.running.__enter__()
-        self.forms = {}
-        self._mark(given, ())
+        self.streams = Streams()
+        self.streams.mark(given, ())
         return given
 
-    def _close(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], skip: torch.Tensor) -> torch.Tensor:
-        """The add that ends the step."""
-        form = self._form(skip)
-        assert form is not None
+    def _close(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], skip: Skip) -> torch.Tensor:
+        """The add, or the product with a constant, that ends the step."""
+        form = laid_out(skip.form)
         assert self.step is not None
         assert self.running is not None
         tiled = self._tiled_at_the_end(self.step)
         saved = self.step.saved.count if tiled is not None else 0
-        out = self._leaf(_SUMS[name], args, kwargs, in_place=False)
+        out = self._leaf(FUNCTIONS[name], args, kwargs, in_place=False)
         for layout in reversed(form):
             out = self._leaf(layout.back, (out,), {}, in_place=False)
         if self.recording is not None:
@@ -158,16 +141,21 @@ class Watch(TorchFunctionMode):
         self.running.__exit__(None, None, None)
         self.running = self.recording = None
         step, self.step = self.step, None
-        (new,) = step.take((out,))
+        if not is_held(skip.factor):
+            raise ConversionError(
+                f"{self.name} multiplies its stream by {skip.factor:g} in this call, which no reversible step can "
+                "undo; exclude it"
+            )
+        (new,) = step.take((out,), (skip.factor,))
         self.taken += 1
         if self.taken < self.total:
             new = self.begin(new, (self.number + 1,))
         else:
-            self.forms = {}
-            self._mark(new, ())
+            self.streams = Streams()
+            self.streams.mark(new, ())
         for layout in form:
             new = self._leaf(layout.forth, (new,), {}, in_place=False)
-        self._mark(new, form)
+        self.streams.mark(new, form)
         if _in_place(name):  # the tensor that is written to, the skip or the branch, is the stream from here on
             self.renamed[id(args[0])] = weakref.ref(args[0]), new
             self._rename_in(self.module)
@@ -218,15 +206,15 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self.begun:
             return self._looked_for_start(func(*args, **kwargs))
-        place = caller_place() if name in _SUMS else None
-        skip = None if place is None else self._skip(name, args, kwargs)
+        place = caller_place() if name in SUMS or name in PRODUCTS else None
+        skip = None if place is None else self.streams.skip(name, args, kwargs)
         if place is not None and skip is None and place in self.known.closing:
             raise ConversionError(
                 f"{self.name}: the add at {place[0]} ended a residual step when it was analysed, "
                 "and none of what it adds is the stream in this call: the code, or a hook, has replaced or changed the "
                 "stream since the step before. Exclude the block, or change the stream inside of a branch"
             )
-        if place is not None and skip is not None and self._ends_step(place):
+        if place is not None and skip is not None and self._ends_step(place, name):
             if self.step is None:
                 raise ConversionError(
                     f"{self.name} takes more residual steps in this call than the {self.total} it was converted with; "
@@ -235,11 +223,11 @@ class Watch(TorchFunctionMode):
             return self._close(name, args, kwargs, skip)
         result = self._leaf(func, args, kwargs, in_place=_in_place(name))
         if name == "stack":
-            self.stacked = {id(result): [*args[0]]}
+            self.streams.stacked = {id(result): [*args[0]]}
         if skip is not None:
-            self._mark(result, self._form(skip) or ())
+            self.streams.mark(result, (*laid_out(skip.form), Multiplied(skip.factor)))
         else:
-            self._mark_alias(func, name, args, kwargs, result)
+            self.streams.mark_alias(func, name, args, kwargs, result)
         return result
 
     def _call_module(self, run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +242,7 @@ class Watch(TorchFunctionMode):
         result = self._leaf(partial(run, module), args, kwargs, in_place=False)
         if not self.begun:
             return self._looked_for_start(result)
-        self._mark_view(args, result)
+        self.streams.mark_view(args, result)
         return result
 
     def _leaf(self, function: Callable[..., Any], args: Any, kwargs: Any, in_place: bool) -> Any:
@@ -303,33 +291,8 @@ class Watch(TorchFunctionMode):
                 return replace_leaf(result, start.items, self.begin(stream))
         return result
 
-    # -- the stream, among the code's tensors
-
-    def _mark(self, tensor: Any, form: Form) -> None:
-        if isinstance(tensor, torch.Tensor):
-            self.forms[id(tensor)] = weakref.ref(tensor), form
-
-    def _form(self, tensor: Any) -> Form | None:
-        """The layout of a tensor that is the stream; None for any other."""
-        found = self.forms.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
-
-    def _skip(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The operand that is the stream, of a sum of it and something that is not."""
-        operands = [*args, *(kwargs[key] for key in FURTHER_OPERANDS if key in kwargs)]
-        if name == "sum":
-            operands = self.stacked.pop(id(args[0]), [])
-        streams = [operand for operand in operands if self._form(operand) is not None]
-        if len(streams) != 1 or (streams[0] is not operands[0] and _SUMS[name] not in (torch.add, torch.sum)):
-            return None
-        skip: torch.Tensor = streams[0]
-        if _SUMS[name] in ONTO_FIRST:
-            return skip
-        others = (o for o in operands if isinstance(o, torch.Tensor) and o is not skip)
-        return skip if torch.broadcast_shapes(skip.shape, *(o.shape for o in others)) == skip.shape else None
-
-    def _ends_step(self, place: Place) -> bool:
-        if not self.known.knows(place):
+    def _ends_step(self, place: Place, name: str) -> bool:
+        if name in SUMS and not self.known.knows(place):
             self.paused += 1
             try:
                 self.analyse()
@@ -342,33 +305,6 @@ class Watch(TorchFunctionMode):
                     "the loop's body a module of its own"
                 )
         return place in self.known.closing
-
-    def _mark_alias(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        form = self._form(args[0]) if args else None
-        if form is None or not isinstance(result, torch.Tensor) or result is args[0]:
-            return
-        more = layout_of(func, name, args, kwargs, result)
-        if more is None:
-            self._mark_view((args[0],), result)
-        else:
-            self._mark(result, (*form, *more))
-
-    def _mark_view(self, args: tuple[Any, ...], result: Any) -> None:
-        """Whatever returned it: all of the stream's memory, in the same order, is the stream."""
-        results = result if isinstance(result, tuple) else (result,)
-        for source in args:
-            form = self._form(source)
-            if form is None or not source.is_contiguous():
-                continue
-            for one in results:
-                if (
-                    isinstance(one, torch.Tensor)
-                    and self._form(one) is None
-                    and one.numel() == source.numel()
-                    and one.is_contiguous()
-                    and one.untyped_storage()._cdata == source.untyped_storage()._cdata
-                ):
-                    self._mark(one, (*form, Reshaped(source.shape, one.shape)))
 
 
 def _hand_over(recording: Recording, replay: Replay, result: int | None, tiled: int | None = None) -> None:

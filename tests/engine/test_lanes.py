@@ -254,6 +254,15 @@ def test_every_setting_is_like_its_oracle(options: dict[str, Any]) -> None:
     assert_like_oracle(model, EXACT, lambda: step(model))
 
 
+def test_that_steps_reverse_the_first_stream_alone_is_said() -> None:
+    """Which one, and what reverses all of them."""
+    for options in ({"granularity": "sublayer"}, {"method": "hamiltonian"}):
+        torch.manual_seed(0)
+        notes = autorev.convert(MODELS["both are read"](), batch=batch(), **options).notes
+        assert any("only the stream image is reversed; text beside it keeps" in note for note in notes)
+    assert not any("beside it" in note for note in autorev.convert(MODELS["both are read"](), batch=batch()).notes)
+
+
 def test_streams_of_two_dtypes() -> None:
     """Each lane has the dtype that the model gives it."""
     model = converted(EXACT, partial(HalfText, Mixed), *batch())

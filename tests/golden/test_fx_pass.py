@@ -65,9 +65,18 @@ class PostNorm(Block):
         return self.ln_2(x + self.mlp(x))
 
 
-class Scaled(Block):
+class Halved(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 0.5 * x + self.mlp(x)
+
+
+class Scaled(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * x + self.mlp(x)
 
 
 class GPT(nn.Module):
@@ -253,7 +262,7 @@ def test_refused_leaf_carries_the_reason() -> None:
 
 
 def test_scaled_sums_are_refused() -> None:
-    """`0.5 * x + f(x)` in a row is no chain, and says why."""
+    """`a * x + f(x)` in a row is no chain where `a` is learned, and says why."""
     gm = traced(GPT(Scaled))
     AnnotateResiduals((IDS,))(gm)
     lines = listing(gm).splitlines()

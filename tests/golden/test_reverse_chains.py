@@ -17,8 +17,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from autorev.engine.mode import running
 from autorev.errors import CaptureError, ConversionError
-from autorev.fx.reverse import ReverseChains
-from tests.golden.test_fx_pass import GPT, IDS, Block, PostNorm, Scaled, exported, traced
+from autorev.fx.reverse import ReverseChains, ReversibleStep
+from tests.golden.test_fx_pass import GPT, IDS, Block, Halved, PostNorm, Scaled, exported, traced
 
 WAYS: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
     "traced": traced,
@@ -140,6 +140,18 @@ def test_a_second_application_changes_nothing(way: str) -> None:
     assert result is not None
     assert not result.modified
     assert code(gm) == before
+
+
+@each_way
+def test_a_stream_that_is_multiplied_by_a_constant(way: str) -> None:
+    """Each step knows its factor; loss and gradients are the oracle's."""
+    gm = graph_of(way, Halved)
+    ReverseChains((IDS,), keep_last=0)(gm)
+    (loss, actual), (right, expected) = gradients(gm, "reversible"), gradients(gm, "oracle")
+    assert torch.equal(loss, right)
+    assert all(torch.allclose(actual[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
+    factors = {step.factor.number for step in gm.modules() if isinstance(step, ReversibleStep)}
+    assert factors == {0.5}
 
 
 @pytest.mark.parametrize("block", [PostNorm, Scaled])

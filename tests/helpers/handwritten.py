@@ -92,6 +92,122 @@ class Parallel(Parts):
         return x + self.attention(h) + self.mlp(h)
 
 
+class ScaledShortcut(Parts):
+    """A factor on the skip."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.9 * x + self.mlp(self.norm1(x))
+
+
+class ScaledByAlpha(Parts):
+    """A factor on the skip, hidden in the add."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(self.mlp(self.norm1(x)), x, alpha=2)
+
+
+class NegatedShortcut(Parts):
+    """`f(x) - x`: the factor is -1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm1(x)) - x
+
+
+class HalvedSum(Parts):
+    """The sum itself is scaled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.mlp(self.norm1(x))) * 0.5**0.5
+
+
+class Interpolated(Parts):
+    """`lerp` scales the skip."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(x, self.mlp(self.norm1(x)), 0.1)
+
+
+class LayerScalar(Parts):
+    """Gemma 4's: a buffer multiplies what leaves the block, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("layer_scalar", torch.full((1,), 0.8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        x *= self.layer_scalar
+        return x
+
+
+class WaveNet(nn.Module):
+    """A loop that halves the variance of each sum, and collects something else on the way."""
+
+    def __init__(self, depth: int = 6) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Parts() for _ in range(depth))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = 0
+        for part in self.parts:
+            both = part.mlp(part.norm1(x))
+            x = (x + both) * 0.5**0.5
+            total = total + both
+        return self.head(x + total)
+
+
+class Leaking(WaveNet):
+    """A loop whose turns begin with the product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = x * 0.9
+            x = x + part.mlp(part.norm1(x))
+            x = part.attention(part.norm2(x)) + x
+        return self.head(2 * x)
+
+
+class Injecting(nn.Module):
+    """Every turn of the loop reads the stream that the loop began with, in its sum and in its branch."""
+
+    def __init__(self, depth: int = 5) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.parts = nn.ModuleList(Parts() for _ in range(depth))
+        self.gain = nn.Parameter(torch.tensor(0.1))
+
+    def turn(self, part: Parts, h: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        h = h + self.gain * first
+        return h + part.mlp(part.norm1(h + 0.2 * first))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = first = self.stem(x)
+        for part in self.parts:
+            h = h + self.gain * first
+            h = h + part.mlp(part.norm1(h + 0.2 * first))
+        return self.head(h)
+
+
+class LongSkips(Stack):
+    """The U-Net of modded-nanogpt: states wait in a list, and the second half of the loop adds them."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.gains = nn.Parameter(torch.full((len(blocks) // 2,), 0.3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, skips, half = self.embedding(tokens), [], len(self.blocks) // 2
+        for number, block in enumerate(self.blocks):
+            if number >= half:
+                x = x + self.gains[number - half] * skips.pop()
+            x = block(x)
+            if number < half:
+                skips.append(x)
+        return self.head(self.norm(x))
+
+
 class Rescaled(Parts):
     """ReZero, LayerScale and a gate: whatever multiplies the branch belongs to the branch."""
 
@@ -520,27 +636,6 @@ class DroppedStream(Parts):
         return F.dropout(x, 0.1, self.training)  # here: stream-dropout
 
 
-class ScaledShortcut(Parts):
-    """A factor on the skip."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 0.9 * x + self.mlp(self.norm1(x))  # here: scaled-shortcut
-
-
-class ScaledByAlpha(Parts):
-    """A factor on the skip, hidden in the add."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.add(self.mlp(self.norm1(x)), x, alpha=2)  # here: scaled-shortcut
-
-
-class NegatedShortcut(Parts):
-    """`f(x) - x`: the factor is -1."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.norm1(x)) - x  # here: scaled-shortcut
-
-
 class PostNormWrittenOut(Parts):
     """A norm of the block's own, without a name that says so."""
 
@@ -565,11 +660,27 @@ class UndoneTranspose(Parts):
         return turned.transpose(1, 2)
 
 
-class HalvedSum(Parts):
-    """The sum itself is scaled."""
+class LearnedShortcut(Parts):
+    """The skip's factor is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 0.9))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x + self.mlp(self.norm1(x))) * 0.5**0.5  # here: scaled-shortcut
+        return self.gain * x + self.mlp(self.norm1(x))  # here: scaled-shortcut
+
+
+class ZeroedShortcut(Parts):
+    """Nothing is left of the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.gain * x  # here: scaled-shortcut
+        return x + self.mlp(self.norm1(x))
 
 
 class DoubledShortcut(Parts):
@@ -586,13 +697,6 @@ class Highway(Parts):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = torch.sigmoid(self.norm1(x))
         return gate * self.mlp(x) + (1 - gate) * x  # here: scaled-shortcut
-
-
-class Interpolated(Parts):
-    """`lerp` scales the skip."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.lerp(x, self.mlp(self.norm1(x)), 0.1)  # here: scaled-shortcut
 
 
 class Broadcast(Parts):

@@ -125,3 +125,26 @@ def converted_blocks(model: torch.nn.Module) -> list[Any]:
     found = list(forwards_of(model))
     assert found
     return found
+
+
+def test_gemma_4_with_what_multiplies_its_layers() -> None:
+    """Its `layer_scalar`s are buffers. (Where layers share keys and values, those that write them are refused.)"""
+    import transformers as hf
+
+    sizes = {k: v for k, v in zoo.HEADS.items() if k != "num_hidden_layers"}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "num_kv_shared_layers": 0}
+    sizes |= {"num_hidden_layers": 4, "global_head_dim": 8, "layer_types": kinds}
+    torch.manual_seed(0)
+    model = hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**sizes)).train()
+    for number, layer in enumerate(model.model.layers):
+        layer.layer_scalar.fill_(0.6 + 0.1 * number)
+    call = {"input_ids": torch.arange(3, 19)[None], "labels": torch.arange(3, 19)[None]}
+
+    conversion = autorev.convert(model, batch=call, keep_last=0)
+    assert [len(chain.blocks) for chain in conversion.chains] == [4]
+    expected_loss, expected = one_step(model, mode="oracle", **call)
+    loss, found = one_step(model, **call)
+    assert torch.equal(loss, expected_loss)
+    assert gap(found, expected) < 1e-5
+    assert autorev.drift(model) == {"model.layers": 0.0}

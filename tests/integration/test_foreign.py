@@ -72,9 +72,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[list[int]]]]
     "rearranged between": (foreign.Rearranged, TOKENS, [[2] * 4]),
     "viewed between": (foreign.Viewed, TOKENS, [[2] * 3]),
     "repeated": (foreign.Repeated, TOKENS, [[2] * 6]),
-    "reading the first": (foreign.ReadingTheFirst, SEQUENCE, [[1, 2, 2]]),
+    "reading the first": (foreign.ReadingTheFirst, SEQUENCE, [[2, 2, 2]]),
     "of states": (foreign.OfStates, TOKENS, [[2] * 3]),
-    "told": (foreign.Told, SEQUENCE, [[1] * 3]),
+    "told": (foreign.Told, SEQUENCE, [[1] * 4]),
     "growing": (foreign.Growing, TOKENS, [[1] * 3]),
 }
 

@@ -74,6 +74,21 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
         TOKENS,
         [("blocks", [TWO] * 3), ("blocks", [TWO] * 3)],
     ),
+    **{
+        block.__name__: (lambda block=block: hand.stack_of(block), TOKENS, [("blocks", ["mlp"] * 3)])
+        for block in (
+            hand.ScaledShortcut,
+            hand.ScaledByAlpha,
+            hand.NegatedShortcut,
+            hand.HalvedSum,
+            hand.Interpolated,
+        )
+    },
+    "first stream": (hand.Injecting, SEQUENCE, [("parts", ["mlp"] * 5)]),
+    "long skips": (lambda: hand.LongSkips(*blocks(hand.Block, 6)), TOKENS, [("blocks", [TWO] * 6)]),
+    "layer scalar": (lambda: hand.stack_of(hand.LayerScalar), TOKENS, [("blocks", [TWO] * 3)]),
+    "wavenet": (hand.WaveNet, SEQUENCE, [("parts", ["mlp"] * 6)]),
+    "product first": (hand.Leaking, SEQUENCE, [("parts", ["mlp + attention"] * 6)]),
     "loop": (hand.Loop, SEQUENCE, [("(the model itself)", [TWO] * 3)]),
     "torch encoder": (lambda: encoder(norm_first=True), SEQUENCE, [("layers", [TWO] * 3)]),
     "pre-activation resnet": (
@@ -153,15 +168,12 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
             (hand.ProjectedShortcut, "projected-shortcut"),
             (hand.DetachedShortcut, "detached"),
             (hand.DroppedStream, "stream-dropout"),
-            (hand.ScaledShortcut, "scaled-shortcut"),
-            (hand.ScaledByAlpha, "scaled-shortcut"),
-            (hand.NegatedShortcut, "scaled-shortcut"),
             (hand.PostNormWrittenOut, "post-norm"),
             (hand.PermutedShortcut, "permuted-shortcut"),
-            (hand.HalvedSum, "scaled-shortcut"),
+            (hand.LearnedShortcut, "scaled-shortcut"),
+            (hand.ZeroedShortcut, "scaled-shortcut"),
             (hand.DoubledShortcut, "scaled-shortcut"),
             (hand.Highway, "scaled-shortcut"),
-            (hand.Interpolated, "scaled-shortcut"),
             (hand.Broadcast, "broadcast"),
             (hand.Pooling, "shape-change"),
             (hand.DataDependent, "data-dependent"),
@@ -286,10 +298,10 @@ def test_a_projected_first_block_is_refused_and_the_rest_is_a_chain() -> None:
 
 
 def hooked() -> nn.Module:
-    """Every block's result is halved by a hook of the user."""
+    """Every block's result is squashed by a hook of the user."""
     model = hand.stack_of(hand.Block)
     for block in model.blocks:
-        block.register_forward_hook(lambda module, inputs, output: output * 0.5)
+        block.register_forward_hook(lambda module, inputs, output: output.tanh())
     return model
 
 

@@ -58,6 +58,13 @@ ONE_STEP = {
     "dropout of nothing": lambda m, x: F.dropout(x + m.f(x), 0.0),
     "broadcast branch": lambda m, x: x + m.f(x).mean(1, keepdim=True),
     "a bias behind": lambda m, x: x + m.f(x) + m.scale,
+    "f(x) - x": lambda m, x: m.f(x) - x,
+    "2 x + f(x)": lambda m, x: 2 * x + m.f(x),
+    "alpha on the skip": lambda m, x: torch.add(m.f(x), x, alpha=2),
+    "beta on the skip": lambda m, x: torch.baddbmm(x, m.f(x), torch.ones(2, 8, 8), beta=0.5),
+    "lerp": lambda m, x: torch.lerp(x, m.f(x), 0.5),
+    "the sum is divided": lambda m, x: (x + m.f(x)) / 3,
+    "a multiple of itself": lambda m, x: x + 0.5 * x + m.f(x),
 }
 
 
@@ -72,10 +79,10 @@ def test_one_residual_step(name: str) -> None:
 
 
 NOT_THE_STREAM = {
+    "lerp by a tensor": lambda m, x: torch.lerp(x, m.f(x), m.scale),
+    "a learned factor": lambda m, x: m.scale * x + m.f(x),
+    "nothing of it": lambda m, x: torch.add(m.f(x), x, alpha=0),
     "f(x)": lambda m, x: m.f(x),
-    "f(x) - x": lambda m, x: m.f(x) - x,
-    "2 x + f(x)": lambda m, x: 2 * x + m.f(x),
-    "alpha on the skip": lambda m, x: torch.add(m.f(x), x, alpha=2),
     "x + x": lambda m, x: x + x + m.f(x),
     "detached": lambda m, x: x.detach() + m.f(x),
     "norm behind": lambda m, x: F.layer_norm(x + m.f(x), (8,)),
@@ -84,7 +91,6 @@ NOT_THE_STREAM = {
     "concatenated": lambda m, x: torch.cat([x, m.f(x)], -1),
     "part of it": lambda m, x: (x + m.f(x))[:, 1:],
     "relu in place": lambda m, x: F.relu(x, inplace=True) + m.f(x),
-    "lerp": lambda m, x: torch.lerp(x, m.f(x), 0.5),
 }
 
 
