@@ -9,6 +9,9 @@ from contextvars import ContextVar
 REVERSIBLE, ORACLE, ORIGINAL = "reversible", "oracle", "original"
 
 _mode: ContextVar[str] = ContextVar("autorev mode", default=REVERSIBLE)
+otherwise = 0
+"""How many threads run converted models otherwise than reversibly: compiled code is guarded by it, as no compiler can
+read a context variable."""
 
 
 @contextmanager
@@ -18,10 +21,13 @@ def running(how: str) -> Iterator[None]:
 
     A second run in backward is reversible whatever thread it is in: that is how the first one was.
     """
-    token = _mode.set(how)
+    global otherwise
+    token, other = _mode.set(how), how != REVERSIBLE
+    otherwise += other
     try:
         yield
     finally:
+        otherwise -= other
         _mode.reset(token)
 
 
