@@ -13,7 +13,8 @@ def options_of(name: str) -> tuple[str, ...]:
     """The options that a method of that name takes."""
     if name in PRESETS:
         numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
-        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "keep", "host")
+        shared = ("arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "keep", "host", "compile")
+        return ("loss", *numbers, *shared)
     others = {"compile": ("loss", "budget"), "plain": ("loss", "tile"), "sac": ("loss", "keep_last", "tile")}
     return others.get(name, ("loss", "keep_last", "tile", "keep", "host"))
 
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("full", "chunked"),
     "arithmetic": ("exact", "float"),
     "granularity": ("block", "sublayer"),
+    "compile": ("blocks", "graph"),
 }
 
 
@@ -59,6 +61,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "tile": _count,
     "keep": str,
     "host": str,
+    "compile": str,
 }
 
 

@@ -5,7 +5,7 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
-        chooses) and fraction_bits=N; momentum takes k, or gamma = 2^-k
+        chooses), fraction_bits=N and compile=blocks|graph; momentum takes k, or gamma = 2^-k
     every one takes loss=full|chunked, all but compile tile=N|auto, and what runs blocks twice keep_last=N and (but
         sac) keep=attention and host=side_bits (of couplings), inputs (of offload, which moves all unless told
         otherwise) or attention (where it is kept), joined by +; each of these for every block or, as in
@@ -80,6 +80,8 @@ class Method:
     """attention: what its kernel returned is kept, and not computed again in backward; attention:N of N blocks."""
     host: str | None = None
     """What waits on the host for backward (`keeps.MOVED`), of all blocks or of N. None: nothing; of offload, inputs."""
+    compile: str | None = None
+    """Of couplings. blocks: the branches are compiled; graph: a whole training pass is one graph, if it can be."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in METHODS:
@@ -229,6 +231,11 @@ class Method:
     def in_pieces(self) -> bool:
         """Is a step less than a block?"""
         return self.reversible and (self.granularity == "sublayer" or self.preset.two_streams)
+
+    @property
+    def runs_compiled(self) -> bool:
+        """Is any of it compiled? Then no dispatch mode sees its operators."""
+        return self.name == "compile" or self.compile is not None
 
     @property
     def preserves_function(self) -> bool:

@@ -23,6 +23,7 @@ from autorev.conversion.checkpointing import (
     intercept_checkpointing_enable,
     restore_checkpointing_enable,
 )
+from autorev.conversion.compiling import compile_branches, compile_whole, leave_uncompiled, why_no_graph
 from autorev.conversion.estimate import Estimate
 from autorev.conversion.notes import left_to_do, notes_on, without_kernel
 from autorev.conversion.probe import choose_grids
@@ -38,7 +39,7 @@ from autorev.plan import Plan, method_of
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.checkpointed_forward import CheckpointedForward
-from autorev.rewrite.loop_forward import install_loops
+from autorev.rewrite.loop_forward import LoopForward, TracedLoop, install_loops
 from autorev.rewrite.replacement import replacements_of
 from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
 from autorev.workload import Call
@@ -58,6 +59,7 @@ def convert(
     tile: int | Literal["auto"] | None = None,
     keep: str | None = None,
     host: str | None = None,
+    compile: str | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Conversion:
@@ -91,6 +93,10 @@ def convert(
         host: what waits for backward in the host's memory (pinned, where the system pins any): "side_bits" of
             couplings, "attention" that is kept, "inputs" of offload, or several joined by "+"; "side_bits:8": of the
             first 8 blocks of each chain.
+        compile: "blocks": the branches are compiled (`torch.compile`), and the coupling runs around them; "graph": calls
+            of the model that record gradients are compiled whole, loop and coupling included, and keep the two streams
+            and side bits alone. Where that cannot be, the blocks are compiled, and `why_not_graph` of what is returned
+            says why.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 
@@ -115,6 +121,7 @@ def convert(
         tile=tile,
         keep=keep,
         host=host,
+        compile=compile,
         planned=planned is not None,
     )
     if any(replacements_of(model)):
@@ -157,6 +164,7 @@ def _put_in_place(
     *,
     call: Call,
     patterns: tuple[list[str] | None, list[str] | None],
+    why_not_graph: str | None = None,
 ) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain] or chosen.others
@@ -178,6 +186,12 @@ def _put_in_place(
         notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, *call)
         if chunked:
             chunk_loss(model)
+        if how.compile == "graph":
+            why_not_graph = why_no_graph(model, built, call)
+        if how.compile == "graph" and why_not_graph is None:
+            compile_whole(model)
+        elif how.compile == "blocks":
+            compile_branches(forwards_of(model))
         notes += without_kernel(every[0]) if how.keep is not None else []
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
         if list(model.state_dict()) != names:
@@ -188,6 +202,11 @@ def _put_in_place(
     except BaseException:
         revert(model)
         raise
+    if how.compile == "graph" and why_not_graph is not None:
+        revert(model)
+        how = replace(how, compile="blocks", loss="chunked" if chunked else "full")
+        again = partial(_put_in_place, model, batch, chosen, how, planned, call=call, patterns=patterns)
+        return again(why_not_graph=why_not_graph)
     return Conversion(
         coupling=how.name,
         arithmetic=how.arithmetic,
@@ -196,6 +215,8 @@ def _put_in_place(
         tile=how.tile,
         tiled=tuple(forward.path for forward in tiled.forwards),
         not_tiled=tiled.untiled,
+        compiled=how.compile,
+        why_not_graph=why_not_graph,
         not_converted=tuple(chosen.left_out),
         notes=(*notes, *chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, stored.blocks),
@@ -205,7 +226,8 @@ def _put_in_place(
 def _install(model: nn.Module, built: list[BuiltChain]) -> None:
     for item in built:
         item.install()
-    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+    kind = TracedLoop if any(item.traced for item in built) else LoopForward
+    install_loops(model, [(item.findings, item.chain) for item in built], Passes(), kind)
 
 
 def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[int, str]:
@@ -255,6 +277,7 @@ def revert(model: nn.Module) -> int:
     found = list(replacements_of(model))
     for replacement in reversed(found):
         replacement.remove()
+    leave_uncompiled(model)
     restore_checkpointing_enable(model)
     stop_noticing(model)
     config_entry.remove(model)
@@ -300,7 +323,10 @@ def _asked(method: str | Method, **options: Any) -> Method:
     except SettingError as error:
         raise ConversionError(str(error)) from None
     if how.name == "compile":
-        raise ConversionError("the method compile is nothing that convert does; call block.compile() on the blocks")
+        raise ConversionError(
+            "the method compile is nothing that convert does; call block.compile() on the blocks, or give "
+            "compile='blocks'"
+        )
     if how.loss != "full" and not planned:
         raise ConversionError(
             "no method of convert changes the loss; call autorev.chunk_loss(model), too, and leave loss=chunked out"

@@ -96,7 +96,7 @@ class ReversibleChain:
     """What compiled code calls it (`chain_called`). With other couplings it has another, so that code is compiled
     anew."""
     traced: Any = None
-    """Where a compiled pass is, while it is traced (`traced.TracedState`)."""
+    """The pass that a compiler traces at the moment (`traced.TracedPass`)."""
 
     def __post_init__(self) -> None:
         self.keeps = self.keeps or [NOTHING] * len(self.couplings)
@@ -104,10 +104,10 @@ class ReversibleChain:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has no part in the calls of the original."""
-        return {name: value for name, value in vars(self).items() if name not in ("carried", "key")}
+        return {name: value for name, value in vars(self).items() if name not in ("carried", "key", "traced")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, carried=WeakIdKeyDictionary())
+        vars(self).update(state, carried=WeakIdKeyDictionary(), traced=None)
         self._name_anew()
 
     def _name_anew(self) -> None:

@@ -38,6 +38,12 @@ def _after(gradient: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int32, device=gradient.device)
 
 
+@torch.library.custom_op("autorev::as_it_is", mutates_args=())
+def _as_it_is(value: torch.Tensor) -> torch.Tensor:
+    """The same, from memory."""
+    return value.clone()
+
+
 @torch.library.custom_op("autorev::rebuilt", mutates_args=())
 def _rebuilt(left: torch.Tensor, grid: torch.Tensor, key: str, path: str) -> torch.Tensor:
     """0, once it is known that the state at the start is what it was."""
@@ -65,6 +71,11 @@ def _(largest: torch.Tensor, grid: torch.Tensor, key: str) -> torch.Tensor:
 @_after.register_fake
 def _(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.new_empty((), dtype=torch.int32)
+
+
+@_as_it_is.register_fake
+def _(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value)
 
 
 @_rebuilt.register_fake

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 REVERSIBLE, ORACLE, ORIGINAL = "reversible", "oracle", "original"
 
 _mode: ContextVar[str] = ContextVar("autorev mode", default=REVERSIBLE)
@@ -34,3 +36,8 @@ def running(how: str) -> Iterator[None]:
 def mode() -> str:
     """How converted models run at the moment, in this thread."""
     return _mode.get()
+
+
+def is_traced() -> bool:
+    """Is this code a part of what Dynamo compiles, to be run reversibly? It is asked by that code, and guards it."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not otherwise

@@ -54,6 +54,20 @@ class TracedState:
         return (self.stream, self.velocity, self.largest, self.grid, *self.back)
 
 
+@dataclass(eq=False)
+class TracedPass:
+    """One pass through a chain, while it is traced."""
+
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    """The arguments of the module that holds the loop."""
+    latest: TracedState | None = None
+    """What the last step left; None before the first step and behind the last."""
+    handed: torch.Tensor | None = None
+    """The stream that it returned."""
+    number: int = -1
+    """That step's."""
+
+
 HELD = 7
 """How many tensors `leading` are: a branch's graph takes them first."""
 RETURNED = 6
@@ -84,10 +98,18 @@ class _Enter(torch.autograd.Function):
 
 
 def settled(value: torch.Tensor) -> torch.Tensor:
-    """The same, rounded to its dtype whatever a compiler fuses it with (Rule 2)."""
-    if value.element_size() != 2:
-        return value
-    return value.view(torch.int16).view(value.dtype)
+    """The same, rounded to its dtype whatever a compiler fuses it with (Rule 2).
+
+    Half to even, by the bits of a float32: a cast there and back is nothing to a compiler that computes in float32.
+    """
+    if value.dtype is torch.bfloat16:
+        wide = value.float()
+        bits = wide.view(torch.int32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+        return torch.where(wide.isfinite(), rounded, wide).to(value.dtype)
+    if value.dtype is torch.float16:
+        return torch.ops.autorev.as_it_is(value)
+    return value
 
 
 def without_gradient(

@@ -26,6 +26,7 @@ from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.deferred import DeferredBlock
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
+from autorev.rewrite.traced_block import TracedBlock
 
 
 class BuiltChain:
@@ -68,6 +69,7 @@ class BuiltChain:
         ]
         averages = method.preset.averages
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
+        self.traced = method.compile == "graph"
         self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
         self.forwards = self._forwards(model, pieces, method.tile is not None)
 
@@ -99,8 +101,9 @@ class BuiltChain:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
                 beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
+                whole = TracedBlock if self.traced else WholeBlock
                 made.append(
-                    DeferredBlock(**known, added=beside[0]) if finding.deferred else WholeBlock(**known, beside=beside)
+                    DeferredBlock(**known, added=beside[0]) if finding.deferred else whole(**known, beside=beside)
                 )
         return made
 

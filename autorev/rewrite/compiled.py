@@ -78,6 +78,11 @@ class CompiledBlock:
         self.call = torch.compile(self.block._call_impl, *args, **kwargs)
         self.compiler = compiler_of(self.call)
 
+    def compile_branch(self) -> None:
+        """By torch's own defaults, for as long as the block is converted; what compiles it already goes on doing so."""
+        if self.compiler is None:
+            self.compiler = compiler_of(torch.compile(self.block._call_impl))
+
     def say_how(self, chain: ReversibleChain, in_steps: bool) -> None:
         """Tell the user once what is compiled, where it is not what was asked for."""
         if self.compiler is None and _around.get() is None:
