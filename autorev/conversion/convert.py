@@ -93,10 +93,10 @@ def convert(
         host: what waits for backward in the host's memory (pinned, where the system pins any): "side_bits" of
             couplings, "attention" that is kept, "inputs" of offload, or several joined by "+"; "side_bits:8": of the
             first 8 blocks of each chain.
-        compile: "blocks": the branches are compiled (`torch.compile`), and the coupling runs around them; "graph": calls
-            of the model that record gradients are compiled whole, loop and coupling included, and keep the two streams
-            and side bits alone. Where that cannot be, the blocks are compiled, and `why_not_graph` of what is returned
-            says why.
+        compile: "blocks": the branches are compiled (`torch.compile`), and the coupling runs around them; "graph":
+            calls of the model that record gradients are compiled whole, loop and coupling included, and keep two
+            streams and side bits alone. Where that cannot be, blocks are compiled, and `Conversion.why_not_graph` says
+            why.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 

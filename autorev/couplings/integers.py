@@ -48,7 +48,8 @@ def advanced(
     after = (product >> bits) + increment(out, value, scale)
     total = stream + after
     size = torch.maximum(total.amax().long(), -total.amin().long())
-    most = torch.maximum(velocity.amax().long(), -velocity.amin().long()) * abs(numerator)
+    factor = abs(numerator) if isinstance(numerator, int) else numerator.abs()
+    most = torch.maximum(velocity.amax().long(), -velocity.amin().long()) * factor
     largest = torch.where(most < 2**31, size, torch.clamp(size, min=LIMIT))
     return Advanced(total, after, product, largest)
 

@@ -1,8 +1,9 @@
 """Converted blocks under `torch.compile`: the branch is compiled, and the coupling around it is not.
 
 The coupling looks at values and keeps a state beside autograd, which no compiler follows; and it is a few operators,
-where the branch takes the time. So a converted forward never runs inside of compiled code. It calls the block's own
-forward through the compiler that was meant for it: that of `block.compile()`, or of a `torch.compile` further out.
+where the branch takes the time. So a converted forward never runs inside of compiled code, but for one that was made
+for it (`traced_block`). It calls the block's own forward through the compiler that was meant for it: that of
+`block.compile()`, or of a `torch.compile` further out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 WHY_NOT = (
     "a forward that autorev converted runs outside of compiled code, and calls its compiled branch from there; leave "
-    "fullgraph=True out, or compile the blocks one by one: for block in blocks: block.compile(fullgraph=True)"
+    "fullgraph=True out, or compile the blocks one by one: for block in blocks: block.compile(fullgraph=True); or "
+    "convert with compile='graph'"
 )
 
 IN_STEPS = (

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -21,17 +23,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import autorev
+from autorev.conversion.convert import forwards_of
 from autorev.conversion.recouple import recouple
-from autorev.engine.mode import running
 from autorev.errors import FixedPointRangeError, ReconstructionError
 from tests.helpers.one_step import gap, loss_of, one_step
+from tests.helpers.tiny_llm import tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute",  # of torch's own compiler, as the next ones
     "ignore:.*should not be instantiated:DeprecationWarning",
     "ignore:.*torch.jit.script:DeprecationWarning",
 )
-DEPTH, WIDTH = 4, 16
+DEPTH, WIDTH = 3, 16
 X = torch.linspace(-2, 2, 3 * 8 * WIDTH).reshape(3, 8, WIDTH).sin()
 
 
@@ -77,7 +80,7 @@ def make(**how: Any) -> Model:
 
 
 def converted(model: Any, **how: Any) -> Any:
-    found = autorev.convert(model, batch=(X,), compile="graph", **{"keep_last": 0, **how})
+    found = autorev.convert(model, **{"batch": (X,), "compile": "graph", "keep_last": 0, **how})
     assert found.why_not_graph is None
     assert found.compiled == "graph"
     return model
@@ -96,13 +99,12 @@ def whole(model: nn.Module, **how: Any) -> Any:
     return torch.compile(model, backend="aot_eager", fullgraph=True, **how)
 
 
-def check(model: Any, compiled: Any = None, tolerance: float = 1e-5, x: torch.Tensor = X, drift: bool = True) -> None:
+def check(model: Any, compiled: Any = None, tolerance: float = 1e-5, x: torch.Tensor = X) -> None:
     """One graph without a break; loss and gradients are the oracle's, and the chain came back to where it began."""
     counters.clear()
     loss, found = one_step(compiled or whole(model), x)
     assert not counters["graph_break"]
-    if drift:
-        assert autorev.drift(model) == {"blocks": 0.0}
+    assert autorev.drift(model) == {"blocks": 0.0}
     right, oracle = one_step(model, x, mode="oracle")
     torch.testing.assert_close(loss, right)
     found = {name.replace("_orig_mod.", ""): gradient for name, gradient in found.items()}
@@ -111,12 +113,12 @@ def check(model: Any, compiled: Any = None, tolerance: float = 1e-5, x: torch.Te
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"keep_last": 2}, {"method": "leapfrog"}, {"method": "midpoint"}, {"gamma": -0.375, "c": 0.5}, {"gamma": 0.0}],
+    [{}, {"method": "midpoint", "keep_last": 1}, {"gamma": {"blocks.0": -0.375, "blocks.1": 0.0}}],
     ids=str,
 )
 def test_a_training_pass_is_one_graph(how: dict[str, Any]) -> None:
-    """With every coupling of one stream, blocks stored or not, and an argument that has a gradient."""
-    check(converted(make(), **how), drift=how != {"gamma": 0.0})
+    """With blocks stored at the end or in the middle, and an argument that has a gradient."""
+    check(converted(make(), **how))
 
 
 def test_what_is_kept_is_two_streams_and_side_bits() -> None:
@@ -141,7 +143,7 @@ def test_what_is_kept_is_two_streams_and_side_bits() -> None:
     found = kept(converted(make()))
     assert found["torch.int32"] == 2 * 4 * X.numel()
     assert found["torch.uint8"] == DEPTH * X.numel() * 3 // 8
-    assert found["torch.float32"] <= 4 * X.numel() + 64  # the head's input; scale times 2; numbers
+    assert found["torch.float32"] <= 4 * X.numel() + 128  # the head's input; scale times 2; numbers
     plain = kept(make())
     assert plain["torch.float32"] > 2 * sum(found.values())
 
@@ -169,12 +171,11 @@ def test_hidden_states_in_the_loss(returns: str) -> None:
     check(model)
 
 
-def test_autocast_and_half_precision() -> None:
+def test_autocast() -> None:
     """Both runs of a branch are under it."""
     model = converted(make())
     with torch.autocast("cpu", torch.bfloat16):
         check(model, tolerance=0.05)
-    check(converted(make()), whole(model := converted(make().bfloat16())) if False else None)
 
 
 def test_lengths_and_batches_that_change() -> None:
@@ -271,8 +272,12 @@ def test_convert_compiles_the_model_and_revert_undoes_it() -> None:
 
 
 class Dropping(Block):
+    """With dropout."""
+
+    p = 0.1
+
     def forward(self, x: torch.Tensor, *, scale: torch.Tensor | None = None) -> torch.Tensor:
-        return nn.functional.dropout(super().forward(x, scale=scale) - x, 0.1, self.training) + x
+        return x + nn.functional.dropout(super().forward(x, scale=scale) - x, self.p, self.training)
 
 
 class Counting(Block):
@@ -309,13 +314,12 @@ def test_what_is_no_single_graph_is_compiled_block_by_block(case: str) -> None:
     kind, how, why = REFUSED[case]
     model = make(blocks=[kind() for _ in range(DEPTH)])
     found = autorev.convert(model, batch=(X,), compile="graph", keep_last=0, **how)
-    assert found.compiled == "blocks"
-    import re
-
-    assert re.search(why, found.why_not_graph or ""), found.why_not_graph
-    assert found.why_not_graph in str(found)
-    assert found.why_not_graph in found.to_json().replace("\\n", "\n") or '"' in (found.why_not_graph or "")
+    assert found.compiled == json.loads(found.to_json())["compiled"] == "blocks"
+    assert found.why_not_graph is not None
+    assert re.search(why, found.why_not_graph)
+    assert f"Not one graph: {found.why_not_graph}" in str(found)
     assert model._compiled_call_impl is None
+    assert len(list(forwards_of(model))) == DEPTH
 
 
 def test_dropout_that_is_switched_on_later_is_an_error() -> None:
@@ -323,4 +327,48 @@ def test_dropout_that_is_switched_on_later_is_an_error() -> None:
     model = make(blocks=[Dropping() for _ in range(DEPTH)])
     for block in model.blocks:
         block.p = 0.0
-    assert model
+    compiled = whole(converted(model))
+    check(model, compiled)
+    model.blocks[1].p = 0.1
+    with pytest.raises(Exception, match=r"blocks\.1 draws random numbers"):
+        one_step(compiled, X)
+
+
+def test_a_loop_that_is_left_early_is_an_error() -> None:
+    """Nothing would look whether the grid has held the stream."""
+    model = converted(make())
+    model.depth = 2
+    with pytest.raises(Exception, match="the loop left blocks before its last block"):
+        whole(model)(X)
+
+
+def test_a_language_model() -> None:
+    """With its loss and attention; the cache that it makes by itself in training is left out; it still generates."""
+    model = tiny_model(blocks=2)
+    ids = torch.arange(2 * 12).reshape(2, 12)
+    plain = copy.deepcopy(model)
+    found = autorev.convert(model, compile="graph", gamma=0.125, keep_last=0)
+    assert found.why_not_graph is None
+    model.train()
+    loss, gradients = one_step(whole(model), input_ids=ids, labels=ids)
+    assert autorev.drift(model) == {"model.layers": 0.0}
+    right, oracle = one_step(model, input_ids=ids, labels=ids, use_cache=False, mode="oracle")
+    torch.testing.assert_close(loss, right)
+    assert gap(dict(zip(oracle, gradients.values(), strict=True)), oracle) < 1e-5
+    model.eval()
+    made = model.generate(ids, max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        assert made[:, 12].equal(model(ids).logits[:, -1].argmax(-1))
+    autorev.revert(model)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, and there is no g++ here")
+def test_inductor_in_bfloat16() -> None:
+    """Fused otherwise forward and backward, and yet rounded alike: by what `convert` compiles."""
+    model = converted(make(blocks=[Block() for _ in range(2)]).bfloat16(), batch=(X.bfloat16(),))
+    loss, found = one_step(model, X.bfloat16())
+    assert autorev.drift(model) == {"blocks": 0.0}
+    right, oracle = one_step(model, X.bfloat16(), mode="oracle")
+    torch.testing.assert_close(loss, right, rtol=0.02, atol=0.02)
+    assert gap(found, oracle) < 0.05
