@@ -24,7 +24,7 @@ from autorev.workload import Call
 
 _CALL = "_compiled_call_impl"
 """What `nn.Module.compile` sets."""
-ROUNDING = {"emulate_precision_casts": True}
+ROUNDING: dict[str, Any] = {"emulate_precision_casts": True}
 """For inductor: what is bfloat16 in the model's code is rounded to it, however it is fused. Both runs of a branch then
 round alike."""
 _compiled: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -93,7 +93,7 @@ def compile_whole(model: nn.Module) -> None:
     home = model.__dict__
     if home.get(_CALL) is not None:
         return  # the user's own
-    plain = model._call_impl
+    plain: Any = model._call_impl
     graph = torch.compile(plain, options=ROUNDING)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -81,7 +81,7 @@ def begun(stream: torch.Tensor, key: str) -> tuple[TracedState, torch.Tensor]:
     grid = torch.ops.autorev.grid_of(given, key).to(kind)
     first = (given.to(kind) * grid).round().to(torch.int32)
     size = torch.zeros((), dtype=torch.int64, device=stream.device)
-    entered = _Enter.apply(stream, first, grid)
+    entered = _Enter.apply(stream, first, grid)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return TracedState(first, torch.zeros_like(first), size, grid, valueless(given)), entered
 
 
@@ -108,12 +108,13 @@ def settled(value: torch.Tensor) -> torch.Tensor:
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
         return torch.where(wide.isfinite(), rounded, wide).to(value.dtype)
     if value.dtype is torch.float16:
-        return torch.ops.autorev.as_it_is(value)
+        settled: torch.Tensor = torch.ops.autorev.as_it_is(value)
+        return settled
     return value
 
 
 def without_gradient(
-    state: TracedState, out: torch.Tensor, x: torch.Tensor, coupling: Velocity, key: str | None
+    state: TracedState, out: torch.Tensor, x: torch.Tensor, coupling: Any, key: str | None
 ) -> tuple[TracedState, torch.Tensor]:
     """A step in a pass without gradients; `key`: of its chain, if this is the last one. Traced by Dynamo."""
     step = advance(coupling, state.stream, state.velocity, state.grid, settled(out), x)

@@ -14,6 +14,7 @@ from autorev.couplings.arithmetic import inverse_of
 from autorev.couplings.integers import Advanced, decoded, packed, unpacked, velocity_before
 from autorev.couplings.side_bits import ROWS
 from autorev.couplings.velocity import Velocity
+from autorev.engine.autograd import apply
 from autorev.engine.chain import ReversibleChain, chain_called
 from autorev.engine.surroundings import Settings, devices_of
 from autorev.engine.traced import HELD, RETURNED, advance, settled, valueless
@@ -32,8 +33,7 @@ def as_step(key: str, number: str, graph: Graph) -> Callable[..., tuple[torch.Te
     made = TracedStep(chain, key, coupling, int(number), graph)
 
     def run(*operands: Any) -> tuple[torch.Tensor, ...]:
-        apply: Any = _Step.apply if made.recomputed else made.stored
-        return tuple(apply(made, *operands) if made.recomputed else apply(*operands))
+        return tuple(apply(_Step, made, *operands) if made.recomputed else made.stored(*operands))
 
     return run
 
@@ -80,7 +80,7 @@ class TracedStep:
         returned, step, largest = self.first_run(*operands)
         grid, partner, x = operands[3], operands[6], operands[HELD]
         new = self.new(step, largest, grid, returned[0].dtype)
-        coupled: Any = _Couple.apply(self.coupling, new, x, partner, returned[0])
+        coupled = apply(_Couple, self.coupling, new, x, partner, returned[0])
         ends = valueless(new)[:2]  # the state goes back no further
         return (coupled[0], step.stream, step.velocity, largest, *ends, coupled[1], *returned[1 + RETURNED :])
 
@@ -220,7 +220,7 @@ class _Watched(TorchDispatchMode):
     write twice."""
 
     def __init__(self, path: str, given: tuple[Any, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.path = path
         self.given = [value for value in given if isinstance(value, torch.Tensor)]
 
