@@ -30,7 +30,7 @@ from autorev.engine.digest import Digest, digest, looked_at, waited_for
 from autorev.engine.grid import say_coarsened
 from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
-from autorev.engine.modules import version_of
+from autorev.engine.owned import version_of
 from autorev.engine.pipeline import check_no_stage
 from autorev.engine.seeds import Seeds
 from autorev.engine.tape import Tape

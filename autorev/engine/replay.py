@@ -22,7 +22,8 @@ from autorev.couplings.coupling import State
 from autorev.engine.digest import Comparison, looked_at
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import REVERSIBLE, running
-from autorev.engine.modules import ModuleStates, is_zero, version_of
+from autorev.engine.modules import ModuleStates
+from autorev.engine.owned import is_zero, version_of
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
 from autorev.errors import ReconstructionError
 

@@ -64,7 +64,7 @@ from autorev.engine.host_store import HostStore
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.lane import Lane, LaneStep
 from autorev.engine.mode import ORACLE, mode
-from autorev.engine.modules import Owned, version_of
+from autorev.engine.owned import Owned, version_of
 from autorev.engine.replay import BranchRun, InputLike, Replay, branch_run
 from autorev.engine.saved import SavedTensors
 from autorev.engine.tape import Tape, TapedStep

@@ -10,16 +10,8 @@ import torch
 from torch import nn
 
 from autorev.engine.digest import looked_at
-from autorev.engine.modules import (
-    SHARDED,
-    TORCH_DICTS,
-    ModuleStates,
-    copied,
-    is_fake,
-    put_back,
-    same_entries,
-    set_generator,
-)
+from autorev.engine.modules import SHARDED, TORCH_DICTS, ModuleStates, copied, put_back, same_entries, set_generator
+from autorev.engine.owned import is_fake
 from autorev.engine.surroundings import RandomStates, devices_of
 
 
