@@ -12,7 +12,7 @@ from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
-from autorev.engine.modules import is_fake
+from autorev.engine.owned import is_fake
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import first_line
 from autorev.integrations.transformers import without_cache
@@ -94,7 +94,7 @@ def compile_whole(model: nn.Module) -> None:
     if home.get(_CALL) is not None:
         return  # the user's own
     plain: Any = model._call_impl
-    graph = torch.compile(plain, options=ROUNDING)
+    graph: Any = torch.compile(plain, options=ROUNDING)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return graph(*args, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
