@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import torch
 REVERSIBLE, ORACLE, ORIGINAL = "reversible", "oracle", "original"
 
 _mode: ContextVar[str] = ContextVar("autorev mode", default=REVERSIBLE)
+_lock = threading.Lock()
 otherwise = 0
 """How many threads run converted models otherwise than reversibly: compiled code is guarded by it, as no compiler can
 read a context variable."""
@@ -23,14 +25,19 @@ def running(how: str) -> Iterator[None]:
 
     A second run in backward is reversible whatever thread it is in: that is how the first one was.
     """
-    global otherwise
-    token, other = _mode.set(how), how != REVERSIBLE
-    otherwise += other
+    token = _mode.set(how)
+    _count_otherwise(int(how != REVERSIBLE))
     try:
         yield
     finally:
-        otherwise -= other
+        _count_otherwise(-int(how != REVERSIBLE))
         _mode.reset(token)
+
+
+def _count_otherwise(more: int) -> None:
+    global otherwise
+    with _lock:
+        otherwise += more
 
 
 def mode() -> str:
