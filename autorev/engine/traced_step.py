@@ -161,11 +161,11 @@ class _Step(torch.autograd.Function):
         if needs[HELD]:
             both = [g.to(grid.dtype) for g in (grad_in, found[0]) if g is not None]
             found[0] = sum(both[1:], both[0]).to(ctx.dtype) if both else None
-        carried: list[Any] = [None, None, None]
-        if ends:  # the pass through the chain has begun here
+        carried: list[Any] = [None, None, grad_carried if needs[6] else None]
+        if ends:  # nothing before this step is undone from here
             _check(step, stream, velocity, grid, ends[0], found)
         else:
-            carried = [stream.view(torch.float32), velocity.view(torch.float32), grad_carried]
+            carried[:2] = stream.view(torch.float32), velocity.view(torch.float32)
         return None, None, None, None, None, *carried, *found
 
 
