@@ -30,10 +30,20 @@ def as_step(key: str, number: str, graph: Graph) -> Callable[..., tuple[torch.Te
     chain = chain_called(key)
     coupling = chain.couplings[int(number)]
     assert isinstance(coupling, Velocity)
-    made = TracedStep(chain, key, coupling, int(number), graph)
 
     def run(*operands: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(apply(_Step, made, *operands) if made.recomputed else made.stored(*operands))
+        # Dynamo puts sizes that vary among them, before the tensors that have them.
+        every = range(len(operands))
+        first = [n for n in every if isinstance(operands[n], torch.Tensor)][: HELD + 1]
+        order = [*first, *(n for n in every if n not in first)]
+
+        def in_order(*given: Any) -> tuple[torch.Tensor, ...]:
+            by_place = dict(zip(order, given, strict=True))
+            return graph(*(by_place[n] for n in every))
+
+        made = TracedStep(chain, key, coupling, int(number), in_order)
+        ordered = [operands[n] for n in order]
+        return tuple(apply(_Step, made, *ordered) if made.recomputed else made.stored(*ordered))
 
     return run
 
