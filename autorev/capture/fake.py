@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -59,14 +60,14 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
             refuse_flattened(value)
             for module in value.modules():
-                held = (v for v in vars(module).values() if isinstance(v, torch.Generator))
-                memo |= {id(generator): generator.clone_state() for generator in held}
                 found = plain_state(module)
                 if found is not None:
                     cls, state = found
                     memo[id(module)] = cls.__new__(cls)
                     plain.append((memo[id(module)], state))
             memo |= {id(layer): stand_in for layer, stand_in in stand_ins}
+        # Generators cannot be copied by `copy.deepcopy`.
+        memo |= {id(generator): generator.clone_state() for generator in _generators(value, set())}
         with _FakeDeepCopy(mode):
             for twin, state in plain:
                 twin.__dict__.update(copy.deepcopy(state, memo))
@@ -81,6 +82,17 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             f"cannot copy {type(value).__name__} onto fake tensors ({one_line(error)}); "
             "autorev analyses a copy so that the model itself stays untouched: make it copyable with copy.deepcopy"
         ) from error
+
+
+def _generators(value: Any, seen: set[int]) -> Iterator[torch.Generator]:
+    """Everywhere in a model or a call's arguments."""
+    if isinstance(value, torch.Generator):
+        yield value
+    elif id(value) not in seen and not isinstance(value, torch.Tensor | type | ModuleType | FunctionType):
+        seen.add(id(value))
+        held = value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", ())
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from _generators(item, seen)
 
 
 def _stand_ins(model: nn.Module, mode: FakeTensorMode) -> Iterator[tuple[nn.Module, nn.Module]]:

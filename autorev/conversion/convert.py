@@ -31,6 +31,7 @@ from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import Passes, notice_trainers, stop_noticing
 from autorev.detection import call_of
+from autorev.devices import check_devices
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError, SettingError
@@ -137,6 +138,8 @@ def convert(
             f"the weights of {type(model).__name__} were made under torch.inference_mode, and such tensors cannot be "
             "trained; build or load the model outside of it"
         )
+    if how.reversible or how.tile is not None or how.keep is not None or how.name == "offload":
+        check_devices(model.named_parameters())
     args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
     _check_patterns(how, chosen)

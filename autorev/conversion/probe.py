@@ -60,7 +60,7 @@ def choose_grids(
     for chain in unknown:
         chain.arithmetic, chain.magnitudes = Floating(), defaultdict(Magnitudes)
     try:
-        with undisturbed(model), torch.no_grad(), eval_mode(model):
+        with undisturbed(model, (args, kwargs)), torch.no_grad(), eval_mode(model):
             try:
                 model(*args, **kwargs)
             except AutorevError:

@@ -28,6 +28,7 @@ from autorev.detect.ends import (
 from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_operands_before
 from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
+from autorev.detect.slices import in_slices, put_together
 from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order, reaches
 from autorev.detect.tokenwise import Mixing, TokenWise, tileable
 from autorev.errors import first_line
@@ -96,6 +97,11 @@ class Finding:
             value: torch.Tensor = self.end.meta["val"]
             return value
         return dict(flatten_with_path(self.call.output)).get(self.output_at)
+
+    @property
+    def in_slices(self) -> bool:
+        """Does it add to slices of its stream? Then it is one step always: no line of its code holds the whole sum."""
+        return any(in_slices(add) for step in self.steps for add in step.adds)
 
     @property
     def modules(self) -> set[str]:
@@ -189,7 +195,7 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
                     definition_line(call.module),
                 ),
             )
-        streams = {start: follow(start, through_cat=True) for start in starts}
+        streams = {start: follow(start, through_cat=True, further=put_together) for start in starts}
         if deferred and (finding := _deferred(call, captured, streams, outputs)) is not None:
             finding.obstacles += filter(None, [changed_argument(call, before)])
             return finding

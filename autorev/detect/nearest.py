@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.record import ModuleCall
+from autorev.capture.scripted import said_of_scripted
 from autorev.detect.judge import judge
 from autorev.format import plural
 
@@ -22,10 +23,10 @@ _VIEWS = ("View", "UnsafeView", "Reshape", "Transpose", "Permute", "Squeeze", "U
 
 
 def nearest(root: ModuleCall, candidates: Iterable[ModuleCall]) -> str:
-    """A sentence on the residual adds that no block or loop was found around; empty where there are none."""
+    """A sentence on the residual adds that no block or loop was found around; empty where there are none to be seen."""
     count = residual_adds(root)
     if not count:
-        return ""
+        return said_of_scripted(root.module)
     text = f"{plural(count, 'residual add')} {'was' if count == 1 else 'were'} seen by autograd, and none of them ends "
     text += "a block or a turn of a loop that autorev can follow"
     for call in candidates:

@@ -24,6 +24,7 @@ from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import REVERSIBLE, running
 from autorev.engine.modules import ModuleStates
 from autorev.engine.owned import is_zero, version_of
+from autorev.engine.plain_data import is_generator
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
 from autorev.errors import ReconstructionError
 
@@ -95,7 +96,10 @@ class Replay:
             self.modules.add(module, path, writes)
 
     def add_arguments(self, structure: Any) -> None:
-        """The tensors in `structure` are read by the branch."""
+        """The tensors in `structure` are read by the branch, and its random generators are drawn from."""
+        for leaf in tree_leaves(structure):
+            if is_generator(leaf):
+                self.modules.hold_object(leaf, self.path)
         tensors = [leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
         self.arguments += [(tensor, version_of(tensor)) for tensor in tensors]
         gates = any(tensor.requires_grad and is_zero(tensor) for tensor in tensors)

@@ -23,6 +23,7 @@ from torch.autograd.graph import _engine_run_backward
 from autorev.alike import few_of_them
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
+from autorev.capture.generators import shared_generators_left
 from autorev.capture.record import named_arguments
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.outline import Outlined
@@ -92,6 +93,7 @@ def simulate(
     tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
+        stack.enter_context(shared_generators_left(twin))
         stack.enter_context(few_of_them())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train

@@ -53,7 +53,8 @@ class BuiltChain:
         paths: list[str] = []
         for finding in findings:
             self.first.append(len(paths))
-            paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
+            apart = pieces and not inline and not finding.in_slices
+            paths += [finding.path] * (len(finding.steps) if apart else 1)
         couplings = couplings_of(method, paths)
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
         stream = findings[0].stream_in
@@ -95,7 +96,7 @@ class BuiltChain:
                 "written": finding.call.buffers_written,
                 "mutates_input": any(o.code == "in-place-add" for lane in finding.lanes for o in lane.caveats),
             }
-            if pieces:
+            if pieces and not finding.in_slices:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
             elif tiled and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
@@ -125,7 +126,7 @@ class BuiltChain:
 def _last_add_of(finding: Finding) -> KnownAdds | None:
     """Of a block that can be taken as one step by the add at its end, so that its second run may leave out what is
     tiled before that; None for any other."""
-    if finding.captured is None or not finding.steps:
+    if finding.captured is None or not finding.steps or finding.in_slices:
         return None
     if any(part.path in finding.opened for part in finding.parts if isinstance(part, TokenWise)):
         return None  # the add may stand in what is tiled (BLOOM's MLP adds its residual)

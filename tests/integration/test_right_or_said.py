@@ -6,6 +6,7 @@ python -m pytest tests/integration/test_right_or_said.py
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import autorev
-from autorev.errors import ConversionError
+from autorev.errors import AutorevError, ConversionError
 from autorev.verification import Verification
 from tests.helpers import handwritten as hand
 
@@ -316,3 +317,59 @@ def test_no_residual_block_is_said_only_where_that_is_so(name: str) -> None:
     assert not analysis.chains
     assert not analysis.refused
     assert bool(analysis.notes) == (name != "nowhere")
+
+
+class Scriptable(nn.Module):
+    """One residual add."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.linear = norm, nn.Linear(hand.WIDTH, hand.WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(hand.WIDTH)])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_blocks_are_said(norm: Callable[[], nn.Module]) -> None:
+    """Whether they run on tensors without values or not."""
+    model = hand.Stack(*(torch.jit.script(Scriptable(norm())) for _ in range(3)))
+    with pytest.raises(AutorevError, match=r"blocks\.0 was compiled by torch\.jit\.script"):
+        autorev.convert(model, TOKENS)
+
+
+class Slots:
+    """What a block hands on to the next."""
+
+    __slots__ = ("latest",)
+
+    def __init__(self) -> None:
+        self.latest: torch.Tensor | None = None
+
+
+class HandingOn(hand.Parts):
+    """Writes to an object that it is given, and reads what the block before wrote."""
+
+    def forward(self, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        h = self.mlp(self.norm1(x))
+        if slots.latest is not None:
+            h = h + slots.latest
+        slots.latest = h
+        return x + h
+
+
+class HandedOn(hand.Stack):
+    """One object for all blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, slots = self.embedding(tokens), Slots()
+        for block in self.blocks:
+            x = block(x, slots)
+        return self.head(x)
+
+
+def test_an_object_with_slots_that_is_written_to_is_refused() -> None:
+    """As one with a `__dict__` is."""
+    with pytest.raises(ConversionError, match="argument-write: it changes its argument slots"):
+        autorev.convert(HandedOn(*(HandingOn() for _ in range(3))), TOKENS)
