@@ -5,18 +5,18 @@ A method has one spelling, `NAME` or `NAME:option=value,...`, in Python, on the 
     plain  checkpoint  sac  offload  compile[:budget=0.5]
     momentum[:k=3]  leapfrog  midpoint  midpoint_a  bdia  hamiltonian  revnet
         couplings take c=NUMBER, arithmetic=exact|float, granularity=block|sublayer, keep_last=N (else convert
-        chooses) and fraction_bits=N; momentum takes k, or gamma = 2^-k
+        chooses), fraction_bits=N and compile=blocks|graph; momentum takes k, or gamma = 2^-k
     every one takes loss=full|chunked, all but compile tile=N|auto, and what runs blocks twice keep_last=N and (but
         sac) keep=attention and host=side_bits (of couplings), inputs (of offload, which moves all unless told
         otherwise) or attention (where it is kept), joined by +; each of these for every block or, as in
         attention:8, for so many of each chain
 
-A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `METHODS`.
+A further coupling is its arithmetic and its numbers in `autorev/couplings/`, and one line in `known_methods.METHODS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -25,6 +25,8 @@ from autorev.couplings.presets import PRESERVING_GAMMA, PRESETS, Preset
 from autorev.errors import SettingError
 from autorev.given import is_count, is_number, wrong_number
 from autorev.keeps import KEPT, MOVED, Keeps, amounts_of, keeps_at, text_of
+from autorev.known_methods import METHODS, Known
+from autorev.method_options import CHOICES, moved_of, options_of, readers_of, shortest
 
 Numbers = float | Mapping[str, float] | None
 """One number for all blocks, or a number per pattern of block paths."""
@@ -42,73 +44,6 @@ PREDICTED = (
     *(name for name in PRESETS if name != "momentum"),
 )
 """Those that an analysis compares, as it calls them (`Method.known_as`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What is said of a method of some name, and how it is drawn."""
-
-    title: str
-    meaning: str
-    """One sentence."""
-    source: str
-    """What it does in PyTorch's terms, or the paper."""
-    light: str
-    """Its colour on light paper."""
-    dark: str
-    """Its colour on dark paper."""
-    symbol: str
-    """Of its points, by plotly's name."""
-    dash: str
-    """Of its lines, likewise."""
-
-
-def _coupling(name: str, *look: str) -> Known:
-    return Known(name, PRESETS[name].meaning, PRESETS[name].source, *look)
-
-
-METHODS: dict[str, Known] = {
-    "plain": Known(
-        "plain autograd",
-        "PyTorch as it is: every block keeps what its backward pass needs.",
-        "torch autograd keeps every activation",
-        *("#16181d", "#f0f1f4", "circle", "solid"),
-    ),
-    "checkpoint": Known(
-        "activation checkpointing",
-        "Every block keeps only its input, and runs once more in the backward pass.",
-        "torch.utils.checkpoint around every block",
-        *("#0b5cc4", "#3a8df0", "square", "solid"),
-    ),
-    "sac": Known(
-        "selective activation checkpointing",
-        "Checkpointing that also keeps what attention and every other matrix product computed.",
-        "checkpoint that keeps attention outputs and every other matrix product (torch's selective checkpointing)",
-        *("#7724f3", "#7555f6", "hexagon", "dash"),
-    ),
-    "compile": Known(
-        "torch.compile's memory budget",
-        "Every block compiled by torch.compile, which decides within a memory budget what to keep.",
-        "torch.compile of every block with an activation memory budget",
-        *("#194c38", "#aed279", "hourglass", "dot"),
-    ),
-    "offload": Known(
-        "offloaded checkpointing",
-        "Checkpointing, with the kept inputs in host memory.",
-        "checkpoint, with the blocks' inputs moved to the host",
-        *("#4fbcf5", "#a4dafc", "square-open", "dash"),
-    ),
-    "momentum": _coupling("momentum", "#d55e00", "#f07a30", "diamond", "solid"),
-    "leapfrog": _coupling("leapfrog", "#189c5b", "#22c084", "triangle-up", "solid"),
-    "midpoint": _coupling("midpoint", "#f5b000", "#f9d648", "triangle-down", "dash"),
-    "midpoint_a": _coupling("midpoint_a", "#7a3e11", "#a8683f", "triangle-down-open", "dot"),
-    "bdia": _coupling("bdia", "#c06bb4", "#ee86c0", "cross", "dashdot"),
-    "hamiltonian": _coupling("hamiltonian", "#561a7d", "#9c66ba", "star", "solid"),
-    "revnet": _coupling("revnet", "#85807f", "#767b83", "star-open", "dash"),
-}
-"""Colours stay apart as those of `report/palette.py` do."""
-BASELINES = tuple(name for name in METHODS if name not in PRESETS)
-"""What PyTorch can do without a reversible coupling."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +80,8 @@ class Method:
     """attention: what its kernel returned is kept, and not computed again in backward; attention:N of N blocks."""
     host: str | None = None
     """What waits on the host for backward (`keeps.MOVED`), of all blocks or of N. None: nothing; of offload, inputs."""
+    compile: str | None = None
+    """Of couplings. blocks: the branches are compiled; graph: a whole training pass is one graph, if it can be."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in METHODS:
@@ -155,10 +92,10 @@ class Method:
             if self.name != "momentum" and self.gamma is not None:
                 raise SettingError(f"{self.name} has its own gamma; momentum takes gamma={self.gamma}")
         for field in fields(self)[1:]:
-            if field.name not in _options(self.name) and getattr(self, field.name) != field.default:
-                raise SettingError(f"{self.name} has no {field.name}; it takes {', '.join(_options(self.name))}")
+            if field.name not in options_of(self.name) and getattr(self, field.name) != field.default:
+                raise SettingError(f"{self.name} has no {field.name}; it takes {', '.join(options_of(self.name))}")
         self._read_amounts()
-        for option, values in _CHOICES.items():
+        for option, values in CHOICES.items():
             if getattr(self, option) not in values and getattr(self, option) is not None:
                 one = " or ".join(map(repr, values))
                 raise SettingError(f"{option} of {self.name} is {one}, not {getattr(self, option)!r}")
@@ -179,7 +116,7 @@ class Method:
             self._check_conversion()
 
     def _read_amounts(self) -> None:
-        for option, known in (("keep", KEPT), ("host", _moved(self.name))):
+        for option, known in (("keep", KEPT), ("host", moved_of(self.name))):
             given = getattr(self, option)
             try:
                 amounts = amounts_of(given, known)
@@ -222,19 +159,18 @@ class Method:
         name, _, rest = text.strip().partition(":")
         if name not in METHODS:
             raise SettingError(f"there is no method {name!r}; choose of {', '.join(METHODS)}, or `all` or `default`")
-        read = {**_READ, **({"k": _power} if name == "momentum" else {})}
-        allowed = [option for option in read if option in (*_options(name), "k")]
+        read = readers_of(name)
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             option, equals, value = (piece.strip() for piece in part.partition("="))
-            if not equals or option not in allowed:
-                raise SettingError(f"the method {name} has no option {part!r}; it takes {', '.join(allowed)}")
+            if not equals or option not in read:
+                raise SettingError(f"the method {name} has no option {part!r}; it takes {', '.join(read)}")
             if option in options:
                 raise SettingError(f"the method {text} gives {option} twice; leave one out")
             try:
                 options[option] = read[option](value)
             except ValueError:
-                what = "whole number" if read[option] in (int, _count, _power) else "number"
+                what = "number" if read[option] is float else "whole number"
                 raise SettingError(f"{option} of the method {name} is a {what}, not {value!r}") from None
         if "k" in options:
             if "gamma" in options:
@@ -253,11 +189,11 @@ class Method:
         said = []
         if self.name == "momentum":
             power = next((k for k in range(1, 8) if self.gamma == 2.0**-k), None)
-            said.append(f"gamma={_shortest(self.gamma)}" if power is None else f"k={power}")
+            said.append(f"gamma={shortest(self.gamma)}" if power is None else f"k={power}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("name", "loss", "gamma") and value != field.default:
-                said.append(f"{field.name}={_shortest(value)}")
+                said.append(f"{field.name}={shortest(value)}")
         return said
 
     @property
@@ -301,6 +237,11 @@ class Method:
         """Is attention tiled, too, in the blocks that run twice? Not where what it computes is kept for the second."""
         run_twice = self.reversible or self.name in ("checkpoint", "offload")
         return self.tile is not None and run_twice and self.keep is None
+
+    @property
+    def runs_compiled(self) -> bool:
+        """Is any of it compiled? Then no dispatch mode sees its operators."""
+        return self.name == "compile" or self.compile is not None
 
     @property
     def preserves_function(self) -> bool:
@@ -368,59 +309,3 @@ def number_for(numbers: Numbers, path: str) -> float | None:
     if not isinstance(numbers, Mapping):
         return numbers
     return next((number for pattern, number in numbers.items() if fnmatchcase(path, pattern)), None)
-
-
-def _options(name: str) -> tuple[str, ...]:
-    """The options that a method of that name takes."""
-    if name in PRESETS:
-        numbers = () if PRESETS[name].two_streams else ("gamma", "c") if name == "momentum" else ("c",)
-        return ("loss", *numbers, "arithmetic", "granularity", "keep_last", "fraction_bits", "tile", "keep", "host")
-    others = {"compile": ("loss", "budget"), "plain": ("loss", "tile"), "sac": ("loss", "keep_last", "tile")}
-    return others.get(name, ("loss", "keep_last", "tile", "keep", "host"))
-
-
-def _moved(name: str) -> tuple[str, ...]:
-    """What such a method has that the host could hold."""
-    own = ("side_bits",) if name in PRESETS else ("inputs",) if name == "offload" else ()
-    return (*own, "attention")
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "loss": ("full", "chunked"),
-    "arithmetic": ("exact", "float"),
-    "granularity": ("block", "sublayer"),
-}
-
-
-def _power(text: str) -> float:
-    if not 1 <= (k := int(text)) <= 7:
-        raise SettingError(f"k of the method momentum is 1 to 7, not {k}")
-    return float(2.0**-k)
-
-
-def _count(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-_READ: dict[str, Callable[[str], Any]] = {
-    "loss": str,
-    "gamma": float,
-    "c": float,
-    "arithmetic": str,
-    "granularity": str,
-    "keep_last": _count,
-    "fraction_bits": int,
-    "budget": float,
-    "tile": _count,
-    "keep": str,
-    "host": str,
-}
-"""How the text of an option is read."""
-
-
-def _shortest(value: Any) -> str:
-    """The shortest text that is read as the same value."""
-    if not isinstance(value, float):
-        return str(value)
-    text = f"{value:g}"
-    return text if float(text) == value else repr(value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
 from autorev.format import clean, format_bytes, format_count, format_integer, plural
-from autorev.methods import BASELINES, METHODS, TILES
+from autorev.known_methods import BASELINES, METHODS
+from autorev.methods import TILES
 from autorev.optimizers import Optimizer
 
 CATEGORY_TITLES = {

@@ -38,7 +38,8 @@ def write(
     for chain in chains.values():
         chain.grids = grids  # a chain that coarsens its grid writes it there
     numbers = {name: _plain(getattr(method, name)) for name in ("gamma", "c")}
-    how = {name: getattr(method, name) for name in ("arithmetic", "granularity", "keep_last", "tile", "keep", "host")}
+    kept = ("arithmetic", "granularity", "keep_last", "tile", "keep", "host", "compile")
+    how = {name: getattr(method, name) for name in kept}
     which = {"blocks": blocks, "exclude": exclude}
     setattr(config, KEY, {"method": method.name, **numbers, **how, **which, "fraction_bits": grids or None})
 

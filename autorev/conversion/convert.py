@@ -23,6 +23,7 @@ from autorev.conversion.checkpointing import (
     intercept_checkpointing_enable,
     restore_checkpointing_enable,
 )
+from autorev.conversion.compiling import compile_branches, compile_whole, leave_uncompiled, why_no_graph
 from autorev.conversion.estimate import Estimate
 from autorev.conversion.notes import left_to_do, notes_on, stored_beside, without_kernel
 from autorev.conversion.probe import choose_grids
@@ -39,7 +40,7 @@ from autorev.plan import Plan, method_of
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.checkpointed_forward import CheckpointedForward
-from autorev.rewrite.loop_forward import install_loops
+from autorev.rewrite.loop_forward import LoopForward, TracedLoop, install_loops
 from autorev.rewrite.replacement import replacements_of
 from autorev.rewrite.tiled_forward import Tiled, blocks_run_twice, tiled_forwards
 from autorev.workload import Call
@@ -59,6 +60,7 @@ def convert(
     tile: int | Literal["auto"] | None = None,
     keep: str | None = None,
     host: str | None = None,
+    compile: str | None = None,
     blocks: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Conversion:
@@ -92,6 +94,10 @@ def convert(
         host: what waits for backward in the host's memory (pinned, where the system pins any): "side_bits" of
             couplings, "attention" that is kept, "inputs" of offload, or several joined by "+"; "side_bits:8": of the
             first 8 blocks of each chain.
+        compile: "blocks": the branches are compiled (`torch.compile`), and the coupling runs around them; "graph":
+            calls of the model that record gradients are compiled whole, loop and coupling included, and keep two
+            streams and side bits alone. Where that cannot be, blocks are compiled, and `Conversion.why_not_graph` says
+            why.
         blocks: patterns of the blocks to convert (`model.layers.*`); default: all that are eligible.
         exclude: patterns of blocks to leave out.
 
@@ -116,6 +122,7 @@ def convert(
         tile=tile,
         keep=keep,
         host=host,
+        compile=compile,
         planned=planned is not None,
     )
     if any(replacements_of(model)):
@@ -160,6 +167,7 @@ def _put_in_place(
     *,
     call: Call,
     patterns: tuple[list[str] | None, list[str] | None],
+    why_not_graph: str | None = None,
 ) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain] or chosen.others
@@ -183,6 +191,12 @@ def _put_in_place(
         notes = choose_grids(model, [item.chain for item in built], how.fraction_bits, *call)
         if chunked:
             chunk_loss(model)
+        if how.compile == "graph":
+            why_not_graph = why_no_graph(model, built, call)
+        if how.compile == "graph" and why_not_graph is None:
+            compile_whole(model)
+        elif how.compile == "blocks":
+            compile_branches(forwards_of(model))
         notes += without_kernel(every[0]) if how.keep is not None else []
         notes += stored_beside(chosen.chains, how.in_pieces)
         notes += notes_on(model, [item.chain for item in built], forwards_of(model))
@@ -194,6 +208,11 @@ def _put_in_place(
     except BaseException:
         revert(model)
         raise
+    if how.compile == "graph" and why_not_graph is not None:
+        revert(model)
+        how = replace(how, compile="blocks", loss="chunked" if chunked else "full")
+        again = partial(_put_in_place, model, batch, chosen, how, planned, call=call, patterns=patterns)
+        return again(why_not_graph=why_not_graph)
     return Conversion(
         coupling=how.name,
         arithmetic=how.arithmetic,
@@ -202,6 +221,8 @@ def _put_in_place(
         tile=how.tile,
         tiled=tiled.paths,
         not_tiled=tiled.untiled,
+        compiled=how.compile,
+        why_not_graph=why_not_graph,
         not_converted=tuple(chosen.left_out),
         notes=(*notes, *chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, stored.blocks),
@@ -211,7 +232,8 @@ def _put_in_place(
 def _install(model: nn.Module, built: list[BuiltChain]) -> None:
     for item in built:
         item.install()
-    install_loops(model, [(item.findings, item.chain) for item in built], Passes())
+    kind = TracedLoop if any(item.traced for item in built) else LoopForward
+    install_loops(model, [(item.findings, item.chain) for item in built], Passes(), kind)
 
 
 def _unfit(model: nn.Module, chosen: Chosen, how: Method, call: Call) -> dict[int, str]:
@@ -261,6 +283,7 @@ def revert(model: nn.Module) -> int:
     found = list(replacements_of(model))
     for replacement in reversed(found):
         replacement.remove()
+    leave_uncompiled(model)
     restore_checkpointing_enable(model)
     stop_noticing(model)
     config_entry.remove(model)
@@ -306,7 +329,10 @@ def _asked(method: str | Method, **options: Any) -> Method:
     except SettingError as error:
         raise ConversionError(str(error)) from None
     if how.name == "compile":
-        raise ConversionError("the method compile is nothing that convert does; call block.compile() on the blocks")
+        raise ConversionError(
+            "the method compile is nothing that convert does; call block.compile() on the blocks, or give "
+            "compile='blocks'"
+        )
     if how.loss != "full" and not planned:
         raise ConversionError(
             "no method of convert changes the loss; call autorev.chunk_loss(model), too, and leave loss=chunked out"

@@ -50,7 +50,7 @@ def recouple(model: nn.Module, *, gamma: Numbers, c: Numbers = None) -> None:
                 raise ConversionError(f"the pattern {pattern!r} of {name} matches none of the converted blocks")
     new = [_couplings(chain, gamma, c) for chain in chains]
     for chain, couplings in zip(chains, new, strict=True):
-        chain.couplings[:] = couplings
+        chain.couple_by(couplings)
     config_entry.update(model, chains)
 
 

@@ -167,7 +167,7 @@ def _follow(reference: nn.Module, policy: nn.Module) -> None:
     """A schedule moves the policy's gamma: its reference goes along, as the policy without adapters would."""
     for own, moved in zip(chains_of(reference), chains_of(policy), strict=False):
         if own.couplings != moved.couplings:
-            own.couplings[:] = moved.couplings
+            own.couple_by(moved.couplings)
 
 
 _NO_FUNCTION = ("keep_last", "blocks", "exclude", "fraction_bits", "arithmetic")

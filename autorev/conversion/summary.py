@@ -101,6 +101,10 @@ class Conversion:
     """Modules that run so."""
     not_tiled: tuple[tuple[str, str], ...] = ()
     """(path, reason) of those that do not, and keep as much for backward."""
+    compiled: str | None = None
+    """blocks: every branch by itself; graph: a training pass as a whole; None: nothing, by `convert`."""
+    why_not_graph: str | None = None
+    """Why blocks are, where a graph was asked for."""
     notes: tuple[str, ...] = ()
     simulated: Callable[[], Memory | str] = field(default=lambda: "it was not asked for", repr=False, compare=False)
     """Simulates a training step of the example call; a string says why it cannot be."""
@@ -131,7 +135,10 @@ class Conversion:
     def to_json(self) -> str:
         """One JSON object."""
         plain = ("coupling", "arithmetic", "granularity", "not_converted", "checkpointed")
-        told = {name: getattr(self, name) for name in (*plain, "tile", "tiled", "not_tiled", "notes")}
+        told = {
+            name: getattr(self, name)
+            for name in (*plain, "tile", "tiled", "not_tiled", "compiled", "why_not_graph", "notes")
+        }
         told["chains"] = [asdict(chain) for chain in self.chains]
         told["memory"] = None if self.memory is None else asdict(self.memory)
         return json.dumps({**told, "preserves_function": self.preserves_function}, indent=1)
@@ -146,6 +153,7 @@ class Conversion:
         lines += _compared(self._found, self.chains, len(self.not_converted))
         lines += dict.fromkeys(line for chain in self.chains for line in _stored(chain, len(self.chains)))
         lines += _tiled(self.tile, self.tiled, self.not_tiled)
+        lines += _compiled(self.compiled, self.why_not_graph)
         if not self.chains:
             lines.append("The function is the model's own")
         elif self.preserves_function:
@@ -190,6 +198,15 @@ def _tiled(tile: int | str | None, tiled: tuple[str, ...], others: tuple[tuple[s
     if others:
         path, reason = others[0]
         yield f"Not tiled: {path}: {reason}" + (f" (and {len(others) - 1} more)" if len(others) > 1 else "")
+
+
+def _compiled(compiled: str | None, why_not_graph: str | None) -> Iterator[str]:
+    if compiled == "graph":
+        yield "A call that records gradients is compiled as one graph (compile=graph)"
+    elif compiled == "blocks":
+        yield "Branches are compiled, each by itself (compile=blocks)"
+    if why_not_graph:
+        yield f"Not one graph: {why_not_graph}"
 
 
 def _compared(memory: Memory | str, chains: tuple[ConvertedChain, ...], left_out: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A step of the velocity family in one pass over the streams: the integers of `arithmetic` and `side_bits`, compiled.
+"""A step of the velocity family in one pass over the streams: `integers`, compiled.
 
 By single operators, a step reads and writes the streams some fifteen times, and so does its inverse. On a GPU that is
 what a coupling costs, so there both are `torch.compile`d. What is compiled is tried first, on a few numbers: where
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from autorev.couplings.arithmetic import LIMIT, Arithmetic, FixedPoint, inverse_of, side_bits_of, to_integers, wide
-from autorev.couplings.side_bits import ROWS, WORD
+from autorev.couplings.arithmetic import Arithmetic, FixedPoint, inverse_of, side_bits_of
+from autorev.couplings.integers import advanced, decoded, packed, unpacked, velocity_before
+from autorev.couplings.side_bits import ROWS
 from autorev.errors import first_line
 
 FUSED_ON = frozenset({"cuda"})
@@ -42,7 +43,7 @@ class Stepped:
     new: torch.Tensor
     """The new stream as the model reads it, in the branch's dtype."""
     largest: torch.Tensor
-    """The largest |H|, int64; `LIMIT` where a product left int32."""
+    """See `integers.Advanced`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,18 +202,13 @@ def _step(
     unit: torch.Tensor,
     bits: int,
 ) -> tuple[torch.Tensor, ...]:
-    """V' = V n >> k, + F; H' = H + V'. Returns H' decoded, the largest |H'|, and the side bits, if any."""
-    product = velocity * numerator
-    after = (product >> bits) + _increment(out, value, scale)
-    total = stream + after
-    new = (total.to(unit.dtype) * unit).to(out.dtype)
-    size = torch.maximum(total.amax().long(), -total.amin().long())
-    most = torch.maximum(velocity.amax().long(), -velocity.amin().long()) * numerator.long().abs()
-    largest = torch.where(most < 2**31, size, torch.clamp(size, min=LIMIT))
-    side = (_packed(product, bits),) if bits else ()
-    velocity.copy_(after)
-    stream.copy_(total)
-    return new, largest, *side
+    """V' and H' in the memory of V and H. Returns H' decoded, the largest |H'|, and the side bits, if any."""
+    step = advanced(stream, velocity, out, value, numerator, scale, bits)
+    new = decoded(step.stream, unit, out.dtype)
+    side = (packed(step.product, bits),) if bits else ()
+    velocity.copy_(step.velocity)
+    stream.copy_(step.stream)
+    return new, step.largest, *side
 
 
 def _back(
@@ -224,36 +220,6 @@ def _back(
     side: torch.Tensor | None,
     bits: int,
 ) -> None:
-    """V = ((V' - F) << k, + side bits) / n."""
-    product = (velocity - _increment(out, value, scale)) << bits
-    if side is not None:
-        product = product + _unpacked(side, bits)
-    velocity.copy_(product * inverse)
-
-
-def _increment(out: torch.Tensor, value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return to_integers(((wide(out) - value) * scale).round())
-
-
-def _packed(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows (8, n) int32 -> (n, bits) uint8."""
-    parts = []
-    for low in range(0, bits, WORD):
-        width = min(WORD, bits - low)
-        places = torch.arange(ROWS, device=rows.device, dtype=torch.int32)[:, None] * width
-        word = (((rows >> low) & ((1 << width) - 1)) << places).sum(0, dtype=torch.int32)  # (n,), of `width` bytes
-        parts += [((word >> 8 * byte) & 255).to(torch.uint8) for byte in range(width)]
-    return torch.stack(parts, 1)
-
-
-def _unpacked(side: torch.Tensor, bits: int) -> torch.Tensor:
-    """(n, bits) uint8 -> rows (8, n) int32 of `bits` bits."""
-    found = torch.zeros((), device=side.device, dtype=torch.int32)
-    for low in range(0, bits, WORD):
-        width = min(WORD, bits - low)
-        word = torch.zeros((), device=side.device, dtype=torch.int32)
-        for byte in range(width):
-            word = word | (side[:, low + byte].to(torch.int32) << 8 * byte)
-        places = torch.arange(ROWS, device=side.device, dtype=torch.int32)[:, None] * width
-        found = found | (((word >> places) & ((1 << width) - 1)) << low)
-    return found
+    """V in the memory of V'."""
+    low = None if side is None else unpacked(side, bits)
+    velocity.copy_(velocity_before(velocity, out, value, inverse, scale, bits, low))

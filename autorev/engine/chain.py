@@ -10,6 +10,7 @@ with the place.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -92,15 +93,32 @@ class ReversibleChain:
     carried: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """Storage of a stream that is between two blocks -> the `Carried` that goes with it."""
 
+    key: str = field(init=False)
+    """What compiled code calls it (`chain_called`). With other couplings it has another, so that code is compiled
+    anew."""
+    traced: Any = None
+    """The pass that a compiler traces at the moment (`traced.TracedPass`)."""
+
     def __post_init__(self) -> None:
         self.keeps = self.keeps or [NOTHING] * len(self.couplings)
+        self._name_anew()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has no part in the calls of the original."""
-        return {name: value for name, value in vars(self).items() if name != "carried"}
+        return {name: value for name, value in vars(self).items() if name not in ("carried", "key", "traced")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, carried=WeakIdKeyDictionary())
+        vars(self).update(state, carried=WeakIdKeyDictionary(), traced=None)
+        self._name_anew()
+
+    def _name_anew(self) -> None:
+        self.key = f"{self.name} #{next(_count)}"
+        _called[self.key] = self
+
+    def couple_by(self, couplings: Sequence[Coupling]) -> None:
+        """Take these instead, one per step."""
+        self.couplings[:] = couplings
+        self._name_anew()
 
     def warn_once(self, what: str) -> None:
         """Log that the blocks are reversible and `what`, unless that was said."""
@@ -123,6 +141,29 @@ class ReversibleChain:
         self.arithmetic = grid
         if self.name in self.grids:
             self.grids[self.name] = grid.fraction_bits
+
+    def begin_coarser(self, grid: Arithmetic) -> None:
+        """A stream left `grid`, which was seen too late to take the step again: further passes begin far below."""
+        assert isinstance(grid, FixedPoint)
+        coarse = FixedPoint(grid.fraction_bits - 4)
+        self.coarsen(grid, coarse, self.name)
+        self.finest = min(self.finest, coarse.fraction_bits)
+
+
+_count = itertools.count()
+_called: WeakValueDictionary[str, ReversibleChain] = WeakValueDictionary()
+
+
+def chain_called(key: str) -> ReversibleChain:
+    """The chain of that key.
+
+    Raises:
+        ConversionError: it is gone.
+    """
+    chain = _called.get(key)
+    if chain is None:
+        raise ConversionError("this compiled graph belongs to a model that is gone, or was converted anew")
+    return chain
 
 
 @dataclass(eq=False)

@@ -264,9 +264,7 @@ class Tape:
                 try:
                     check_largest(lane.arithmetic, lane.peak.largest, self.chain.name)
                 except FixedPointRangeError:
-                    coarse = FixedPoint(lane.arithmetic.fraction_bits - 4)
-                    self.chain.coarsen(lane.arithmetic, coarse, self.chain.name)
-                    self.chain.finest = min(self.chain.finest, coarse.fraction_bits)
+                    self.chain.begin_coarser(lane.arithmetic)
                     raise
 
     def _settle(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from autorev.analysis import Category
-from autorev.methods import METHODS
+from autorev.known_methods import METHODS
 
 THEME = {
     "paper": ("#ffffff", "#15171c"),

@@ -7,7 +7,8 @@ from typing import Any
 
 from autorev.analysis import Category, ModelInfo
 from autorev.format import clean, plural, sentence
-from autorev.methods import METHODS, TILES
+from autorev.known_methods import METHODS
+from autorev.methods import TILES
 from autorev.report import document as doc
 from autorev.report.terminal import shortened
 from autorev.words import CATEGORY_MEANINGS, CATEGORY_TITLES, method_title, model_facts

@@ -26,6 +26,7 @@ from autorev.rewrite.adds import KnownAdds
 from autorev.rewrite.block_forward import ReversibleForward, WholeBlock
 from autorev.rewrite.deferred import DeferredBlock
 from autorev.rewrite.in_steps import StepsOfBlock, StepsOfLoop, by_steps
+from autorev.rewrite.traced_block import TracedBlock
 
 
 class BuiltChain:
@@ -69,6 +70,7 @@ class BuiltChain:
         ]
         averages = method.preset.averages
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
+        self.traced = method.compile == "graph"
         self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
         self.forwards = self._forwards(model, pieces, method)
 
@@ -103,10 +105,11 @@ class BuiltChain:
             elif method.tile is not None and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
+                whole = TracedBlock if self.traced else WholeBlock
                 made.append(
                     DeferredBlock(**known, added=beside[0])
                     if finding.deferred
-                    else WholeBlock(**known, beside=beside, factors=factors)
+                    else whole(**known, beside=beside, factors=factors)
                 )
         return made
 

@@ -1,8 +1,9 @@
 """Converted blocks under `torch.compile`: the branch is compiled, and the coupling around it is not.
 
 The coupling looks at values and keeps a state beside autograd, which no compiler follows; and it is a few operators,
-where the branch takes the time. So a converted forward never runs inside of compiled code. It calls the block's own
-forward through the compiler that was meant for it: that of `block.compile()`, or of a `torch.compile` further out.
+where the branch takes the time. So a converted forward never runs inside of compiled code, but for one that was made
+for it (`traced_block`). It calls the block's own forward through the compiler that was meant for it: that of
+`block.compile()`, or of a `torch.compile` further out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 WHY_NOT = (
     "a forward that autorev converted runs outside of compiled code, and calls its compiled branch from there; leave "
-    "fullgraph=True out, or compile the blocks one by one: for block in blocks: block.compile(fullgraph=True)"
+    "fullgraph=True out, or compile the blocks one by one: for block in blocks: block.compile(fullgraph=True); or "
+    "convert with compile='graph'"
 )
 
 IN_STEPS = (
@@ -77,6 +79,11 @@ class CompiledBlock:
         """`block.compile`, with the arguments of `torch.compile`."""
         self.call = torch.compile(self.block._call_impl, *args, **kwargs)
         self.compiler = compiler_of(self.call)
+
+    def compile_branch(self) -> None:
+        """By torch's own defaults, for as long as the block is converted; what compiles it already goes on doing so."""
+        if self.compiler is None:
+            self.compiler = compiler_of(torch.compile(self.block._call_impl))
 
     def say_how(self, chain: ReversibleChain, in_steps: bool) -> None:
         """Tell the user once what is compiled, where it is not what was asked for."""

@@ -54,7 +54,7 @@ def _measured(job: Job, prepared: Prepared) -> Outcome:
                 placed.host.peak = 0
             memory = measure_memory(step, Path(job.snapshot) if job.snapshot else None)
             memory = replace(memory, host_bytes=placed.host.peak if placed.host else 0)
-            if job.method.name != "compile":  # which would run uncompiled under a dispatch mode, or with hooks
+            if not job.method.runs_compiled:  # which would run uncompiled under a dispatch mode, or with hooks
                 memory, flops = attribute(step, memory, job.blocks.paths)
                 work = measure_work(step, job.blocks, flops)
         bits = placed.side_bits

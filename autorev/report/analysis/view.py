@@ -9,7 +9,8 @@ from itertools import groupby
 
 from autorev.analysis import Analysis, Block, Category, Prediction, Reach, Sweep, Verdict
 from autorev.format import clean
-from autorev.methods import BASELINES, TILES
+from autorev.known_methods import BASELINES
+from autorev.methods import TILES
 from autorev.words import method_label
 
 _FARTHEST_CAPACITY = 3
