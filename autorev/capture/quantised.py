@@ -276,7 +276,7 @@ def _asked(module: nn.Module, found: Packed, device: torch.device) -> Kept:
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         kept.update({_storage(t): t.untyped_storage().nbytes() for t in plain_tensors(tensor, depth=0)})
-        return tensor
+        return tensor.detach()  # with its graph, what a node returned and saved would never be freed
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with unset_fake_temporarily(), torch.enable_grad(), hooks, warnings_hushed(".*"):

@@ -315,7 +315,7 @@ def _saved(call: ModuleCall) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in mine:
             found[storage._cdata] = storage
-        return tensor
+        return tensor.detach()  # with its graph, what a node returned and saved would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         call.module.forward(*args, **kwargs)

@@ -257,5 +257,6 @@ def branch_run_here() -> BranchRun | None:
 @contextmanager
 def hooks_of_others_off() -> Iterator[None]:
     """Runs inside another step's second run must not be taken for that step's."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor,), lambda packed: packed[0]):
+    # A node that saves what it returned must not hold that with its graph: such a ring is never freed.
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.detach(),), lambda packed: packed[0]):
         yield

@@ -23,6 +23,7 @@ from autorev.detect.ends import replace_leaf
 from autorev.detect.finding import Finding
 from autorev.detect.judge import judge
 from autorev.engine.chain import ReversibleChain, one_pass
+from autorev.engine.replay import hooks_of_others_off
 from autorev.engine.step import Branch
 from autorev.errors import AutorevError, ConversionError, one_line
 from autorev.rewrite.adds import KnownAdds
@@ -172,8 +173,7 @@ def fake_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                     replacement.remove()
             fake_args, fake_kwargs = fake_copy((args, kwargs), mode)
             # A checkpoint around the model must not take what is saved here for its own.
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda packed: packed[0])
-            with hooks, mode, _without_hooks(twin):
+            with hooks_of_others_off(), mode, _without_hooks(twin):
                 yield record(twin, fake_args, fake_kwargs)
     except AutorevError:
         raise
