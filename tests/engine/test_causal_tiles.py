@@ -31,6 +31,7 @@ from tests.helpers.blocks import (
     converted,
     gradients_of,
     mean_square,
+    no_collection,
     small,
     step,
 )
@@ -345,12 +346,13 @@ def test_a_step_holds_keys_and_values_and_one_tile() -> None:
         for parameter in model.blocks.parameters():
             parameter.requires_grad_(False)
         autorev.convert(model, batch=(LONG,), method="leapfrog", keep_last=0, tile=tile)
-        step(model, LONG)
-        with PeakBytes() as live:
-            step(model, LONG)
+        model(LONG).sum().backward()
+        with no_collection(), PeakBytes() as live:
+            model(LONG).sum().backward()
         return live.peak
 
     unit = 512 * 16 * 4
-    # Two streams; three gradients of them; input, its gradient and the result; keys, values and their gradients (two).
-    assert peak(16) < 10.5 * unit + 64 * 512 * 4  # and the head's logits with their gradient are of this kind, too
+    # Two streams; three gradients of them; input, its gradient and the result; keys, values and their gradients (two);
+    # masks that the kernel makes on a CPU.
+    assert peak(16) < 12.5 * unit
     assert peak(None) > 18 * unit

@@ -6,12 +6,14 @@ python -m pytest tests/engine/test_lifetimes.py
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from autorev.engine.replay import hooks_of_others_off
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import (
     TOKENS,
@@ -167,3 +169,12 @@ def test_an_exception_in_a_hook_during_backward(setting: Setting) -> None:
     after = torch.get_rng_state()
     assert_same(step(model), expected, setting.tolerance)
     assert torch.get_rng_state().shape == after.shape
+
+
+def test_a_node_that_saves_what_it_returned_is_freed() -> None:
+    """Torch gives a hook the output itself: held by the node whose graph it leads to, it would stay for ever."""
+    with no_collection(), hooks_of_others_off():
+        out = torch.rsqrt(torch.ones(4, requires_grad=True))
+        gone = weakref.ref(out)
+        del out
+        assert gone() is None
