@@ -127,14 +127,14 @@ def trained_by(model: Any, spec: str) -> Iterator[InPlace]:
         yield placed
 
 
-def peaks(plan: Plan, spec: str, length: int) -> tuple[int, int]:
-    """Of a warm step of one row of so many tokens: the most bytes alive at once, and those on the host."""
+def peaks(plan: Plan, spec: str, length: int, passes: int = 1) -> tuple[int, int]:
+    """Of a warm step, one row of so many tokens a pass: the most bytes alive at once, and those on the host."""
     model = model_of(plan)
     draws = torch.Generator().manual_seed(plan.seed)
     with trained_by(model, spec) as placed:
         steps = Steps(model, plan.rate, plan.warmup, None)
         for number in range(2):
-            steps.take(number, [sample(1, length, draws)])
+            steps.take(number, [sample(1, length, draws) for _ in range(passes)])
         found = steps.peak, placed.host.peak if placed.host else 0
     gc.collect()
     return found
@@ -171,15 +171,25 @@ def run(name: str, spec: str, plan: Plan, lines: Lines, folder: Path) -> None:
         tell(f"{name}: {line['peak'] / MIB:.2f} MiB at {plan.length} tokens, {plan.limit / MIB:.2f} are allowed")
         lines.put(line)
     if "trained_at" not in line:
-        fit = plan.length
-        if not line["fits"]:
-            fit = longest(lambda tokens: peaks(plan, spec, tokens)[0], plan.limit, plan.least, plan.length) or 0
-            tell(f"{name}: the longest that fits is {fit} tokens")
+        fit = plan.length if line["fits"] else _longest(plan, spec, 1)
+        tell(f"{name}: the longest that fits is {fit} tokens")
         line |= {"trained_at": fit, "status": "running" if fit else "does not fit"}
+        lines.put(line)
+    fit = line["trained_at"]
+    if "together" not in line and any(rows * min(length, fit) > fit for length, rows, _ in plan.stages):
+        line["together"] = _longest(plan, spec, 2)  # gradients wait beside all passes but the first
+        line["status"] = "running" if line["together"] else "does not fit"
+        tell(f"{name}: {line['together']} tokens in each of several passes")
         lines.put(line)
     if line["status"] == "running":
         train(line, spec, plan, lines, state)
         state.drop()
+
+
+def _longest(plan: Plan, spec: str, passes: int) -> int:
+    """0: not even the shortest fits."""
+    found = longest(lambda tokens: peaks(plan, spec, tokens, passes)[0], plan.limit, plan.least, plan.length)
+    return found or 0
 
 
 def train(line: Line, spec: str, plan: Plan, lines: Lines, state: State) -> None:
@@ -196,8 +206,12 @@ def train(line: Line, spec: str, plan: Plan, lines: Lines, state: State) -> None
         while line["step"] < ends[-1]:
             length, rows, _ = plan.stages[bisect_right(ends, line["step"])]
             at = min(length, line["trained_at"])
+            together = line["trained_at"]
+            if rows * at > together:
+                together = line["together"]
+                at = min(length, together)
             try:
-                loss = steps.take(line["step"], divided(sample(rows, at, draws), line["trained_at"] // at))
+                loss = steps.take(line["step"], divided(sample(rows, at, draws), together // at))
             except DoesNotFit as error:
                 tell(f"{line['name']}, step {line['step'] + 1}: {error}")
                 line |= {"status": "does not fit", "highest": error.peak}

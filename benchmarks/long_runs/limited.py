@@ -86,7 +86,8 @@ def peak_of(run: Callable[[], float], standing: list[torch.Tensor]) -> tuple[int
 def longest(peak_at: Callable[[int], int], limit: int, least: int, most: int) -> int | None:
     """The largest multiple of `least` up to `most` at which a step fits; None: not even `least` does.
 
-    Peaks are nearly straight lines of the length, so the next one to try lies where the last two meet the limit.
+    Peaks are nearly straight lines of the length: the next one to try lies where the last two meet the limit, and every
+    other time half way between, as a curved one is approached from one side alone.
     """
     low, high = least, most
     below, above = peak_at(low), peak_at(high)
@@ -94,8 +95,10 @@ def longest(peak_at: Callable[[int], int], limit: int, least: int, most: int) ->
         return None
     if above <= limit:
         return most
+    straight = False
     while high - low > least:
-        guess = low + (limit - below) * (high - low) // (above - below)
+        straight = not straight
+        guess = low + ((limit - below) * (high - low) // (above - below) if straight else (high - low) // 2)
         guess = min(max(guess // least * least, low + least), high - least)
         peak = peak_at(guess)
         if peak <= limit:
