@@ -1,9 +1,10 @@
-"""A context that training needs and hardly a method fits: python -m benchmarks.long_runs.context [--json] [ROW ...]
+"""A longer context than most methods fit: python -m benchmarks.long_runs.context [--json] [ROW ...]
 
-A Llama-shaped model learns to look keys up in `PLAN.length` tokens (`retrieval.py`), from random weights, within a
-fixed memory: weights, gradients, AdamW's states and activations, by the allocator's own events (`limited.py`). Each
-row is one way to train. What does not fit at the full length is said with its peak there, trains at the longest
-length that fits, by the same number of steps and rows, and is asked at the full length like the others.
+A Llama-shaped model has learned to look keys up in short contexts (`retrieval.py`; the row `BASE`, from random
+weights). Its context is extended to `PLAN.length` tokens within a fixed memory: weights, gradients, AdamW's states
+and activations, by the allocator's own events (`limited.py`). Each row is one way to train, from the same weights.
+What does not fit at the full length is said with its peak there, trains at the longest length that fits, by the same
+number of steps and rows, and is asked at the full length like the others.
 
     python -m benchmarks.long_runs.context                 # runs what is left, and prints the table
     python -m benchmarks.long_runs.context --table         # prints the table of what is recorded
@@ -41,12 +42,17 @@ from benchmarks.long_runs.limited import DoesNotFit, Steps, longest
 from benchmarks.long_runs.nested import nest
 from benchmarks.long_runs.retrieval import VOCABULARY, accuracy, sample
 from benchmarks.long_runs.saved import Line, Lines, State, claimed
+from benchmarks.long_runs.tables import MIB, of_context
 
 RECORD, FOLDER = Path("profiles/recorded/long_runs/context.jsonl"), Path("runs/long_context")
 HELD_OUT = 10_000
 """Seed of the rows that are asked; training draws from the plan's own."""
-FINALLY = 8
-MIB = 2**20
+FINALLY = 3
+
+
+Stage = tuple[int, int, int]
+"""Length, rows in a step, steps."""
+BASE, WEIGHTS = "short context", "short_context_weights.pt"
 
 
 @dataclass(frozen=True)
@@ -58,28 +64,44 @@ class Plan:
     length: int = 4096
     limit: int = 32 * MIB
     """Bytes."""
-    stages: tuple[tuple[int, int, int], ...] = ((32, 32, 340), (128, 8, 60), (512, 2, 60), (2048, 1, 40), (4096, 1, 40))
-    """(length, rows in a step, steps): longer and longer."""
-    rate: float = 2e-3
+    short: tuple[Stage, ...] = ((32, 32, 340), (128, 8, 60), (512, 2, 60))
+    """Of `BASE`: longer and longer."""
+    stages: tuple[Stage, ...] = ((2048, 1, 10), (4096, 1, 30))
+    """Of every row."""
+    rates: tuple[float, float] = (2e-3, 5e-4)
+    """Learning rates of both."""
     warmup: int = 20
+    """Steps in which the base's rate rises; a row's falls to nothing in its second half."""
     least: int = 32
     """The shortest length, of which all that are tried are multiples."""
     asked: int = 8
     """Rows of each length that are asked after each stage; after the last one, `FINALLY` times as many."""
-    every: int = 20
+    every: int = 10
     """Steps between saves."""
     seed: int = 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """That are asked."""
-        return tuple(dict.fromkeys(length for length, _, _ in self.stages))
+        return tuple(dict.fromkeys(length for length, _, _ in (*self.short, *self.stages)))
+
+    def stages_of(self, name: str) -> tuple[Stage, ...]:
+        """Of the base, or of a row."""
+        return self.short if name == BASE else self.stages
+
+    def rate_at(self, name: str, step: int) -> float:
+        """The learning rate of a step of the base, or of a row, the first of which is 0."""
+        if name == BASE:
+            return self.rates[0] * min(1.0, (step + 1) / self.warmup)
+        steps = sum(count for _, _, count in self.stages)
+        return self.rates[1] * min(1.0, 2 * (steps - step) / steps)
 
 
 PLAN = Plan()
 TILES = "tile=auto,loss=chunked"
 NESTED = "nested checkpoint"
 ROWS = {
+    BASE: f"checkpoint:{TILES}",
     "autorev, momentum, tiles": f"momentum:k=3,keep_last=0,{TILES}",
     "checkpoint, tiles": f"checkpoint:{TILES}",
     "autorev, leapfrog, tiles": f"leapfrog:keep_last=0,{TILES}",
@@ -132,7 +154,7 @@ def peaks(plan: Plan, spec: str, length: int, passes: int = 1) -> tuple[int, int
     model = model_of(plan)
     draws = torch.Generator().manual_seed(plan.seed)
     with trained_by(model, spec) as placed:
-        steps = Steps(model, plan.rate, plan.warmup, None)
+        steps = Steps(model, lambda step: 0.0, None)
         for number in range(2):
             steps.take(number, [sample(1, length, draws) for _ in range(passes)])
         found = steps.peak, placed.host.peak if placed.host else 0
@@ -140,43 +162,29 @@ def peaks(plan: Plan, spec: str, length: int, passes: int = 1) -> tuple[int, int
     return found
 
 
-def markdown(lines: list[Line]) -> Iterator[str]:
-    """A table: what each way needs at the full length, how long it trains within the limit, and what it reaches."""
-    if not lines:
-        return
-    plan = Plan(**lines[0]["plan"])
-    total = sum(count for _, _, count in plan.stages)
-    yield (
-        f"| trained by | peak at {plan.length:,} tokens | on the host | longest within {plan.limit / MIB:g} MiB "
-        f"| steps | highest peak in training | loss, last 10 steps | right at {plan.length:,} tokens |"
-    )
-    yield "|---|" + "---:|" * 7
-    for line in lines:
-        done, curve = line.get("step", 0), line.get("curve", [])
-        cells = [f"{line['peak'] / MIB:.2f} MiB", f"{line['host'] / MIB:.1f} MiB" if line["host"] else "-"]
-        cells += [f"{line['trained_at']:,}" if line.get("trained_at") else "-", f"{done} of {total}"]
-        cells += [f"{line['highest'] / MIB:.2f} MiB" if line.get("highest") else "-"]
-        cells += [f"{sum(row[2] for row in curve[-10:]) / len(curve[-10:]):.3f}" if curve else "-"]
-        cells += [f"{line['asked'][-1]['right'][str(plan.length)]:.1%}" if line.get("asked") else "-"]
-        yield f"| {line['name']} | {' | '.join(cells)} |"
-
-
-def run(name: str, spec: str, plan: Plan, lines: Lines, folder: Path) -> None:
-    """One row, from where it is to its end."""
-    line: Line = lines.by_name.get(name) or {"name": name, "spec": spec, "plan": asdict(plan), "status": "begun"}
-    state = State(folder, name.replace(", ", "_").replace(" ", "_"))
+def measured(name: str, plan: Plan, lines: Lines) -> Line:
+    """The row's line, which says at least what a step of the full length holds."""
+    line: Line = lines.by_name.get(name) or {"name": name, "spec": ROWS[name], "plan": asdict(plan), "status": "begun"}
     if "peak" not in line:
-        line["peak"], line["host"] = peaks(plan, spec, plan.length)
-        line["fits"] = line["peak"] <= plan.limit
-        tell(f"{name}: {line['peak'] / MIB:.2f} MiB at {plan.length} tokens, {plan.limit / MIB:.2f} are allowed")
+        length = plan.length if name != BASE else plan.short[-1][0]
+        line["peak"], line["host"] = peaks(plan, line["spec"], length)
+        line |= {"length": length, "fits": line["peak"] <= plan.limit}
+        tell(f"{name}: {line['peak'] / MIB:.2f} MiB at {length} tokens, {plan.limit / MIB:.2f} are allowed")
         lines.put(line)
+    return line
+
+
+def run(line: Line, plan: Plan, lines: Lines, folder: Path) -> None:
+    """One row, from where it is to its end."""
+    name, spec = line["name"], line["spec"]
+    state = State(folder, name.replace(", ", "_").replace(" ", "_"))
     if "trained_at" not in line:
         fit = plan.length if line["fits"] else _longest(plan, spec, 1)
         tell(f"{name}: the longest that fits is {fit} tokens")
         line |= {"trained_at": fit, "status": "running" if fit else "does not fit"}
         lines.put(line)
     fit = line["trained_at"]
-    if "together" not in line and any(rows * min(length, fit) > fit for length, rows, _ in plan.stages):
+    if "together" not in line and any(rows * min(length, fit) > fit for length, rows, _ in plan.stages_of(name)):
         line["together"] = _longest(plan, spec, 2)  # gradients wait beside all passes but the first
         line["status"] = "running" if line["together"] else "does not fit"
         tell(f"{name}: {line['together']} tokens in each of several passes")
@@ -195,16 +203,21 @@ def _longest(plan: Plan, spec: str, passes: int) -> int:
 def train(line: Line, spec: str, plan: Plan, lines: Lines, state: State) -> None:
     """All stages, or what is left of them; `line` is as it was saved last."""
     model, draws = model_of(plan), torch.Generator().manual_seed(plan.seed + 1)
+    base, stages = state.path.with_name(WEIGHTS), plan.stages_of(line["name"])
+    if line["name"] != BASE:
+        model.load_state_dict(torch.load(base, weights_only=True))
     with trained_by(model, spec):
-        steps = Steps(model, plan.rate, plan.warmup, plan.limit)
+        steps = Steps(model, lambda step: plan.rate_at(line["name"], step), plan.limit)
         new = {"step": 0, "curve": [], "asked": [], "highest": 0, "seconds": 0.0, "grids": grids(model)}
+        new["steps"] = sum(count for _, _, count in stages)
         line |= state.load(model, steps.optimizer, draws) or new
+        line["plan"] = asdict(plan)
         for chain in chains_of(model):
             chain.begin_on(FixedPoint(line["grids"][chain.name]))
         began = time.monotonic() - line["seconds"]
-        ends = list(accumulate(count for _, _, count in plan.stages))
+        ends = list(accumulate(count for _, _, count in stages))
         while line["step"] < ends[-1]:
-            length, rows, _ = plan.stages[bisect_right(ends, line["step"])]
+            length, rows, _ = stages[bisect_right(ends, line["step"])]
             at = min(length, line["trained_at"])
             together = line["trained_at"]
             if rows * at > together:
@@ -229,6 +242,8 @@ def train(line: Line, spec: str, plan: Plan, lines: Lines, state: State) -> None
                 state.save(model, steps.optimizer, draws, line)
                 lines.put(line)
                 tell(f"{line['name']}, step {line['step']} of {ends[-1]}, {at} tokens: loss {loss:.3f}")
+        if line["name"] == BASE and line["status"] == "done":
+            torch.save(model.state_dict(), base)
         lines.put(line)
 
 
@@ -257,6 +272,7 @@ def main(plan: Plan = PLAN) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {'; '.join(ROWS)}. Default: all")
     parser.add_argument("--json", action="store_true", help="print the recorded lines in the place of the table")
     parser.add_argument("--table", action="store_true", help="print what is recorded, and run nothing")
+    parser.add_argument("--peaks", action="store_true", help="measure a step of every row, and train none")
     parser.add_argument("--record", type=Path, default=RECORD, help="a file of JSON lines that is read and added to")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where states are saved")
     given = parser.parse_args()
@@ -265,10 +281,13 @@ def main(plan: Plan = PLAN) -> None:
     lines = Lines(given.record)
     if not given.table:
         with claimed(given.folder):
-            for name in lines.left(given.rows or list(ROWS)):
-                run(name, ROWS[name], plan, lines, given.folder)
-    found = list(lines.by_name.values())
-    print(json.dumps(found) if given.json else "\n".join(markdown(found)))
+            if not (given.folder / WEIGHTS).is_file():  # another machine's record: its weights are not here
+                lines.by_name.pop(BASE, None)
+            left = [measured(name, plan, lines) for name in lines.left([BASE, *(given.rows or ROWS)])]
+            for line in [] if given.peaks else left:
+                run(line, plan, lines, given.folder)
+    found = [lines.by_name[name] for name in ROWS if name in lines.by_name]
+    print(json.dumps(found) if given.json else "\n".join(of_context(found)))
 
 
 if __name__ == "__main__":

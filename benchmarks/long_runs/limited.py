@@ -29,9 +29,9 @@ class Steps:
 
     WATCHED = 25
 
-    def __init__(self, model: nn.Module, rate: float, warmup: int, limit: int | None) -> None:
-        self.model, self.rate, self.warmup, self.limit = model, rate, warmup, limit
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    def __init__(self, model: nn.Module, rate: Callable[[int], float], limit: int | None) -> None:
+        self.model, self.rate, self.limit = model, rate, limit
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.peak = 0
         """The highest that was seen."""
         self._seen: dict[Any, int] = {}
@@ -43,7 +43,7 @@ class Steps:
             DoesNotFit: its peak was above the limit.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(1.0, (number + 1) / self.warmup)
+            group["lr"] = self.rate(number)
         shape = tuple(parts[0]["input_ids"].shape)
         count = self._seen[shape] = self._seen.get(shape, -1) + 1
         if count % self.WATCHED != 1:

@@ -55,7 +55,7 @@ def rows_within(limit: int, model: Path) -> int:
 
     def peak_at(rows: int) -> int:
         ids = torch.zeros(rows, SEQUENCE, dtype=torch.long)
-        steps = Steps(AutoModelForCausalLM.from_config(config).train(), 1e-3, 1, None)
+        steps = Steps(AutoModelForCausalLM.from_config(config).train(), lambda step: 1e-3, None)
         for number in range(2):
             steps.take(number, [{"input_ids": ids, "labels": ids}])
         return steps.peak

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 
 from autorev.finetuning.record import FILE, FineTuning
 from autorev.finetuning.run import finetune
-from autorev.format import format_bytes
 from benchmarks.long_runs.saved import Line, Lines, claimed
+from benchmarks.long_runs.tables import of_trainings
 
 SMOOTHED = 10
 """Steps that make one point of a recorded curve."""
@@ -83,23 +83,6 @@ def line_of(name: str, record: FineTuning) -> Line:
     }
 
 
-def markdown(lines: list[Line]) -> Iterator[str]:
-    """A table of runs, finished or not."""
-    answers = sorted({key for line in lines for key in line.get("answers", {})})
-    heads = ["steps", "before", "validation loss", "as the plain", "peak", "tokens/s", *answers]
-    yield f"| run | {' | '.join(heads)} |"
-    yield "|---|" + "---:|" * len(heads)
-    for line in lines:
-        found = line["evaluations"]
-        speed, peak, plain = line["tokens_per_second"], line["peak_bytes"], line["exported"]
-        cells = [f"{line['step']:,} of {line['steps']:,}", f"{found[0][1]:.3f}" if found else "-"]
-        cells += [f"{found[-1][1]:.3f} ({found[-1][0]:,})" if len(found) > 1 else "-"]
-        cells += [f"{plain:.3f}" if plain is not None else "-", format_bytes(peak) if peak else "-"]
-        cells += [f"{speed:.0f}" if speed else "-"]
-        cells += [f"{line['answers'][key]:.1%}" if key in line.get("answers", {}) else "-" for key in answers]
-        yield f"| {line['name']} | {' | '.join(cells)} |"
-
-
 def command(about: str, trainings: Callable[[Lines], dict[str, Training]], record: Path, folder: Path) -> None:
     """The command line of one experiment. `trainings` is asked again after each run: some follow from others."""
     warnings.filterwarnings("ignore")
@@ -121,7 +104,7 @@ def command(about: str, trainings: Callable[[Lines], dict[str, Training]], recor
             while left := lines.left(given.runs or list(trainings(lines))):
                 go_on(left[0], trainings(lines)[left[0]], lines, given.folder)
     found = list(lines.by_name.values())
-    print(json.dumps(found) if given.json else "\n".join(markdown(found)))
+    print(json.dumps(found) if given.json else "\n".join(of_trainings(found)))
 
 
 def collect(names: list[str], lines: Lines, folder: Path) -> None:

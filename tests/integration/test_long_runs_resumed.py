@@ -29,7 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
 ]
 PLAN = context.Plan(
-    width=16, blocks=3, length=64, limit=300 * 2**10, stages=((32, 2, 4), (64, 1, 4)), asked=1, every=2, rate=1e-2
+    **{"width": 16, "blocks": 3, "length": 64, "limit": 300 * 2**10, "short": ((32, 2, 4),), "stages": ((64, 1, 4),)},
+    **{"asked": 1, "every": 2, "rates": (1e-2, 1e-2)},
 )
 ROW = "autorev, momentum, tiles"
 STEPS = 8

@@ -98,13 +98,13 @@ def test_a_step_above_the_limit_ends_the_run() -> None:
             return SimpleNamespace(loss=super().forward(input_ids.float()).square().mean())
 
     parts = [{"input_ids": torch.ones(4, 64)}]
-    free = Steps(Model(64, 64), 1e-3, 1, None)
+    free = Steps(Model(64, 64), lambda step: 1e-3, None)
     for number in range(2):
         free.take(number, parts)
     weights = 64 * 65 * 4
     assert free.peak >= 4 * weights  # with gradients and both of AdamW's states
-    Steps(Model(64, 64), 1e-3, 1, free.peak)
-    bound = Steps(Model(64, 64), 1e-3, 1, free.peak - 1)
+    Steps(Model(64, 64), lambda step: 1e-3, free.peak)
+    bound = Steps(Model(64, 64), lambda step: 1e-3, free.peak - 1)
     bound.take(0, parts)
     with pytest.raises(DoesNotFit) as raised:
         bound.take(1, parts)
