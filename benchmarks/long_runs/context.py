@@ -285,6 +285,8 @@ def main(plan: Plan = PLAN) -> None:
                 lines.by_name.pop(BASE, None)
             left = [measured(name, plan, lines) for name in lines.left([BASE, *(given.rows or ROWS)])]
             for line in [] if given.peaks else left:
+                if line["name"] != BASE and not (given.folder / WEIGHTS).is_file():
+                    parser.error(f"{BASE} does not fit {plan.limit} bytes, so there is nothing to extend")
                 run(line, plan, lines, given.folder)
     found = [lines.by_name[name] for name in ROWS if name in lines.by_name]
     print(json.dumps(found) if given.json else "\n".join(of_context(found)))

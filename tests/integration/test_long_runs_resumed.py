@@ -29,11 +29,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
 ]
 PLAN = context.Plan(
-    **{"width": 16, "blocks": 3, "length": 64, "limit": 300 * 2**10, "short": ((32, 2, 4),), "stages": ((64, 1, 4),)},
-    **{"asked": 1, "every": 2, "rates": (1e-2, 1e-2)},
+    width=16,
+    blocks=3,
+    length=64,
+    limit=300 * 2**10,
+    short=((32, 2, 4),),
+    stages=((64, 1, 4),),
+    asked=1,
+    every=2,
+    rates=(1e-2, 1e-2),
 )
 ROW = "autorev, momentum, tiles"
 STEPS = 8
+ROWS_OF_TOKENS = 4 * 2**10
+"""Bytes, more than those of the tokens themselves."""
 
 
 def command(run: Any, *words: str) -> None:
@@ -81,32 +90,36 @@ def test_a_context_that_is_killed_goes_on(tmp_path: Path, capsys: pytest.Capture
     """Between the save of a state and that of the record, too: curve, answers and grids are the undisturbed run's."""
     whole = at_context(tmp_path / "whole")
     assert whole["status"] == "done"
-    assert len(whole["curve"]) == whole["step"] == 8
+    assert len(whole["curve"]) == whole["step"] == 4
     assert whole["highest"] <= whole["peak"] <= PLAN.limit
-    assert ended(_killed_at_a_save, tmp_path / "killed", 3) == -signal.SIGKILL
+    assert ended(_killed_at_a_save, tmp_path / "killed", 4) == -signal.SIGKILL
     before = Lines(tmp_path / "killed" / "record.jsonl").by_name[ROW]
-    assert (before["status"], before["step"]) == ("running", 4)
+    assert (before["status"], before["step"]) == ("running", 2)
     after = at_context(tmp_path / "killed")
     assert {**after, "seconds": 0} == {**whole, "seconds": 0}
-    assert not list((tmp_path / "killed").rglob("*.pt"))
+    assert [path.name for path in (tmp_path / "killed").rglob("*.pt")] == [context.WEIGHTS]
     capsys.readouterr()
     place = ["--record", str(tmp_path / "killed" / "record.jsonl"), "--folder", str(tmp_path / "killed" / "states")]
     command(lambda: context.main(PLAN), ROW, "--json", *place)
-    assert json.loads(capsys.readouterr().out) == [after]
+    assert json.loads(capsys.readouterr().out)[1] == after
 
 
 def test_what_does_not_fit_trains_shorter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its peak at the full length is recorded; it is asked there all the same."""
-    most, least = (context.peaks(PLAN, "plain:loss=chunked", length)[0] for length in (64, 32))
-    assert least < most
-    tight = context.Plan(**{**vars_of(PLAN), "limit": (least + most) // 2})
+    spec = context.ROWS["plain"]
+    most, least = context.peaks(PLAN, spec, 64)[0], context.peaks(PLAN, spec, 32)[0]
+    several = context.peaks(PLAN, spec, 32, passes=2)[0]
+    assert least < several < several + ROWS_OF_TOKENS < most
+    tight = context.Plan(**{**vars_of(PLAN), "stages": ((64, 2, 4),), "limit": several + ROWS_OF_TOKENS})
     line = at_context(tmp_path, "plain", tight)
-    assert (line["fits"], line["peak"], line["trained_at"]) == (False, most, 32)
+    assert (line["fits"], line["peak"], line["trained_at"], line["together"]) == (False, most, 32, 32)
     assert {length for _, length, _ in line["curve"]} == {32}
     assert set(line["asked"][-1]["right"]) == {"32", "64"}
-    assert line["highest"] <= tight.limit
-    assert line["together"] == 0 or line["status"] == "done"
-    none = at_context(tmp_path / "none", "plain", context.Plan(**{**vars_of(PLAN), "limit": least - 1}))
+    assert least < line["highest"] <= tight.limit
+    assert line["status"] == "done"
+    (tmp_path / "record.jsonl").unlink()
+    (tmp_path / "states" / context.WEIGHTS).touch()  # the base does not fit, either, and nothing asks for it
+    none = at_context(tmp_path, "plain", context.Plan(**{**vars_of(PLAN), "limit": least - 1}))
     assert (none["status"], none["trained_at"]) == ("does not fit", 0)
     assert "| plain |" in capsys.readouterr().out
 
