@@ -66,12 +66,14 @@ class Plan:
     """Bytes."""
     short: tuple[Stage, ...] = ((32, 32, 340), (128, 8, 60), (512, 2, 60))
     """Of `BASE`: longer and longer."""
-    stages: tuple[Stage, ...] = ((2048, 1, 10), (4096, 1, 30))
+    stages: tuple[Stage, ...] = ((2048, 1, 10), (4096, 1, 20))
     """Of every row."""
     rates: tuple[float, float] = (2e-3, 5e-4)
     """Learning rates of both."""
     warmup: int = 20
-    """Steps in which the base's rate rises; a row's falls to nothing in its second half."""
+    """Steps in which the base's rate rises."""
+    cooldown: int = 10
+    """Last steps of a row, in which its rate falls to nothing."""
     least: int = 32
     """The shortest length, of which all that are tried are multiples."""
     asked: int = 8
@@ -94,7 +96,7 @@ class Plan:
         if name == BASE:
             return self.rates[0] * min(1.0, (step + 1) / self.warmup)
         steps = sum(count for _, _, count in self.stages)
-        return self.rates[1] * min(1.0, 2 * (steps - step) / steps)
+        return self.rates[1] * min(1.0, (steps - step) / self.cooldown)
 
 
 PLAN = Plan()
