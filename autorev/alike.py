@@ -1,7 +1,8 @@
 """Pieces of one computation that are alike: who only counts runs a few of them, one of which stands for the others.
 
 A stream is computed with a slice at a time, and a module may run on a tile of positions at a time. All pieces but the
-last are of one size, and none leaves anything behind that the first two do not.
+last are of one size, and none leaves anything behind that the first two do not. Where they become more work from one to
+the next (causal attention), all are counted as the latest is: a causal mask does not halve what is counted elsewhere.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def stand_for(number: int) -> None:
 
 
 def typical(count: int) -> Iterator[int]:
-    """Which of `count` pieces to run: all, or the first, the second for all between, and the last."""
-    before = standing_for()
-    for number in range(count) if _counted.get() is None or count <= 3 else (0, 1, count - 1):
-        stand_for(before * (count - 2 if number == 1 and count > 3 else 1))
+    """Which of `count` pieces to run: all, or the first, the last but one for all between, and the last."""
+    before, few = standing_for(), _counted.get() is not None and count > 3
+    for number in (0, count - 2, count - 1) if few else range(count):
+        stand_for(before * (count - 2 if few and number == count - 2 else 1))
         try:
             yield number
         finally:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from autorev.capture.fake import DATA_DEPENDENT, fake_copy, new_fake_mode
+from autorev.capture.generators import shared_generators_left
 from autorev.capture.plain import refuse_flattened
 from autorev.capture.record import record
+from autorev.capture.scripted import said_of_scripted
 from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
@@ -77,7 +79,8 @@ def refuse_converted(model: nn.Module, function: str) -> None:
 
 def detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.Module]:
     """Detection on a fake copy; where the model must see its data to run, on a real copy."""
-    with torch.inference_mode(False), own_forward(model):  # tensors made in inference mode count no writes
+    # Tensors made in inference mode count no writes.
+    with torch.inference_mode(False), own_forward(model), shared_generators_left(model):
         return _detect_in(model, args, kwargs)
 
 
@@ -114,6 +117,8 @@ def _detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.
 
 def forward_failed(model: nn.Module, error: Exception) -> str:
     """One line on a forward that raised: where, what, and what to check."""
+    if "TorchScript interpreter" in str(error) and (said := said_of_scripted(model)):
+        return said
     inputs = ", ".join(named_inputs(model))
     return (
         f"the forward of {type(model).__name__} failed at {raised_line(error)}: {first_line(error)}; "

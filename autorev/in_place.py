@@ -21,7 +21,7 @@ from autorev.methods import Method
 from autorev.prediction.training import NO_LABELS
 from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpointed_forwards, run_twice
 from autorev.rewrite.replacement import installed
-from autorev.rewrite.tiled_forward import TileSize, tiled_forwards
+from autorev.rewrite.tiled_forward import blocks_run_twice, tiled_forwards
 from autorev.workload import Call
 
 
@@ -83,7 +83,7 @@ def in_place(
         if not method.reversible and (method.tile or method.keep or method.host or method.keep_last != "auto"):
             detection, _ = detect_in(model, *call)
             if method.tile is not None:
-                stack.enter_context(_tiled(model, blocks, detection, method.tile))
+                stack.enter_context(_tiled(model, blocks, detection, method))
             in_chains = {finding.path for chain in detection.chains for finding in chain}
             found = run_twice(method, detection.chains, (path for path in blocks.paths if path not in in_chains))
             twice = {path: keeps for path, keeps in found.items() if path in blocks.paths}
@@ -98,10 +98,14 @@ def in_place(
 
 
 @contextmanager
-def _tiled(model: nn.Module, blocks: Blocks, detection: Detection, size: TileSize) -> Iterator[None]:
+def _tiled(model: nn.Module, blocks: Blocks, detection: Detection, method: Method) -> Iterator[None]:
+    assert method.tile is not None
     judged = (*(finding for chain in detection.chains for finding in chain), *detection.refused)
+    stored = [method.stored_of(number) for number in range(len(detection.chains))]
+    twice = blocks_run_twice(method, detection.chains, stored, detection.refused)
     try:
-        tiled = tiled_forwards(model, (finding for finding in judged if finding.path in blocks.paths), size)
+        ours = (finding for finding in judged if finding.path in blocks.paths)
+        tiled = tiled_forwards(model, ours, method.tile, twice=twice)
     except ConversionError as error:
         raise NotApplicable(str(error)) from error
     with installed(tiled.forwards):

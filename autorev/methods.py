@@ -297,6 +297,12 @@ class Method:
         return self.reversible and (self.granularity == "sublayer" or self.preset.two_streams)
 
     @property
+    def tiles_attention(self) -> bool:
+        """Is attention tiled, too, in the blocks that run twice? Not where what it computes is kept for the second."""
+        run_twice = self.reversible or self.name in ("checkpoint", "offload")
+        return self.tile is not None and run_twice and self.keep is None
+
+    @property
     def preserves_function(self) -> bool:
         """Does a pretrained model compute what it did?"""
         if not self.reversible:

@@ -19,6 +19,7 @@ from torch import nn
 
 from autorev.conversion.convert import chains_of
 from autorev.detection import call_of, forward_failed
+from autorev.devices import check_devices
 from autorev.engine.mode import ORACLE, ORIGINAL, REVERSIBLE, running
 from autorev.engine.observed import observing
 from autorev.engine.undisturbed import undisturbed
@@ -113,7 +114,7 @@ def verify_call(
         raise ConversionError(f"no parameter of {type(model).__name__} requires a gradient; unfreeze some")
 
     def run(how: str) -> tuple[float, Gradients]:
-        with running(how), undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        with running(how), undisturbed(model, (args, kwargs)), torch.inference_mode(False), torch.enable_grad():
             value = _checked(scalar(_called(model, args, kwargs)))
             if how == ORIGINAL:
                 return float(value.detach()), {}
@@ -197,7 +198,8 @@ def _verdict(
         raise ConversionError("every gradient of the oracle is zero, so there is nothing to compare; use another batch")
     narrowest = min((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).bits)
     tolerance = TOLERANCE.get(narrowest, TOLERANCE[torch.bfloat16])
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    kinds = filter(torch.amp.is_autocast_available, {"cpu", *(p.device.type for p in parameters)})
+    if any(map(torch.is_autocast_enabled, kinds)):
         tolerance = max(tolerance, TOLERANCE[torch.bfloat16])
     same_loss = abs(losses[0] - losses[1]) <= tolerance * max(abs(losses[1]), 1e-3)
     return Verification(
@@ -230,6 +232,7 @@ def _not_finite(loss: float, gradients: Gradients) -> str:
 def _check_converted(model: nn.Module) -> None:
     if not chains_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted; call autorev.convert(model) first")
+    check_devices(model.named_parameters())
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ number of bytes that they allocate beyond the state, side bits and the decoded s
 from __future__ import annotations
 
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -23,79 +23,79 @@ from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.coupling import State
 from autorev.couplings.velocity import Velocity
 from autorev.engine.grid import step_on_grid
+from autorev.prediction.training import DTYPES
+from benchmarks.gpu.device import Device
 
 ROUNDS = 15
 SIZES = ((512, 576), (2048, 2048))
 GRID, GAMMA = FixedPoint(16), Fraction(1, 8)
+OPERATORS: frozenset[str] = frozenset()
+"""Kinds of devices on which a step is fused: none."""
 
 
-def there_and_back(coupling: Velocity, state: State, out: torch.Tensor, value: torch.Tensor, how: Any) -> None:
-    """As a tape takes it: the step, the stream for the next block, and the way back."""
+def there_and_back(
+    coupling: Velocity, state: State, out: torch.Tensor, value: torch.Tensor, how: frozenset[str]
+) -> torch.Tensor:
+    """As a tape takes it: the step, the stream for the next block (returned), and the way back."""
     fused.FUSED_ON = how
     taken = step_on_grid(coupling, state, out, value, GRID, "block", at_once=False)
     new = GRID.decode(state.stream, out.dtype) if taken.new is None else taken.new
     coupling.recover_input(state, GRID)
     coupling.recover_partner(state, out, value, taken.side, GRID)
-    del new
+    return new
 
 
-def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def compared(device: Device, tokens: int, width: int, dtype: str, rounds: int) -> dict[str, Any]:
+    """Single operators, then the compiled pass: seconds in each round and bytes; or why there is no compiled pass.
+
+    Whether both have the same bits, and leave the state as it was, is looked at on this state, too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(tokens, width, generator=generator).to(device.torch, DTYPES[dtype])
+    out = value + torch.randn(tokens, width, generator=generator).to(device.torch, DTYPES[dtype]) / 8
+    velocity = torch.randint(-9999, 9999, (tokens, width), generator=generator, dtype=torch.int32).to(device.torch)
+    coupling, state = Velocity(GAMMA, 0.9375), State(GRID.encode(value), velocity)
+    before = state.clone()
+    ways = [partial(there_and_back, coupling, state, out, value, how) for how in (OPERATORS, frozenset({device.kind}))]
+    first = device.seconds(ways[1])
+    same = torch.equal(ways[0](), ways[1]()) and all(
+        map(torch.equal, (state.stream, state.partner), (before.stream, before.partner))
+    )
+    if fused._said:
+        return {"same": same, "first": first, "fallback": fused._said[0], "seconds": [[device.seconds(ways[0])]]}
+    peaks = [device.highest(way) for way in ways]
+    return {"same": same, "first": first, "peaks": peaks, "seconds": in_turns(ways, rounds, device)}
 
 
-def highest(run: Callable[[], None], device: torch.device) -> int:
-    """Bytes allocated at most while it runs."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    now = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+def in_turns(ways: list[Callable[[], Any]], rounds: int, device: Device) -> list[list[float]]:
+    """Seconds of each way in each round."""
+    return [[device.seconds(way) for way in ways] for _ in range(rounds)]
+
+
+def cells(found: dict[str, Any]) -> tuple[str, ...]:
+    """Operators and fused in ms, ratio and quartiles, the first call, MiB of both."""
+    both = list(zip(*found["seconds"], strict=True))
+    medians = [f"{statistics.median(times) * 1e3:.2f}" for times in both]
+    if "fallback" in found:
+        return (*medians, f"single operators: {found['fallback']}", *[""] * 5)
+    low, middle, high = statistics.quantiles((b / a for a, b in found["seconds"]), n=4)
+    sizes = [f"{size / 2**20:.2f}" for size in found["peaks"]]
+    return (*medians, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{found['first']:.0f}", *sizes)
 
 
 def main() -> None:
     """Print a Markdown table."""
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here, coupling = frozenset({device.type}), Velocity(GAMMA, 0.9375)
-    print(f"gamma = {GAMMA}, side bits included, on {device.type}, {ROUNDS} rounds, interleaved.\n")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = Device(kind, kind, 0, 1)
+    print(f"gamma = {GAMMA}, side bits included, on {kind}, {ROUNDS} rounds, interleaved.\n")
     print("| tokens x width | dtype | operators, ms | fused, ms | ratio, median | quartiles | first, s | MiB | fused |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for tokens, width in SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
-            generator = torch.Generator().manual_seed(0)
-            value = torch.randn(tokens, width, generator=generator).to(device, dtype)
-            out = value + torch.randn(tokens, width, generator=generator).to(device, dtype) / 8
-            velocity = torch.randint(-9999, 9999, (tokens, width), generator=generator, dtype=torch.int32).to(device)
-            state = State(GRID.encode(value), velocity)
-
-            ways = [partial(there_and_back, coupling, state, out, value, how) for how in (frozenset(), here)]
-            first = seconds(ways[1], device)
-            memory = [highest(way, device) for way in ways]
-            times: list[list[float]] = [[], []]
-            for _ in range(ROUNDS):
-                for into, way in zip(times, ways, strict=True):
-                    into.append(seconds(way, device))
-            low, middle, high = statistics.quantiles((b / a for a, b in zip(*times, strict=True)), n=4)
-            both = " | ".join(f"{statistics.median(t) * 1e3:.2f}" for t in times)
-            sizes = " | ".join(f"{size / 2**20:.2f}" for size in memory)
-            name = str(dtype).removeprefix("torch.")
-            ratio = f"{middle:.2f} | {low:.2f} to {high:.2f}"
-            print(f"| {tokens} x {width} | {name} | {both} | {ratio} | {first:.0f} | {sizes} |")
+        for dtype in ("fp32", "bf16"):
+            print(f"{tokens} x {width}, {dtype}", file=sys.stderr)
+            found = compared(device, tokens, width, dtype, ROUNDS)
+            print(f"| {tokens} x {width} | {dtype} | {' | '.join(cells(found))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import warnings
 from dataclasses import replace
 
 import torch
-from autorev.models.building import building
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autorev.analysis import Category
 from autorev.in_place import in_place
+from autorev.integrations.building import building
 from autorev.methods import Method
 from autorev.models.from_config import transformers_workload
 from autorev.pipeline import prepare

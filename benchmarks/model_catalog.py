@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.integrations.example_call import example_call_for, model_class
+from autorev.integrations.example_call import example_call_for
+from autorev.integrations.model_class import model_class
 from tests.helpers import zoo
 from tests.integration import test_foreign, test_handwritten
 

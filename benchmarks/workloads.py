@@ -12,7 +12,7 @@ from torch import nn
 
 from autorev.integrations.quirks import quiet
 from autorev.models.resolve import embedded_file
-from tests.integration.test_prediction import highest
+from autorev.profiler.passes.watch import PeakWatch
 
 TEXT = "".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
 """Prose without a download: the language reference that CPython carries."""
@@ -67,6 +67,7 @@ def peak_of(model: nn.Module, step: Callable[[], None]) -> int:
     """The most bytes that a warm step allocates at once, gradients included, by the allocator's events."""
     step()
     model.zero_grad(set_to_none=True)  # or their memory, freed within the profile, would be taken off
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    return highest(profile)
+    watch = PeakWatch(torch.device("cpu"))
+    watch.begin([])
+    step()
+    return watch.end()

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -59,14 +61,14 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             memo = {id(tensor): _fake(tensor, mode) for tensor in owned}
             refuse_flattened(value)
             for module in value.modules():
-                held = (v for v in vars(module).values() if isinstance(v, torch.Generator))
-                memo |= {id(generator): generator.clone_state() for generator in held}
                 found = plain_state(module)
                 if found is not None:
                     cls, state = found
                     memo[id(module)] = cls.__new__(cls)
                     plain.append((memo[id(module)], state))
             memo |= {id(layer): stand_in for layer, stand_in in stand_ins}
+        # Generators cannot be copied by `copy.deepcopy`.
+        memo |= {id(generator): generator.clone_state() for generator in _generators(value, set())}
         with _FakeDeepCopy(mode):
             for twin, state in plain:
                 twin.__dict__.update(copy.deepcopy(state, memo))
@@ -81,6 +83,17 @@ def fake_copy(value: Any, mode: FakeTensorMode) -> Any:
             f"cannot copy {type(value).__name__} onto fake tensors ({one_line(error)}); "
             "autorev analyses a copy so that the model itself stays untouched: make it copyable with copy.deepcopy"
         ) from error
+
+
+def _generators(value: Any, seen: set[int]) -> Iterator[torch.Generator]:
+    """Everywhere in a model or a call's arguments."""
+    if isinstance(value, torch.Generator):
+        yield value
+    elif id(value) not in seen and not isinstance(value, torch.Tensor | type | ModuleType | FunctionType):
+        seen.add(id(value))
+        held = value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", ())
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from _generators(item, seen)
 
 
 def _stand_ins(model: nn.Module, mode: FakeTensorMode) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -175,7 +188,7 @@ def fused_attention_dropout() -> Iterator[None]:
     """While it lasts, attention runs without dropout, and keeps what a GPU keeps.
 
     A GPU's fused attention drops out inside the kernel and keeps a seed; the CPU's falls back to separate operations,
-    which keep the whole attention matrix.
+    which keep the whole attention matrix. A GPU's is told where the queries of a tile are; the CPU's takes a mask.
     """
     with _NoAttentionDropout():
         yield
@@ -185,6 +198,8 @@ class _NoAttentionDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
+            if len(args) > 3 and isinstance(args[3], CausalBias):
+                args, kwargs = args[:3], {**kwargs, "is_causal": True}
             if len(args) > 4:  # query, key, value, mask, dropout, ...
                 args = (*args[:4], 0.0, *args[5:])
             else:

@@ -1,4 +1,4 @@
-"""Functions compiled by `torch.jit.script` as their author wrote them: only then can be seen what they do."""
+"""What `torch.jit.script` compiled: functions as their author wrote them, and a word on modules, which have no code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 from autorev.patching import patched_here
 
@@ -22,3 +23,15 @@ def scripted_as_written() -> AbstractContextManager[None]:
         return call
 
     return patched_here(torch.jit.ScriptFunction, "__call__", calling)
+
+
+def said_of_scripted(model: nn.Module) -> str:
+    """A sentence on the modules of whose code nothing can be seen; empty where there are none."""
+    modules = model.named_modules()
+    hidden = next((path for path, module in modules if isinstance(module, torch.jit.ScriptModule)), None)
+    if hidden is None:
+        return ""
+    return (
+        f"{hidden or type(model).__name__} was compiled by torch.jit.script, and what its code does with its input "
+        "cannot be followed; convert the model as it was before that"
+    )

@@ -85,6 +85,13 @@ from autorev.finetuning import world
 @click.option("--evaluate-every", type=COUNT, metavar="INT", help="Steps.  [default: 1/6 of all]")
 @click.option("--save-every", type=COUNT, metavar="INT", help="Steps between checkpoints.  [default: 1/4 of all]")
 @click.option("--validation-rows", type=COUNT, default=16, show_default=True, metavar="INT")
+@click.option(
+    "--shard",
+    type=click.Choice(["none", "fsdp"]),
+    default="none",
+    show_default=True,
+    help="In several processes (torchrun): what each holds a part of; fsdp: weights, gradients, optimizer states.",
+)
 @click.option("--name", metavar="NAME", help="Of the record.  [default: the folder's]")
 @click.option("--out", type=FOLDER, metavar="DIR", help="The run's folder.  [default: runs/MODEL-METHOD]")
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR, by its own options, from its last checkpoint.")

@@ -30,6 +30,7 @@ from autorev.conversion.select import Chosen, choose, patterns
 from autorev.conversion.summary import Conversion, ConvertedChain
 from autorev.conversion.trained_by import Passes, notice_trainers, stop_noticing
 from autorev.detection import call_of
+from autorev.devices import check_devices
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.host_store import HostStore
 from autorev.errors import ConversionError, SettingError
@@ -40,7 +41,7 @@ from autorev.rewrite.built import BuiltChain
 from autorev.rewrite.checkpointed_forward import CheckpointedForward
 from autorev.rewrite.loop_forward import install_loops
 from autorev.rewrite.replacement import replacements_of
-from autorev.rewrite.tiled_forward import Tiled, tiled_forwards
+from autorev.rewrite.tiled_forward import Tiled, blocks_run_twice, tiled_forwards
 from autorev.workload import Call
 
 
@@ -130,6 +131,8 @@ def convert(
             f"the weights of {type(model).__name__} were made under torch.inference_mode, and such tensors cannot be "
             "trained; build or load the model outside of it"
         )
+    if how.reversible or how.tile is not None or how.keep is not None or how.name == "offload":
+        check_devices(model.named_parameters())
     args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
     _check_patterns(how, chosen)
@@ -160,12 +163,14 @@ def _put_in_place(
 ) -> Conversion:
     chunked, how = how.loss == "chunked", replace(how, loss="full")
     every = [finding for chain in chosen.chains for finding in chain] or chosen.others
-    found = tiled_forwards(model, every, how.tile, how.in_pieces, batch is not None) if how.tile is not None else None
-    tiled = found or Tiled()
     estimate = Estimate(chosen.twin, call, chosen.chains, chosen.others)
-    if not how.reversible:
+    stored = estimate.stored(how) if how.reversible else None
+    once = [how.stored_of(number) for number in range(len(chosen.chains))] if stored is None else stored.blocks
+    twice = blocks_run_twice(how, chosen.chains, once, chosen.others)
+    as_long = batch is not None
+    tiled = tiled_forwards(model, every, how.tile, how.in_pieces, as_long, twice) if how.tile is not None else Tiled()
+    if stored is None:
         return _as_baseline(model, chosen, how, tiled, estimate, planned, chunked)
-    stored = estimate.stored(how)
     built: list[BuiltChain] = []
     store = HostStore()
     for chain, kept in zip(chosen.chains, stored.blocks, strict=True):
@@ -194,7 +199,7 @@ def _put_in_place(
         granularity=how.granularity,
         chains=tuple(ConvertedChain.of(item, why) for item, why in zip(built, stored.why, strict=True)),
         tile=how.tile,
-        tiled=tuple(forward.path for forward in tiled.forwards),
+        tiled=tiled.paths,
         not_tiled=tiled.untiled,
         not_converted=tuple(chosen.left_out),
         notes=(*notes, *chosen.idle, *left_to_do(planned)),
@@ -240,7 +245,7 @@ def _as_baseline(
         not_converted=tuple(chosen.left_out),
         checkpointed=found.paths,
         tile=how.tile,
-        tiled=tuple(forward.path for forward in tiled.forwards),
+        tiled=tiled.paths,
         not_tiled=tiled.untiled,
         notes=(*chosen.idle, *left_to_do(planned)),
         simulated=partial(estimate.memory, how, ()),

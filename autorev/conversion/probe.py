@@ -15,7 +15,7 @@ from autorev.couplings.arithmetic import FixedPoint, Floating, grid_for
 from autorev.engine.chain import Magnitudes, ReversibleChain
 from autorev.engine.eval_mode import eval_mode
 from autorev.engine.grid import COARSEST_FOR_INPUT, USUAL_FRACTION_BITS
-from autorev.engine.modules import is_fake
+from autorev.engine.owned import is_fake
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import AutorevError, ConversionError, one_line
 from autorev.integrations.accelerate import fetched
@@ -60,7 +60,7 @@ def choose_grids(
     for chain in unknown:
         chain.arithmetic, chain.magnitudes = Floating(), defaultdict(Magnitudes)
     try:
-        with undisturbed(model), torch.no_grad(), eval_mode(model):
+        with undisturbed(model, (args, kwargs)), torch.no_grad(), eval_mode(model):
             try:
                 model(*args, **kwargs)
             except AutorevError:

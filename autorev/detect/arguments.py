@@ -24,8 +24,13 @@ def _held(value: Any, depth: int = 10) -> Iterator[int]:
     elif depth and isinstance(value, list | tuple | Mapping):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _held(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-        yield from _held(vars(value), depth - 1)
+    elif depth and not isinstance(value, nn.Module | type):
+        yield from _held(_attributes(value), depth - 1)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = (name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
 
 
 def changed_argument(call: ModuleCall, before: dict[str, list[int]]) -> Obstacle | None:

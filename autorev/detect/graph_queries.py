@@ -141,8 +141,31 @@ def adds_below(node: fx.Node, view: BlockView) -> bool:
 
 
 def adds_two_of_the_stream(node: fx.Node, view: BlockView) -> bool:
-    """Is it a sum of which two operands depend on the stream?"""
-    return sum(reaches(view.stream.start, o) for o in tensor_operands(node)) >= 2
+    """Is it a sum of two that depend on the stream, where one is the stream, or has weights that the other has not?
+
+    `u + 0.04 u^3`, of a `u` that a layer made of the stream, is part of an activation.
+    """
+    found = [o for o in tensor_operands(node) if reaches(view.stream.start, o)]
+    if len(found) < 2:
+        return False
+    if len(found) > 2 or any(operand in view.stream for operand in found):
+        return True
+    return _weights_behind(found[0], view) != _weights_behind(found[1], view)
+
+
+def _weights_behind(operand: fx.Node, view: BlockView) -> set[fx.Node]:
+    """The nodes with or of parameters that it is computed by, from the stream on."""
+    found, seen, pending = set(), {view.stream.start}, [operand]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        called = node.op == "call_module" and view.block.module.get_submodule(str(node.target))
+        if node.op == "get_attr" or (isinstance(called, nn.Module) and any(True for _ in called.parameters())):
+            found.add(node)
+        pending += node.all_input_nodes
+    return found
 
 
 def carries(node: fx.Node, view: BlockView) -> bool:

@@ -44,5 +44,5 @@ def _idle(module: nn.Module, path: str, ran: set[int], read: set[int]) -> Iterat
         if any(id(inner) in ran for inner in child.modules()) or any(id(tensor) in read for tensor in held):
             if not isinstance(child, _STACKS):  # of blocks that a call skips, `not-called` tells
                 yield from _idle(child, below, ran, read)
-        elif any(isinstance(inner, _STACKS) and len(inner) > 1 for inner in child.modules()):
+        elif held and any(isinstance(inner, _STACKS) and len(inner) > 1 for inner in child.modules()):
             yield below, child

@@ -28,8 +28,9 @@ from autorev.detect.ends import (
 from autorev.detect.graph_queries import BlockView, is_single_input_layer, sum_operands_before
 from autorev.detect.kinds import public_step
 from autorev.detect.obstacles import GENERIC, Obstacle, caveats_on_stream, obstacles_on_stream, obstacles_to_stream
+from autorev.detect.slices import in_slices, put_together
 from autorev.detect.stream import ResidualStep, Stream, follow, keeps_order, reaches
-from autorev.detect.tokenwise import Mixing, TokenWise, tileable
+from autorev.detect.tokenwise import Mixing, TokenWise, tileable, token_wise
 from autorev.errors import first_line
 
 MOST_OPENED = 8
@@ -98,6 +99,11 @@ class Finding:
         return dict(flatten_with_path(self.call.output)).get(self.output_at)
 
     @property
+    def in_slices(self) -> bool:
+        """Does it add to slices of its stream? Then it is one step always: no line of its code holds the whole sum."""
+        return any(in_slices(add) for step in self.steps for add in step.adds)
+
+    @property
     def modules(self) -> set[str]:
         """Paths, below the call's module, of the sub-modules that the steps run."""
         return {str(n.target) for step in self.steps for n in step.branch_nodes() if n.op == "call_module"}
@@ -106,6 +112,16 @@ class Finding:
     def parts(self) -> tuple[TokenWise | Mixing, ...]:
         """Which modules of the block may run on a few positions at a time, and why others may not."""
         return () if self.inline else tuple(tileable(self.call))
+
+    @cached_property
+    def causal(self) -> TokenWise | Mixing:
+        """May the block itself run so, of whose positions each looks at those before it?"""
+        return Mixing(self.path, "it is no module") if self.inline else token_wise(self.call, causal=True)
+
+    @cached_property
+    def causal_parts(self) -> tuple[TokenWise | Mixing, ...]:
+        """As `parts`, and which modules may attend so."""
+        return () if self.inline else tuple(tileable(self.call, causal=True))
 
     @cached_property
     def opened(self) -> frozenset[str]:
@@ -189,7 +205,7 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
                     definition_line(call.module),
                 ),
             )
-        streams = {start: follow(start, through_cat=True) for start in starts}
+        streams = {start: follow(start, through_cat=True, further=put_together) for start in starts}
         if deferred and (finding := _deferred(call, captured, streams, outputs)) is not None:
             finding.obstacles += filter(None, [changed_argument(call, before)])
             return finding

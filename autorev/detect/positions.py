@@ -50,6 +50,8 @@ class Operators(OwnMode):
         self.computed: list[tuple[str, str]] = []
         """The operators, with the numbers that they are given besides the number of positions."""
         self.refused: MixesError | None = None
+        self.aside = False
+        """Does somebody else say where the positions are in what is computed now?"""
         self.alive: list[Any] = []
         self.known: dict[int, Positions] = {}
         for tensor in given:
@@ -73,12 +75,12 @@ class Operators(OwnMode):
         read = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         result = func(*args, **kwargs)
         self.alive.append((args, kwargs, result))
-        if space == "prim":
-            return result  # a question about dtype or device
+        if self.aside or space == "prim":
+            return result  # that was a question about dtype or device
         if not any(id(tensor) in self.known for tensor in read):
             self.computed.append((name, f"of constants: {[_constant(leaf) for leaf in leaves]}"))
             if torch.Tag.nondeterministic_seeded in func.tags:
-                self._refuse(MixesError(f"`{name}` at {caller_line()} draws random numbers that positions share"))
+                self.refuse(MixesError(f"`{name}` at {caller_line()} draws random numbers that positions share"))
             return result
         plain = name.rstrip("_") if not name.startswith("_") else name
         numbers = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor) and plain not in SIZED]
@@ -90,7 +92,7 @@ class Operators(OwnMode):
                 raise MixesError(f"`{name}` at {caller_line()} may look across positions")
             found = rule(_Asked(self, plain, named, read, result))
         except MixesError as error:  # torch's own code around an operator may not be left by an exception
-            self._refuse(error)
+            self.refuse(error)
             return result
         for number, leaf in enumerate(tree_leaves(result)):
             where = found[number] if isinstance(found, list) else found
@@ -98,7 +100,8 @@ class Operators(OwnMode):
                 self.note(leaf, where)
         return result
 
-    def _refuse(self, error: MixesError) -> None:
+    def refuse(self, error: MixesError) -> None:
+        """The first reason counts."""
         self.refused = self.refused or error
 
 
@@ -149,8 +152,7 @@ class _Asked:
     def axes(self, name: str) -> list[int]:
         """An argument of one axis or several; of all, where it is None or empty."""
         given, count = self.named.get(name), self.first.dim()
-        listed = [given] if isinstance(given, int) else list(given or range(count))
-        return [axis % count for axis in listed]
+        return [axis % count for axis in ([given] if isinstance(given, int) else given or range(count))]
 
     def mixes(self) -> MixesError:
         return MixesError(f"`{self.name}` at {caller_line()} looks across positions")
@@ -247,11 +249,10 @@ def _linear(op: _Asked) -> Answer:
 
 def _viewed(op: _Asked) -> Answer:
     """Elements keep their order: the same steps lead over the positions."""
-    at, shape, length = op.at, op.result.shape, op.watch.length
-    before, passed = math.prod(op.first.shape[: at.axis]) * at.outer, 1
-    for axis, size in enumerate(shape):
-        if before % passed == 0 and size % (before // passed * length) == 0:
-            outer = before // passed
+    before, passed, length = math.prod(op.first.shape[: op.at.axis]) * op.at.outer, 1, op.watch.length
+    for axis, size in enumerate(op.result.shape):
+        outer = before // passed
+        if before % passed == 0 and size % (outer * length) == 0:
             return Positions(axis, outer, size // (outer * length))
         passed *= size
     raise op.mixes()
@@ -292,8 +293,7 @@ def _cut(op: _Asked) -> Answer:
 def _pieces(op: _Asked) -> Answer:
     if (axis := (op.named.get("dim") or 0) % op.first.dim()) == op.at.axis:
         raise op.mixes()
-    gone = axis < op.at.axis and op.name == "unbind"
-    return [replace(op.at, axis=op.at.axis - gone)] * len(op.result)
+    return [replace(op.at, axis=op.at.axis - (axis < op.at.axis and op.name == "unbind"))] * len(op.result)
 
 
 def _selected(op: _Asked) -> Answer:
@@ -333,8 +333,8 @@ _RULES: dict[str, Callable[[_Asked], Answer]] = {
     **dict.fromkeys(("logsumexp", "linalg_vector_norm", "norm", "argmax", "argmin", "any", "all"), _over_axes),
     **dict.fromkeys(("_softmax", "_log_softmax", "cumsum", "cumprod", "glu", "topk", "sort"), _along_axis),
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
-    "linear": _linear,
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _viewed),
+    "linear": _linear,
     "expand": _expanded,
     "unsqueeze": _unsqueezed,
     "squeeze": _squeezed,

@@ -9,6 +9,7 @@ walking back from it along the skips meets the adds; those that every path from 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -132,16 +133,19 @@ class Stream:
         return any(_depends(item, self.start) for add in adds for item in add.branch)
 
 
-def follow(start: fx.Node, through_cat: bool = False) -> Stream:
+Further = Callable[[fx.Node, Stream], Add | fx.Node | None]
+
+
+def follow(start: fx.Node, through_cat: bool = False, further: Further | None = None) -> Stream:
     """Find every node that is the stream beginning at `start`; with `through_cat`, also what it is only a part of until
-    that part is taken out again."""
+    that part is taken out again; `further` is asked about nodes that are not the stream otherwise."""
     stream = Stream(start, {start: start})
     begun = False
     for node in start.graph.nodes:
         if node is start:
             begun = True
         elif begun:
-            made = alias_of(node, stream) or residual_add(node, stream)
+            made = alias_of(node, stream) or residual_add(node, stream) or (further and further(node, stream))
             if made is not None:
                 source = made.skip if isinstance(made, Add) else made
                 part = stream.cats.get(source)

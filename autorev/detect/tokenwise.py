@@ -6,6 +6,8 @@ what is made of them. Attention, convolutions and pooling over positions, and ro
 The call is run on fake tensors, for several numbers of positions, and every operator is asked where the positions of
 its input are in its result (`positions`). Names of modules and classes tell nothing here. What operators do not show
 ends the proof, too: a backward of its own, a hook on a tensor, state that is written, numbers drawn by Python.
+
+Where positions meet in one call of causal attention, and nowhere else, a module can be run so, too (`causal`).
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from autorev.capture.record import ModuleCall
+from autorev.detect.causal import CausalAttention
 from autorev.detect.positions import LAYOUT, MixesError, Operators, Positions
 from autorev.errors import one_line
 from autorev.hush import logs_hushed
@@ -35,6 +38,9 @@ WORTH = 2.0
 Computed = list[tuple[str, str]]
 MANY = 2**16
 """Positions of the longest call that is tried; fake tensors take no memory."""
+
+
+HERE = "the tensor"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class TokenWise:
     draws_random: bool
     dims: int = 3
     """Of its input."""
+    causal: bool = False
+    """Does a position look at those before it, in one call of attention?"""
+    returned: Any = HERE
+    """What the module returns, with `HERE` in the place of its one tensor."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +69,26 @@ class Mixing:
     reason: str
 
 
-def token_wise(call: ModuleCall, axis: int | None = None) -> TokenWise | Mixing:
-    """Does the module of `call`, recorded on fake tensors, act on each position alone? `axis`: where the positions are,
-    if not in the longest."""
+def token_wise(call: ModuleCall, axis: int | None = None, causal: bool = False) -> TokenWise | Mixing:
+    """Does the module of `call`, recorded on fake tensors, act on each position alone, or (`causal`) do so but for one
+    call of causal attention? `axis`: where the positions are, if not in the longest."""
     hushed = logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1)
     try:
         given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
         with hushed, (getattr(given[0], "fake_mode", None) if given else None) or nullcontext():
-            return _proved(call, axis)
+            return _proved(call, axis, causal)
     except MixesError as error:
         return Mixing(call.path, str(error))
     except Exception as error:
         return Mixing(call.path, f"it cannot be run by itself ({one_line(error)})")
 
 
-def _proved(call: ModuleCall, axis: int | None) -> TokenWise:
+def _proved(call: ModuleCall, axis: int | None, causal: bool) -> TokenWise:
     if has_hooks_inside(call.module):
         raise MixesError(HOOKED)
     tensors, axis = _positions_of(call, axis)
     positions, before, drawn = tensors[0].shape[axis], _held(call.module), _drawn()
-    whole = _computed(call, tensors, axis, positions)
+    whole, returned = _computed(call, tensors, axis, positions, causal)
     if _held(call.module) != before:
         raise MixesError("its forward writes to attributes of the module")
     if call.buffers_written:
@@ -86,11 +96,13 @@ def _proved(call: ModuleCall, axis: int | None) -> TokenWise:
     if _drawn() != drawn:
         raise MixesError("it draws random numbers of Python or numpy")
     for other in (positions - 1, 2, 1, *([MANY] if hasattr(tensors[0], "fake_mode") else [])):
-        found = _computed(call, tensors, axis, other)
+        found, other_returned = _computed(call, tensors, axis, other, causal)
+        if returned != other_returned:
+            raise MixesError("what it returns beside a tensor hangs on the number of positions")
         if found != whole and (other > 1 or _without_layout(found) != _without_layout(whole)):
             raise MixesError(f"its code does something else for {'more' if other == MANY else 'fewer'} positions")
     saved = _saved(call) / max(_bytes(tensors[0]), 1)
-    return TokenWise(call.path, axis, saved, call.draws_random, tensors[0].dim())
+    return TokenWise(call.path, axis, saved, call.draws_random, tensors[0].dim(), causal, returned)
 
 
 HOOKED = "a module in it has a hook, which is to see all positions"
@@ -109,12 +121,13 @@ def kind_of(module: nn.Module, structure: Any) -> Any:
     """What a proof holds for, to be compared: the modules, how they are set, and how they are called."""
     leaves, spec = tree_flatten(structure)
     given = tuple(leaf.dim() if isinstance(leaf, torch.Tensor) else _set_to(leaf) for leaf in leaves)
-    plain = (*_PLAIN, FunctionType, BuiltinFunctionType)
-    held = (
-        (name, type(home), *((key, value) for key, value in vars(home).items() if isinstance(value, plain)))
-        for name, home in module.named_modules()
-    )
+    held = ((name, type(home), *_plain_of(home), *_plain_of(type(home))) for name, home in module.named_modules())
     return str(spec), given, tuple(held)
+
+
+def _plain_of(home: Any) -> Iterator[tuple[str, Any]]:
+    plain = (*_PLAIN, FunctionType, BuiltinFunctionType)
+    return ((key, value) for key, value in vars(home).items() if isinstance(value, plain) and key[:2] != "__")
 
 
 def _set_to(leaf: Any) -> Any:
@@ -140,16 +153,18 @@ def _drawn() -> Any:
     return random.getstate(), bytes(numpy[1]), numpy[2:]
 
 
-def tileable(call: ModuleCall) -> Iterator[TokenWise | Mixing]:
-    """Of the modules that the module of `call` calls, the largest that act on each position alone and keep enough for
-    backward to be worth it; of the others that keep as much, why they do not."""
+def tileable(call: ModuleCall, causal: bool = False) -> Iterator[TokenWise | Mixing]:
+    """Of the modules that the module of `call` calls, the largest that act on each position alone, or attend causally
+    (`causal`), and keep enough for backward to be worth it; of the others that keep as much, why they do not."""
     for child in call.children:
         found = token_wise(child)
+        if causal and isinstance(found, Mixing):
+            found = token_wise(child, causal=True)
         if isinstance(found, TokenWise):
             if found.saved >= WORTH:
                 yield found
             continue
-        below = list(tileable(child))
+        below = list(tileable(child, causal))
         yield from below
         if not any(isinstance(one, TokenWise) for one in below):
             yield found
@@ -179,13 +194,21 @@ def position_axis(first: torch.Tensor) -> int:
 
 
 def same_positions(given: Sequence[torch.Tensor], axis: int) -> bool:
-    """Are all laid out by position as the first is?"""
-    first = given[0].shape[: axis + 1]
-    return all(tensor.dim() > axis and tensor.shape[: axis + 1] == first for tensor in given)
+    """Are all laid out by position as the first is? What is the same for a whole batch may be there once."""
+    first = given[0].shape
+    return all(
+        tensor.dim() > axis
+        and tensor.shape[axis] == first[axis]
+        and all(size in (1, like) for size, like in zip(tensor.shape[:axis], first[:axis], strict=True))
+        for tensor in given
+    )
 
 
-def _computed(call: ModuleCall, tensors: list[torch.Tensor], axis: int, length: int) -> Computed:
-    """The operators of a call on `length` positions, with the numbers that they are given.
+def _computed(
+    call: ModuleCall, tensors: list[torch.Tensor], axis: int, length: int, causal: bool
+) -> tuple[Computed, Any]:
+    """The operators of a call on `length` positions, with the numbers that they are given; and what it returned, but
+    for the tensor.
 
     Raises:
         MixesError: one of them, or the result, does not keep positions apart.
@@ -198,24 +221,35 @@ def _computed(call: ModuleCall, tensors: list[torch.Tensor], axis: int, length: 
     args, kwargs = tree_unflatten(fresh, spec)
     watch = Operators(given, axis, length)
     versions = [tensor._version for tensor in given]
-    with torch.enable_grad(), watch:
-        result = call.module.forward(*args, **kwargs)
+    with torch.enable_grad(), watch, CausalAttention(watch) if causal else nullcontext():
+        result, returned = _one_tensor(call.module.forward(*args, **kwargs))
     if watch.refused is not None:
         raise watch.refused
     if [tensor._version for tensor in given] != versions:
         raise MixesError("it writes to its input")
-    if not isinstance(result, torch.Tensor):
-        raise MixesError(f"it returns a {type(result).__name__}, and not one tensor")
     found = watch.positions(result)
     kept = found == Positions(axis) or (length == 1 and found is not None)
     if not kept or result.shape[: axis + 1] != given[0].shape[: axis + 1]:
         raise MixesError("its result has no value for each position")
     _refuse_own_gradients(result, watch)
-    return watch.computed
+    if causal and length == 2:  # autograd itself says whether what it saved was written to since
+        torch.autograd.grad(result, [tensor for tensor in given if tensor.requires_grad], torch.ones_like(result))
+    return watch.computed, returned
+
+
+def _one_tensor(result: Any) -> tuple[torch.Tensor, Any]:
+    """The tensor that a module returned, and what it returned with `HERE` in its place."""
+    leaves = tree_leaves(result)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len(tensors) != 1 or not all(isinstance(leaf, _PLAIN) for leaf in leaves if leaf is not tensors[0]):
+        raise MixesError(f"it returns a {type(result).__name__}, and not one tensor")
+    return tensors[0], tree_map(lambda leaf: HERE if leaf is tensors[0] else leaf, result)
 
 
 def _without_layout(computed: Computed) -> Computed:
-    return [(name, numbers) for name, numbers in computed if name not in LAYOUT]
+    """Products of matrices are by one operator or by another as their memory lies."""
+    alike = {"bmm": "mm", "baddbmm": "addmm"}
+    return [(alike.get(name, name), numbers) for name, numbers in computed if name not in LAYOUT]
 
 
 def _like(tensor: torch.Tensor, axis: int, length: int, alone: list[int]) -> torch.Tensor:

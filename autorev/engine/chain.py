@@ -25,11 +25,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.couplings.arithmetic import MOST_FRACTION_BITS, Arithmetic, FixedPoint
 from autorev.couplings.coupling import Coupling
+from autorev.devices import check_device
 from autorev.engine.digest import Digest, digest, looked_at, waited_for
 from autorev.engine.grid import say_coarsened
 from autorev.engine.host_store import HostStore
 from autorev.engine.mode import REVERSIBLE, mode
-from autorev.engine.modules import version_of
+from autorev.engine.owned import version_of
 from autorev.engine.pipeline import check_no_stage
 from autorev.engine.seeds import Seeds
 from autorev.engine.tape import Tape
@@ -269,7 +270,7 @@ def arrive(
 
     Raises:
         ConversionError: the state cannot be known, as under a checkpoint around a single block, or in a stage of a
-            pipeline.
+            pipeline; or the stream lies on a device where nothing is made reversible.
     """
     here = pass_of(chain)
     found = _by_memory(chain, streams)
@@ -281,6 +282,7 @@ def arrive(
     if found is None:
         here.ends()  # of an earlier pass that left the chain before its end
         check_no_stage(chain.paths[number])
+        check_device(streams[0].device.type, f"the stream that reaches {chain.paths[number]}")
         if here.latest is not None and number > here.latest.number:
             label = f"{chain.name} from {chain.paths[number]}"
             _say_restart(chain, here.latest, number, streams)

@@ -90,11 +90,11 @@ def digest(tensor: torch.Tensor, exact: bool, wholly: bool = True) -> Digest | N
         values = np.frombuffer(_bytes(native.contiguous()), _numpy_dtype(native.dtype)).astype(np.float64)
         square = float(values @ values)
         if not math.isfinite(square):
-            values = np.nan_to_num(values)
+            values = np.nan_to_num(values, posinf=0, neginf=0)  # of a mask
             square = float(values @ values)
         projections = (_signs(count) @ values).tolist()
         return count, math.sqrt(square), *projections, *(float(number) for number in overall)
-    wide = part.to(torch.float64).nan_to_num()
+    wide = part.to(torch.float64).nan_to_num(0, 0, 0)
     projected = torch.from_numpy(_signs(count)).to(wide.device) @ wide
     sizes = [wide.new_tensor([count]), wide.norm().view(1), projected, *(number.view(1) for number in overall)]
     return torch.cat(sizes)

@@ -8,79 +8,40 @@ run leaves no trace. What cannot be put back (the values of a parameter) is comp
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from autorev.engine.digest import WHOLE, Digest, digest, looked_at, waited_for
+from autorev.capture.generators import generator_state, set_generator, shared_generators
+from autorev.engine.digest import WHOLE
+from autorev.engine.owned import PARTITIONED, Owned, is_zero
+from autorev.engine.plain_data import (
+    copied,
+    inside,
+    is_container,
+    is_generator,
+    is_record,
+    says_more,
+    without_history,
+)
 
 _ABSENT = object()
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 TORCH_DICTS = frozenset(key for key, value in nn.Module().__dict__.items() if isinstance(value, dict))
 """Parameters, buffers, sub-modules and hooks: their entries are compared, and they are rarely another than before."""
+_SIMPLE = frozenset({int, float, bool, str, type(None)})
+_DICTS = frozenset({dict, OrderedDict})
+_MOST = 1000
+"""Modules and objects of one branch; more are those of a program that is reached from a module (its trainer's)."""
 SHARDED = "_is_fsdp_managed_module"
-PARTITIONED = "ds_id"
-"""Of a parameter that DeepSpeed's ZeRO-3 gathers for each use of its module and lets go of afterwards; and of the
-module."""
 _COURSE_OF_ZERO = ("ds_", "applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn")
 """How its attributes begin in which ZeRO-3 counts what is still to be gathered: a later run counts on."""
-_MACHINERY = frozenset({"torch", "accelerate", "deepspeed", "logging", "threading", "autorev"})
-"""Packages whose objects are no data that a forward reads its numbers from."""
-_LARGE = 10_000
-"""Items beyond which a list is taken for data, and left alone."""
-
-
-@dataclass(eq=False)
-class Owned:
-    """A parameter or buffer as it was found."""
-
-    path: str
-    tensor: torch.Tensor
-    version: int
-    requires_grad: bool
-    address: int
-    values: Digest | None
-    wholly: bool
-    """Are all of its values looked at? Of all weights, twice a step, that would cost a tenth of it. Version counters
-    see ordinary writes, and where a branch is run again, what it returns tells, too."""
-
-    @classmethod
-    def found(cls, path: str, tensor: torch.Tensor, wholly: bool = False) -> Owned:
-        """`tensor` as it is now; of one with a history (a weight-normalised one) only its values are kept."""
-        kept = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
-        values = _values(tensor, wholly)
-        return cls(path, kept, version_of(tensor), tensor.requires_grad, _address(tensor), values, wholly)
-
-    def change(self) -> str | None:
-        """What has become of it, in words; None: it holds what it held."""
-        if version_of(self.tensor) != self.version:
-            return "was changed in place"
-        if _address(self.tensor) != self.address and not self._same_values():
-            return "was given other values through .data"
-        if not self._same_values():
-            return "was changed through .data"
-        return None
-
-    def _same_values(self) -> bool:
-        return self.values is None or _values(self.tensor, self.wholly) == self.values
-
-
-def _values(tensor: torch.Tensor, wholly: bool) -> Digest | None:
-    """A GPU is not waited for: weights there are compared among what the branch saved."""
-    if not waited_for(tensor.device) or hasattr(tensor, PARTITIONED):
-        return None
-    return digest(tensor, exact=True, wholly=wholly)
 
 
 @dataclass(eq=False)
@@ -91,8 +52,6 @@ class _Held:
     attributes: dict[str, Any]
     """Torch's own dicts as copies; other containers as copies down to their leaves."""
     containers: set[str]
-    generators: list[tuple[Any, Any]] = field(default_factory=list)
-    """Random generators of its own, with their states."""
 
 
 class ModuleStates:
@@ -111,6 +70,8 @@ class ModuleStates:
         what the branch computes before it, and what it saves is looked at wholly."""
         self.small: list[tuple[Callable[[], dict[str, Any]], str, Owned, torch.Tensor]] = []
         """Small tensors with their values, until it is known whether the branch writes to them."""
+        self.generators: list[tuple[Any, Any]] = []
+        """Random generators that they hold, with their states."""
         self._copies: dict[int, tuple[Any, Any]] = {}
         """id of a container -> (itself, its copy): what two modules share stays shared."""
 
@@ -166,31 +127,39 @@ class ModuleStates:
             if counted_by_zero(home, key):
                 continue
             kind = type(value)
-            if kind in _CONTAINERS:
+            if kind in _SIMPLE:
+                held.attributes[key] = value
+            elif key in TORCH_DICTS and kind in _DICTS:
                 held.containers.add(key)
-                held.attributes[key] = value.copy() if key in TORCH_DICTS else copied(value, self._copies)
-                continue
-            held.attributes[key] = value
-            if kind in (int, float, bool, str, type(None)):
-                continue
-            if isinstance(value, torch.Generator):
-                held.generators.append((value, value.get_state()))
-            elif isinstance(value, random.Random):
-                held.generators.append((value, value.getstate()))
-            elif isinstance(value, np.random.Generator):
-                held.generators.append((value, copy.deepcopy(value.bit_generator.state)))
-            elif isinstance(value, np.random.RandomState):
-                held.generators.append((value, value.get_state()))
+                held.attributes[key] = value.copy()
+            elif is_container(value):
+                held.containers.add(key)
+                held.attributes[key] = copied(value, self._copies)
+                for leaf in inside(value):
+                    self.hold_object(leaf, path, key)
             elif isinstance(value, torch.Tensor):
                 # With its history, what an earlier pass left here would hold on to all that came before it.
                 held.attributes[key] = value if value.is_leaf else without_history(value)
                 self._own(f"{path}.{key}", value, partial(_itself, home), key)
-            elif isinstance(thing, nn.Module) and _is_record(value) and id(value) not in self.seen:
-                self.hold(value, f"{path}.{key}")
+            else:
+                held.attributes[key] = value
+                self.hold_object(value, path, key)
+        for generator in shared_generators(type(thing)) if isinstance(thing, nn.Module) else ():
+            self.hold_object(generator, path)  # as it was before the first module of its class ran
         self.held.append(held)
         for key, parameter in thing._parameters.items() if isinstance(thing, nn.Module) else ():
-            if _says_more(parameter) and id(parameter) not in self.seen:
+            if says_more(parameter) and id(parameter) not in self.seen:
                 self.hold(parameter, f"{path}.{key}")
+
+    def hold_object(self, value: Any, path: str, key: str = "") -> None:
+        """Write down what is none of torch's, where that is plain data or a random generator."""
+        if type(value) in _SIMPLE or id(value) in self.seen or len(self.held) > _MOST:
+            return
+        if is_generator(value):
+            self.seen.add(id(value))
+            self.generators.append((value, generator_state(value)))
+        elif is_record(value):
+            self.hold(value, f"{path}.{key}")
 
     def change(self) -> str | None:
         """The first parameter, buffer or tensor attribute that is not what it was, in words."""
@@ -208,9 +177,9 @@ class ModuleStates:
             for held in self.held:
                 stack.callback(put_back, held.home, dict(held.home))
                 _restore(held, fresh)
-                for generator, state in held.generators:
-                    stack.callback(set_generator, generator, _generator_state(generator))
-                    set_generator(generator, state)
+            for generator, state in self.generators:
+                stack.callback(set_generator, generator, generator_state(generator))
+                set_generator(generator, state)
             for where, name, value in self.updated:
                 home = where()  # the dict that is in place now: `_restore` may have put a copy there
                 stack.callback(home.__setitem__, name, home[name])
@@ -260,109 +229,3 @@ def counted_by_zero(home: dict[str, Any], key: str) -> bool:
 def same_entries(a: Any, b: Any) -> bool:
     """Have two dicts the same keys, with the same objects behind them?"""
     return a is not None and len(a) == len(b) and all(a.get(key, _ABSENT) is value for key, value in b.items())
-
-
-def copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
-    """A container, and those inside it, as new ones with the same leaves; one that occurs twice is copied once."""
-    kind = type(value)
-    if kind is tuple:
-        items = [copied(item, copies) for item in value]
-        return tuple(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    if isinstance(value, torch.Tensor):
-        return value if value.is_leaf else without_history(value)
-    if kind is np.ndarray:
-        return value.copy() if value.size <= _LARGE else value
-    if kind not in _CONTAINERS or len(value) > _LARGE:
-        return value
-    if id(value) in copies:
-        return copies[id(value)][1]
-    twin = value.copy()
-    copies[id(value)] = value, twin
-    if isinstance(twin, dict):
-        for key, item in value.items():
-            twin[key] = copied(item, copies)
-    elif not isinstance(twin, set):
-        for number, item in enumerate(value):
-            twin[number] = copied(item, copies)
-    return twin
-
-
-def without_history(value: Any) -> Any:
-    """A tensor of the same values, cut off from autograd's graph; whether a gradient goes there stays. Of an object of
-    plain data (a context that blocks hand on and write to), a copy that holds such tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().requires_grad_(value.requires_grad)
-    if not _is_record(value):
-        return value
-    try:
-        twin = copy.copy(value)
-    except Exception:  # made of something that cannot be copied, and so no plain data
-        return value
-    held = vars(value).items()
-    twin.__dict__.update({k: without_history(v) for k, v in held if isinstance(v, torch.Tensor) and not v.is_leaf})
-    return twin
-
-
-def _is_record(value: Any) -> bool:
-    """An object of plain data that code reads numbers from: a config, a namespace, a dataclass."""
-    if callable(value) or type(value).__module__.partition(".")[0] in _MACHINERY:
-        return False
-    return type(getattr(value, "__dict__", None)) is dict
-
-
-def _says_more(parameter: Any) -> bool:
-    """Is it of a class that keeps more than values: a quantised weight, whose layer may move its scales elsewhere?"""
-    return parameter is not None and type(parameter).__module__.partition(".")[0] not in _MACHINERY
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state()
-
-
-def set_generator(generator: Any, state: Any) -> None:
-    """Of torch's, Python's or numpy's kind."""
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
-
-
-def is_zero(parameter: torch.Tensor) -> bool:
-    """By a few of its elements."""
-    if not waited_for(parameter.device) or not looked_at() or type(parameter) not in (torch.Tensor, nn.Parameter):
-        return not waited_for(parameter.device)  # and looking at all of it costs little there
-    if hasattr(parameter, PARTITIONED):
-        return True  # not to be seen before its module runs
-    if parameter.layout is not torch.strided or not parameter.numel():
-        return False
-    if parameter.is_contiguous() and any(ctypes.string_at(parameter.data_ptr(), parameter.element_size())[:-1]):
-        return False  # nearly always: a zero one's first element is zero, too; of -0.0, the last byte is not
-    few = parameter.detach()
-    while few.numel() > 64 and few.dim():
-        few = few[:: max(1, few.shape[0] // 4)][:4].flatten(0, 1) if few.dim() > 1 else few[:: few.shape[0] // 32]
-    return not bool(few.count_nonzero())
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often it was written to; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _address(tensor: torch.Tensor) -> int:
-    if is_fake(tensor):
-        return 0
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a subclass without memory of its own
-        return 0
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """Has it no values?"""
-    return tensor.is_meta or hasattr(tensor, "fake_mode")

@@ -22,7 +22,9 @@ from autorev.couplings.coupling import State
 from autorev.engine.digest import Comparison, looked_at
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.mode import REVERSIBLE, running
-from autorev.engine.modules import ModuleStates, is_zero, version_of
+from autorev.engine.modules import ModuleStates
+from autorev.engine.owned import is_zero, version_of
+from autorev.engine.plain_data import is_generator
 from autorev.engine.surroundings import RandomStates, Settings, devices_of
 from autorev.errors import ReconstructionError
 
@@ -94,11 +96,25 @@ class Replay:
             self.modules.add(module, path, writes)
 
     def add_arguments(self, structure: Any) -> None:
-        """The tensors in `structure` are read by the branch."""
+        """The tensors in `structure` are read by the branch, and its random generators are drawn from."""
+        for leaf in tree_leaves(structure):
+            if is_generator(leaf):
+                self.modules.hold_object(leaf, self.path)
         tensors = [leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
         self.arguments += [(tensor, version_of(tensor)) for tensor in tensors]
         gates = any(tensor.requires_grad and is_zero(tensor) for tensor in tensors)
         self.modules.hides = self.modules.hides or gates
+
+    def ends_with_tiles(self) -> None:
+        """The branch is one tiled call, and what that returns is x + f(x)."""
+        again = self.again
+        assert again is not None
+
+        def but_for_tiles(x: torch.Tensor) -> Rest:
+            again(x)
+            return lambda returned: returned()
+
+        self.again_but_for_tiles = but_for_tiles
 
     def begins(self) -> None:
         """Called when the first run is about to begin."""

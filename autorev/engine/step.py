@@ -64,7 +64,7 @@ from autorev.engine.host_store import HostStore
 from autorev.engine.kept import KeptOutputs
 from autorev.engine.lane import Lane, LaneStep
 from autorev.engine.mode import ORACLE, mode
-from autorev.engine.modules import Owned, version_of
+from autorev.engine.owned import Owned, version_of
 from autorev.engine.replay import BranchRun, InputLike, Replay, branch_run
 from autorev.engine.saved import SavedTensors
 from autorev.engine.tape import Tape, TapedStep
@@ -196,6 +196,12 @@ class Step:
         else:
             coupled = self._stored(outs)
         return self._hand_on(coupled)
+
+    def is_one_tiled_call(self, module: nn.Module) -> bool:
+        """Was the branch one call of `module`, which is tiled, and whose tiles autograd will all ask for?"""
+        tiled = [] if self.replay is None else self.replay.tiled
+        alone = len(tiled) == 1 and tiled[0].module is module and not self.saved.any
+        return alone and len(self.xs) == 1 and tiled[0].wholly_asked_for
 
     # -- the three cases
 

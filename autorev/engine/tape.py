@@ -12,6 +12,7 @@ bits, and how its branch is run again. Steps whose activations are stored leave 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -274,8 +275,14 @@ class Tape:
             if self.exact:
                 self._note(self.chain.name, 0.0)
             return
-        drift = max(lane.left_over(self.steps[0].coupling) for lane in self.lanes)
+        left_over = [lane.left_over(self.steps[0].coupling) for lane in self.lanes]
+        drift = float("nan") if any(map(math.isnan, left_over)) else max(left_over)
         self._note(self.label, drift)
+        if math.isnan(drift):
+            raise ReconstructionError(
+                f"the stream of {self.chain.name} holds values that are not numbers (inf or NaN), and cannot be "
+                "rebuilt: the input or the weights hold some, or the training diverged"
+            )
         if (self.exact and drift) or not drift <= TOLERANCE:
             raise self._not_reconstructed(f"off by {drift:g} at its first block", drift)
 

@@ -1,4 +1,4 @@
-"""A module that acts on each position alone, run on a tile of positions at a time: forward, and again in backward.
+"""A module run on a tile of positions at a time: forward, and again in backward.
 
         x --- read tile 0 --> f --> write --+
           \\-- read tile 1 --> f --> write --+--> out
@@ -17,12 +17,16 @@ Rule 1. A second run of a branch computes the values of f without a graph: the g
 Rule 2. Where nothing but the residual add comes after f, the second run does not need to run f at all. It stops there,
         the tiles run as autograd asks for them, and their results complete it (`Tape.run_again`). So f runs twice in
         all, once in each direction, as often as under a checkpoint.
+
+Where positions meet in attention, tiles have a past: see NOTE [ Causal tiles ] in `past`.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,12 +34,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.alike import stand_for, standing_for, typical
+from autorev.alike import typical
 from autorev.engine.autograd import apply
 from autorev.engine.digest import Comparison
-from autorev.engine.replay import BranchRun, Completes, InputLike, Replay, branch_run_here
+from autorev.engine.past import Past
+from autorev.engine.replay import BranchRun, Completes, InputLike, Replay, branch_run_here, hooks_of_others_off
 from autorev.engine.saved import SavedTensors
 from autorev.engine.surroundings import RandomStates
+from autorev.engine.tile_nodes import Keep, Values, Write, cut, read
 from autorev.errors import ReconstructionError
 
 Function = Callable[..., torch.Tensor]
@@ -48,6 +54,8 @@ class Tiling:
 
     axis: int
     size: int
+    causal: bool = False
+    """Does a position look at those before it, in one call of attention?"""
 
     def pieces(self, first: torch.Tensor) -> list[tuple[int, int]]:
         """(start, length) of each tile of a call whose first input is `first`."""
@@ -60,23 +68,49 @@ class Tiling:
         for number in typical(len(pieces)):
             yield number, *pieces[number]
 
+    def past(self, first: torch.Tensor) -> Past | None:
+        """Of a run over the tiles."""
+        return Past(first.shape[self.axis]) if self.causal else None
 
-def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling) -> torch.Tensor:
-    """f tile by tile, without a graph."""
+
+def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling, graph: bool = False) -> torch.Tensor:
+    """f tile by tile, without a graph. `graph`: as runs that have one compute it (Rule 3 of NOTE [ Causal tiles ])."""
     out: torch.Tensor | None = None
-    with torch.no_grad():
-        for _, start, length in tiling.run(inputs[0]):
-            tile = function(*(cut(x, tiling.axis, start, length) for x in inputs))
-            out = _room_for(tile, inputs[0], tiling.axis) if out is None else out
-            out.narrow(tiling.axis, start, length).copy_(tile)
-            del tile
+    past = tiling.past(inputs[0])
+    for _, start, length in tiling.run(inputs[0]):
+        tiles = [cut(x, tiling.axis, start, length).detach() for x in inputs]
+        with (
+            hooks_of_others_off(),
+            torch.set_grad_enabled(graph and past is not None),
+            _in_a_tile(past.values(start) if past else None),
+        ):
+            for tile, x in zip(tiles, inputs, strict=True):
+                tile.requires_grad_(x.requires_grad and torch.is_grad_enabled())
+            tile = function(*tiles).detach()
+        out = _room_for(tile, inputs[0], tiling.axis) if out is None else out
+        out.narrow(tiling.axis, start, length).copy_(tile)
+        del tile, tiles
     assert out is not None
     return out
 
 
-def cut(x: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
-    """A tile, in memory of its own layout in every run: kernels sum in another order where it is another."""
-    return x.narrow(axis, start, length).contiguous()
+_running: ContextVar[bool] = ContextVar("autorev tile", default=False)
+
+
+@contextmanager
+def _in_a_tile(past: AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Around the run of one; `past`: what its attention looks back on."""
+    token = _running.set(True)
+    try:
+        with nullcontext() if past is None else past:
+            yield
+    finally:
+        _running.reset(token)
+
+
+def in_a_tile() -> bool:
+    """Is this thread in the run of a tile? What is called there is not cut once more."""
+    return _running.get()
 
 
 def _room_for(tile: torch.Tensor, first: torch.Tensor, axis: int) -> torch.Tensor:
@@ -101,6 +135,8 @@ class TiledCall:
         self.inputs: tuple[torch.Tensor, ...] | None = None
         self.left: set[int] = set()
         """Tiles that have not asked for the present inputs yet."""
+        self.past: Past | None = None
+        """The keys and values that go with `inputs`."""
         self.out: torch.Tensor | None = None
         """What the tiles have computed so far, where a second run waits for it."""
         self.completes: Completes | None = None
@@ -109,13 +145,14 @@ class TiledCall:
         """The first run; what it saves is dropped."""
         self.requires_grad = tuple(x.requires_grad for x in inputs)
         out: torch.Tensor | None = None
+        past = self.tiling.past(inputs[0])
         for number, start, length in self.tiling.run(inputs[0]):
             self.tiles += 1
-            inputs, tiles = _read(inputs, self.tiling.axis, start, length)
+            inputs, tiles = read(inputs, self.tiling.axis, start, length)
             random = RandomStates(self.replay.devices) if self.replay.random is not None else None
             saved = SavedTensors(self.replay.path, comparison, self.replay.modules)
             saved.made_by(partial(self.again, number))
-            with saved.dropped():
+            with saved.dropped(), _in_a_tile(past.first(start) if past else None):
                 tile = self.function(*tiles)
             if random is not None:
                 random.keep_moved()
@@ -124,7 +161,7 @@ class TiledCall:
                 self.asked_for.add(number)
             if out is None:
                 out = _room_for(tile, inputs[0], self.tiling.axis)
-            out = apply(_Write, out, tile, self.tiling.axis, start)
+            out = apply(Write, out, tile, self.tiling.axis, start)
             del tile, tiles
         assert out is not None
         return out
@@ -132,7 +169,7 @@ class TiledCall:
     def handed(self, inputs: Sequence[torch.Tensor]) -> None:
         """A second run of the branch has come to this call."""
         if self.asked_for:
-            self.inputs, self.left = tuple(x.detach() for x in inputs), set(self.asked_for)
+            self.inputs, self.left, self.past = tuple(x.detach() for x in inputs), set(self.asked_for), None
 
     def again(self, number: int) -> None:
         """Run a tile once more: autograd asks for what it saved."""
@@ -146,14 +183,12 @@ class TiledCall:
                 f"{self.replay.path} did something else in backward than in forward: a module that is tiled was not "
                 "called; look for a decision that its Python code takes anew each time"
             )
+        if self.past is None:
+            self.past = self._past_of(inputs)
         axis, (start, length) = self.tiling.axis, self.tiling.pieces(inputs[0])[number]
-        tiles = []
-        for x, requires_grad in zip(inputs, self.requires_grad, strict=True):
-            tile = cut(x, axis, start, length)
-            # The last one that asks has a copy: what it is a part of need not be kept for its backward.
-            tile = tile.clone() if self.left == {number} else tile.detach()
-            tiles.append(tile.requires_grad_(requires_grad))
-        with self.replay.circumstances(True, self.random[number] if self.random else None):
+        # The last one that asks has a copy: what it is a part of need not be kept for its backward.
+        tiles = self._tiles_of(inputs, start, length, copied=self.left == {number})
+        with self._as_it_was(number), _in_a_tile(self.past.again(start) if self.past else None):
             tile = self.function(*tiles).detach()
         completes = self.completes
         if completes is not None:
@@ -161,10 +196,34 @@ class TiledCall:
             self.out.narrow(axis, start, length).copy_(tile)
         self.left.discard(number)
         if not self.left:
-            self.inputs = self.completes = None
-            del inputs, tiles, tile, x
+            self.inputs = self.completes = self.past = None
+            del inputs, tiles, tile
             if completes is not None:
                 completes(self._hand_over)
+
+    def _past_of(self, inputs: Sequence[torch.Tensor]) -> Past | None:
+        """The keys and values of all tiles (Rule 1 of NOTE [ Causal tiles ])."""
+        past = self.tiling.past(inputs[0])
+        if past is not None:
+            with hooks_of_others_off(), torch.enable_grad():
+                for number, start, length in self.tiling.run(inputs[0]):
+                    tiles = self._tiles_of(inputs, start, length)
+                    with self._as_it_was(number), _in_a_tile(past.keys(start)):
+                        self.function(*tiles)
+        return past
+
+    def _tiles_of(
+        self, inputs: Sequence[torch.Tensor], start: int, length: int, copied: bool = False
+    ) -> list[torch.Tensor]:
+        tiles = []
+        for x, requires_grad in zip(inputs, self.requires_grad, strict=True):
+            tile = cut(x, self.tiling.axis, start, length)
+            tiles.append((tile.clone() if copied else tile.detach()).requires_grad_(requires_grad))
+        return tiles
+
+    def _as_it_was(self, number: int) -> AbstractContextManager[None]:
+        """The circumstances of a tile's first run."""
+        return self.replay.circumstances(True, self.random[number] if self.random else None)
 
     def _hand_over(self) -> torch.Tensor:
         out, self.out = self.out, None
@@ -224,7 +283,7 @@ def _later(run: BranchRun, function: Function, inputs: Sequence[torch.Tensor], t
     number, run.count = run.count, run.count + 1
     tiled = run.replay.tiled
     if number >= len(tiled):  # it was not tiled in the first run
-        return values_of(function, inputs, tiling)
+        return values_of(function, inputs, tiling, graph=True)
     seen = tiled[number]
     call = seen.call()
     if call is not None:
@@ -232,10 +291,10 @@ def _later(run: BranchRun, function: Function, inputs: Sequence[torch.Tensor], t
         if run.last_completes is not None and number == len(tiled) - 1:
             call.completes, call.out = run.last_completes, None
             return seen.like.expand(seen.shape)
-    made = partial(values_of, function, inputs, tiling)
+    made = partial(values_of, function, inputs, tiling, graph=True)
     if not seen.requires_grad:
         return made()
-    values: torch.Tensor = apply(_Values, seen.like.detach().requires_grad_(), made)
+    values: torch.Tensor = apply(Values, seen.like.detach().requires_grad_(), made)
     return values
 
 
@@ -247,85 +306,9 @@ def _by_itself(
     replay.add_module(module, path, lambda module, name: False)
     replay.begins()
     call = TiledCall(function, tiling, replay)
-    kept = apply(_Keep, torch.empty((), requires_grad=True), *inputs)
+    kept = apply(Keep, torch.empty((), requires_grad=True), *inputs)
     node = kept.grad_fn
     call.reopen = lambda: node.saved_tensors
     out = call.first(inputs, Comparison(exact=True))
     replay.ran()
     return out
-
-
-# -- autograd
-
-
-def _read(
-    inputs: Sequence[torch.Tensor], axis: int, start: int, length: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The inputs, and a tile of each."""
-    whole, tiles = [], []
-    for x in inputs:
-        known = x.requires_grad
-        passed, tile = apply(_Read, x, axis, start, length) if known else (x, cut(x, axis, start, length))
-        whole.append(passed)
-        tiles.append(tile)
-    return whole, tiles
-
-
-class _Read(torch.autograd.Function):
-    """x -> x, its tile. In backward, tiles put their gradients into one tensor, the last tile first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: int, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.place, ctx.shape = (axis, start, length), x.shape
-        ctx.set_materialize_grads(False)
-        return x.view_as(x), cut(x, axis, start, length)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad, grad_tile = grads
-        if grad_tile is not None:
-            # Only tiles behind this one have written to it: nobody else has seen it.
-            grad = grad_tile.new_zeros(ctx.shape) if grad is None else grad
-            grad.narrow(*ctx.place).copy_(grad_tile)
-        return grad, None, None, None
-
-
-class _Write(torch.autograd.Function):
-    """Puts a tile into its place in `out`."""
-
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, tile: torch.Tensor, axis: int, start: int) -> torch.Tensor:
-        ctx.place, ctx.stands_for = (axis, start, tile.shape[axis]), standing_for()
-        ctx.mark_dirty(out)
-        out.narrow(*ctx.place).copy_(tile)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        stand_for(ctx.stands_for)  # until the tile before it: autograd finishes one first
-        return grads[0], grads[0].narrow(*ctx.place), None, None
-
-
-class _Values(torch.autograd.Function):
-    """Values that require a gradient and may be written to, unlike a leaf; nobody asks for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, like: torch.Tensor, made: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return made()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise AssertionError("the first run's graph has the gradients of a tiled call")
-
-
-class _Keep(torch.autograd.Function):
-    """Saves tensors, for whoever asks its node for them."""
-
-    @staticmethod
-    def forward(ctx: Any, dummy: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*inputs)
-        return dummy.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise AssertionError("nothing is computed from what this returned")

@@ -8,30 +8,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from autorev.capture.generators import set_generator
 from autorev.engine.digest import looked_at
-from autorev.engine.modules import (
-    SHARDED,
-    TORCH_DICTS,
-    ModuleStates,
-    copied,
-    is_fake,
-    put_back,
-    same_entries,
-    set_generator,
-)
+from autorev.engine.modules import SHARDED, TORCH_DICTS, ModuleStates, put_back, same_entries
+from autorev.engine.owned import is_fake
+from autorev.engine.plain_data import copied, is_generator
 from autorev.engine.surroundings import RandomStates, devices_of
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the modules' attributes, flags and buffers and the random streams are afterwards as before.
+def undisturbed(model: nn.Module, call: Any = ()) -> Iterator[None]:
+    """Whatever runs inside, the modules' attributes, flags and buffers and the random streams are afterwards as before;
+    and so are the generators among the arguments of a `call`.
 
     Weights and gradients are not looked after: nothing that runs here writes to them.
     """
     states = ModuleStates()
     for module in model.modules():
         states.hold(module, "")
+    for leaf in tree_leaves(call):
+        if is_generator(leaf):
+            states.hold_object(leaf, "")
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     attributes = [(owned.tensor, value) for _, _, owned, value in states.small]
     tensors = [*model.parameters(), *model.buffers()]
@@ -58,8 +57,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if not same_entries(held.home[key], held.attributes[key]):
                     held.home[key].clear()
                     held.home[key].update(held.attributes[key])
-            for generator, state in held.generators:
-                set_generator(generator, state)
+        for generator, state in states.generators:
+            set_generator(generator, state)
         with torch.no_grad():
             for tensor, value in (*buffers, *attributes):
                 if is_fake(tensor) or not torch.equal(tensor, value):  # writing the same would count as a change

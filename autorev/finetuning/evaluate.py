@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autorev.engine.eval_mode import eval_mode
+from autorev.engine.mode import ORIGINAL, running
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import Evaluation
 from autorev.finetuning.teacher import divergence, shifted
@@ -59,5 +60,16 @@ def logits_of(model: nn.Module) -> Logits:
         with torch.no_grad(), eval_mode(model):
             found: torch.Tensor = call(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
         return found
+
+    return run
+
+
+def vanilla_logits(model: nn.Module) -> Logits:
+    """`model` with its weights as they are, in the plain architecture."""
+    logits = logits_of(model)
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with running(ORIGINAL):
+            return logits(batch)
 
     return run

@@ -15,10 +15,9 @@ import torch
 from autorev.conversion import config_entry
 from autorev.conversion.convert import revert
 from autorev.errors import AutorevError, ExportError, SettingError, message_of
-from autorev.finetuning.evaluate import evaluate, logits_of
+from autorev.finetuning.evaluate import evaluate, logits_of, vanilla_logits
 from autorev.finetuning.packing import Collator, Rows
 from autorev.finetuning.record import EXPORT_LIMIT, HELD_OUT
-from autorev.finetuning.session import vanilla_logits
 from autorev.finetuning.trained import held_out, record_in, trained_model, unquantised_model
 from autorev.integrations.quirks import quiet_files
 from autorev.lock import held

@@ -28,8 +28,9 @@ _LEAST = {
     "evaluate_every": 1, "save_every": 1, "validation_rows": 1,
 }  # fmt: skip
 """Whole numbers."""
+SHARDS = ("none", "fsdp")
 _PATHS = ("model", "text", "validation")
-_MAY_CHANGE = ("method", "learning_rate", "evaluate_every", "save_every")
+_MAY_CHANGE = ("method", "learning_rate", "evaluate_every", "save_every", "shard")
 """Between the beginning of a run and what goes on with it; of the method, the grid alone."""
 
 
@@ -63,6 +64,7 @@ class Options:
     evaluate_every: int | None = None
     save_every: int | None = None
     validation_rows: int = 16
+    shard: str = "none"
 
     @property
     def asked(self) -> Asked:
@@ -163,6 +165,7 @@ def _of(before: FineTuning, record: Path, said: dict[str, Any]) -> Options:
         evaluate_every=asked.evaluate_every,
         save_every=asked.save_every,
         validation_rows=asked.validation_rows,
+        shard=recipe.shard,
     )
 
 
@@ -196,9 +199,34 @@ def check(asked: Options) -> Method:
             f"`quantize={asked.quantize}` leaves weights that do not train: give `lora_rank`, too, and adapters beside "
             "them do; or leave it out, and all weights train"
         )
+    world.check_launched(asked.autocast)
+    _check_shard(asked)
     _check_distillation(asked, method)
     _check_coupling(asked, method)
     return method
+
+
+def _check_shard(asked: Options) -> None:
+    if asked.shard not in SHARDS:
+        raise SettingError(f"shard is {' or '.join(SHARDS)}, not {asked.shard!r}")
+    if asked.shard == "none":
+        return
+    if world.size() == 1:
+        raise SettingError(
+            f"`shard={asked.shard}` spreads the weights over processes, and this is the only one: start them with "
+            "torchrun --nproc-per-node N, or give `shard=none`"
+        )
+    optimizer = Optimizer.parse(asked.optimizer)
+    if optimizer.library != "torch":
+        raise SettingError(
+            f"{optimizer} takes whole weights, and `shard={asked.shard}` leaves each process a part of each; take "
+            "adamw, adamw-fused or sgd, or `shard=none`"
+        )
+    if asked.quantize is not None:
+        raise SettingError(
+            f"weights that are quantised to {asked.quantize} cannot be sharded: parts of them are no numbers; leave "
+            "`quantize` or `shard` out"
+        )
 
 
 def _check_distillation(asked: Options, method: Method) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp
 from statistics import median
+from typing import Any
 
 from autorev.analysis import ModelInfo
 from autorev.methods import Method
@@ -81,6 +82,8 @@ class Recipe:
     """nf4 or int8, which the weights were quantised to when they were loaded; None: they are as they were saved."""
     processes: int = 1
     """That train together, each with `batch` sequences in a pass."""
+    shard: str = "none"
+    """What they share out beside the rows: none, or fsdp: weights, gradients and the optimiser's states, by FSDP2."""
 
     def __post_init__(self) -> None:
         Optimizer.parse(self.optimizer)
@@ -132,6 +135,18 @@ class Logged:
     """The part of the loss that the text makes, with distillation."""
     divergence: float | None = None
     """KL(original, model) of the step's batch, with distillation."""
+
+    @classmethod
+    def from_history(cls, row: dict[str, Any]) -> Logged:
+        """Of a row of the Trainer's `log_history`, with what was logged beside."""
+        names = ("seconds", "tokens", "drift", "gamma", "side_bits", "peak_bytes", "cross_entropy", "divergence")
+        return cls(
+            step=row["step"],
+            loss=float(row["loss"]),
+            learning_rate=float(row["learning_rate"]),
+            gradient_norm=None if row.get("grad_norm") is None else float(row["grad_norm"]),
+            **{name: row.get(name) for name in names},
+        )
 
 
 @dataclass(frozen=True, slots=True)

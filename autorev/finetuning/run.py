@@ -74,6 +74,7 @@ def finetune(
     evaluate_every: int | None = None,
     save_every: int | None = None,
     validation_rows: int | None = None,
+    shard: str | None = None,
     name: str | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -113,9 +114,10 @@ def finetune(
         evaluate_every: steps between evaluations; default: a sixth of all.
         save_every: steps between checkpoints; default: a quarter of all.
         validation_rows: rows of the held-out text that are evaluated, spread over it.
+        shard: none, or fsdp: the processes hold a part of each weight, gradient and state instead of all.
         name: of the record; default: the folder's.
-        resume: go on with the run in `out` from its last checkpoint. The learning rate and the grid may be others
-            than those that it was begun with; whatever else is given and differs is an error.
+        resume: go on with the run in `out` from its last checkpoint. The learning rate, the grid, `shard` and the
+            number of processes may be others than it was begun with; whatever else is given and differs is an error.
         trust_remote_code: code that stands beside MODEL's config, or that the config names, may run.
         callbacks: more of `transformers`' TrainerCallbacks.
         command: what the record says made it.
@@ -217,6 +219,7 @@ def _recipe(asked: Options, found: Setup) -> Recipe:
         clip=_clip(asked),
         quantize=asked.quantize,
         processes=world.size(),
+        shard=asked.shard,
     )
 
 
@@ -258,6 +261,8 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
             f"gone on with by {processes} instead of {before.recipe.processes} processes; dropout draws other numbers "
             "from there",
         )
+    if record.recipe.shard != before.recipe.shard:
+        notes += (f"gone on with by shard={record.recipe.shard} instead of {before.recipe.shard}",)
     same = before.method.spec == record.method.spec
     if not same:
         notes += (f"gone on with as {record.method.title} instead of {before.method.title}",)
@@ -274,7 +279,13 @@ def _continued(record: FineTuning, before: FineTuning, folder: Path) -> FineTuni
         asked=record.asked,
         model=record.model,
         method=record.method,
-        recipe=replace(before.recipe, learning_rate=rate, accumulate=record.recipe.accumulate, processes=processes),
+        recipe=replace(
+            before.recipe,
+            learning_rate=rate,
+            accumulate=record.recipe.accumulate,
+            processes=processes,
+            shard=record.recipe.shard,
+        ),
         chains=before.chains if same else tuple(replace(chain, fraction_bits=None) for chain in before.chains),
         notes=notes,
     )
@@ -284,7 +295,7 @@ def _compared(record: FineTuning) -> dict[str, Any]:
     parts = {"model's ": asdict(record.model), "data's ": asdict(record.corpus), "": asdict(record.recipe)}
     found = {what + name: value for what, part in parts.items() for name, value in part.items()}
     found.pop("trained_parameters")  # not known before adapters are added
-    for shared in ("accumulate", "processes"):  # what counts is what they make together
+    for shared in ("accumulate", "processes", "shard"):  # what counts is what they make together
         found.pop(shared)
     found["rows in a step"] = record.recipe.rows
     found["model's weights"] = record.base[:_SHOWN]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from autorev.conversion.recouple import recouple
 from autorev.conversion.schedule import Schedule
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
-from autorev.engine.mode import ORIGINAL, running
 from autorev.errors import FixedPointRangeError, SettingError, Terminated, TrainingError, is_out_of_memory, message_of
 from autorev.finetuning import world
 from autorev.finetuning.agreeing import Agreeing
@@ -42,18 +42,18 @@ from autorev.finetuning.checkpoints import (
     part_of,
     step_of,
 )
-from autorev.finetuning.evaluate import Logits, evaluate, logits_of
+from autorev.finetuning.evaluate import evaluate, logits_of, vanilla_logits
 from autorev.finetuning.progress import Told
 from autorev.finetuning.record import FILE, HELD_OUT, ChainState, Evaluation, FineTuning, Logged
 from autorev.finetuning.setup import Setup
+from autorev.finetuning.sharded import ShardedFineTuner
 from autorev.finetuning.teacher import Teacher
 from autorev.finetuning.trainer import GENTLER, FineTuner, StopWhenAsked
 from autorev.in_place import NotApplicable, in_place
 from autorev.integrations.optimizers import trainer_options
-from autorev.integrations.peft import lora_config, wrap
+from autorev.integrations.peft import wrap
 from autorev.models.load import load_model
 from autorev.optimizers import Optimizer
-from autorev.profiler.passes.prepare import linear_layers
 from autorev.records import write_whole
 
 Progress = Callable[[str, float], None]
@@ -81,7 +81,7 @@ class Run:
         except NotApplicable as error:
             raise SettingError(f"{record.model.name} cannot be trained as {record.method.title}: {error}") from None
         if recipe.lora_rank is not None:
-            self.model = _with_adapters(self.model, self.found, recipe.lora_rank)
+            self.model = wrap(self.model, self.found.adapters(recipe.lora_rank))
             if recipe.distill_weight:
                 self.teacher = Teacher.within(self.model)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -136,7 +136,12 @@ class Run:
         together = [Agreeing()] if world.size() > 1 else []
         optimizer = Optimizer.parse(recipe.optimizer)
         optim, made = trainer_options(optimizer, recipe.learning_rate)
-        self.trainer = trainer = FineTuner(
+        fine_tuner: Any = FineTuner
+        if recipe.shard == "fsdp":
+            blocks = [self.found.model.get_submodule(path) for path in self.found.blocks.paths]
+            fine_tuner = partial(ShardedFineTuner, blocks=blocks)
+        trainer: FineTuner
+        self.trainer = trainer = fine_tuner(
             model=self.model,
             args=TrainingArguments(
                 output_dir=str(self.folder),
@@ -225,33 +230,43 @@ class Run:
         kept = tuple(e for e in self.record.evaluations if e.step < steps)
         found = replace(self.record, evaluations=(*kept, final), vanilla=vanilla, complete=True)
         self.record = world.gathered(found)[0]
-        world.first(self._write_all)
+        self._write_all()
         return self.record
 
     # --
 
     def _write_all(self) -> None:
         """The model, and last the record, which says that it is there."""
-        assert self.trainer is not None
+        trainer = self.trainer
+        assert trainer is not None
         part = part_of(self.folder) / "model"
         try:
-            clear_parts(self.folder)
-            self.trainer.save_model(str(part))
-            self.found.tokenizer.save_pretrained(part)
-            for name in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
-                (part / name).unlink(missing_ok=True)
-            shutil.copy(self.folder / HELD_OUT, part)
-            move_in(self.folder, self.trainer.mark(part))
+            world.first(lambda: clear_parts(self.folder))
+            world.each(lambda: trainer.save_model(str(part)))  # all, where each has but a part of the weights
+            world.first(lambda: self._complete(part))
         except Exception as error:  # safetensors and the system each have their own for a full disk
             why = message_of(error)
             raise TrainingError(
-                f"the trained model could not be written to {self.folder} ({why}). {self.trainer.last_good()} Free "
+                f"the trained model could not be written to {self.folder} ({why}). {trainer.last_good()} Free "
                 "some space, and go on with `resume`"
             ) from error
         finally:
-            clear_parts(self.folder)
+            if world.rank() == 0:
+                clear_parts(self.folder)
+        world.first(self._put_away)
+
+    def _complete(self, part: Path) -> None:
+        """The model that lies in the parts is moved to its place, with what belongs to it."""
+        assert self.trainer is not None
+        self.found.tokenizer.save_pretrained(part)
+        for name in ("README.md", "training_args.bin"):  # PEFT's empty model card; `run.json` says more
+            (part / name).unlink(missing_ok=True)
+        shutil.copy(self.folder / HELD_OUT, part)
+        move_in(self.folder, self.trainer.mark(part))
+
+    def _put_away(self) -> None:
+        """Not before the record says that nobody needs them, the checkpoints."""
         self.record.write(self.folder / FILE)
-        # Not before the record says that nobody needs them.
         for checkpoint in checkpoints_of(self.folder, self.record.run):
             discard(checkpoint)
 
@@ -259,7 +274,7 @@ class Run:
         """The record, with what the trainer has logged so far."""
         assert self.trainer is not None
         history = self.trainer.state.log_history
-        logged = tuple(_logged(row) for row in history if "loss" in row)
+        logged = tuple(Logged.from_history(row) for row in history if "loss" in row)
         found = {row["step"]: row for row in history if "eval_loss" in row}
         later = tuple(
             Evaluation(step, row["eval_loss"], row.get("eval_standard_error")) for step, row in sorted(found.items())
@@ -329,29 +344,3 @@ def chain_states(model: nn.Module) -> tuple[ChainState, ...]:
         )
         for chain in chains_of(model)
     )
-
-
-def vanilla_logits(model: nn.Module) -> Logits:
-    """`model` with its weights as they are, in the plain architecture."""
-    logits = logits_of(model)
-
-    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with running(ORIGINAL):
-            return logits(batch)
-
-    return run
-
-
-def _logged(row: dict[str, Any]) -> Logged:
-    names = ("seconds", "tokens", "drift", "gamma", "side_bits", "peak_bytes", "cross_entropy", "divergence")
-    return Logged(
-        step=row["step"],
-        loss=float(row["loss"]),
-        learning_rate=float(row["learning_rate"]),
-        gradient_norm=None if row.get("grad_norm") is None else float(row["grad_norm"]),
-        **{name: row.get(name) for name in names},
-    )
-
-
-def _with_adapters(model: nn.Module, found: Setup, rank: int) -> nn.Module:
-    return wrap(model, lora_config(linear_layers(model, found.blocks), rank, task_type="CAUSAL_LM"))

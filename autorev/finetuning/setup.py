@@ -17,12 +17,13 @@ from autorev.finetuning.evaluate import logits_of
 from autorev.finetuning.packing import Collator, Rows, keeps_apart, make_rows
 from autorev.finetuning.record import Corpus
 from autorev.in_place import Blocks
+from autorev.integrations.peft import lora_config
 from autorev.integrations.transformers import known_tokens, output_head
 from autorev.models.fingerprint import fingerprint
 from autorev.models.load import Loaded, load_model, tokenizer_of
 from autorev.models.quantization import quantised_by
 from autorev.models.resolve import EMBEDDED
-from autorev.profiler.passes.prepare import find_blocks, on_tokens
+from autorev.profiler.passes.prepare import find_blocks, linear_layers, on_tokens
 from autorev.workload import Call
 
 _LOOKED_AT = 4
@@ -64,6 +65,10 @@ class Setup:
         """For the record."""
         said = f"the weights beside the adapters are quantised: {self.quantised}"
         return (*self.texts.notes, *([said] if self.quantised else []))
+
+    def adapters(self, rank: int) -> Any:
+        """PEFT's config of LoRA beside every linear layer of the blocks."""
+        return lora_config(linear_layers(self.model, self.blocks), rank, task_type="CAUSAL_LM")
 
     @property
     def vocabulary(self) -> int:

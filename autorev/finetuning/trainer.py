@@ -174,9 +174,7 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Every weight, or an error: the Trainer's own goes on with those of the start where names do not match."""
         into = self.model if model is None else model
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif has_adapters(into):
+        if has_adapters(into):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             check_adapters(into, resume_from_checkpoint)
         else:
@@ -191,7 +189,8 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The schedule goes on where it was, with the learning rate that this run was given."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_states(checkpoint)
         scheduler, rate = self.lr_scheduler, self.args.learning_rate
         if checkpoint is None or not hasattr(scheduler, "base_lrs"):
             return
@@ -201,6 +200,9 @@ class FineTuner(Trainer):  # type: ignore[misc]  # transformers is untyped
                 group["lr"] *= rate / before
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_states(self, checkpoint: str) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def take_up_end(self, checkpoint: Path) -> None:
         """The weights and the log after the last step: the Trainer itself would take one more."""

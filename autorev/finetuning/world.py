@@ -17,6 +17,13 @@ from autorev.packages import require
 T = TypeVar("T")
 _ENDING = "autorev/ending"
 """Of the group's store: who was the first to end."""
+_OTHERS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
+}
+"""Ways to train that `accelerate launch` puts into the environment."""
 
 
 def rank() -> int:
@@ -54,6 +61,29 @@ def join() -> None:
     if torch.cuda.is_available() and here >= gpus:
         raise SettingError(f"each process trains on a GPU of its own, and this machine has {gpus}; launch no more")
     PartialState(cpu=not torch.cuda.is_available())
+
+
+def check_launched(autocast: str | None) -> None:
+    """That whatever launched this process asks for nothing that the run's own options do not say.
+
+    Raises:
+        SettingError: `accelerate launch`, or its configuration, does.
+    """
+    for name, what in _OTHERS.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise SettingError(
+                f"accelerate's configuration trains by {what}, which `finetune` does not: launch it by torchrun, or "
+                "with a configuration of several processes alone; `shard=fsdp` spreads the weights"
+            )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", autocast):
+        raise SettingError(
+            f"accelerate's configuration has a mixed precision of {precision}; launch with --mixed_precision no, and "
+            "give `autocast=bf16` to compute in bfloat16"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        raise SettingError(f"`finetune` compiles nothing; launch with --dynamo_backend no, not {compiler.lower()}")
 
 
 def leave() -> None:

@@ -24,7 +24,7 @@ from autorev.detect.outline import LiveGraph, subgraph
 from autorev.detect.runs import Run, residual_runs
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.mode import ORIGINAL, mode
-from autorev.engine.modules import without_history
+from autorev.engine.plain_data import without_history
 from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError, SettingError
 from autorev.fx.annotate import ResidualPass, graph_chain

@@ -39,7 +39,7 @@ def building(dtype: torch.dtype) -> Iterator[None]:
         # It draws until every value lies within its bounds, and there is none to look at.
         patched_here(nn.init, "_no_grad_trunc_normal_", lambda original: _as_it_is),
         patched_here(nn.Module, "_apply", fake_weights_replaced),
-        _RealLinspace(),
+        _RealNumbers(),
         quiet(),
     ):
         yield
@@ -115,11 +115,15 @@ def _as_it_is(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
-class _RealLinspace(TorchFunctionMode):
-    """`torch.linspace` and what is computed from it is real: vision models read drop-path rates off it."""
+class _RealNumbers(TorchFunctionMode):
+    """`torch.linspace`, `torch.tensor([2, 3, 16])` and what is computed from them is real: vision models read drop-path
+    rates and depths off it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        is_real = bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        with unset_fake_temporarily() if is_real or func is torch.linspace else nullcontext():
+        if tensors:
+            is_real = not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        else:
+            is_real = func in (torch.linspace, torch.tensor)
+        with unset_fake_temporarily() if is_real else nullcontext():
             return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""For a `transformers` config: which class trains it, and an example call of that class.
+"""An example call of a class of `transformers` models, for a config.
 
 Nothing is downloaded and no tokeniser is needed: the call holds random token ids, images or sound of the
 right shapes, and the labels that make the model return a loss. Under fake tensors nothing is allocated; with
@@ -8,12 +8,13 @@ real ones the values are valid, and the caller's random numbers are left alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from autorev.errors import ModelBuildError, one_line
+from autorev.errors import ModelBuildError
 from autorev.integrations.accelerate import execution_device
 from autorev.integrations.asked import takes
 from autorev.integrations.inputs import FLOATING, IDS, WHOLE, pixels, rows, text_config
@@ -25,28 +26,6 @@ if TYPE_CHECKING:
 
     from autorev.workload import Call
 
-# Searched in this order: a CLIP is trained on pairs and a BERT to fill gaps, though the one is also an image
-# classifier and the other also a causal model. `MODEL_MAPPING_NAMES` holds the headless classes.
-_TASKS = (
-    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_CTC_MAPPING_NAMES",
-    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
-    "MODEL_MAPPING_NAMES",
-)
-
-_OWN = (
-    *("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"),
-    *("AutoModelForSequenceClassification", "AutoModel"),
-)
-"""What a config's own code is searched for, in this order."""
-
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 _AFTER_PADDING = "create_position_ids_from_input_ids"
@@ -55,52 +34,10 @@ rows then serves 512 tokens."""
 
 _NO_LABEL = -100
 """What losses leave out."""
+_SHORT = 8
+"""Tokens of the text in a call that the model is only asked about."""
 _LABEL_TOKENS = 8
 """Length of a transcript, which must be shorter than the sound's frames."""
-
-
-def model_class(config: Any, code_from: str | None = None) -> type[Any]:
-    """The class to build for `config`: the one it names, else its type's usual class with a training loss.
-
-    `code_from`: the folder or hub id whose own code may run, where the config names some; None: none may.
-
-    Raises:
-        ModelBuildError: this `transformers` has no model of the config's type, or its own code has none.
-    """
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    if code_from is not None and isinstance(getattr(config, "auto_map", None), dict):
-        return _own_class(config.auto_map, code_from)
-    named = list(getattr(config, "architectures", None) or [])
-    first = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"] if getattr(config, "is_decoder", False) else []
-    tasks = [*first, *(["MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"] if mixes_in_tokens(config) else []), *_TASKS]
-    for task in tasks:
-        classes = getattr(modeling_auto, task, {}).get(config.model_type, ())
-        named += [classes] if isinstance(classes, str) else list(classes)
-    for name in named:
-        found = getattr(transformers, name, None)
-        if not (isinstance(found, type) and hasattr(found, "main_input_name")):
-            continue
-        if isinstance(config, getattr(found, "config_class", None) or object):  # else it is of a part of the model
-            return found
-    raise ModelBuildError(
-        f"transformers {transformers.__version__} has no model of type {config.model_type!r}; "
-        "install a version that has it, or write a function that builds it and give package.module:function"
-    )
-
-
-def _own_class(auto_map: dict[str, str], code_from: str) -> type[Any]:
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    name = next((name for name in _OWN if name in auto_map), None)
-    if name is None:
-        raise ModelBuildError(f"{code_from} brings code of its own and no model in it ({', '.join(auto_map)})")
-    try:
-        found: type[Any] = get_class_from_dynamic_module(auto_map[name], code_from)
-    except Exception as error:  # code of others
-        raise ModelBuildError(f"the code of {code_from} cannot be imported: {one_line(error)}") from error
-    return found
 
 
 def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | None) -> Call:
@@ -112,6 +49,14 @@ def example_call(config: Any, model_cls: type[Any], batch: int, sequence: int | 
 
     maker = _Maker(config, model_cls, batch, sequence, torch.get_default_dtype(), torch.device("cpu"), live=False)
     return (), maker.keywords()
+
+
+def picture_in(config: Any, model_cls: type[Any]) -> Picture | None:
+    """The picture that each sample of an example call has."""
+    import torch
+
+    maker = _Maker(config, model_cls, 1, None, torch.get_default_dtype(), torch.device("cpu"), live=False)
+    return maker.settled[0].shown
 
 
 def example_call_for(model: Any, batch: int, sequence: int | None) -> Call:
@@ -185,8 +130,18 @@ class _Maker:
     dtype: torch.dtype
     device: torch.device
     live: bool
+    upright: bool = False
+    """A spectrum's bins come before its frames; which way round it is, no config says."""
+    pictured: bool = True
+    """With a picture, where the model reads one."""
 
     def keywords(self) -> dict[str, Any]:
+        """The call's arguments."""
+        maker, names = self.settled
+        return maker.call_of(names)
+
+    @cached_property
+    def settled(self) -> tuple[_Maker, Sequence[str]]:
         """Every input that is known, where the model takes them together; else those that it cannot do without."""
         accepted = _accepted(self.model_cls)
         known = [name for name in (*IDS, *FLOATING, *WHOLE) if name in accepted and name != "attention_mask"]
@@ -200,8 +155,21 @@ class _Maker:
                 "write a function that returns (model, args, kwargs) and give package.module:function"
             )
         needed = [name for name in known if name in self.needed]
-        choices = [known, [*known, "attention_mask"], needed] if known != needed or self.shown else []
-        return self.call_of(next((names for names in choices if self.taken(names)), known))
+        if known == needed and self.shown is None and "input_features" not in known:
+            return self, known
+        for maker in self.ways(known):
+            for names in (known, [*known, "attention_mask"], needed):
+                if maker.taken(names):
+                    return maker, names
+        return self, known
+
+    def ways(self, known: Sequence[str]) -> Iterator[_Maker]:
+        """This one, and others that are asked when the model does not take what this one makes."""
+        yield self
+        if "input_features" in known:
+            yield replace(self, upright=True)
+        if self.shown is not None and not self.live:
+            yield replace(self, pictured=False)
 
     @property
     def needed(self) -> set[str]:
@@ -226,19 +194,24 @@ class _Maker:
         return call
 
     def made(self, name: str) -> torch.Tensor:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
         if name in IDS:
-            return self.tokens(name=name)
+            # Models look for where in a text its picture stands.
+            with unset_fake_temporarily() if self.shown is not None else nullcontext():
+                return self.tokens(name=name)
         if name in FLOATING:
-            return self.noise(FLOATING[name](self.config))
+            shape = FLOATING[name](self.config)
+            return self.noise(shape[::-1] if self.upright and name == "input_features" else shape)
         return self.whole(WHOLE[name](self.config, self.length))
 
     def taken(self, names: Sequence[str]) -> bool:
         """Does the model run on these inputs?"""
         import torch
 
-        key = self.model_cls, self.config.to_json_string(), *names, self.live
+        key = self.model_cls, self.config.to_json_string(), *names, self.live, self.upright, self.pictured
         if key not in _taken:
-            alike = replace(self, batch=2, sequence=self.length, device=torch.device("cpu"))
+            alike = replace(self, batch=2, sequence=min(self.length, _SHORT), device=torch.device("cpu"))
             alike = replace(alike, dtype=torch.get_default_dtype())
             _taken[key] = takes(self.config, self.model_cls, lambda: alike.call_of(names), self.live)
         return _taken[key]
@@ -246,12 +219,14 @@ class _Maker:
     def illustrated(self, call: dict[str, Any], shown: Picture, accepted: frozenset[str]) -> dict[str, Any]:
         """What changes in a call of text alone when a picture stands in front of the text."""
         import torch
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-        ids = torch.tensor([shown.ids], device=self.device).repeat(self.batch, 1)
-        ids = torch.cat([ids, call["input_ids"]], dim=1)
+        with unset_fake_temporarily():
+            ids = torch.tensor([shown.ids], device=self.device).repeat(self.batch, 1)
+            ids = torch.cat([ids, call["input_ids"]], dim=1)
         kinds = kinds_of_tokens(accepted, shown, self.batch, call["input_ids"].shape[1])
         changed = {**shown.inputs, **kinds, "input_ids": ids}
-        if "labels" in call:
+        if "labels" in call and not getattr(self.config, "is_encoder_decoder", False):  # which has a text of its own
             blank = torch.full((self.batch, len(shown.ids)), _NO_LABEL, device=self.device)
             changed["labels"] = torch.cat([blank, call["labels"]], dim=1)
         # What is where it should be is not touched: under fake tensors, some of it is real.
@@ -278,10 +253,18 @@ class _Maker:
         if name.endswith("ForSemanticSegmentation"):
             return self.integers(self.config.num_labels, pixels(self.config)[-2:])
         if name.endswith("ForCTC"):
-            return self.tokens(_LABEL_TOKENS)
+            return self.transcript()
         if (each := rows("decoder_input_ids", self.config)) > 1:
             return self.tokens(name="decoder_input_ids").view(self.batch, each, -1).mT
         return self.tokens() if has_sequence(self.config, self.model_cls) else None
+
+    def transcript(self) -> torch.Tensor:
+        """Tokens of which none is special, and no two that follow one another are the same: known ones, as the loss
+        leaves out what is padding."""
+        count = text_config(self.config).vocab_size
+        special = _special_tokens(self.config, count)
+        plain = [token for token in range(min(count, _LABEL_TOKENS + len(special))) if token not in special] or [0]
+        return self.whole([plain[number % len(plain)] for number in range(_LABEL_TOKENS)])
 
     def classes(self) -> torch.Tensor:
         """One class per sample, in the form that the config's loss reads."""
@@ -314,7 +297,7 @@ class _Maker:
     @cached_property
     def shown(self) -> Picture | None:
         """The picture in front of the text."""
-        return picture(self.config, self.model_cls, self.batch, self.drawn, self.live)
+        return picture(self.config, self.model_cls, self.batch, self.drawn, self.live) if self.pictured else None
 
     def whole(self, row: list[Any]) -> torch.Tensor:
         """Whole numbers, the same for each sample, and known also where other values are not: models loop by them."""

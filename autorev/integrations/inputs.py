@@ -38,14 +38,14 @@ def field(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-_PARTS = ("vision_config", "audio_config", "encoder")
+_PARTS = ("vision_config", "audio_config", "encoder_config", "encoder")
 """Of a config, that other towers than the text's are described in."""
 
 
 def pixels(config: Any) -> Shape:
     """An image; several of a video; or the patches that one was cut into."""
     channels = field(config, "num_channels", "in_channels", default=3)
-    patches, side = field(config, "num_patches"), field(config, "image_size", "input_size", "crop_size")
+    patches, side = field(config, "num_patches"), field(config, "image_size", "input_size", "crop_size", "max_img_size")
     if isinstance(patches, int) and side is None:
         return patches, channels * field(config, "patch_size") ** 2
     height, width = two(side or _IMAGE)
@@ -111,9 +111,15 @@ def _side(config: Any) -> int:
     return int(field(config, "num_patches") ** 0.5)
 
 
+def _all_of(height: int, width: int) -> list[list[int]]:
+    return [[1] * width] * height
+
+
 WHOLE: dict[str, Callable[[Any, int], list[Any]]] = {
     "spatial_shapes": lambda config, length: [_side(config), _side(config)],
     "pixel_attention_mask": lambda config, length: [1] * field(config, "num_patches"),
+    "pixel_mask": lambda config, length: _all_of(*pixels(config)[-2:]),
+    "input_features_mask": lambda config, length: [1] * max(_spectrum(config)),
     "is_longer": lambda config, length: [0],
     "bbox": lambda config, length: [[0, 0, 0, 0]] * length,
     "attention_mask": lambda config, length: [1] * length,

@@ -25,6 +25,8 @@ _ENOUGH = 2**20
 """Positions, where a model has no limit."""
 _USUAL_SIZE = 448
 """Pixels a side, where the model takes any."""
+_MASK = "image_embeds_position_mask"
+"""Which tokens of a text stand for a piece of its picture, where these have no id of their own."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def reads_pictures(config: Any, model_cls: type[Any]) -> bool:
     """Is it a model that takes pictures in its text, where tokens stand for them?"""
     accepted = inspect.signature(model_cls.forward).parameters
     both = {"input_ids", "pixel_values"} <= accepted.keys() and "return_loss" not in accepted
-    return both and bool(_first(config, "image_token_id", "image_token_index"))
+    return both and bool(_places(config, accepted))
 
 
 def mixes_in_tokens(config: Any) -> bool:
@@ -64,15 +66,15 @@ def mixes_in_tokens(config: Any) -> bool:
 def picture(config: Any, model_cls: type[Any], batch: int, noise: Noise, live: bool = True) -> Picture | None:
     """A picture of the size that the model was made for; None where autorev cannot make one by itself.
 
-    A model that is not `live` has no values, and some look at those of their pictures, or of the table.
+    A model that is not `live` has no values, and some look at those of their pictures.
     """
     if not reads_pictures(config, model_cls):
         return None
     accepted = inspect.signature(model_cls.forward).parameters
-    grid, several = "image_grid_thw" in accepted, "pixel_attention_mask" in accepted
-    if (grid or several) and not live:
+    grid = "image_grid_thw" in accepted
+    if "pixel_attention_mask" in accepted and not live:
         return None
-    (token,) = _first(config, "image_token_id", "image_token_index")
+    (token,) = _places(config, accepted)
     try:
         inputs, count, size = (_in_patches if grid else _in_pixels)(config, model_cls, batch, noise)
     except Exception:  # a config unlike what is known of such models
@@ -84,7 +86,13 @@ def picture(config: Any, model_cls: type[Any], batch: int, noise: Noise, live: b
 def kinds_of_tokens(accepted: Any, shown: Picture, batch: int, length: int) -> dict[str, Any]:
     """What a model wants to know of each token: whether it is a piece of a picture. `length`: of the text."""
     row = [int(token == shown.token) for token in shown.ids] + [0] * length
-    return {name: numbers(row, batch) for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
+    names = ("mm_token_type_ids", "token_type_ids", _MASK)
+    return {name: numbers(row, batch) for name in names if name in accepted}
+
+
+def _places(config: Any, accepted: Any) -> tuple[int, ...]:
+    """The token that stands for a piece of a picture; any, where a mask says which ones do."""
+    return _first(config, "image_token_id", "image_token_index") or ((0,) if _MASK in accepted else ())
 
 
 def _first(config: Any, *names: str) -> tuple[int, ...]:
@@ -137,7 +145,7 @@ def _in_pixels(config: Any, model_cls: type[Any], batch: int, noise: Noise) -> t
     if sized:
         inputs["image_sizes"] = numbers([size, size], batch)
     inputs["pixel_values"] = noise((batch, *shape))
-    if queries := getattr(config, "num_query_tokens", None):
+    if queries := getattr(config, "num_query_tokens", None) or getattr(config, "latent_query_num", None):
         count = queries
     elif hasattr(config, "perceiver_config"):
         count = config.perceiver_config.resampler_n_latents

@@ -16,10 +16,12 @@ Two more things are about pictures in a text:
 
 - `torch_compilable_check` asks whether there are as many places for a picture in the text as there are pieces of it.
   Calls that autorev makes are so, and a fake tensor is believed.
-- How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over. Where it is a real
-  one, it stays real, with whatever is computed from it alone.
+- How large a picture is stands in a small tensor of numbers (`image_sizes`), which loops run over: see
+  `known_numbers`.
 
-And one is torch's: a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
+Two are torch's. `ctc_loss` has to know how long each text is before it can tell what it keeps for backward: beside the
+logarithms of the probabilities, which its stand-in keeps too, a table of as many steps by twice the text's length. And
+a forward that calls `.to(dtype)` of a module (the routers of Switch Transformers) swaps fake
 weights with their copies, which torch refuses of tensors that anybody watches. Where nothing changes, nothing is done.
 """
 
@@ -28,14 +30,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autorev.hush import logs_hushed, warnings_hushed
+from autorev.integrations.known_numbers import known_numbers_stay
 from autorev.patching import patched_here
 
 
@@ -49,6 +52,7 @@ def quirks() -> Iterator[None]:
         ("transformers.masking_utils", "find_packed_sequence_indices", _one_text_per_row),
         ("transformers.integrations.moe", "_can_use_grouped_mm", _grouped_only_where_it_can_be_faked),
         ("torch", "_check_tensor_all_with", _fake_ones_are_believed),
+        ("torch.nn.functional", "ctc_loss", _keeps_what_ctc_keeps),
     )
     with ExitStack() as stack:
         for module_name, name, replace in places:
@@ -57,7 +61,7 @@ def quirks() -> Iterator[None]:
                 stack.enter_context(patched_here(module, name, replace))
         stack.enter_context(patched_here(nn.Module, "_apply", fake_weights_replaced))
         stack.enter_context(quiet())
-        stack.enter_context(real_numbers_stay())
+        stack.enter_context(known_numbers_stay())
         yield
 
 
@@ -121,23 +125,13 @@ def _fake_ones_are_believed(original: Any) -> Any:
     return check
 
 
-@contextmanager
-def real_numbers_stay() -> Iterator[None]:
-    """While it lasts, what is computed under fake tensors from real ones of whole numbers alone is real."""
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._pytree import tree_leaves
+def _keeps_what_ctc_keeps(original: Any) -> Any:
+    def ctc_loss(log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(log_probs, FakeTensor):
+            return cast(torch.Tensor, original(log_probs, *args, **kwargs))
+        return log_probs.square().mean()
 
-    class RealNumbers(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if args and isinstance(args[0], FakeTensor):  # most of the time; nothing is looked for among the others
-                return func(*args, **(kwargs or {}))
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            real = bool(tensors) and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors)
-            with unset_fake_temporarily() if real else nullcontext():
-                return func(*args, **(kwargs or {}))
-
-    with RealNumbers():
-        yield
+    return ctc_loss
 
 
 def _one_text_per_row(original: Any) -> Any:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autorev.errors import AutorevError, ModelBuildError, one_line
-from autorev.integrations.example_call import example_call, has_images, has_sequence, model_class, sequence_limit
+from autorev.integrations.example_call import example_call, has_images, has_sequence, picture_in, sequence_limit
 from autorev.integrations.inputs import text_config
-from autorev.integrations.pictures import picture
+from autorev.integrations.model_class import model_class
+from autorev.integrations.pictures import reads_pictures
 from autorev.models.quantization import scheme_of
 from autorev.models.trust import check_config
 from autorev.packages import require
@@ -55,6 +56,10 @@ def config_workload(
                 built: torch.nn.Module = model_cls._from_config(copy.deepcopy(config), dtype=dtype)
         except AutorevError:
             raise
+        except ImportError as error:  # it is for `transformers` to say of what
+            raise ModelBuildError(
+                f"{model_cls.__name__} cannot be built: {one_line(error)}; install what it needs"
+            ) from error
         except Exception as error:
             raise ModelBuildError(
                 f"{model_cls.__name__} cannot be built from {source}: {one_line(error)}; correct the config"
@@ -70,13 +75,12 @@ def transformers_workload(
     config: Any, model_cls: type[Any], build: Build, name: str, source: str, notes: tuple[str, ...] = ()
 ) -> Workload:
     """The workload of a `transformers` class: what it is called with follows from its config."""
-    import torch
 
     from autorev.integrations.building import in_one_dtype
 
     has_text = has_sequence(config, model_cls)
     limit = sequence_limit(config, model_cls) if has_text else None
-    shown = picture(config, model_cls, 1, torch.empty, live=False)
+    shown = picture_in(config, model_cls) if has_text and reads_pictures(config, model_cls) else None
     if shown is not None:
         notes = (*notes, shown.note)
         limit = limit and max(limit - len(shown.ids), 1)

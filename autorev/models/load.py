@@ -17,7 +17,8 @@ from torch import nn
 from autorev.errors import AutorevError, ModelBuildError, SettingError, one_line
 from autorev.files import path_of
 from autorev.integrations.building import count_modules, default_dtype
-from autorev.integrations.example_call import example_call_for, model_class
+from autorev.integrations.example_call import example_call_for
+from autorev.integrations.model_class import model_class
 from autorev.integrations.quirks import quiet_files
 from autorev.integrations.transformers import is_transformers
 from autorev.models.factory import made_for_real, resized

@@ -116,7 +116,15 @@ class Forecaster:
                 accumulated = self.setting.accumulate > 1
                 taken = self._taken_in_backward()
                 trace = simulate(
-                    self.twin, call, layout, method, loss, autocast=autocast, accumulated=accumulated, taken=taken
+                    self.twin,
+                    call,
+                    layout,
+                    method,
+                    loss,
+                    autocast=autocast,
+                    accumulated=accumulated,
+                    taken=taken,
+                    whole_attention=degree > 1,
                 )
         if degree > 1 and not attention.calls:
             raise SettingError(

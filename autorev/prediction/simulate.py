@@ -23,6 +23,7 @@ from torch.autograd.graph import _engine_run_backward
 from autorev.alike import few_of_them
 from autorev.analysis import Category
 from autorev.capture.fake import every_layer_kept
+from autorev.capture.generators import shared_generators_left
 from autorev.capture.record import named_arguments
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.outline import Outlined
@@ -35,7 +36,7 @@ from autorev.prediction.layout import Layout, Site
 from autorev.prediction.tracker import MemoryTracker, Segment
 from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of
 from autorev.rewrite.replacement import installed
-from autorev.rewrite.tiled_forward import tiled_forwards
+from autorev.rewrite.tiled_forward import blocks_run_twice, tiled_forwards
 from autorev.workload import Call
 
 
@@ -76,6 +77,7 @@ def simulate(
     autocast: torch.dtype | None = None,
     accumulated: bool = False,
     taken: Mapping[nn.Parameter, int] | None = None,
+    whole_attention: bool = False,
 ) -> StepTrace:
     """One forward and backward pass of `twin` under `method`; without `counting_work` its memory alone.
 
@@ -86,17 +88,23 @@ def simulate(
         accumulated: are there gradients of a pass before, to which those of this one are added?
         taken: bytes that updating a parameter takes, of those that are updated as soon as their gradient is there, and
             whose gradient is freed then.
+        whole_attention: is it never tiled, as several GPUs exchange tokens for heads around it?
     """
     for parameter in twin.parameters() if accumulated else ():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     tracker = MemoryTracker(counting_work)
     with ExitStack() as stack:
         stack.enter_context(every_layer_kept())
+        stack.enter_context(shared_generators_left(twin))
         stack.enter_context(few_of_them())
         stack.enter_context(without_caches(twin))
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
-            tiled = tiled_forwards(twin, layout.findings, method.tile, method.in_pieces, as_long=False)
+            twice = blocks_run_twice(method, layout.chains, layout.stored, layout.refused)
+            run = {id(layout.sites[number].module) for number in layout.active}
+            findings = (finding for finding in layout.findings if id(finding.call.module) in run)
+            tile, pieces = method.tile, method.in_pieces
+            tiled = tiled_forwards(twin, findings, tile, pieces, False, () if whole_attention else twice)
             stack.enter_context(installed(tiled.forwards))
         host = HostStore()
         chains = Chains(twin, layout.chains, layout.stored, method, host)

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.engine.chain import ReversibleChain, pass_of
-from autorev.engine.modules import without_history
+from autorev.engine.plain_data import without_history
 from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import is_asked_for, is_cache, is_checkpointed
@@ -77,6 +77,12 @@ class ReversibleForward(CompilingReplacement):
         return super().own()
 
     def _refuse_transforms(self) -> None:
+        if torch._C._get_tracing_state() is not None:
+            raise ConversionError(
+                f"{self.path} is reversible: a trace (torch.jit.trace, torch.onnx.export) holds operators, and neither "
+                "the checks between them nor a way back; call autorev.revert(model) first, or export a copy that is "
+                "reverted: where gamma trained the model, that is another function, and autorev.verify says by how much"
+            )
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             raise ConversionError(
                 f"{self.path} is reversible: transforms of torch.func (grad, vmap, jvp, ...) and forward-mode "
@@ -190,6 +196,8 @@ class WholeBlock(ReversibleForward):
             step.replay.again = lambda *xs: self._branch(forward, places, tree_map(without_history, kept), xs)
         with step.running():
             (outputs_at, rest), outs = self._branch(forward, places, inputs, step.given())
+        if step.replay is not None and step.is_one_tiled_call(self.block):
+            step.replay.ends_with_tiles()
         return _with_leaves(rest, outputs_at, step.take(outs))
 
     def _branch(

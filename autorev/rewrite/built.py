@@ -52,7 +52,8 @@ class BuiltChain:
         paths: list[str] = []
         for finding in findings:
             self.first.append(len(paths))
-            paths += [finding.path] * (len(finding.steps) if pieces and not inline else 1)
+            apart = pieces and not inline and not finding.in_slices
+            paths += [finding.path] * (len(finding.steps) if apart else 1)
         couplings = couplings_of(method, paths)
         stored_from = self.first[len(findings) - kept] if kept else len(couplings)
         stream = findings[0].stream_in
@@ -69,9 +70,9 @@ class BuiltChain:
         averages = method.preset.averages
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
         self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
-        self.forwards = self._forwards(model, pieces, method.tile is not None)
+        self.forwards = self._forwards(model, pieces, method)
 
-    def _forwards(self, model: nn.Module, pieces: bool, tiled: bool) -> list[ReversibleForward]:
+    def _forwards(self, model: nn.Module, pieces: bool, method: Method) -> list[ReversibleForward]:
         if self.findings[0].inline:
             holder = model.get_submodule(self.findings[0].call.path)
             return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
@@ -93,9 +94,11 @@ class BuiltChain:
                 "written": finding.call.buffers_written,
                 "mutates_input": any(o.code == "in-place-add" for lane in finding.lanes for o in lane.caveats),
             }
-            if pieces:
+            if pieces and not finding.in_slices:
                 made.append(StepsOfBlock(**known, adds=KnownAdds.of_block(finding), steps=len(finding.steps)))
-            elif tiled and not finding.beside and (adds := _last_add_of(finding)) is not None:
+            elif self.is_tiled_whole(positions, method):
+                made.append(WholeBlock(**known))
+            elif method.tile is not None and not finding.beside and (adds := _last_add_of(finding)) is not None:
                 made.append(StepsOfBlock(**known, adds=adds, steps=1, whole=True))
             else:
                 beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
@@ -103,6 +106,11 @@ class BuiltChain:
                     DeferredBlock(**known, added=beside[0]) if finding.deferred else WholeBlock(**known, beside=beside)
                 )
         return made
+
+    def is_tiled_whole(self, positions: list[int], method: Method) -> bool:
+        """Are the calls of one block, at these places of the chain, run a tile at a time, attention and all?"""
+        recomputed = max(positions) < len(self.findings) - self.kept
+        return method.tiles_attention and recomputed and isinstance(self.findings[positions[0]].causal, TokenWise)
 
     def install(self) -> None:
         """Put the new forwards in place."""
@@ -122,7 +130,7 @@ class BuiltChain:
 def _last_add_of(finding: Finding) -> KnownAdds | None:
     """Of a block that can be taken as one step by the add at its end, so that its second run may leave out what is
     tiled before that; None for any other."""
-    if finding.captured is None or not finding.steps:
+    if finding.captured is None or not finding.steps or finding.in_slices:
         return None
     if any(part.path in finding.opened for part in finding.parts if isinstance(part, TokenWise)):
         return None  # the add may stand in what is tiled (BLOOM's MLP adds its residual)

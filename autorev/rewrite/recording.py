@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from autorev.engine.modules import version_of, without_history
+from autorev.engine.owned import version_of
+from autorev.engine.plain_data import without_history
 from autorev.engine.replay import Rest
 from autorev.errors import ConversionError
 

@@ -1,22 +1,27 @@
-"""What stands in for the `forward` of a module that acts on each position alone: it runs it a tile at a time."""
+"""What stands in for the `forward` of a module that is run a tile of positions at a time.
+
+A block that runs twice anyway is tiled as a whole where that can be, attention and all. In its place, and in blocks
+whose activations are stored, the parts of it that act on each position alone are: attention would run once more.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.judge import Finding
 from autorev.detect.tokenwise import (
+    HERE,
     HOOKED,
-    WORTH,
     Mixing,
     TokenWise,
     has_hooks_inside,
@@ -25,9 +30,12 @@ from autorev.detect.tokenwise import (
     token_wise,
 )
 from autorev.engine.mode import ORACLE, mode
+from autorev.engine.past import Past
 from autorev.engine.replay import branch_run_here
-from autorev.engine.tiles import Tiling, cut, run_tiled
+from autorev.engine.tile_nodes import cut
+from autorev.engine.tiles import Tiling, in_a_tile, run_tiled
 from autorev.errors import ConversionError, one_line
+from autorev.methods import Method
 from autorev.rewrite.in_steps import fake_call, shape_of
 from autorev.rewrite.replacement import CompilingReplacement
 
@@ -35,6 +43,10 @@ SMALLEST = 128
 """Positions of a tile, at least, where the number is chosen: below that, matrix products become slow."""
 KEPT_BY_A_TILE = 0.5
 """What one tile may keep for backward, in sizes of the module's input."""
+
+WORTH_BEHIND = 1.0
+"""What a module behind the blocks keeps at least, likewise: a norm that is written out keeps as much, and its backward,
+at the very peak, makes several times as much on the way."""
 
 MOST_KINDS = 8
 """Of calls that are analysed; code whose attributes count something would be analysed at every call."""
@@ -64,30 +76,41 @@ class TiledForward(CompilingReplacement):
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         axis, forward = self.found.axis, self.own()
         whole = (
-            not inputs
+            in_a_tile()
+            or not inputs
             or inputs[0].dim() != self.found.dims
-            or not same_positions(inputs, axis)
             or torch._C._functorch.peek_interpreter_stack() is not None
             or hasattr(inputs[0], "placements")  # spread over processes
         )
         size = 0 if whole else self._size(inputs[0].shape[axis])
         if whole or inputs[0].shape[axis] <= size or isinstance(found := self._judged(args, kwargs), Mixing):
             return forward(*args, **kwargs)
-        tiling = Tiling(axis, size)
+        tiling = Tiling(axis, size, found.causal)
         function = _Function(forward, [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves], spec)
         if mode() == ORACLE:
-            if not found.draws_random:
-                return forward(*args, **kwargs)
-            tiles = [[cut(x, axis, *piece) for x in inputs] for piece in tiling.pieces(inputs[0])]
-            return torch.cat([function(*tile) for tile in tiles], axis)  # which draw one after the other
+            return self._as_oracle(function, inputs, tiling) if found.draws_random else forward(*args, **kwargs)
         del args, kwargs, leaves
-        return run_tiled(self.block, self.path, function, inputs, tiling)
+        out = run_tiled(self.block, self.path, function, inputs, tiling)
+        return tree_map(lambda leaf: out if leaf is HERE else leaf, found.returned)
+
+    def _as_oracle(self, function: _Function, inputs: list[torch.Tensor], tiling: Tiling) -> Any:
+        """Tiles draw random numbers one after the other."""
+        past, tiles = Past(inputs[0].shape[tiling.axis]), []
+        for start, length in tiling.pieces(inputs[0]):
+            with past.joined() if tiling.causal else nullcontext():
+                tiles.append(function(*(cut(x, tiling.axis, start, length) for x in inputs)))
+        return tree_map(lambda leaf: torch.cat(tiles, tiling.axis) if leaf is HERE else leaf, self.found.returned)
 
     def _judged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
         """Does the module, as it is now and is called now, act on each position alone? Hooks, adapters and other modes
         may have come since the conversion."""
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if has_hooks_inside(self.block):
             found: TokenWise | Mixing = Mixing(self.path, HOOKED)
+        elif not same_positions(inputs, self.found.axis):
+            found = Mixing(self.path, "it is called with a tensor that has other positions, as a mask has")
+        elif self.found.causal and self._is_compiled():
+            found = Mixing(self.path, "it is compiled, and attention in compiled code cannot be seen")
         else:
             kind = kind_of(self.block, (args, kwargs))
             if kind not in self.proved and len(self.proved) < MOST_KINDS:
@@ -103,9 +126,14 @@ class TiledForward(CompilingReplacement):
     def _analysed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
         try:
             with fake_call(self.block, *tree_map_only(torch.Tensor, shape_of, (args, kwargs))) as recorded:
-                return token_wise(recorded.root, self.found.axis)
+                return token_wise(recorded.root, self.found.axis, self.found.causal)
         except ConversionError as error:
             return Mixing(self.path, one_line(error))
+
+    def _is_compiled(self) -> bool:
+        inside = (vars(module).get("_compiled_call_impl") for module in self.block.modules())
+        original = self.original
+        return self.compiling.compiled(original) is not original or any(call is not None for call in inside)
 
     def _size(self, positions: int) -> int:
         if self.size != "auto":
@@ -126,8 +154,10 @@ class _Function:
         given = iter(tensors)
         leaves = [next(given) if leaf is None else leaf[0] for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        result: torch.Tensor = self.forward(*args, **kwargs)
-        return result
+        found: torch.Tensor = next(
+            leaf for leaf in tree_leaves(self.forward(*args, **kwargs)) if isinstance(leaf, torch.Tensor)
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -137,12 +167,28 @@ class Tiled:
     forwards: tuple[TiledForward, ...] = ()
     untiled: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the modules that are tiled, but for those within others."""
+        every = {forward.path for forward in self.forwards}
+        within = {path for path in every if any(path.startswith(f"{other}.") for other in every)}
+        return tuple(forward.path for forward in self.forwards if forward.path not in within)
+
 
 def tiled_forwards(
-    model: nn.Module, findings: Iterable[Finding], size: TileSize, in_pieces: bool = False, as_long: bool = True
+    model: nn.Module,
+    findings: Iterable[Finding],
+    size: TileSize,
+    in_pieces: bool = False,
+    as_long: bool = True,
+    twice: Collection[str] = (),
 ) -> Tiled:
-    """What tiles the blocks of `findings`, for `model`; nothing is installed. `in_pieces`: each residual add of a block
-    ends a step; `as_long`: is the call that they were found in as long as others will be?
+    """What tiles the blocks of `findings`, for `model`; nothing is installed.
+
+    Args:
+        in_pieces: does each residual add of a block end a step?
+        as_long: is the call that they were found in as long as others will be?
+        twice: the paths of blocks that run a second time in backward, so that attention does, too.
 
     Raises:
         ConversionError: nothing can be tiled, or `size` is as long as the sequence.
@@ -154,7 +200,7 @@ def tiled_forwards(
     blocks = [finding for finding in findings if not finding.inline]
     for finding in blocks if in_pieces else ():
         untiled |= dict.fromkeys(finding.opened, "a residual add stands in it, and ends a step")
-    parts = [(finding.call, found) for finding in blocks for found in finding.parts]
+    parts = [(finding.call, found) for finding in blocks for found in _parts_of(finding, in_pieces, twice)]
     for call, found in [*parts, *_beside(blocks)]:
         path = found.path
         if isinstance(found, Mixing):
@@ -183,6 +229,30 @@ def tiled_forwards(
     return Tiled(tuple(forwards), tuple(untiled.items()))
 
 
+def blocks_run_twice(
+    method: Method, chains: Sequence[Sequence[Finding]], stored: Sequence[int], others: Iterable[Finding]
+) -> frozenset[str]:
+    """The paths of the blocks whose attention `method` tiles; so many at the end of each chain are `stored`."""
+    if not method.tiles_attention:
+        return frozenset()
+    several = list(zip(chains, stored, strict=True))
+    again = {finding.call.path for chain, kept in several for finding in chain[: len(chain) - kept]}
+    once = {finding.call.path for chain, kept in several for finding in chain[len(chain) - kept :]}
+    alone = () if method.reversible else (finding for finding in others if finding.can_be_checkpointed)
+    return frozenset(again - once) | {finding.call.path for finding in alone}
+
+
+def _parts_of(finding: Finding, in_pieces: bool, twice: Collection[str]) -> Iterator[TokenWise | Mixing]:
+    """The block, or what is tiled of it."""
+    if finding.call.path not in twice:
+        yield from finding.parts
+    elif not in_pieces and isinstance(finding.causal, TokenWise):
+        yield finding.causal
+        yield from (part for part in finding.parts if isinstance(part, TokenWise))  # where a call of it runs whole
+    else:
+        yield from finding.causal_parts
+
+
 def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]:
     """Modules that are called by what calls the blocks: the norm behind them."""
     taken = {finding.call.path for finding in blocks}
@@ -190,5 +260,5 @@ def _beside(blocks: Iterable[Finding]) -> Iterator[tuple[ModuleCall, TokenWise]]
         for child in parent.children:
             if child.path not in taken and child.draws_random is False:
                 found = token_wise(child)
-                if isinstance(found, TokenWise) and found.saved >= WORTH:
+                if isinstance(found, TokenWise) and found.saved >= WORTH_BEHIND:
                     yield parent, found

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import autorev
+from autorev.capture.generators import generator_state, set_generator
 from autorev.errors import ReconstructionError
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import (
@@ -177,11 +178,47 @@ class Noisy(hand.Parts):
         return x + self.mlp(self.norm1(x)) * factor
 
 
-GENERATOR = torch.Generator().manual_seed(0)
+OUT_OF_SIGHT = {"generator": torch.Generator().manual_seed(0)}
+"""No name of the code leads to it."""
+GLOBAL = torch.Generator()
+
+
+def from_global(shape: torch.Size) -> torch.Tensor:
+    """As code has it that shares one generator."""
+    return torch.rand(shape, generator=GLOBAL)
+
+
+class OfItsClass(hand.Parts):
+    """Every block draws from the one generator of their class."""
+
+    generator = torch.Generator()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm1(x)) * (torch.rand(x.shape, generator=self.generator) > 0.1)
+
+
+class Global(hand.Parts):
+    """Likewise, from a global one, through a function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm1(x)) * (from_global(x.shape) > 0.1)
+
+
+class OfNumpy(hand.Parts):
+    """Likewise, from numpy's, and before its first sub-module runs."""
+
+    generator = np.random.default_rng(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = float(self.generator.uniform(0.5, 1.5))
+        return x + self.mlp(self.norm1(x)) * factor
+
+
+SHARED: dict[type[hand.Parts], Any] = {OfItsClass: OfItsClass.generator, Global: GLOBAL, OfNumpy: OfNumpy.generator}
 
 
 SOURCES: dict[str, Callable[[], float]] = {
-    "torch-generator": lambda: float(torch.rand([], generator=GENERATOR)),
+    "torch-generator": lambda: float(torch.rand([], generator=OUT_OF_SIGHT["generator"])),
     "python": random.random,
     "numpy": lambda: __import__("numpy").random.rand(),
 }
@@ -204,6 +241,36 @@ def test_noise_of_the_usual_generators_is_repeated(name: str, keep_last: int, se
         assert_like_oracle(model, setting, run)
     finally:
         Noisy.source = None
+
+
+@each_setting
+@pytest.mark.parametrize("keep_last", [0, 1])
+@pytest.mark.parametrize("block", SHARED, ids=lambda block: block.__name__)
+def test_noise_of_a_generator_that_blocks_share_is_repeated(
+    block: type[hand.Parts], keep_last: int, setting: Setting
+) -> None:
+    """And it goes on as if it had not been; an analysis and a conversion leave it alone."""
+    generator = SHARED[block]
+    begun, first = generator_state(generator), next_of(generator)
+    autorev.analyze(small(block=block), (TOKENS,))
+    model = converted(setting, lambda: small(block=block), keep_last=keep_last)
+    assert torch.equal(next_of(generator), first)
+
+    def run() -> Results:
+        set_generator(generator, begun)
+        results = step(model)
+        assert not torch.equal(next_of(generator), first)
+        return {**results, "next": next_of(generator)}
+
+    assert_like_oracle(model, setting, run)
+
+
+def next_of(generator: Any) -> torch.Tensor:
+    """What it draws next; it stays where it is."""
+    state = generator_state(generator)
+    drawn = torch.rand(4, generator=generator) if isinstance(generator, torch.Generator) else generator.random(4)
+    set_generator(generator, state)
+    return torch.as_tensor(drawn)
 
 
 @each_setting

@@ -97,6 +97,20 @@ def test_exact_training_in_pieces(block: type[nn.Module], coupling: str) -> None
     assert autorev.drift(model) == {"blocks": 0.0}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tile": "auto"}, {"tile": 2}, {"granularity": "sublayer"}],
+    ids=["block", "auto", "tiles", "sublayer"],
+)
+def test_blocks_that_take_their_stream_apart_are_one_step(options: dict[str, Any]) -> None:
+    """An add on some of the tokens is one on the stream, and whatever is asked for, the block is taken whole."""
+    setting = Setting("leapfrog", {**options, "method": "leapfrog", "arithmetic": "float"}, torch.float64, 1e-9)
+    model = converted(setting, lambda: small(block=hand.FirstTokenApart), keep_last=0)
+    expected = by_hand(model, 1.0, (1, 1, 1, 1))
+    assert_same(oracle(model, lambda: step(model)), expected, 1e-9)
+    assert_same(step(model), expected, 1e-9)
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 @pytest.mark.parametrize("keep_last", [0, 1])
 def test_float64_training_is_the_loop_written_by_hand(name: str, keep_last: int) -> None:

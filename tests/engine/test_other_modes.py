@@ -117,6 +117,10 @@ def _dual_parameter_without_gradients(model: nn.Module) -> Any:
         return _dual_parameter(model, 3)
 
 
+def _trace(model: nn.Module) -> Any:
+    return torch.jit.trace(model, (states(EXACT),))
+
+
 @pytest.mark.parametrize(
     "transform",
     [
@@ -129,12 +133,13 @@ def _dual_parameter_without_gradients(model: nn.Module) -> Any:
         _dual_parameter,
         _dual_parameter_of_the_last_block,
         _dual_parameter_without_gradients,
+        _trace,
     ],
 )
 @pytest.mark.parametrize("setting", [EXACT, EXACT_LEAPFROG], ids=lambda s: s.name)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own use of it in forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # of script: by PyTorch itself, in forward mode
 def test_function_transforms_are_refused(transform: Callable[[nn.Module], Any], setting: Setting) -> None:
-    """vmap, forward mode and torch.func.grad raise an error that names the block and the way out."""
+    """vmap, forward mode, torch.func.grad and torch.jit.trace raise an error that names the block and the way out."""
     model = converted(setting, lambda: Chain(*(Mlp() for _ in range(4))), states(setting))
     with pytest.raises(AutorevError, match=r"blocks\..*autorev\.revert"):
         transform(model)

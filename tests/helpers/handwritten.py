@@ -176,6 +176,25 @@ class Flattening(Parts):
         return (x + self.mlp(self.norm2(x))).view(shape)
 
 
+class FirstTokenApart(Parts):
+    """Adds one branch to all tokens but the first, which is put in front of them again (TimeSformer's)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, rest = x[:, 0, :].unsqueeze(1), x[:, 1:, :]
+        rest = rest + self.attention(self.norm1(rest))
+        x = torch.cat((first, rest), 1)
+        return x + self.mlp(self.norm2(x))
+
+
+class FirstTokenCut(Parts):
+    """Likewise, but no gradient goes through the first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = x[:, 1:] + self.attention(self.norm1(x[:, 1:]))
+        x = torch.cat((x[:, :1].detach(), rest), 1)
+        return x + self.mlp(self.norm2(x))
+
+
 class AddingInDouble(Parts):
     """Adds in a wider dtype and rounds the sum."""
 

@@ -17,6 +17,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "padded": {"text": "pairs.jsonl", "pack": False, "max_loss_increase": 0.02},
     "distilled": {"text": "pairs.jsonl", "pack": False, "distill": True, "lora_rank": 4, "accumulate": 2},
     "checkpointed": {"method": "checkpoint"},
+    "sharded": {"text": "pairs.jsonl", "pack": False, "shard": "fsdp", "accumulate": 2},
+    "sharded-adapters": {"lora_rank": 4, "distill": True, "shard": "fsdp"},
+    "sharded-autocast": {"shard": "fsdp", "autocast": "bf16", "learning_rate": 1e-3},
 }
 
 
@@ -33,7 +36,10 @@ def _break_the_last(model: Any) -> None:
 def _main(folder: Path) -> None:
     for name, how in RUNS.items():
         tune(folder, out=name, steps=3, **how)
+    tune(folder, out="begun-alone", resume=True, shard="fsdp")
     stopped = {
+        "begun-sharded": {"shard": "fsdp", "callbacks": (At(3, _interrupt_the_last),)},
+        "quantised": {"shard": "fsdp", "quantize": "int8", "lora_rank": 4},
         "interrupted": {"callbacks": (At(3, _interrupt_the_last),)},
         "stepping": {"optimizer": "adamw:step=backward"},
         "broken": {"callbacks": (At(3, _break_the_last),)},  # last: it ends the processes

@@ -52,6 +52,7 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
     "subtracting": (lambda: hand.stack_of(hand.Subtracting), TOKENS, [("blocks", [TWO] * 3)]),
     "dropping": (lambda: hand.stack_of(hand.Dropping), TOKENS, [("blocks", [TWO] * 3)]),
     "flattening": (lambda: hand.stack_of(hand.Flattening), TOKENS, [("blocks", [TWO] * 3)]),
+    "first token apart": (lambda: hand.stack_of(hand.FirstTokenApart), TOKENS, [("blocks", [TWO] * 3)]),
     "by keyword": (lambda: hand.KeywordStack(*blocks(hand.KeywordOnly, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "tuple": (lambda: hand.TakingApart(*blocks(hand.WithTuple, 3)), TOKENS, [("blocks", [TWO] * 3)]),
     "dataclass": (lambda: hand.TakingApart(*blocks(hand.WithDataclass, 3)), TOKENS, [("blocks", [TWO] * 3)]),
@@ -261,7 +262,7 @@ def test_a_refusal_names_the_line(name: str) -> None:
         assert split(block.reasons[0]) in {(code, line) for line in marked_lines(where, code)}
 
 
-@pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating])
+@pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])
 def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
     """Nothing is made up where no block adds its input to something."""
     analysis = analyze(hand.stack_of(block), TOKENS)

@@ -6,6 +6,7 @@ python -m pytest tests/integration/test_right_or_said.py
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import autorev
-from autorev.errors import ConversionError
+from autorev.errors import AutorevError, ConversionError
 from autorev.verification import Verification
 from tests.helpers import handwritten as hand
 
@@ -290,6 +291,54 @@ class Convolution(nn.Module):
         return self.convolution(self.dropout(x))
 
 
+class Gated(nn.Module):
+    """A convolution and an activation written out, whose add is none of the input; and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.dropout = nn.Conv1d(8, 8, 3, padding=1), nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.convolution(x)
+        return self.dropout(y * torch.sigmoid(y) + 0.1 * y)
+
+
+class OneAdd(nn.Module):
+    """Adds once, to its own input, of which nobody asks a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.inner(x).relu())
+
+
+class Weighing(hand.Stack):
+    """The sum stands in a module that is given both parts, and weighs the skip (x-transformers' `scale_residual`)."""
+
+    def __init__(self) -> None:
+        super().__init__(*(hand.MLP() for _ in range(3)))
+        self.sums = nn.ModuleList(Sum() for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block, total in zip(self.blocks, self.sums, strict=True):
+            x = total(block(self.norm(x)), x)
+        return self.head(x)
+
+
+class Sum(nn.Module):
+    """Of a branch and a weighed skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((hand.WIDTH,), 0.9))
+
+    def forward(self, branch: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return branch + skip * self.scale
+
+
 NEAREST = {
     "in an operation": (
         lambda: hand.stack_of(Hidden),
@@ -301,7 +350,18 @@ NEAREST = {
         TOKENS,
         r"3 residual adds were seen by autograd, .*they stand in the code of AddingBetween, between its modules",
     ),
+    "in a module that weighs the skip": (
+        Weighing,
+        TOKENS,
+        r"3 residual adds were seen by autograd, .*the nearest is sums\.0",
+    ),
+    "once": (OneAdd, torch.zeros(2, 8), "1 residual add was seen by autograd, .*it stands in the code of OneAdd"),
     "nowhere": (Convolutions, torch.zeros(2, 8, 8), "it has no residual block$"),
+    "nowhere, with an activation written out": (
+        lambda: nn.Sequential(*(Gated() for _ in range(3))),
+        torch.zeros(2, 8, 8),
+        "it has no residual block$",
+    ),
 }
 
 
@@ -315,4 +375,60 @@ def test_no_residual_block_is_said_only_where_that_is_so(name: str) -> None:
     analysis = autorev.analyze(model, batch)
     assert not analysis.chains
     assert not analysis.refused
-    assert bool(analysis.notes) == (name != "nowhere")
+    assert bool(analysis.notes) == (not name.startswith("nowhere"))
+
+
+class Scriptable(nn.Module):
+    """One residual add."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.linear = norm, nn.Linear(hand.WIDTH, hand.WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(hand.WIDTH)])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_blocks_are_said(norm: Callable[[], nn.Module]) -> None:
+    """Whether they run on tensors without values or not."""
+    model = hand.Stack(*(torch.jit.script(Scriptable(norm())) for _ in range(3)))
+    with pytest.raises(AutorevError, match=r"blocks\.0 was compiled by torch\.jit\.script"):
+        autorev.convert(model, TOKENS)
+
+
+class Slots:
+    """What a block hands on to the next."""
+
+    __slots__ = ("latest",)
+
+    def __init__(self) -> None:
+        self.latest: torch.Tensor | None = None
+
+
+class HandingOn(hand.Parts):
+    """Writes to an object that it is given, and reads what the block before wrote."""
+
+    def forward(self, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        h = self.mlp(self.norm1(x))
+        if slots.latest is not None:
+            h = h + slots.latest
+        slots.latest = h
+        return x + h
+
+
+class HandedOn(hand.Stack):
+    """One object for all blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, slots = self.embedding(tokens), Slots()
+        for block in self.blocks:
+            x = block(x, slots)
+        return self.head(x)
+
+
+def test_an_object_with_slots_that_is_written_to_is_refused() -> None:
+    """As one with a `__dict__` is."""
+    with pytest.raises(ConversionError, match="argument-write: it changes its argument slots"):
+        autorev.convert(HandedOn(*(HandingOn() for _ in range(3))), TOKENS)

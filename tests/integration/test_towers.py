@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import autorev
 from autorev.cli.group import main
-from autorev.integrations.example_call import model_class
+from autorev.integrations.model_class import model_class
 from autorev.models.from_config import config_workload
 from autorev.pipeline import prepare
 
@@ -122,6 +122,59 @@ def test_a_config_alone_says_what_the_model_is_called_with(name: str) -> None:
     assert towers == NOT_RUN.get(name, [])
 
 
+ALONE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "tvp": (
+        {**TEXT, "num_frames": 2, "max_img_size": 64, "visual_prompt_size": 8}
+        | {
+            "backbone_config": {
+                "model_type": "resnet",
+                "embedding_size": 16,
+                "hidden_sizes": [16, 32],
+                "depths": [1, 1],
+            }
+        },
+        ("input_ids", "pixel_values"),
+    ),
+    "vilt": ({**TEXT, **IMAGE}, ("input_ids", "pixel_values", "pixel_mask")),
+    "wav2vec2": (
+        {**SIZES, **SOUND, "vocab_size": 32, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True},
+        ("input_values", "labels"),
+    ),
+    "kosmos-2": (
+        {"text_config": {**TEXT, "embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 4}}
+        | {"vision_config": IMAGE, "latent_query_num": 4},
+        ("input_ids", "pixel_values", "image_embeds_position_mask", "labels"),
+    ),
+    "glmasr_encoder": ({**SIZES, "num_mel_bins": 8}, ("input_features",)),
+    "depth_anything": (
+        {
+            "backbone_config": {
+                **IMAGE,
+                "model_type": "dinov2",
+                "reshape_hidden_states": False,
+                "out_features": ["stage1", "stage2"],
+            }
+        }
+        | {"patch_size": 8, "reassemble_hidden_size": 32, "reassemble_factors": [2, 1], "neck_hidden_sizes": [8, 8]}
+        | {"fusion_hidden_size": 8},
+        ("pixel_values",),
+    ),
+    "timesformer": ({**IMAGE, "num_frames": 2}, ("pixel_values",)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_model_that_asks_for_numbers_is_predicted_too(name: str) -> None:
+    """Models that look for a picture in a text, a mask or a transcript find it without values; no tower stands idle."""
+    config, expected = ALONE[name]
+    workload = config_workload({"model_type": name, **config}, name, "a test")
+    sequence = 8 if workload.default_sequence else None
+    analysis, _ = prepare(workload, batch=1, sequence=sequence, dtype="fp32")
+    assert analysis.chains or analysis.refused
+    assert set(expected) <= workload.example(1, sequence)[1].keys()
+    assert not any("was not run" in note for note in analysis.notes)
+
+
 @pytest.mark.parametrize("name", ["videomae", "siglip2", "blip-2"])
 def test_a_live_model_needs_no_batch(name: str) -> None:
     """Every chain is converted, and has the right gradients in the call that is made for it."""
@@ -137,10 +190,10 @@ def test_a_live_model_needs_no_batch(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "tvp"}, "the forward of TvpModel failed at .* the model takes (input_ids, pixel_values): give"),
+        ({"model_type": "efficientloftr"}, "the forward of EfficientLoFTRModel failed at .* the model takes (pixel_va"),
         ({"model_type": "pix2struct"}, "reads flattened_patches, which autorev cannot make up; write a function"),
     ],
-    ids=["tvp", "pix2struct"],
+    ids=["efficientloftr", "pix2struct"],
 )
 def test_inputs_that_cannot_be_derived_are_named(config: dict[str, Any], said: str, tmp_path: Path) -> None:
     """In one sentence, with what to give; and no traceback."""

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig
 
 import autorev
-from autorev.integrations.example_call import example_call_for, model_class
+from autorev.integrations.example_call import example_call_for
+from autorev.integrations.model_class import model_class
 from autorev.models.from_config import config_workload
 from autorev.pipeline import prepare
 
@@ -116,8 +117,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "glm4v": {"text_config": rotary("glm4v_text"), "vision_config": PATCHES},
 }
-LOOK_AT_VALUES = {"idefics2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"}
-"""Of their pictures, or of the table of their sizes: a prediction has none."""
+LOOK_AT_VALUES = {"idefics2", "idefics3", "smolvlm"}
+"""Of their pictures: a prediction has none."""
 COUNTED_ALONE = {"qwen3_vl"}
 """Its language model adds what its tower saw to the stream between blocks."""
 

@@ -16,6 +16,7 @@ CONTAINERS = {
 }
 OF_THE_PROCESS = {
     "patching.py _installed": "functions of others that have a stand-in, under a lock: each thread has its own",
+    "capture/generators.py _places": "a cache: where the code of a class draws from",
     "capture/quantised.py _known": "a cache: what a kind of layer keeps for backward",
     "conversion/references.py _beside": "a mark on a reference model, for each policy",
     "conversion/references.py _following": "likewise",

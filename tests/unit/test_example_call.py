@@ -12,9 +12,9 @@ from autorev.integrations.example_call import (
     example_call_for,
     has_images,
     has_sequence,
-    model_class,
     sequence_limit,
 )
+from autorev.integrations.model_class import model_class
 
 transformers = pytest.importorskip("transformers")
 

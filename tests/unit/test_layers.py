@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     alike errors format given patching
     own_mode
-    couplings files hush keeps lock optimizers packages workload
+    couplings devices files hush keeps lock optimizers packages workload
     integrations
     capture
     engine methods records

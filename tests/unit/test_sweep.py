@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import pytest
+import torch
 
+from autorev.methods import Method
 from autorev.profiler.job import Sweep
+from autorev.profiler.passes import sweep as passes
 from autorev.profiler.passes.sweep import GROWTH, TRIES, UNITS, largest
 from autorev.profiler.record import Point, Status
 
@@ -188,3 +193,22 @@ def test_an_answer_that_fails_when_it_is_timed_is_not_marked() -> None:
 
     machine.measure = moody  # type: ignore[method-assign]
     assert not any(point.largest for point in machine.search())
+
+
+def test_what_did_not_fit_is_free_when_the_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error holds the frames that it passed, and these the tensors of the step: they are gone by then."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def full(step: object) -> None:
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(passes, "measure_memory", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[0]() is not None))
+    trial = passes._Trial.__new__(passes._Trial)
+    trial.axis, trial.budget, trial.step = "depth", None, mock.Mock()
+    trial.job, trial.prepared = mock.Mock(method=Method("plain")), mock.Mock()
+    assert trial.measure(2, 1).status is Status.OUT_OF_MEMORY
+    assert alive == [False]

@@ -26,7 +26,7 @@ def measure(job: Job, live: tuple[torch.nn.Module, Call] | None = None) -> Outco
     """Run `job` here and now, on a model at hand if one is given; whatever goes wrong is part of the outcome."""
     try:
         if job.sweep is not None:
-            return Outcome(Status.MEASURED, points=tuple(sweep(job)))
+            return Outcome(Status.MEASURED, points=tuple(sweep(job, live)))
         return _measured(job, prepare_model(job.source, job.setting, job.blocks, live))
     except NotApplicable as reason:
         return Outcome(Status.REFUSED, str(reason))

@@ -37,8 +37,9 @@ UNITS = {"batch": 1, "sequence": 16, "depth": 1}
 """Values are multiples of these."""
 
 
-def sweep(job: Job) -> Iterator[Point]:
-    """The points of `job.sweep`, in the order in which they were measured.
+def sweep(job: Job, live: tuple[nn.Module, Call] | None = None) -> Iterator[Point]:
+    """The points of `job.sweep`, in the order in which they were measured; of a model at hand if one is given, whose
+    tokens stand in the job's source, and whose depth is what it is.
 
     Raises:
         NotApplicable: the method cannot be had of this model.
@@ -56,7 +57,7 @@ def sweep(job: Job) -> Iterator[Point]:
             if point.status is not Status.MEASURED:
                 return
         return
-    trial = _Trial(job, prepare_model(job.source, job.setting, job.blocks))
+    trial = _Trial(job, prepare_model(job.source, job.setting, job.blocks, live))
     with trial.ready():
         if job.sweep.values or trial.budget is None:
             yield from _given(trial, job.sweep)
@@ -173,14 +174,15 @@ class _Trial:
             if self.budget is not None and peak > self.budget:
                 return replace(point, peak_bytes=peak)
             seconds = tuple(sum(self.step.timed().values()) for _ in range(steps))
+            return replace(point, status=Status.MEASURED, peak_bytes=peak, seconds=seconds)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.step.optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-            return point
-        return replace(point, status=Status.MEASURED, peak_bytes=peak, seconds=seconds)
+        # Behind the clause: as long as there is the error, its frames hold the step's tensors.
+        self.step.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return point
 
     def _call(self, value: int) -> Call:
         if self.axis == "depth":

@@ -135,6 +135,7 @@ def recipe_facts(run: FineTuning) -> dict[str, str]:
         "Batch": f"{format_integer(r.batch)} x {format_integer(r.sequence)} tokens"
         + (f", {format_integer(r.accumulate)} times a step" if r.accumulate > 1 else "")
         + (f", in each of {format_integer(r.processes)} processes" if r.processes > 1 else ""),
+        **({"Shares": "weights, gradients and states, by FSDP2"} if r.shard == "fsdp" else {}),
         "Learning rate": f"{r.learning_rate:g}",
         "Optimizer": Optimizer.parse(r.optimizer).title,
         "Precision": clean(r.dtype),

@@ -168,6 +168,7 @@ def recipe_title(run: FineTuning) -> str:
     rows = format_integer(r.rows)
     words = f"{trains_words(run)}, {plural(r.steps, 'step')} of {rows} x {format_integer(r.sequence)} tokens"
     words += f" in {format_integer(r.processes)} processes" if r.processes > 1 else ""
+    words += " that share the weights" if r.shard == "fsdp" else ""
     return f"{words[0].upper()}{words[1:]} at rate {r.learning_rate:g}"
 
 

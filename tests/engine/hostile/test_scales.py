@@ -157,6 +157,15 @@ def test_what_is_no_number_is_an_error(value: float) -> None:
         model(x)
 
 
+def test_what_is_no_number_in_float_arithmetic_is_no_rounding() -> None:
+    """The error names what is wrong."""
+    model, x = scaled(*[1.0] * 4)
+    autorev.convert(model, batch=(x,), arithmetic="float", keep_last=0, **LEAPFROG)
+    x[3, 3] = float("nan")
+    with pytest.raises(ReconstructionError, match=r"holds values that are not numbers"):
+        model(x).sum().backward()
+
+
 def test_float_arithmetic_is_watched_in_training() -> None:
     """A branch that has grown until rounding drowns the reconstruction: an error, no gradient."""
     torch.manual_seed(0)

@@ -6,11 +6,13 @@ python -m pytest tests/engine/hostile/test_second_run.py
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ import autorev
 from autorev.engine.digest import digest
 from autorev.engine.modules import ModuleStates
 from autorev.errors import ReconstructionError
-from tests.engine.hostile.by_hand import LEAPFROG, assert_close, results_of, run_blocks
+from tests.engine.hostile.by_hand import LEAPFROG, Leapfrog, assert_close, results_of, run_blocks
 
 ARITHMETICS = pytest.mark.parametrize("arithmetic", ["exact", "float"])
 WAYS = pytest.mark.parametrize("granularity", ["block", "sublayer"])
@@ -32,6 +34,17 @@ class Numbers:
 
     scale: float = 1.0
     more: list[float] = field(default_factory=lambda: [1.0])
+    inner: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(scale=1.0))
+
+
+class Schedule:
+    """Is called for its number."""
+
+    scale, calls = 1.0, 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return self.scale
 
 
 class Block(nn.Module):
@@ -48,6 +61,8 @@ class Block(nn.Module):
             nn.init.zeros_(self.b.weight)
         self.scale, self.flag, self.table = 1.0, True, {"scale": 1.0}
         self.config, self.space = Numbers(), SimpleNamespace(scale=1.0)
+        self.array, self.listed, self.schedule = np.ones(1), [SimpleNamespace(scale=1.0)], Schedule()
+        self.counted = np.zeros(())
         self.seen = 0
         self.history: list[int] = []
         self.counts: dict[str, int] = {"calls": 0}
@@ -58,6 +73,8 @@ class Block(nn.Module):
         self.counts["calls"] += 1
         h = self.a(self.norm(x)) * self.scale * self.table["scale"] * self.config.scale * self.space.scale
         h = h * self.config.more[0] + self.offset
+        self.counted += 1
+        h = h * float(self.array[0]) * self.config.inner.scale * self.listed[0].scale * self.schedule()
         x = x + self.b(h if self.flag else torch.tanh(h))
         return x + torch.tanh(self.c(x))
 
@@ -75,6 +92,11 @@ def _set(name: str, value: Any) -> Callable[[Block], None]:
     return lambda block: setattr(block, name, value)
 
 
+def _change_what_is_further_away(block: Block) -> None:
+    block.array[0] = 3.0
+    block.config.inner.scale = block.listed[0].scale = block.schedule.scale = 3.0
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "attribute": _set("scale", 3.0),
     "flag": _set("flag", False),
@@ -82,6 +104,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "dict item": lambda block: block.table.update(scale=3.0),
     "dataclass": lambda block: setattr(block.config, "scale", 3.0),
     "namespace": lambda block: setattr(block.space, "scale", 3.0),
+    "array and objects": _change_what_is_further_away,
     "another config": _set("config", Numbers(2.0)),
     "training": lambda block: block.train(not block.training),
     "module": lambda block: setattr(block, "a", nn.Linear(8, 8)),
@@ -144,12 +167,69 @@ def test_backward_hooks_see_the_gradients_once() -> None:
 @WAYS
 def test_a_forward_leaves_its_traces_once(granularity: str, arithmetic: str) -> None:
     """Counters, lists and dicts are after a step as after one of the plain model, and after `convert` as before it."""
+
+    def traces(blocks: nn.Sequential) -> list[Any]:
+        return [(b.seen, b.history, b.counts, float(b.counted), b.schedule.calls) for b in blocks]
+
     model, plain, x = pair(False, arithmetic=arithmetic, granularity=granularity)
-    assert [(b.seen, b.history, b.counts) for b in model] == [(0, [], {"calls": 0})] * 4
+    assert traces(model) == [(0, [], {"calls": 0}, 0.0, 0)] * 4
     for _ in range(3):
         results_of(plain, lambda: plain(x))
         results_of(model, lambda: model(x))
-    assert [(b.seen, b.history, b.counts) for b in model] == [(b.seen, b.history, b.counts) for b in plain]
+    assert traces(model) == traces(plain)
+
+
+class Drawing(nn.Module):
+    """Draws from a generator that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, generator: Any) -> torch.Tensor:
+        if isinstance(generator, torch.Generator):
+            return x + torch.tanh(self.a(x)) * torch.rand(x.shape, generator=generator)
+        return x + torch.tanh(self.a(x)) * generator.random()
+
+
+class Handing(nn.Module):
+    """Hands one generator to all of its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Drawing() for _ in range(4))
+
+    def forward(self, x: torch.Tensor, generator: Any) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, generator)
+        return x
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(3),
+    "python": lambda: random.Random(3),
+    "numpy": lambda: np.random.default_rng(3),
+}
+
+
+@pytest.mark.parametrize(("granularity", "arithmetic"), [("block", "exact"), ("sublayer", "float")])
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_that_is_given_is_drawn_from_once(kind: str, granularity: str, arithmetic: str) -> None:
+    """What the branch draws again is what it drew, and the caller's generator moves as with the plain model."""
+    torch.manual_seed(0)
+    plain, x, given, other = Handing(), torch.randn(5, 8), GENERATORS[kind](), GENERATORS[kind]()
+    model = copy.deepcopy(plain)
+    autorev.convert(model, batch=(x, given), keep_last=0, arithmetic=arithmetic, granularity=granularity, **LEAPFROG)
+
+    def by_hand(generator: Any) -> torch.Tensor:
+        state, h = Leapfrog(), x
+        for block in plain.blocks:
+            h = state.step(h, block(h, generator))
+        return h
+
+    assert autorev.verify(model, (x, given)).passed
+    for _ in range(2):
+        assert_close(results_of(model, lambda: model(x, given)), results_of(plain, lambda: by_hand(other)))
 
 
 class FromOutside(nn.Module):

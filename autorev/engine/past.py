@@ -1,0 +1,183 @@
+"""Causal attention of a tile of positions: its queries look at its own keys and values, and at those before it.
+
+        tile 0 --> q, k, v ---> attention(q, k    , v    )
+        tile 1 --> q, k, v ---> attention(q, k k  , v v  )      what comes from tiles before is the `Past`
+        tile 2 --> q, k, v ---> attention(q, k k k, v v v)
+
+NOTE [ Causal tiles ]
+
+Of a module whose positions meet in one call of attention (`detect.causal`), the keys and values of all positions are
+alive, and one tile's share of everything else. The kernel is PyTorch's own, told by `causal_lower_right` where the
+queries are. Tiles run in order, and each adds its keys and values to the past.
+
+In backward the last tile comes first. By the time that a tile has its turn, the queries of those behind it have left
+their gradients of its keys and values (`_Extend`), and its own add the rest: so it runs once.
+
+Rule 1. Before any tile runs again, the keys and values of all are made again: each runs up to its call of attention.
+Rule 2. The gradients of keys and values are added up in float32 at least, as a kernel adds them up within itself.
+Rule 3. A tile runs with gradients, or without, as it did the first time: kernels are chosen by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autorev.engine.autograd import apply
+from autorev.errors import ConversionError
+
+AXIS = -2
+"""Of queries, keys and values: their positions."""
+
+
+class Past:
+    """The keys and values of one run over the tiles of a call."""
+
+    def __init__(self, positions: int) -> None:
+        """`positions`: how many the call has."""
+        self.positions = positions
+        self.whole: list[torch.Tensor] = []
+        """The keys, and the values, as far as they are known."""
+        self.tokens: list[torch.Tensor | None] = [None, None]
+        """Tensors without values, by which autograd hands the gradients of `whole` from tile to tile."""
+        self.parts: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+
+    # Around the run of the tile that begins at position `start`:
+
+    def first(self, start: int) -> TorchFunctionMode:
+        """Its graph leads on to those of the tiles before it."""
+        return _Attending(partial(self._linked, start))
+
+    def values(self, start: int) -> TorchFunctionMode:
+        """It has no graph, or one that nobody will use."""
+        return _Attending(partial(self._added, start))
+
+    def again(self, start: int) -> TorchFunctionMode:
+        """All keys and values are known."""
+        return _Attending(partial(self._known, start))
+
+    def keys(self, start: int) -> TorchFunctionMode:
+        """It ends with its call of attention, and only its keys and values are wanted."""
+        return _UpToAttention(partial(self._added, start))
+
+    def joined(self) -> TorchFunctionMode:
+        """For the oracle: by ordinary autograd."""
+        return _Attending(self._joined)
+
+    # What its keys (0), or its values (1), become:
+
+    def _linked(self, start: int, which: int, mine: torch.Tensor) -> torch.Tensor:
+        whole = self._room(which, mine)
+        seen: torch.Tensor
+        self.tokens[which], seen = apply(_Extend, mine, self.tokens[which], [whole], start)
+        return seen
+
+    def _added(self, start: int, which: int, mine: torch.Tensor) -> torch.Tensor:
+        self._room(which, mine).narrow(AXIS, start, mine.shape[AXIS]).copy_(mine.detach())
+        return self._known(start, which, mine)
+
+    def _known(self, start: int, which: int, mine: torch.Tensor) -> torch.Tensor:
+        seen = self.whole[which].narrow(AXIS, 0, start + mine.shape[AXIS])
+        return seen.detach().requires_grad_(mine.requires_grad)
+
+    def _joined(self, which: int, mine: torch.Tensor) -> torch.Tensor:
+        self.parts[which].append(mine)
+        return torch.cat(self.parts[which], AXIS)
+
+    def _room(self, which: int, mine: torch.Tensor) -> torch.Tensor:
+        if len(self.whole) == which:
+            shape = [*mine.shape]
+            shape[AXIS] = self.positions
+            self.whole.append(mine.new_empty(shape))
+        return self.whole[which]
+
+
+class _Attending(TorchFunctionMode):
+    def __init__(self, extended: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.extended = extended
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attending = func is F.scaled_dot_product_attention
+        self.calls += attending
+        return (self.attention if attending else func)(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if raised[0] is None and self.calls != 1:
+            raise ConversionError(
+                f"a block whose attention is tiled called scaled_dot_product_attention {self.calls} times, and once "
+                "when it was analysed: it attends by other code now (`set_attn_implementation`); convert again"
+            )
+        return None
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **how: Any,
+    ) -> torch.Tensor:
+        """In the place of `scaled_dot_product_attention`."""
+        if attn_mask is not None or dropout_p or not (is_causal or query.shape[AXIS] == 1):
+            raise ConversionError(
+                "a block whose attention is tiled calls it with a mask, with dropout, or not causally, which it did "
+                "not when it was analysed; convert again"
+            )
+        key, value = self.extended(0, key), self.extended(1, value)
+        with _disable_current_modes():  # a bias is a tensor of a class of its own, which no mode can make
+            bias = causal_lower_right(query.shape[AXIS], key.shape[AXIS])
+        return F.scaled_dot_product_attention(query, key, value, bias, **how)
+
+
+class _UpToAttention(_Attending):
+    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **how: Any) -> Any:
+        self.extended(0, key), self.extended(1, value)
+        raise _Reached
+
+    def __exit__(self, *raised: Any) -> bool:
+        super().__exit__(*raised)
+        if raised[0] is _Reached:
+            raised[1].__traceback__ = None  # its frames hold what the tile has computed so far
+        return raised[0] is _Reached
+
+
+class _Reached(Exception):  # noqa: N818 - it is no error
+    """A tile has come to its call of attention."""
+
+
+class _Extend(torch.autograd.Function):
+    """A tile's keys, the gradient token of the tiles before -> the token of all so far, all keys so far."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mine: torch.Tensor, token: torch.Tensor | None, whole: list[torch.Tensor], start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (buffer,) = whole  # in a list it is no input of the node
+        ctx.start, ctx.length, ctx.shape, ctx.dtype = start, mine.shape[AXIS], buffer.shape, mine.dtype
+        ctx.set_materialize_grads(False)
+        buffer.narrow(AXIS, start, ctx.length).copy_(mine)
+        wide = torch.promote_types(mine.dtype, torch.float32)
+        passed = torch.zeros((), dtype=wide, device=mine.device).expand(buffer.shape)
+        return passed, buffer.narrow(AXIS, 0, start + ctx.length).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        total, seen = grads
+        if seen is not None:
+            if total is None:  # it is the last tile; from here on, nobody but these nodes sees it
+                total = seen.new_zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32))
+            total.narrow(AXIS, 0, ctx.start + ctx.length).add_(seen)
+        own = None if total is None else total.narrow(AXIS, ctx.start, ctx.length).to(ctx.dtype)
+        return own, total if ctx.needs_input_grad[1] else None, None, None
