@@ -18,6 +18,8 @@ from autorev.report.finetuning.content import markdown as fine_tunings_of
 from autorev.report.markdown import to_markdown
 from autorev.report.profile.content import largest_batches, markdown
 from benchmarks.finetuning import GROUPS
+from benchmarks.long_runs.saved import Lines
+from benchmarks.long_runs.tables import of_context, of_trainings
 from benchmarks.tree import tree
 
 ROOT = Path(__file__).parents[1]
@@ -128,10 +130,21 @@ def _trained(*names: str) -> str:
     return to_markdown(fine_tunings_of(runs, f"python -m benchmarks.finetuning {' '.join(names)}")).strip()
 
 
+def long_run_tables() -> str:
+    """A table for each record of long runs, with the command that goes on with them."""
+    found = []
+    for path in sorted((RECORDS / "long_runs").glob("*.jsonl")):
+        lines = list(Lines(path).by_name.values())
+        shown = of_context(lines) if path.stem == "context" else of_trainings(lines)
+        found.append("\n".join([f"`python -m benchmarks.long_runs.{path.stem}`", "", *shown]))
+    return "\n\n".join(found) or "Nothing is recorded yet."
+
+
 SECTIONS: dict[tuple[Path, str], Callable[[], str]] = {
     (README, "table"): front_table,
     (PAGE, "profiles"): profile_tables,
     (PAGE, "fine-tunings"): fine_tuning_tables,
+    (PAGE, "long runs"): long_run_tables,
     (ARCHITECTURE, "tree"): tree,
 }
 """By page and name of the section, what makes it."""
