@@ -21,7 +21,7 @@ def test_generated_sections_are_those_of_the_records(page: Path, name: str) -> N
     """Tables are made of the records, and the file tree of the modules' docstrings."""
     text = page.read_text(encoding="utf-8")
     made = SECTIONS[page, name]()
-    assert len(made.splitlines()) > 5
+    assert len(made.splitlines()) > 5 or made == "Nothing is recorded yet."
     assert with_section(text, name, made) == text, "run python -m benchmarks.results"
 
 
