@@ -18,7 +18,7 @@ from autorev.capture.source import raised_line
 from autorev.capture.wrapped import own_forward
 from autorev.detect.chains import Detection, detect
 from autorev.detect.idle import named_inputs
-from autorev.errors import AutorevError, CaptureError, ConversionError, first_line
+from autorev.errors import AutorevError, CaptureError, ConversionError, first_line, message_of
 from autorev.integrations.accelerate import fetched
 from autorev.integrations.example_call import example_call_for
 from autorev.integrations.transformers import is_transformers, without_cache
@@ -117,7 +117,7 @@ def _detect_in(model: nn.Module, args: Any, kwargs: Any) -> tuple[Detection, nn.
 
 def forward_failed(model: nn.Module, error: Exception) -> str:
     """One line on a forward that raised: where, what, and what to check."""
-    if "TorchScript interpreter" in str(error) and (said := said_of_scripted(model)):
+    if "TorchScript interpreter" in message_of(error) and (said := said_of_scripted(model)):
         return said
     inputs = ", ".join(named_inputs(model))
     return (

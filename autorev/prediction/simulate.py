@@ -7,6 +7,7 @@ of three.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -175,7 +176,6 @@ class _Steps:
     def _wrapper(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         sites = {site.call: site for site in self.layout.sites if site.module is module}
 
-        @wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             call = self.calls.get(id(module), 0)
             self.calls[id(module)] = call + 1
@@ -195,7 +195,10 @@ class _Steps:
 
             return self._block(site, run, stream, *(tensor for _, tensor in beside))
 
-        return wrapped
+        # No plain function: of those, proofs of what a module does take each for another way that it is set.
+        simulated = partial(wrapped)
+        simulated.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # which `inspect` asks for
+        return simulated
 
     def _outlined_forward(
         self, module: nn.Module, outlined: Outlined, forward: Callable[..., Any]

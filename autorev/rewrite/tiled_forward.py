@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -64,6 +64,7 @@ class TiledForward(CompilingReplacement):
     """What was found of each kind of call (`kind_of`)."""
     said: set[str]
     """Why calls ran whole, as was logged; shared by the forwards of a model."""
+    analysing: bool = field(default=False, init=False)
 
     @property
     def passes_through(self) -> bool:
@@ -124,11 +125,16 @@ class TiledForward(CompilingReplacement):
         return found
 
     def _analysed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
+        if self.analysing:  # a copy of the module ran this forward, by a wrapper that is no part of the copy
+            raise ConversionError("its forward was wrapped since, by code that holds on to the module")
+        self.analysing = True
         try:
             with fake_call(self.block, *tree_map_only(torch.Tensor, shape_of, (args, kwargs))) as recorded:
                 return token_wise(recorded.root, self.found.axis, self.found.causal)
         except ConversionError as error:
             return Mixing(self.path, one_line(error))
+        finally:
+            self.analysing = False
 
     def _is_compiled(self) -> bool:
         inside = (vars(module).get("_compiled_call_impl") for module in self.block.modules())

@@ -158,7 +158,7 @@ def test_a_model_without_an_example_is_refused() -> None:
         autorev.convert(small)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("block", [hand.PostNorm, hand.ScaledShortcut, hand.PermutedShortcut, hand.DataDependent])
+@pytest.mark.parametrize("block", [hand.PostNorm, hand.PermutedShortcut, hand.DataDependent])
 def test_models_whose_blocks_cannot_be_reversed_are_refused(block: type[nn.Module]) -> None:
     """The reason that analysis found is in the message, and the model is as it was."""
     model = small(block=block)
