@@ -22,6 +22,7 @@ from tests.helpers.chromium import (
     INK,
     MEASURE_PLOTS,
     PAPER,
+    PATIENCE,
     background,
     drawn,
     ink_of_plot,
@@ -88,7 +89,7 @@ def test_every_plot_is_drawn_when_seen_and_nothing_overflows(
 def test_only_what_is_near_is_drawn(browser: Any, tmp_path: Path) -> None:
     """Opening a page costs the figures of the first screens, not all of them."""
     show(browser, tmp_path, "smollm2")
-    WebDriverWait(browser, 20).until(lambda driver: "peak" in drawn(driver))
+    WebDriverWait(browser, PATIENCE).until(lambda driver: "peak" in drawn(driver))
     assert len(drawn(browser)) < len(page_order(browser)) / 2
 
 
@@ -168,7 +169,9 @@ def test_prints_everything_in_light_colors(browser: Any, tmp_path: Path, name: s
 def test_fifty_records_open_in_two_seconds(browser: Any, tmp_path: Path) -> None:
     """By the browser's own clock: until text and tables are there, and then the first figure that is scrolled to."""
     show(browser, tmp_path, "fifty")
-    WebDriverWait(browser, 20).until(lambda driver: driver.execute_script("return performance.timing.loadEventEnd") > 0)
+    WebDriverWait(browser, PATIENCE).until(
+        lambda driver: driver.execute_script("return performance.timing.loadEventEnd") > 0
+    )
     loaded = browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
     figure = browser.execute_async_script(FIRST_FIGURE) / 1000
     print(f"\nfifty records: {loaded:.2f} s to open, {figure:.2f} s to the first figure; budget {SECONDS_TO_OPEN} s")

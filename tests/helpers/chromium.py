@@ -9,6 +9,8 @@ from typing import Any
 
 from selenium.webdriver.support.ui import WebDriverWait
 
+PATIENCE = 120
+"""Seconds: a browser that has just been started on a busy machine took 90 for its first page."""
 PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 28)"}
 INK = {"light": "rgb(22, 24, 29)", "dark": "rgb(240, 241, 244)"}
 # Per plot: the size of its drawing, and of every trace in it.
@@ -74,4 +76,4 @@ def see(browser: Any, ids: list[str]) -> None:
     """Scroll to every place and wait until its figure is drawn."""
     for each in ids:
         browser.execute_script("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", each)
-        WebDriverWait(browser, 20, poll_frequency=0.02).until(lambda driver, each=each: each in drawn(driver))
+        WebDriverWait(browser, PATIENCE, poll_frequency=0.02).until(lambda driver, each=each: each in drawn(driver))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autorev.analysis import Category, Setting
+from autorev.analysis import Category
 from autorev.in_place import Blocks, in_place
 from autorev.methods import Method
 from autorev.pipeline import prepare
@@ -22,7 +24,9 @@ from autorev.profiler.passes.predicted import predict_method
 from autorev.profiler.passes.prepare import find_blocks, prepare_model
 from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes, tensors_of
 from autorev.profiler.passes.stopwatch import measure_work
+from autorev.profiler.passes.watch import PeakWatch
 from autorev.profiler.readings import PHASES, Memory
+from autorev.setting import Setting
 from autorev.workload import Call
 from tests.integration.test_prediction import FAMILIES, workload_of
 
@@ -104,6 +108,40 @@ def test_the_traced_peak_is_the_allocators(spec: str) -> None:
     """Every byte of the peak is followed: both counts agree, here to the byte."""
     memory = measured(spec).memory
     assert memory.attributed_bytes == memory.peak_bytes
+
+
+def test_garbage_of_an_earlier_model_is_not_the_steps(request: pytest.FixtureRequest) -> None:
+    """A ring that Python's collector comes upon in the middle of the step, and not before."""
+    request.addfinalizer(gc.enable)
+    gc.disable()
+
+    def at_peak(earlier: int) -> tuple[int, int]:
+        model, call, _ = model_and_call("llama", (), BATCH, SEQUENCE)
+        step = TrainingStep(model, call, optimizer_for(model, "adamw"))
+        step.run()
+        model.register_forward_pre_hook(collect)
+        watch = PeakWatch(torch.device("cpu"))
+        leave_a_ring(earlier)
+        watch.begin(step.standing())
+        step.run()
+        watched = watch.end()
+        leave_a_ring(earlier)
+        return measure_memory(step).peak_bytes, watched
+
+    assert at_peak(earlier=10_000_000) == at_peak(earlier=0)
+
+
+def collect(module: nn.Module, args: Any) -> None:
+    """What Python does by itself, at a time of its own."""
+    gc.collect()
+
+
+def leave_a_ring(size: int) -> None:
+    """Of `size` bytes, which nothing but the collector frees. The allocator tells of the freeing only what it has told
+    of the making."""
+    with torch.profiler.profile(profile_memory=True):
+        ring: list[object] = [torch.zeros(size // 4)]
+    ring.append(ring)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "t5", "vit"])

@@ -6,6 +6,7 @@ knows anything of autorev, and neither changes what the step does. The process's
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def _on_cpu(step: TrainingStep) -> tuple[dict[str, int], int]:
     """Highest bytes in each phase, and the bytes kept between forward and backward."""
     base = storage_bytes(step.standing())
     hush_profiler()
+    gc.collect()  # an earlier model that is garbage still would count as freed by this step
     with torch.profiler.profile(profile_memory=True) as profile:
         step.run(torch.profiler.record_function)
     events = profile.profiler.kineto_results.events()
@@ -73,6 +75,7 @@ def _on_gpu(step: TrainingStep, snapshot: Path | None) -> tuple[dict[str, int], 
         if name == "forward":
             kept[0] = torch.cuda.memory_allocated(device) - before
 
+    gc.collect()
     before = torch.cuda.memory_allocated(device)
     if snapshot is not None:
         torch.cuda.memory._record_memory_history(stacks="python")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -29,6 +30,7 @@ class PeakWatch:
             return
         self._base = storage_bytes(standing)
         hush_profiler()
+        gc.collect()  # an earlier model that is garbage still would count as freed by this stretch
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
