@@ -7,8 +7,8 @@
 NOTE [ Causal tiles ]
 
 Of a module whose positions meet in one call of attention (`detect.causal`), the keys and values of all positions are
-alive, and one tile's share of everything else. The kernel is PyTorch's own, told by `causal_lower_right` where the
-queries are. Tiles run in order, and each adds its keys and values to the past.
+alive, and one tile's share of everything else. The kernel is PyTorch's own, told by `causal_lower_right` (on a CPU by
+a mask) where the queries are. Tiles run in order, and each adds its keys and values to the past.
 
 In backward the last tile comes first. By the time that a tile has its turn, the queries of those behind it have left
 their gradients of its keys and values (`_Extend`), and its own add the rest: so it runs once.
@@ -31,10 +31,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autorev.engine.autograd import apply
+from autorev.engine.owned import is_fake
 from autorev.errors import ConversionError
 
 AXIS = -2
 """Of queries, keys and values: their positions."""
+FEW = 64
+"""Queries that a CPU's kernel is given at a time."""
 
 
 class Past:
@@ -136,9 +139,34 @@ class _Attending(TorchFunctionMode):
                 "not when it was analysed; convert again"
             )
         key, value = self.extended(0, key), self.extended(1, value)
+        if query.device.type == "cpu" and not is_fake(query):
+            return _on_a_cpu(query, key, value, **how)
         with _disable_current_modes():  # a bias is a tensor of a class of its own, which no mode can make
             bias = causal_lower_right(query.shape[AXIS], key.shape[AXIS])
         return F.scaled_dot_product_attention(query, key, value, bias, **how)
+
+
+def _on_a_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+    """The CPU's kernel is not told where the queries are: it takes a mask. A few queries at a time share one: of those
+    before, it is a part of the mask of the last ones."""
+    queries, keys = query.shape[AXIS], key.shape[AXIS]
+    few = min(FEW, queries)
+    later = torch.arange(keys, device=query.device) > keys - few + torch.arange(few, device=query.device)[:, None]
+    mask = torch.zeros(few, keys, dtype=query.dtype, device=query.device).masked_fill_(later, float("-inf"))
+    parts = []
+    for start in range(0, queries, few):
+        end = min(start + few, queries)
+        seen = keys - queries + end
+        parts.append(
+            F.scaled_dot_product_attention(
+                query.narrow(AXIS, start, end - start),
+                key.narrow(AXIS, 0, seen),
+                value.narrow(AXIS, 0, seen),
+                mask[few - (end - start) :, keys - seen :],
+                **how,
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, AXIS)
 
 
 class _UpToAttention(_Attending):
