@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from autorev.analysis import Setting
+from autorev.setting import Setting
 
 SPEC = "{spec}"
 """Where the coupling stands in the command."""

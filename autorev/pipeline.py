@@ -13,7 +13,7 @@ from torch import nn
 from autorev import __version__
 from autorev.advice.case import Possible
 from autorev.advice.predicted import recommend_for
-from autorev.analysis import Analysis, ModelInfo, Prediction, Reach, Setting, resolve_lora
+from autorev.analysis import Analysis, ModelInfo, Prediction, Reach
 from autorev.capture.fake import DATA_DEPENDENT, new_fake_mode
 from autorev.capture.quantised import linear_sizes
 from autorev.capture.record import record
@@ -35,6 +35,7 @@ from autorev.prediction.layout import layout_of
 from autorev.prediction.sharding import division_of, notes_on
 from autorev.prediction.training import DTYPES, choose_trained
 from autorev.profiles import load_device
+from autorev.setting import Setting, resolve_lora
 from autorev.workload import Call, Workload, check_step
 
 Progress = Callable[[str, float], None]
@@ -239,7 +240,7 @@ def predict(
 
     `setting` is any of batch, sequence, dtype, autocast, accumulate, optimizer, trains, lora_rank, lora_dropout,
     adapter_dtype, weights, loss, gpus, shard, sequence_parallel and device; see `analyze_workload` and
-    `autorev.analysis.Setting`.
+    `autorev.setting.Setting`.
     `trust_remote_code`: code that stands beside MODEL's config, or that the config names, may run.
     """
 

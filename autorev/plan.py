@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from autorev.analysis import DeviceInfo, ModelInfo, Setting
+from autorev.analysis import DeviceInfo, ModelInfo
 from autorev.errors import ConversionError
 from autorev.methods import Method
 from autorev.records import Record
+from autorev.setting import Setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from autorev.analysis import Category, DeviceInfo, ModelInfo, Setting
+from autorev.analysis import Category, DeviceInfo, ModelInfo
 from autorev.format import clean, format_bytes, format_count, format_integer, plural
 from autorev.known_methods import BASELINES, METHODS
 from autorev.methods import TILES
 from autorev.optimizers import Optimizer
+from autorev.setting import Setting
 
 CATEGORY_TITLES = {
     Category.PARAMETERS: "parameters",

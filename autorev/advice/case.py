@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from autorev.analysis import Category, Reach, Setting
+from autorev.analysis import Category, Reach
 from autorev.format import format_bytes, format_seconds
 from autorev.methods import Method
+from autorev.setting import Setting
 
 WORTH = 0.05
 """A peak has to be lower by this share to be worth a conversion."""

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from autorev.advice.case import TITLES, Candidate, Case, Possible
 from autorev.advice.recommend import recommend
-from autorev.analysis import Analysis, Prediction, Recommendation, Setting
+from autorev.analysis import Analysis, Prediction, Recommendation
 from autorev.format import format_bytes, unit_for
 from autorev.methods import Method
+from autorev.setting import Setting
 
 
 def recommend_for(analysis: Analysis, possible: Possible | None = None) -> Recommendation:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from autorev.advice.case import FIXED, Candidate, Case
-from autorev.analysis import Category, Setting
+from autorev.analysis import Category
 from autorev.format import format_bytes
 from autorev.optimizers import Optimizer
+from autorev.setting import Setting
 from autorev.words import CATEGORY_TITLES
 
 DOMINANT = 0.40

@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from autorev import __version__
-from autorev.analysis import resolve_lora
 from autorev.cli.ending import Group
 from autorev.cli.output import check_place, say
 from autorev.errors import SettingError, UnreadableError
@@ -21,6 +20,7 @@ from autorev.files import path_of
 from autorev.finetuning import world
 from autorev.format import visible
 from autorev.optimizers import KINDS, Optimizer
+from autorev.setting import resolve_lora
 
 _SECONDS_BETWEEN_LINES = 10.0
 COUNT, COUNT_OR_NONE = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**31 - 1)

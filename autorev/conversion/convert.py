@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from autorev.chunked_loss import chunk_loss
 from autorev.conversion import config_entry
+from autorev.conversion.asked import asked, check_patterns
 from autorev.conversion.baseline import baseline
 from autorev.conversion.checkpointing import (
     SWITCH_OFF,
@@ -34,7 +34,7 @@ from autorev.detection import call_of
 from autorev.devices import check_devices
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.host_store import HostStore
-from autorev.errors import ConversionError, SettingError
+from autorev.errors import ConversionError
 from autorev.methods import Method, Numbers
 from autorev.plan import Plan, method_of
 from autorev.rewrite.block_forward import ReversibleForward
@@ -111,7 +111,7 @@ def convert(
     planned = batch if isinstance(batch, Plan) else None
     if planned is not None:
         batch, method = None, method_of(planned, model)
-    how = _asked(
+    how = asked(
         method,
         gamma=gamma,
         c=c,
@@ -142,7 +142,7 @@ def convert(
         check_devices(model.named_parameters())
     args, kwargs = call_of(model, batch, "convert")
     chosen = choose(model, args, kwargs, blocks, exclude)
-    _check_patterns(how, chosen)
+    check_patterns(how, chosen)
     if not chosen.chains and (how.reversible or not chosen.others):
         raise ConversionError(_nothing(model, chosen))
     put_in_place = partial(_put_in_place, model, batch, chosen, how, planned, call=(args, kwargs))
@@ -308,45 +308,6 @@ def chains_of(model: nn.Module) -> list[ReversibleChain]:
 def forwards_of(model: nn.Module) -> Iterable[ReversibleForward]:
     """The replaced forwards of `model`'s converted blocks."""
     return (found for found in replacements_of(model) if isinstance(found, ReversibleForward))
-
-
-# -- arguments
-
-
-def _asked(method: str | Method, **options: Any) -> Method:
-    """`method` with the options that are given beside it; a `planned` one may chunk the loss."""
-    planned = options.pop("planned")
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        said = Method.parse(method) if isinstance(method, str) else method
-        if not isinstance(said, Method):
-            raise SettingError(f"a method is named by text, such as momentum:k=3, not {method!r}")
-        usual = Method(said.name)
-        for name in given:
-            if getattr(said, name) != getattr(usual, name):
-                raise SettingError(f"{name} is given in {said.spec} and beside it; give one of the two")
-        how = replace(said, **given)
-    except SettingError as error:
-        raise ConversionError(str(error)) from None
-    if how.name == "compile":
-        raise ConversionError(
-            "the method compile is nothing that convert does; call block.compile() on the blocks, or give "
-            "compile='blocks'"
-        )
-    if how.loss != "full" and not planned:
-        raise ConversionError(
-            "no method of convert changes the loss; call autorev.chunk_loss(model), too, and leave loss=chunked out"
-        )
-    return how
-
-
-def _check_patterns(method: Method, chosen: Chosen) -> None:
-    paths = [finding.path for chain in chosen.chains for finding in chain]
-    for name in ("gamma", "c"):
-        numbers = getattr(method, name)
-        for pattern in numbers if isinstance(numbers, Mapping) else ():
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                raise ConversionError(f"the pattern {pattern!r} of {name} matches none of the blocks to convert")
 
 
 def _nothing(model: nn.Module, chosen: Chosen) -> str:

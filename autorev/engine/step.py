@@ -58,7 +58,8 @@ import torch
 from torch import nn
 
 from autorev.engine.autograd import couple, enter, read_out, straight_through
-from autorev.engine.chain import Carried, CarriedLane, ReversibleChain, arrive, pass_of
+from autorev.engine.carried import Carried, CarriedLane, arrive, pass_of
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.grid import grid_at_start
 from autorev.engine.host_store import HostStore
 from autorev.engine.kept import KeptOutputs

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from autorev.analysis import Analysis, Setting, resolve_lora
+from autorev.analysis import Analysis
 from autorev.chunked_loss import head_of
 from autorev.errors import SettingError
 from autorev.given import is_count
@@ -26,6 +26,7 @@ from autorev.profiler.passes.sweep import standing_bytes
 from autorev.profiler.run import profile
 from autorev.profiler.subject import live_subject
 from autorev.profiles import load_device
+from autorev.setting import Setting, resolve_lora
 from autorev.workload import Workload
 
 Progress = Callable[[str, float], None]

@@ -10,7 +10,7 @@ from torch import nn
 
 from autorev.analysis import Category
 from autorev.detect.finding import Finding
-from autorev.engine.chain import pass_of
+from autorev.engine.carried import pass_of
 from autorev.engine.host_store import HostStore
 from autorev.engine.step import Branch, Step
 from autorev.methods import Method

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autorev.analysis import Category, DeviceInfo, Prediction, Setting
+from autorev.analysis import Category, DeviceInfo, Prediction
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.record import record
 from autorev.detect.chains import detect
@@ -29,6 +29,7 @@ from autorev.prediction.training import DTYPES, loss_function
 from autorev.prediction.ulysses import Ulysses
 from autorev.prediction.update import Update, Updated, update_of, updated_by
 from autorev.rewrite.tiled_forward import tiled_forwards
+from autorev.setting import Setting
 from autorev.workload import Call
 
 PROBES = (32, 64, 96)

@@ -21,10 +21,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from autorev.analysis import Category, Setting
+from autorev.analysis import Category
 from autorev.errors import SettingError
 from autorev.prediction.layout import Layout
 from autorev.prediction.update import Update, Updated, update_of
+from autorev.setting import Setting
 
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's `reduce_bucket_size`: elements of the buffer that gradients wait in until they are reduced.

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autorev.analysis import Setting
 from autorev.capture.quantised import StandIn, linear_sizes
 from autorev.chunked_loss import head_of, linear_loss, run_without_logits
 from autorev.errors import SettingError
 from autorev.integrations.transformers import output_head
 from autorev.losses import floating_outputs, returned_loss
+from autorev.setting import Setting
 from autorev.workload import Call
 
 NO_LABELS = "the batch holds no labels, so there is no loss to compute in chunks"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autorev.analysis import Setting
 from autorev.in_place import Blocks
 from autorev.methods import Method
 from autorev.profiler.readings import Fidelity, Memory, Round, Work
 from autorev.profiler.record import Point, Status
+from autorev.setting import Setting
 
 
 @dataclass(frozen=True, slots=True)

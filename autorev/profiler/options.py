@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from autorev.analysis import CHOICES
 from autorev.errors import SettingError
 from autorev.given import is_count, is_number, no_function
 from autorev.profiler.passes.sweep import UNITS
 from autorev.profiler.record import GOALS
 from autorev.profiler.subject import Subject
+from autorev.setting import CHOICES
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
-from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation, Setting
+from autorev.analysis import DeviceInfo, ModelInfo, Prediction, Recommendation
 from autorev.methods import Method
 from autorev.profiler.readings import Fidelity, Memory, Round, Work, are_times, check
 from autorev.records import Record, check_name
+from autorev.setting import Setting
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from autorev.analysis import resolve_lora
 from autorev.errors import SettingError
 from autorev.files import path_of, why_not_written
 from autorev.integrations.optimizers import check_runs
@@ -28,6 +27,7 @@ from autorev.profiler.schedule import Progress, Schedule
 from autorev.profiler.scratch import scratch
 from autorev.profiler.subject import Subject, live_subject, named_subject
 from autorev.records import drop_parts
+from autorev.setting import resolve_lora
 
 RECORDS = Path("profiles/recorded")
 

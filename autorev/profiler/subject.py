@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autorev.analysis import DeviceInfo, ModelInfo, Setting
+from autorev.analysis import DeviceInfo, ModelInfo
 from autorev.capture.fake import fake_copy
 from autorev.capture.quantised import parameters_of
 from autorev.conversion.checkpointing import SWITCH_OFF, checkpoints_itself
@@ -25,6 +25,7 @@ from autorev.prediction.forecast import Forecaster
 from autorev.profiler.passes.prepare import find_blocks, in_order
 from autorev.profiler.passes.step import tensors_of
 from autorev.profiles import DeviceProfile
+from autorev.setting import Setting
 from autorev.workload import Call, Workload
 
 

@@ -18,7 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.scaling import Factor, is_held
-from autorev.engine.chain import ReversibleChain, pass_of
+from autorev.engine.carried import pass_of
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.plain_data import without_history
 from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError

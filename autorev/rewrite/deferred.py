@@ -17,7 +17,7 @@ import torch
 
 from autorev.detect.ends import flatten_with_path, replace_leaf
 from autorev.engine.autograd import joined
-from autorev.engine.chain import Apart, pass_of
+from autorev.engine.carried import Apart, pass_of
 from autorev.engine.digest import looked_at
 from autorev.rewrite.block_forward import Places, WholeBlock
 from autorev.rewrite.nothing import Nothing

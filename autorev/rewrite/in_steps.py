@@ -22,7 +22,8 @@ from autorev.detect.chains import detect
 from autorev.detect.ends import replace_leaf
 from autorev.detect.finding import Finding
 from autorev.detect.judge import judge
-from autorev.engine.chain import ReversibleChain, one_pass
+from autorev.engine.carried import one_pass
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.replay import hooks_of_others_off
 from autorev.engine.step import Branch
 from autorev.errors import AutorevError, ConversionError, one_line

@@ -10,7 +10,8 @@ from torch import nn
 
 from autorev.detect.finding import Finding
 from autorev.detect.inline import common_start
-from autorev.engine.chain import ReversibleChain, one_pass
+from autorev.engine.carried import one_pass
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.mode import is_traced
 from autorev.engine.traced import TracedPass
 from autorev.errors import ConversionError

@@ -136,7 +136,10 @@ class Device:
         if not (self.quick and self.kind == "cpu"):
             yield "inductor"
             return
-        traced = lambda *args, **how: COMPILE(*args, backend="aot_eager", **{**how, "options": None})  # noqa: E731
+
+        def traced(*args: Any, **how: Any) -> Any:
+            return COMPILE(*args, backend="aot_eager", **{**how, "options": None})
+
         with mock.patch.object(torch, "compile", traced):
             yield "aot_eager, which traces and generates no code: inductor takes a minute on a CPU"
 

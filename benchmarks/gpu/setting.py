@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from autorev.analysis import Setting
 from autorev.errors import ProfileError
 from autorev.methods import Method
 from autorev.pipeline import prepare
@@ -14,6 +13,7 @@ from autorev.prediction.forecast import Forecaster
 from autorev.profiler.environment import device_profile
 from autorev.profiler.job import Source
 from autorev.profiler.passes.prepare import Prepared, prepare_model
+from autorev.setting import Setting
 from autorev.workload import Call
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.size import Size

@@ -29,11 +29,14 @@ from tests.helpers.blocks import (
     assert_like_oracle,
     assert_same,
     converted,
+    frozen_but,
     gradients_of,
     mean_square,
     no_collection,
     small,
     step,
+    taken_half_way,
+    two_backward_passes,
 )
 
 TILES = 3
@@ -219,39 +222,21 @@ def test_the_function_is_the_same_up_to_rounding(setting: Setting) -> None:
 def test_frozen_parameters(frozen: str) -> None:
     """Keys and values that need no gradient leave none."""
     model = tiled(EXACT)
-    for name, parameter in model.named_parameters():
-        last = name.startswith("blocks.1") or "head" in name
-        parameter.requires_grad_(last if frozen == "all but the last block" else frozen not in name)
+    frozen_but(model, frozen)
     assert_like_oracle(model, EXACT)
 
 
 @with_tiles
 def test_two_backward_passes_of_one_forward(setting: Setting) -> None:
     """`retain_graph`: keys and values are made again for each."""
-
-    def run() -> Results:
-        model.zero_grad()
-        loss = mean_square(model(TOKENS))
-        loss.backward(retain_graph=True)
-        loss.backward()
-        return gradients_of(model)
-
     model = tiled(setting)
-    assert_like_oracle(model, setting, run)
+    assert_like_oracle(model, setting, lambda: two_backward_passes(model))
 
 
 def test_a_gradient_taken_half_way() -> None:
     """Tiles of blocks that nobody asked for are run all the same, and then asked for."""
-
-    def run() -> Results:
-        model.zero_grad()
-        loss = mean_square(model(TOKENS))
-        (some,) = torch.autograd.grad(loss, [model.blocks[1].attention.k.weight], retain_graph=True)
-        loss.backward()
-        return {"some": some, **gradients_of(model)}
-
     model = tiled(EXACT)
-    assert_like_oracle(model, EXACT, run)
+    assert_like_oracle(model, EXACT, lambda: taken_half_way(model, model.blocks[1].attention.k.weight))
 
 
 def test_other_lengths() -> None:

@@ -21,16 +21,15 @@ from tests.helpers import handwritten as hand
 from tests.helpers.blocks import (
     EXACT,
     TOKENS,
-    Results,
     Storages,
     assert_like_oracle,
     assert_same,
     converted,
-    gradients_of,
-    mean_square,
     no_collection,
     small,
     step,
+    taken_half_way,
+    two_backward_passes,
 )
 
 OPTIONS: list[dict[str, Any]] = [
@@ -141,30 +140,14 @@ def test_so_many_blocks_keep_it(spec: str, runs: int) -> None:
 
 def test_a_second_backward_computes_it_again() -> None:
     """What was kept is let go once it has been used."""
-
-    def run() -> Results:
-        model.zero_grad()
-        loss = mean_square(model(TOKENS))
-        loss.backward(retain_graph=True)
-        loss.backward()
-        return gradients_of(model)
-
     model = converted(EXACT, small, keep_last=0, keep="attention")
-    assert_like_oracle(model, EXACT, run)
+    assert_like_oracle(model, EXACT, lambda: two_backward_passes(model))
 
 
 def test_a_gradient_taken_half_way() -> None:
     """Steps that autograd does not ask for are undone with what was kept."""
-
-    def run() -> Results:
-        model.zero_grad()
-        loss = mean_square(model(TOKENS))
-        (some,) = torch.autograd.grad(loss, [model.blocks[1].mlp.down.weight], retain_graph=True)
-        loss.backward()
-        return {"some": some, **gradients_of(model)}
-
     model = converted(EXACT, small, keep_last=0, keep="attention")
-    assert_like_oracle(model, EXACT, run)
+    assert_like_oracle(model, EXACT, lambda: taken_half_way(model, model.blocks[1].mlp.down.weight))
 
 
 def test_what_is_kept_goes_with_the_graph() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -163,23 +164,20 @@ def test_no_grid_point_moves_with_the_factor(factor: float) -> None:
         assert math.isclose(grid.unit, 2.0**-16 * product, rel_tol=1e-12)
 
 
-def test_a_grid_that_became_coarser_for_a_large_factor_is_used_again() -> None:
+def test_a_grid_that_became_coarser_for_a_large_factor_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 and then 1/2 leaves the first one, and no bit is dropped."""
     model = hand.Stack(*(block() for _ in range(3) for block in (hand.ScaledByAlpha, Halving)))
     autorev.convert(model, batch=TOKENS, keep_last=0)
     seen = []
     take = Lane.take
 
-    def watched(self: Lane, *args: object, **kwargs: object) -> object:
-        taken = take(self, *args, **kwargs)  # type: ignore[arg-type]  # handed on as they came
-        seen.append((taken.dropped is not None, self.arithmetic.fraction_bits))  # type: ignore[union-attr]
+    def watched(self: Any, *given: Any, **how: Any) -> Any:
+        taken = take(self, *given, **how)
+        seen.append((taken.dropped is not None, self.arithmetic.fraction_bits))
         return taken
 
-    Lane.take = watched  # type: ignore[method-assign,assignment]
-    try:
-        step(model)
-    finally:
-        Lane.take = take  # type: ignore[method-assign]
+    monkeypatch.setattr(Lane, "take", watched)
+    step(model)
     assert not any(dropped for dropped, _ in seen)
     first = seen[1][1]
     assert [bits for _, bits in seen[:6]] == [first - 1, first] * 3

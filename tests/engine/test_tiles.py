@@ -30,10 +30,13 @@ from tests.helpers.blocks import (
     assert_like_oracle,
     assert_same,
     converted,
+    frozen_but,
     gradients_of,
     mean_square,
     small,
     step,
+    taken_half_way,
+    two_backward_passes,
 )
 
 TILES = 3
@@ -299,39 +302,21 @@ def test_dropout_of_tiles_is_drawn_again_as_it_was() -> None:
 def test_frozen_parameters(frozen: str) -> None:
     """Where nothing of a tile needs a gradient, nobody asks for it."""
     model = tiled(EXACT)
-    for name, parameter in model.named_parameters():
-        last = name.startswith("blocks.3") or "head" in name
-        parameter.requires_grad_(last if frozen == "all but the last block" else frozen not in name)
+    frozen_but(model, frozen)
     assert_like_oracle(model, EXACT)
 
 
 @with_tiles
 def test_two_backward_passes_of_one_forward(setting: Setting) -> None:
     """`retain_graph`: the tape goes forward again, and the tiles run again."""
-
-    def run() -> Results:
-        model.zero_grad()
-        loss = mean_square(model(TOKENS))
-        loss.backward(retain_graph=True)
-        loss.backward()
-        return gradients_of(model)
-
     model = tiled(setting)
-    assert_like_oracle(model, setting, run)
+    assert_like_oracle(model, setting, lambda: two_backward_passes(model))
 
 
 def test_a_gradient_taken_half_way() -> None:
     """Of one block's parameters alone, and then of all: tiles that nobody asked for are run all the same."""
-
-    def run() -> Results:
-        model.zero_grad()
-        loss = mean_square(model(TOKENS))
-        (some,) = torch.autograd.grad(loss, [model.blocks[2].attention.out.weight], retain_graph=True)
-        loss.backward()
-        return {"some": some, **gradients_of(model)}
-
     model = tiled(EXACT)
-    assert_like_oracle(model, EXACT, run)
+    assert_like_oracle(model, EXACT, lambda: taken_half_way(model, model.blocks[2].attention.out.weight))
 
 
 def test_two_forward_passes_before_their_backward_passes() -> None:

@@ -23,11 +23,11 @@ from autorev.analysis import (
     Prediction,
     Reach,
     Recommendation,
-    Setting,
     Step,
     Sweep,
     Verdict,
 )
+from autorev.setting import Setting
 
 GIB = 2**30
 H100 = DeviceInfo(

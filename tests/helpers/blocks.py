@@ -164,6 +164,31 @@ class Storages(TorchDispatchMode):
         return [nbytes for reference, nbytes in self.made.values() if not reference.expired()]
 
 
+def two_backward_passes(model: Any) -> Results:
+    """Of one forward pass, by `retain_graph`; their gradients add up."""
+    model.zero_grad()
+    loss = mean_square(model(TOKENS))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return gradients_of(model)
+
+
+def taken_half_way(model: Any, weight: torch.Tensor) -> Results:
+    """The gradient of `weight` alone, and then those of all."""
+    model.zero_grad()
+    loss = mean_square(model(TOKENS))
+    (some,) = torch.autograd.grad(loss, [weight], retain_graph=True)
+    loss.backward()
+    return {"some": some, **gradients_of(model)}
+
+
+def frozen_but(model: Any, frozen: str) -> None:
+    """Freeze the parameters whose names have `frozen`, or `all but the last block` and the head."""
+    for name, parameter in model.named_parameters():
+        last = name.startswith(f"blocks.{len(model.blocks) - 1}") or "head" in name
+        parameter.requires_grad_(last if frozen == "all but the last block" else frozen not in name)
+
+
 class PeakBytes(TorchDispatchMode):
     """The most bytes of tensors alive at once, of those made while it is on."""
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from autorev.analysis import DeviceInfo, ModelInfo, Recommendation, Setting
+from autorev.analysis import DeviceInfo, ModelInfo, Recommendation
 from autorev.profiler.advise import advise
 from autorev.profiler.record import Environment, Point, Profile, Result, Status
+from autorev.setting import Setting
 from tests.helpers import profile_simulation as simulated
 from tests.helpers.profile_simulation import METHODS, Method, Model
 

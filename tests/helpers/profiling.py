@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from autorev.analysis import Setting
 from autorev.in_place import Blocks
 from autorev.methods import Method
 from autorev.profiler.job import Job, Source
 from autorev.profiler.record import Profile
 from autorev.profiler.run import profile
+from autorev.setting import Setting
 
 
 def run(model: Any = "profiled_net:make", *specs: str, **options: Any) -> Profile:

@@ -18,12 +18,12 @@ from rich.console import Console
 import autorev
 from autorev.advice.case import Possible
 from autorev.advice.predicted import recommend_for
-from autorev.analysis import Setting
 from autorev.cli import main
 from autorev.commands import SPEC, apart, beside, training_command
 from autorev.finetuning.record import FineTuning
 from autorev.report.shared import advice_on_screen
 from autorev.report.terminal import print_sections
+from autorev.setting import Setting
 from tests.helpers.tiny_llm import tiny_llm
 
 SETTING = Setting(4, 96, "fp32", "adamw", "lora", 4, "full", "cpu")

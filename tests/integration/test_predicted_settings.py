@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import autorev
-from autorev.analysis import Analysis, Category, Prediction, Setting
+from autorev.analysis import Analysis, Category, Prediction
 from autorev.cli import main
 from autorev.commands import training_command
 from autorev.errors import SettingError
@@ -29,10 +29,12 @@ from autorev.profiler.job import Source
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.prepare import find_blocks, prepare_model
 from autorev.profiler.passes.step import TrainingStep, optimizer_for
+from autorev.setting import Setting
 from autorev.words import setting_facts
 from autorev.workload import Workload
 from tests.helpers import analysis_examples
-from tests.integration.test_prediction import FAMILIES, checkpointed, highest, workload_of
+from tests.helpers.allocator import changes_of, highest
+from tests.integration.test_prediction import FAMILIES, checkpointed, workload_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -149,20 +151,18 @@ def truth(workload: Workload, analysis: Analysis, predicted: Prediction) -> tupl
                 stack.enter_context(mock.patch.object(block, "forward", checkpointed(block.forward)))
         step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            step()
-        with torch.profiler.profile(profile_memory=True) as forward_alone:
-            loss = forward()
-        del loss
+        above = highest(step)
+        losses: list[torch.Tensor] = []
+        kept = sum(changes_of(lambda: losses.append(forward())))
+        losses.clear()
     inputs = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     standing = [*model.parameters(), *model.buffers(), *inputs, *state]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}
-    kept = left(forward_alone)
     drawn = predicted.method == "momentum" and setting.lora_dropout
     if predicted.method == "checkpoint" or drawn:  # of each block the random state, 5 kB whatever its size
         kept -= len(paths) * torch.get_rng_state().numel()
-    return sum(storages.values()) + highest(profile), kept
+    return sum(storages.values()) + above, kept
 
 
 def with_adapters(model: nn.Module, setting: Setting, blocks: list[str]) -> nn.Module:
@@ -177,12 +177,6 @@ def with_adapters(model: nn.Module, setting: Setting, blocks: list[str]) -> nn.M
     config = peft.LoraConfig(r=setting.lora_rank, lora_dropout=setting.lora_dropout, target_modules=linear)
     adapted: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=setting.adapter_dtype == "fp32")
     return adapted
-
-
-def left(profile: torch.profiler.profile) -> int:
-    """What the profiled code allocated and did not free."""
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 # -- what is said of it

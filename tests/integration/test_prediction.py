@@ -34,6 +34,7 @@ from autorev.prediction.frontier import explore
 from autorev.profiles import load_device
 from autorev.workload import Workload
 from tests.helpers import zoo
+from tests.helpers.allocator import highest
 from tests.helpers.zoo import BART, GPT2, HEADS, IMAGE, SIZES
 
 DEEP = {"num_hidden_layers": 7, "hidden_size": 64, "intermediate_size": 128}
@@ -412,8 +413,7 @@ def allocator_peak(
     try:
         step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            step()
+        above = highest(step)
     finally:
         for patch in patches:
             patch.stop()
@@ -421,18 +421,7 @@ def allocator_peak(
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     tensors = [*model.parameters(), *model.buffers(), *inputs, *state]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) + highest(profile)
-
-
-def highest(profile: torch.profiler.profile) -> int:
-    """The highest running sum of the allocator's events."""
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    now = most = 0
-    for event in events:
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    return sum(storages.values()) + above
 
 
 def freeze(model: nn.Module, trains: str, rank: int | None, blocks: list[str]) -> None:

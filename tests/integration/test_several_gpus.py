@@ -19,7 +19,7 @@ import torch.multiprocessing
 from click.testing import CliRunner
 
 import autorev
-from autorev.analysis import Analysis, Category, Prediction, Setting
+from autorev.analysis import Analysis, Category, Prediction
 from autorev.cli import main
 from autorev.errors import SettingError
 from autorev.methods import Method
@@ -30,6 +30,7 @@ from autorev.prediction.sharding import REDUCE_BUCKET, Division, Group, division
 from autorev.prediction.update import updated_by
 from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.step import TrainingStep, optimizer_for
+from autorev.setting import Setting
 from autorev.workload import Workload
 
 hf = pytest.importorskip("transformers")

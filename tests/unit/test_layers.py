@@ -14,7 +14,7 @@ LAYERS = """
     alike errors format given patching
     own_mode
     couplings devices files hush keeps lock optimizers packages workload
-    integrations known_methods method_options
+    integrations known_methods method_options setting
     capture
     engine methods records
     analysis intact

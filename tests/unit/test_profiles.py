@@ -259,7 +259,7 @@ def test_an_installed_package_reads_its_own_copy_without_torch(tmp_path: Path) -
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     copies = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     (tmp_path / "autorev" / "_profiles").mkdir(parents=True)
-    for module in ("__init__", "analysis", "errors", "files", "given", "optimizers", "profiles", "records"):
+    for module in ("__init__", "analysis", "errors", "files", "given", "optimizers", "profiles", "records", "setting"):
         shutil.copy(ROOT / "autorev" / f"{module}.py", tmp_path / "autorev")
     for source, target in copies.items():
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy

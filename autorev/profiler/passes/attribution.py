@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from autorev.analysis import Category
-from autorev.engine.chain import pass_of
+from autorev.engine.carried import pass_of
 from autorev.engine.tape import Tape
 from autorev.patching import patched_here
 from autorev.prediction.tracker import Live, MemoryTracker, Segment

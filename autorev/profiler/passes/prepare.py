@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from autorev.analysis import Setting
 from autorev.capture.quantised import linear_sizes
 from autorev.detection import detect_in
 from autorev.errors import SettingError
@@ -18,6 +17,7 @@ from autorev.integrations.peft import inject, lora_config
 from autorev.models.load import load_model
 from autorev.prediction.training import DTYPES, choose_trained
 from autorev.profiler.job import Source
+from autorev.setting import Setting
 from autorev.workload import Call
 
 TEXTS = 4

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from autorev.analysis import Setting
 from autorev.errors import is_out_of_memory
 from autorev.in_place import in_place
 from autorev.optimizers import Optimizer
@@ -27,6 +26,7 @@ from autorev.profiler.passes.allocator import measure_memory
 from autorev.profiler.passes.prepare import Prepared, prepare_model, with_text
 from autorev.profiler.passes.step import TrainingStep, optimizer_for, storage_bytes
 from autorev.profiler.record import Point, Status
+from autorev.setting import Setting
 from autorev.workload import Call
 
 TRIES = 20

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import autorev
-from autorev.engine.chain import ReversibleChain, pass_of
+from autorev.engine.carried import pass_of
+from autorev.engine.chain import ReversibleChain
 from autorev.engine.mode import running
 from autorev.engine.tape import Tape
 from tests.engine.hostile.by_hand import LEAPFROG, Results, assert_close, results_of, run_blocks
