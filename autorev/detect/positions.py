@@ -36,7 +36,7 @@ class MixesError(Exception):
 
 SIZED = frozenset({"view", "_unsafe_view", "reshape", "expand", "slice", "new_empty", "new_zeros", "new_ones"})
 """Operators that are told sizes, and compute nothing."""
-LAYOUT = SIZED | {"permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "alias"}
+LAYOUT = SIZED | {"permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "alias", "detach"}
 """Operators that compute nothing; which of them run depends on how memory lies, where an axis is of size one."""
 
 

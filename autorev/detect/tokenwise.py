@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -72,6 +73,17 @@ class Mixing:
 def token_wise(call: ModuleCall, axis: int | None = None, causal: bool = False) -> TokenWise | Mixing:
     """Does the module of `call`, recorded on fake tensors, act on each position alone, or (`causal`) do so but for one
     call of causal attention? `axis`: where the positions are, if not in the longest."""
+    known = _answers.setdefault(call, {})
+    if (axis, causal) not in known:
+        known[axis, causal] = _answer(call, axis, causal)
+    return known[axis, causal]
+
+
+_answers: WeakKeyDictionary[ModuleCall, dict[tuple[int | None, bool], TokenWise | Mixing]] = WeakKeyDictionary()
+"""Of recorded calls: every simulated step asks for those that it runs."""
+
+
+def _answer(call: ModuleCall, axis: int | None, causal: bool) -> TokenWise | Mixing:
     hushed = logs_hushed("torch._subclasses.fake_tensor", logging.CRITICAL + 1)
     try:
         given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]

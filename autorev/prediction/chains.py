@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from autorev.analysis import Category
-from autorev.detect.finding import Finding
 from autorev.engine.carried import pass_of
 from autorev.engine.host_store import HostStore
 from autorev.engine.step import Branch, Step
@@ -18,28 +17,21 @@ from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
 
 if TYPE_CHECKING:
-    from autorev.prediction.layout import Site
+    from autorev.prediction.layout import Layout, Site
 
 Run = Callable[[torch.Tensor], Any]
 """Runs one block: stream in, whatever the block returns out."""
 
 
 class Chains:
-    """One reversible chain for each of `findings`; none where the method is not reversible.
+    """One reversible chain for each of the layout's; none where the method is not reversible.
 
     Blocks that are modules run by the forwards that `convert` would install. The turns of a loop run one by one: the
     loop's own code could leave none out.
     """
 
-    def __init__(
-        self,
-        twin: nn.Module,
-        findings: tuple[list[Finding], ...],
-        stored: tuple[int, ...],
-        method: Method,
-        host: HostStore,
-    ) -> None:
-        """`stored`: of each chain, how many blocks at its end are not recomputed.
+    def __init__(self, layout: Layout, method: Method, host: HostStore) -> None:
+        """Of the blocks that are run.
 
         Raises:
             ConversionError: the method is none that these chains can be converted by.
@@ -48,9 +40,10 @@ class Chains:
         self.forwards: dict[tuple[int, nn.Module], ReversibleForward] = {}
         if not method.reversible:
             return
-        for number, (chain, kept) in enumerate(zip(findings, stored, strict=True)):
+        run = {layout.sites[number].module for number in layout.active}
+        for number, (chain, kept) in enumerate(zip(layout.chains, layout.stored, strict=True)):
             names = {item.chain.name for item in self.built}
-            item = BuiltChain(twin, chain, kept, method, names, host)
+            item = BuiltChain(layout.twin, chain, kept, method, names, host, run)
             self.built.append(item)
             self.forwards |= {(number, forward.block): forward for forward in item.forwards}
 

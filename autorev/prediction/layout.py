@@ -74,6 +74,12 @@ class Layout:
         """The blocks that have to be run: the first, the second and the last of each kind and chain."""
         return frozenset(n for group in self.groups.values() for n in {*group[:2], group[-1]})
 
+    @property
+    def run(self) -> list[Finding]:
+        """Of the modules that are run."""
+        modules = {self.sites[number].module for number in self.active}
+        return [finding for finding in self.findings if finding.call.module in modules]
+
     def stand_in(self, number: int) -> int:
         """The active block whose segments are this one's: itself, or the second of its kind, which is typical."""
         site = self.sites[number]

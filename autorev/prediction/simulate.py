@@ -102,13 +102,11 @@ def simulate(
         stack.enter_context(logs_hushed("autorev", logging.CRITICAL))  # what the engine says is for those who train
         if method.tile is not None:
             twice = blocks_run_twice(method, layout.chains, layout.stored, layout.refused)
-            run = {id(layout.sites[number].module) for number in layout.active}
-            findings = (finding for finding in layout.findings if id(finding.call.module) in run)
             tile, pieces = method.tile, method.in_pieces
-            tiled = tiled_forwards(twin, findings, tile, pieces, False, () if whole_attention else twice)
+            tiled = tiled_forwards(twin, layout.run, tile, pieces, False, () if whole_attention else twice)
             stack.enter_context(installed(tiled.forwards))
         host = HostStore()
-        chains = Chains(twin, layout.chains, layout.stored, method, host)
+        chains = Chains(layout, method, host)
         stack.enter_context(tracker)
         tracker.adopt(twin)
         for parameter, size in (taken or {}).items():

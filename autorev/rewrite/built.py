@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from itertools import pairwise
 from typing import Any
 
@@ -33,9 +34,16 @@ class BuiltChain:
     """A chain ready to be installed."""
 
     def __init__(
-        self, model: nn.Module, findings: list[Finding], kept: int, method: Method, taken: set[str], host: HostStore
+        self,
+        model: nn.Module,
+        findings: list[Finding],
+        kept: int,
+        method: Method,
+        taken: set[str],
+        host: HostStore,
+        run: Container[nn.Module] | None = None,
     ) -> None:
-        """`kept`: so many blocks are stored; `host`: the model's."""
+        """`kept`: so many blocks are stored; `host`: the model's; `run`: the blocks that will be, None for all."""
         pieces = method.in_pieces
         inline = findings[0].inline
         if pieces and findings[0].deferred:
@@ -72,9 +80,11 @@ class BuiltChain:
         self.chain = ReversibleChain(name, couplings, arithmetic, stored_from, averages, paths, keeps=keeps, host=host)
         self.traced = method.compile == "graph"
         self.lanes = 1 if pieces or findings[0].deferred else len(findings[0].lanes)
-        self.forwards = self._forwards(model, pieces, method)
+        self.forwards = self._forwards(model, pieces, method, run)
 
-    def _forwards(self, model: nn.Module, pieces: bool, method: Method) -> list[ReversibleForward]:
+    def _forwards(
+        self, model: nn.Module, pieces: bool, method: Method, run: Container[nn.Module] | None
+    ) -> list[ReversibleForward]:
         if self.findings[0].inline:
             holder = model.get_submodule(self.findings[0].call.path)
             return [StepsOfLoop.of(holder, self.findings, self.chain, in_steps=pieces)]
@@ -85,6 +95,8 @@ class BuiltChain:
         for path, positions in by_module.items():
             finding = self.findings[positions[0]]
             block = model.get_submodule(path)
+            if run is not None and block not in run:
+                continue
             assert finding.start is not None
             known: dict[str, Any] = {
                 "block": block,
