@@ -1,8 +1,9 @@
 """Attention in which each position looks at itself and at those before it, and at no others, as it is called.
 
-A call of `scaled_dot_product_attention` says what it does (`is_causal`), where operators that are written out, a mask
-that is given, or another library's kernel do not. Modules in which positions meet in one such call, and nowhere else,
-can be run a tile of positions at a time, in order.
+A call of `scaled_dot_product_attention` says what it does (`is_causal`), where operators that are written out or
+another library's kernel do not. Of one that is given a mask, the mask's values say it: here it only has to be the one
+that the module is called with (`masks`). Modules in which positions meet in one such call, and nowhere else, can be run
+a tile of positions at a time, in order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from autorev.capture.source import caller_line
-from autorev.detect.positions import MixesError, Operators, Positions
+from autorev.detect.masks import OperatorsAndMask
+from autorev.detect.positions import MixesError, Positions
 
 
 def attention_as_written(
@@ -35,9 +37,9 @@ ARGUMENTS = inspect.signature(attention_as_written)
 
 
 class CausalAttention(TorchFunctionMode):
-    """Tells `watch` where the positions are in what attention returns, and refuses any that is not causal."""
+    """Tells `watch` where the positions are in what attention returns, and refuses any that cannot be causal."""
 
-    def __init__(self, watch: Operators) -> None:
+    def __init__(self, watch: OperatorsAndMask) -> None:
         super().__init__()
         self.watch, self.calls = watch, 0
 
@@ -54,15 +56,15 @@ class CausalAttention(TorchFunctionMode):
         at = Positions(query.dim() - 2)
         if self.calls > 1:
             self._refuse(f"it attends more than once, again at {where}")
-        elif named["attn_mask"] is not None:
-            self._refuse(f"attention at {where} is given a mask, whatever is in it")
+        elif named["attn_mask"] is not None and not watch.is_mask(named["attn_mask"]):
+            self._refuse(f"attention at {where} is given a mask that the module is not called with")
         elif named["dropout_p"]:
             self._refuse(f"attention at {where} drops out")
-        elif watch.length > 1 and not named["is_causal"]:
+        elif watch.length > 1 and not named["is_causal"] and named["attn_mask"] is None:
             self._refuse(f"attention at {where} looks at later positions, too")
         elif watch.length > 1 and any(watch.positions(tensor) != at for tensor in (query, key, value)):
             self._refuse(f"attention at {where} is not over the positions of the input")
-        watch.computed.append(("attention", f"{named['scale']}, {named['enable_gqa']}"))
+        watch.computed.append(("attention", f"{named['scale']}, {named['enable_gqa']}, {named['attn_mask'] is None}"))
         watch.aside = True
         try:
             result: torch.Tensor = func(*args, **kwargs)

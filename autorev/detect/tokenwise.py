@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.causal import CausalAttention
+from autorev.detect.masks import OperatorsAndMask, mask_among
 from autorev.detect.positions import LAYOUT, MixesError, Operators, Positions
 from autorev.errors import one_line
 from autorev.hush import logs_hushed
@@ -58,6 +59,11 @@ class TokenWise:
     """Of its input."""
     causal: bool = False
     """Does a position look at those before it, in one call of attention?"""
+    mask: int | None = None
+    """Which of the tensors that it is called with is a mask for its attention; that is causal as far as the mask is."""
+    unmasked: bool = False
+    """Is its attention causal by itself where it is called without the mask? So it is taken to be with a mask that has
+    no values."""
     returned: Any = HERE
     """What the module returns, with `HERE` in the place of its one tensor."""
 
@@ -98,23 +104,31 @@ def _answer(call: ModuleCall, axis: int | None, causal: bool) -> TokenWise | Mix
 def _proved(call: ModuleCall, axis: int | None, causal: bool) -> TokenWise:
     if has_hooks_inside(call.module):
         raise MixesError(HOOKED)
-    tensors, axis = _positions_of(call, axis)
-    positions, before, drawn = tensors[0].shape[axis], _held(call.module), _drawn()
-    whole, returned = _computed(call, tensors, axis, positions, causal)
+    given = _given(call, axis, causal)
+    positions, before, drawn = given.first.shape[given.axis], _held(call.module), _drawn()
+    whole, returned = _computed(call, given, positions)
     if _held(call.module) != before:
         raise MixesError("its forward writes to attributes of the module")
     if call.buffers_written:
         raise MixesError(f"it updates {', '.join(call.buffers_written)}")
     if _drawn() != drawn:
         raise MixesError("it draws random numbers of Python or numpy")
-    for other in (positions - 1, 2, 1, *([MANY] if hasattr(tensors[0], "fake_mode") else [])):
-        found, other_returned = _computed(call, tensors, axis, other, causal)
+    for other in (positions - 1, 2, 1, *([MANY] if hasattr(given.first, "fake_mode") else [])):
+        found, other_returned = _computed(call, given, other)
         if returned != other_returned:
             raise MixesError("what it returns beside a tensor hangs on the number of positions")
         if found != whole and (other > 1 or _without_layout(found) != _without_layout(whole)):
             raise MixesError(f"its code does something else for {'more' if other == MANY else 'fewer'} positions")
-    saved = _saved(call) / max(_bytes(tensors[0]), 1)
-    return TokenWise(call.path, axis, saved, call.draws_random, tensors[0].dim(), causal, returned)
+    saved, dims = _saved(call) / max(_bytes(given.first), 1), given.first.dim()
+    unmasked = given.mask is not None and _attends_without_it(call, given)
+    return TokenWise(call.path, given.axis, saved, call.draws_random, dims, causal, given.mask, unmasked, returned)
+
+
+def _attends_without_it(call: ModuleCall, given: _Given) -> bool:
+    try:
+        return bool(_computed(call, given, 2, masked=False))
+    except Exception:
+        return False
 
 
 HOOKED = "a module in it has a hook, which is to see all positions"
@@ -132,7 +146,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 def kind_of(module: nn.Module, structure: Any) -> Any:
     """What a proof holds for, to be compared: the modules, how they are set, and how they are called."""
     leaves, spec = tree_flatten(structure)
-    given = tuple(leaf.dim() if isinstance(leaf, torch.Tensor) else _set_to(leaf) for leaf in leaves)
+    given = tuple(map(_set_to, leaves))
     held = ((name, type(home), *_plain_of(home), *_plain_of(type(home))) for name, home in module.named_modules())
     return str(spec), given, tuple(held)
 
@@ -143,6 +157,8 @@ def _plain_of(home: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _set_to(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dim(), None if leaf.is_floating_point() else leaf.dtype
     return leaf if isinstance(leaf, bool | str | torch.dtype) else type(leaf)
 
 
@@ -182,8 +198,38 @@ def tileable(call: ModuleCall, causal: bool = False) -> Iterator[TokenWise | Mix
             yield found
 
 
-def _positions_of(call: ModuleCall, axis: int | None) -> tuple[list[torch.Tensor], int]:
-    """The tensors that a module is called with, and their axis of positions."""
+@dataclass(frozen=True)
+class _Given:
+    """What a module is called with."""
+
+    tensors: list[torch.Tensor]
+    axis: int
+    """Of their positions."""
+    causal: bool
+    """May they meet in attention?"""
+    mask: int | None
+
+    @property
+    def first(self) -> torch.Tensor:
+        return self.tensors[0]
+
+    def like(self, length: int) -> list[torch.Tensor]:
+        """Of another number of positions; what there is one of in the example (a batch of one) need not stay one."""
+        others = [tensor for number, tensor in enumerate(self.tensors) if number != self.mask]
+        alone = [n for n in range(self.first.dim() - 1) if all(t.shape[n : n + 1] == (1,) for t in others)]
+        made = []
+        for number, tensor in enumerate(self.tensors):
+            if number == self.mask:
+                made.append(tensor.new_empty((*tensor.shape[:-2], length, length)))
+                continue
+            shape = [2 if n in alone else size for n, size in enumerate(tensor.shape)]
+            shape[self.axis] = length
+            fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            made.append(fresh.requires_grad_().clone() if tensor.is_floating_point() else fresh)
+        return made
+
+
+def _given(call: ModuleCall, axis: int | None, causal: bool) -> _Given:
     leaves = tree_leaves((call.args, call.kwargs))
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     for leaf in leaves:
@@ -194,9 +240,7 @@ def _positions_of(call: ModuleCall, axis: int | None) -> tuple[list[torch.Tensor
     axis = position_axis(given[0]) if axis is None else axis
     if given[0].shape[axis] < 3:
         raise MixesError("there are too few positions to tell")
-    if not same_positions(given, axis):
-        raise MixesError("it is called with a tensor that has other positions")
-    return given, axis
+    return _Given(given, axis, causal, mask_among(given, axis, causal))
 
 
 def position_axis(first: torch.Tensor) -> int:
@@ -205,46 +249,36 @@ def position_axis(first: torch.Tensor) -> int:
     return max(range(len(sizes)), key=lambda axis: (sizes[axis], axis))
 
 
-def same_positions(given: Sequence[torch.Tensor], axis: int) -> bool:
-    """Are all laid out by position as the first is? What is the same for a whole batch may be there once."""
-    first = given[0].shape
-    return all(
-        tensor.dim() > axis
-        and tensor.shape[axis] == first[axis]
-        and all(size in (1, like) for size, like in zip(tensor.shape[:axis], first[:axis], strict=True))
-        for tensor in given
-    )
-
-
-def _computed(
-    call: ModuleCall, tensors: list[torch.Tensor], axis: int, length: int, causal: bool
-) -> tuple[Computed, Any]:
+def _computed(call: ModuleCall, like: _Given, length: int, masked: bool = True) -> tuple[Computed, Any]:
     """The operators of a call on `length` positions, with the numbers that they are given; and what it returned, but
-    for the tensor.
+    for the tensor. `masked`: with its mask, if there is one.
 
     Raises:
         MixesError: one of them, or the result, does not keep positions apart.
     """
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    marked = {id(tensor) for tensor in tensors}
-    alone = [n for n in range(tensors[0].dim() - 1) if all(t.shape[n : n + 1] == (1,) for t in tensors)]
-    fresh = [_like(leaf, axis, length, alone) if id(leaf) in marked else leaf for leaf in leaves]
-    given = [one for one, leaf in zip(fresh, leaves, strict=True) if id(leaf) in marked]
-    args, kwargs = tree_unflatten(fresh, spec)
-    watch = Operators(given, axis, length)
+    given = like.like(length)
+    mask = None if like.mask is None else given[like.mask]
+    unmarked = [tensor for tensor in given if tensor is not mask]
+    fresh = iter(tensor if masked or tensor is not mask else None for tensor in given)
+    args, kwargs = tree_unflatten([next(fresh) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
+    attending = OperatorsAndMask(unmarked, like.axis, length, mask)
+    watch, attention = (
+        (attending, CausalAttention(attending)) if like.causal else (Operators(given, like.axis, length), nullcontext())
+    )
     versions = [tensor._version for tensor in given]
-    with torch.enable_grad(), watch, CausalAttention(watch) if causal else nullcontext():
+    with torch.enable_grad(), watch, attention:
         result, returned = _one_tensor(call.module.forward(*args, **kwargs))
     if watch.refused is not None:
         raise watch.refused
     if [tensor._version for tensor in given] != versions:
         raise MixesError("it writes to its input")
     found = watch.positions(result)
-    kept = found == Positions(axis) or (length == 1 and found is not None)
-    if not kept or result.shape[: axis + 1] != given[0].shape[: axis + 1]:
+    kept = found == Positions(like.axis) or (length == 1 and found is not None)
+    if not kept or result.shape[: like.axis + 1] != given[0].shape[: like.axis + 1]:
         raise MixesError("its result has no value for each position")
     _refuse_own_gradients(result, watch)
-    if causal and length == 2:  # autograd itself says whether what it saved was written to since
+    if like.causal and length == 2:  # autograd itself says whether what it saved was written to since
         torch.autograd.grad(result, [tensor for tensor in given if tensor.requires_grad], torch.ones_like(result))
     return watch.computed, returned
 
@@ -262,14 +296,6 @@ def _without_layout(computed: Computed) -> Computed:
     """Products of matrices are by one operator or by another as their memory lies."""
     alike = {"bmm": "mm", "baddbmm": "addmm"}
     return [(alike.get(name, name), numbers) for name, numbers in computed if name not in LAYOUT]
-
-
-def _like(tensor: torch.Tensor, axis: int, length: int, alone: list[int]) -> torch.Tensor:
-    """Of another number of positions; what there is one of in the example (a batch of one) need not stay one."""
-    shape = [2 if n in alone else size for n, size in enumerate(tensor.shape)]
-    shape[axis] = length
-    fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return fresh.requires_grad_().clone() if tensor.is_floating_point() else fresh
 
 
 def _refuse_own_gradients(result: torch.Tensor, watch: Operators) -> None:

@@ -23,7 +23,7 @@ from autorev.devices import check_device
 from autorev.engine.chain import ReversibleChain
 from autorev.engine.digest import Digest, digest, looked_at, waited_for
 from autorev.engine.mode import REVERSIBLE, mode
-from autorev.engine.owned import version_of
+from autorev.engine.owned import memory_of
 from autorev.engine.pipeline import check_no_stage
 from autorev.engine.tape import Tape
 from autorev.errors import ConversionError
@@ -65,11 +65,6 @@ class Carried:
     position: int
     seed: int | None
     """What this pass draws its couplings from, where they are random."""
-
-
-def memory_of(stream: torch.Tensor) -> tuple[Any, ...]:
-    """Which part of its storage, and how often written to."""
-    return stream.storage_offset(), stream.shape, stream.stride(), stream.dtype, version_of(stream)
 
 
 def values_of(stream: torch.Tensor) -> Digest | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,6 +80,11 @@ def is_zero(parameter: torch.Tensor) -> bool:
 def version_of(tensor: torch.Tensor) -> int:
     """How often it was written to; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Which part of its storage, and how often written to."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
 
 
 def _address(tensor: torch.Tensor) -> int:

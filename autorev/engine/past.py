@@ -16,6 +16,12 @@ their gradients of its keys and values (`_Extend`), and its own add the rest: so
 Rule 1. Before any tile runs again, the keys and values of all are made again: each runs up to its call of attention.
 Rule 2. The gradients of keys and values are added up in float32 at least, as a kernel adds them up within itself.
 Rule 3. A tile runs with gradients, or without, as it did the first time: kernels are chosen by that.
+
+A padded batch comes with a mask, of all queries by all keys, and then nobody says `is_causal`: the mask's values do.
+They are looked at before the tiles run (`mask`). The code of a tile is given the mask of its own positions, as a
+shorter call would be, and hands it to attention (`detect.masks`), where the rows of its queries take its place, up to
+the last key that there is. A query that is shown no key, as those of left padding are, gets what the kernel makes of
+such a row (zeros, and no gradient): a tile calls the same one, with the same row.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autorev.engine.autograd import apply
+from autorev.engine.mask import rows
 from autorev.engine.owned import is_fake
 from autorev.errors import ConversionError
 
@@ -43,9 +50,9 @@ FEW = 64
 class Past:
     """The keys and values of one run over the tiles of a call."""
 
-    def __init__(self, positions: int) -> None:
-        """`positions`: how many the call has."""
-        self.positions = positions
+    def __init__(self, positions: int, mask: torch.Tensor | None = None) -> None:
+        """`positions`: how many the call has; `mask`: what it is given for its attention, of all of them."""
+        self.positions, self.mask = positions, mask
         self.whole: list[torch.Tensor] = []
         """The keys, and the values, as far as they are known."""
         self.tokens: list[torch.Tensor | None] = [None, None]
@@ -56,23 +63,23 @@ class Past:
 
     def first(self, start: int) -> TorchFunctionMode:
         """Its graph leads on to those of the tiles before it."""
-        return _Attending(partial(self._linked, start))
+        return _Attending(partial(self._linked, start), self.mask)
 
     def values(self, start: int) -> TorchFunctionMode:
         """It has no graph, or one that nobody will use."""
-        return _Attending(partial(self._added, start))
+        return _Attending(partial(self._added, start), self.mask)
 
     def again(self, start: int) -> TorchFunctionMode:
         """All keys and values are known."""
-        return _Attending(partial(self._known, start))
+        return _Attending(partial(self._known, start), self.mask)
 
     def keys(self, start: int) -> TorchFunctionMode:
         """It ends with its call of attention, and only its keys and values are wanted."""
-        return _UpToAttention(partial(self._added, start))
+        return _UpToAttention(partial(self._added, start), self.mask)
 
     def joined(self) -> TorchFunctionMode:
         """For the oracle: by ordinary autograd."""
-        return _Attending(self._joined)
+        return _Attending(self._joined, self.mask)
 
     # What its keys (0), or its values (1), become:
 
@@ -103,9 +110,9 @@ class Past:
 
 
 class _Attending(TorchFunctionMode):
-    def __init__(self, extended: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, extended: Callable[[int, torch.Tensor], torch.Tensor], mask: torch.Tensor | None) -> None:
         super().__init__()
-        self.extended = extended
+        self.extended, self.mask = extended, mask
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -133,26 +140,38 @@ class _Attending(TorchFunctionMode):
         **how: Any,
     ) -> torch.Tensor:
         """In the place of `scaled_dot_product_attention`."""
-        if attn_mask is not None or dropout_p or not (is_causal or query.shape[AXIS] == 1):
+        own = key.shape[AXIS]
+        known = is_causal or query.shape[AXIS] == 1 if attn_mask is None else self._is_mine(attn_mask, own)
+        if dropout_p or not known:
             raise ConversionError(
-                "a block whose attention is tiled calls it with a mask, with dropout, or not causally, which it did "
-                "not when it was analysed; convert again"
+                "a block whose attention is tiled calls it with another mask, with dropout, or not causally, which it "
+                "did not when it was analysed; convert again"
             )
         key, value = self.extended(0, key), self.extended(1, value)
-        if query.device.type == "cpu" and not is_fake(query):
-            return _on_a_cpu(query, key, value, **how)
+        shown = None
+        if attn_mask is not None and self.mask is not None:
+            shown = rows(self.mask, key.shape[AXIS] - own, own).to(attn_mask.dtype)
+        if query.device.type == "cpu" and not is_fake(query) and query.shape[AXIS] == own:
+            return _on_a_cpu(query, key, value, shown, **how)
+        if shown is not None:
+            return F.scaled_dot_product_attention(query, key, value, shown, **how)
         with _disable_current_modes():  # a bias is a tensor of a class of its own, which no mode can make
             bias = causal_lower_right(query.shape[AXIS], key.shape[AXIS])
         return F.scaled_dot_product_attention(query, key, value, bias, **how)
 
+    def _is_mine(self, attn_mask: torch.Tensor, own: int) -> bool:
+        return self.mask is not None and attn_mask.shape[-2:] == (own, own)
 
-def _on_a_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
-    """The CPU's kernel is not told where the queries are: it takes a mask. A few queries at a time share one: of those
-    before, it is a part of the mask of the last ones."""
+
+def _on_a_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shown: torch.Tensor | None, **how: Any
+) -> torch.Tensor:
+    """The CPU's kernel is not told where the queries are: it takes a mask, and makes numbers of it. So a few queries at
+    a time are given theirs. Where there is none, all share one: of those before, it is a part of that of the last ones.
+    """
     queries, keys = query.shape[AXIS], key.shape[AXIS]
     few = min(FEW, queries)
-    later = torch.arange(keys, device=query.device) > keys - few + torch.arange(few, device=query.device)[:, None]
-    mask = torch.zeros(few, keys, dtype=query.dtype, device=query.device).masked_fill_(later, float("-inf"))
+    last = _causal(few, keys, query) if shown is None else query.new_empty(0)
     parts = []
     for start in range(0, queries, few):
         end = min(start + few, queries)
@@ -162,11 +181,16 @@ def _on_a_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how
                 query.narrow(AXIS, start, end - start),
                 key.narrow(AXIS, 0, seen),
                 value.narrow(AXIS, 0, seen),
-                mask[few - (end - start) :, keys - seen :],
+                last[few - (end - start) :, keys - seen :] if shown is None else shown[..., start:end, :seen],
                 **how,
             )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts, AXIS)
+
+
+def _causal(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    later = torch.arange(keys, device=like.device) > keys - queries + torch.arange(queries, device=like.device)[:, None]
+    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(later, float("-inf"))
 
 
 class _UpToAttention(_Attending):

@@ -9,21 +9,24 @@ import torch
 
 from autorev.alike import stand_for, standing_for
 from autorev.engine.autograd import apply
+from autorev.engine.mask import own_part
 
 
-def cut(x: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
+def cut(x: torch.Tensor, axis: int, start: int, length: int, is_mask: bool = False) -> torch.Tensor:
     """A tile, in memory of its own layout in every run: kernels sum in another order where it is another."""
-    return x.narrow(axis, start, length).contiguous()
+    return own_part(x, start, length) if is_mask else x.narrow(axis, start, length).contiguous()
 
 
 def read(
-    inputs: Sequence[torch.Tensor], axis: int, start: int, length: int
+    inputs: Sequence[torch.Tensor], axis: int, start: int, length: int, mask: int | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The inputs, and a tile of each."""
+    """The inputs, and a tile of each; `mask`: which of them is one."""
     whole, tiles = [], []
-    for x in inputs:
+    for number, x in enumerate(inputs):
         known = x.requires_grad
-        passed, tile = apply(Read, x, axis, start, length) if known else (x, cut(x, axis, start, length))
+        passed, tile = (
+            apply(Read, x, axis, start, length) if known else (x, cut(x, axis, start, length, number == mask))
+        )
         whole.append(passed)
         tiles.append(tile)
     return whole, tiles

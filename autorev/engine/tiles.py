@@ -56,11 +56,16 @@ class Tiling:
     size: int
     causal: bool = False
     """Does a position look at those before it, in one call of attention?"""
+    mask: int | None = None
+    """Which input is the mask that says at which of them; it is causal."""
 
     def pieces(self, first: torch.Tensor) -> list[tuple[int, int]]:
         """(start, length) of each tile of a call whose first input is `first`."""
         length = first.shape[self.axis]
-        return [(start, min(self.size, length - start)) for start in range(0, length, self.size)]
+        starts = [*range(0, length, self.size)]
+        if self.causal and length % self.size == 1 and len(starts) > 1:
+            starts.pop()  # code that attends has a way of its own for a single query
+        return [(start, end - start) for start, end in zip(starts, [*starts[1:], length], strict=True)]
 
     def run(self, first: torch.Tensor) -> Iterator[tuple[int, int, int]]:
         """(number, start, length) of each, while it is run."""
@@ -68,17 +73,22 @@ class Tiling:
         for number in typical(len(pieces)):
             yield number, *pieces[number]
 
-    def past(self, first: torch.Tensor) -> Past | None:
+    def cut(self, inputs: Sequence[torch.Tensor], start: int, length: int) -> list[torch.Tensor]:
+        """A tile of each."""
+        return [cut(x, self.axis, start, length, number == self.mask) for number, x in enumerate(inputs)]
+
+    def past(self, inputs: Sequence[torch.Tensor]) -> Past | None:
         """Of a run over the tiles."""
-        return Past(first.shape[self.axis]) if self.causal else None
+        mask = None if self.mask is None else inputs[self.mask]
+        return Past(inputs[0].shape[self.axis], mask) if self.causal else None
 
 
 def values_of(function: Function, inputs: Sequence[torch.Tensor], tiling: Tiling, graph: bool = False) -> torch.Tensor:
     """f tile by tile, without a graph. `graph`: as runs that have one compute it (Rule 3 of NOTE [ Causal tiles ])."""
     out: torch.Tensor | None = None
-    past = tiling.past(inputs[0])
+    past = tiling.past(inputs)
     for _, start, length in tiling.run(inputs[0]):
-        tiles = [cut(x, tiling.axis, start, length).detach() for x in inputs]
+        tiles = [tile.detach() for tile in tiling.cut(inputs, start, length)]
         with (
             hooks_of_others_off(),
             torch.set_grad_enabled(graph and past is not None),
@@ -145,10 +155,10 @@ class TiledCall:
         """The first run; what it saves is dropped."""
         self.requires_grad = tuple(x.requires_grad for x in inputs)
         out: torch.Tensor | None = None
-        past = self.tiling.past(inputs[0])
+        past = self.tiling.past(inputs)
         for number, start, length in self.tiling.run(inputs[0]):
             self.tiles += 1
-            inputs, tiles = read(inputs, self.tiling.axis, start, length)
+            inputs, tiles = read(inputs, self.tiling.axis, start, length, self.tiling.mask)
             random = RandomStates(self.replay.devices) if self.replay.random is not None else None
             saved = SavedTensors(self.replay.path, comparison, self.replay.modules)
             saved.made_by(partial(self.again, number))
@@ -203,7 +213,7 @@ class TiledCall:
 
     def _past_of(self, inputs: Sequence[torch.Tensor]) -> Past | None:
         """The keys and values of all tiles (Rule 1 of NOTE [ Causal tiles ])."""
-        past = self.tiling.past(inputs[0])
+        past = self.tiling.past(inputs)
         if past is not None:
             with hooks_of_others_off(), torch.enable_grad():
                 for number, start, length in self.tiling.run(inputs[0]):
@@ -215,11 +225,8 @@ class TiledCall:
     def _tiles_of(
         self, inputs: Sequence[torch.Tensor], start: int, length: int, copied: bool = False
     ) -> list[torch.Tensor]:
-        tiles = []
-        for x, requires_grad in zip(inputs, self.requires_grad, strict=True):
-            tile = cut(x, self.tiling.axis, start, length)
-            tiles.append((tile.clone() if copied else tile.detach()).requires_grad_(requires_grad))
-        return tiles
+        tiles = [tile.clone() if copied else tile.detach() for tile in self.tiling.cut(inputs, start, length)]
+        return [tile.requires_grad_(known) for tile, known in zip(tiles, self.requires_grad, strict=True)]
 
     def _as_it_was(self, number: int) -> AbstractContextManager[None]:
         """The circumstances of a tile's first run."""

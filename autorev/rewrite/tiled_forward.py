@@ -19,6 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.finding import Finding
+from autorev.detect.masks import mask_among
+from autorev.detect.positions import MixesError
 from autorev.detect.tokenwise import (
     HERE,
     HOOKED,
@@ -26,13 +28,12 @@ from autorev.detect.tokenwise import (
     TokenWise,
     has_hooks_inside,
     kind_of,
-    same_positions,
     token_wise,
 )
+from autorev.engine.mask import is_causal
 from autorev.engine.mode import ORACLE, mode
-from autorev.engine.past import Past
+from autorev.engine.owned import is_fake
 from autorev.engine.replay import branch_run_here
-from autorev.engine.tile_nodes import cut
 from autorev.engine.tiles import Tiling, in_a_tile, run_tiled
 from autorev.errors import ConversionError, one_line
 from autorev.methods import Method
@@ -61,7 +62,7 @@ class TiledForward(CompilingReplacement):
     found: TokenWise
     size: TileSize
     proved: dict[Any, TokenWise | Mixing]
-    """What was found of each kind of call (`kind_of`)."""
+    """What was found of each kind of call: which tensor is a mask, and `kind_of`."""
     said: set[str]
     """Why calls ran whole, as was logged; shared by the forwards of a model."""
     analysing: bool = field(default=False, init=False)
@@ -86,7 +87,7 @@ class TiledForward(CompilingReplacement):
         size = 0 if whole else self._size(inputs[0].shape[axis])
         if whole or inputs[0].shape[axis] <= size or isinstance(found := self._judged(args, kwargs), Mixing):
             return forward(*args, **kwargs)
-        tiling = Tiling(axis, size, found.causal)
+        tiling = Tiling(axis, size, found.causal, found.mask)
         function = _Function(forward, [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves], spec)
         if mode() == ORACLE:
             return self._as_oracle(function, inputs, tiling) if found.draws_random else forward(*args, **kwargs)
@@ -96,32 +97,48 @@ class TiledForward(CompilingReplacement):
 
     def _as_oracle(self, function: _Function, inputs: list[torch.Tensor], tiling: Tiling) -> Any:
         """Tiles draw random numbers one after the other."""
-        past, tiles = Past(inputs[0].shape[tiling.axis]), []
+        past, tiles = tiling.past(inputs), []
         for start, length in tiling.pieces(inputs[0]):
-            with past.joined() if tiling.causal else nullcontext():
-                tiles.append(function(*(cut(x, tiling.axis, start, length) for x in inputs)))
+            with nullcontext() if past is None else past.joined():
+                tiles.append(function(*tiling.cut(inputs, start, length)))
         return tree_map(lambda leaf: torch.cat(tiles, tiling.axis) if leaf is HERE else leaf, self.found.returned)
 
     def _judged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
         """Does the module, as it is now and is called now, act on each position alone? Hooks, adapters and other modes
         may have come since the conversion."""
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if has_hooks_inside(self.block):
-            found: TokenWise | Mixing = Mixing(self.path, HOOKED)
-        elif not same_positions(inputs, self.found.axis):
-            found = Mixing(self.path, "it is called with a tensor that has other positions, as a mask has")
-        elif self.found.causal and self._is_compiled():
-            found = Mixing(self.path, "it is compiled, and attention in compiled code cannot be seen")
-        else:
-            kind = kind_of(self.block, (args, kwargs))
-            if kind not in self.proved and len(self.proved) < MOST_KINDS:
-                self.proved[kind] = self._analysed(args, kwargs)
-            found = self.proved.get(kind, Mixing(self.path, "it is called in too many ways"))
+        try:
+            found: TokenWise | Mixing = self._proved_of(inputs, args, kwargs)
+        except MixesError as error:
+            found = Mixing(self.path, str(error))
         if isinstance(found, Mixing) and found.reason not in self.said:
             self.said.add(found.reason)
             logging.getLogger("autorev").warning(
                 "%s was to be run a tile at a time, and is run whole: %s", self.path, found.reason
             )
+        return found
+
+    def _proved_of(
+        self, inputs: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TokenWise | Mixing:
+        """What holds for such a call.
+
+        Raises:
+            MixesError: none can be run a tile at a time that is like this one.
+        """
+        if has_hooks_inside(self.block):
+            raise MixesError(HOOKED)
+        number = mask_among(inputs, self.found.axis, self.found.causal)
+        if self.found.causal and self._is_compiled():
+            raise MixesError("it is compiled, and attention in compiled code cannot be seen")
+        kind = number, kind_of(self.block, (args, kwargs))
+        if kind not in self.proved and len(self.proved) < MOST_KINDS:
+            self.proved[kind] = self._analysed(args, kwargs)
+        found = self.proved.get(kind, Mixing(self.path, "it is called in too many ways"))
+        if isinstance(found, TokenWise) and number is not None:
+            mask = inputs[number]
+            if not (found.unmasked if is_fake(mask) else is_causal(mask)):
+                raise MixesError("its mask lets positions look at later ones")
         return found
 
     def _analysed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenWise | Mixing:
@@ -214,7 +231,7 @@ def tiled_forwards(
         elif path not in proved or proved[path].axis == found.axis:
             proved[path] = found
             below = next(child for child in call.walk() if child.path == path)
-            kinds.setdefault(path, {})[kind_of(below.module, (below.args, below.kwargs))] = found
+            kinds.setdefault(path, {})[found.mask, kind_of(below.module, (below.args, below.kwargs))] = found
             given = tree_flatten((below.args, below.kwargs))[0]
             positions = max(positions, *(leaf.shape[found.axis] for leaf in given if isinstance(leaf, torch.Tensor)))
         else:

@@ -240,23 +240,10 @@ def test_a_gradient_taken_half_way() -> None:
 
 
 def test_other_lengths() -> None:
-    """One tile, tiles that fit, and a last tile of one position, which calls attention as one query does."""
+    """One tile, tiles that fit, and a last position that would be alone, and attend as a single query does."""
     model = tiled(EXACT)
     for tokens in (TOKENS[:, :3], TOKENS[:, :4], TOKENS[:, :6], TOKENS[:1], torch.arange(40).reshape(2, 20)):
         assert_like_oracle(model, EXACT, lambda tokens=tokens: step(model, tokens))
-
-
-def test_a_mask_is_run_whole(caplog: pytest.LogCaptureFixture) -> None:
-    """One that is given to a block converted without it; the MLP is tiled still."""
-    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
-    mask[0, :, :, 0] = False
-    mask[0, :, 0, 0] = True
-    model = tiled(EXACT)
-    assert_like_oracle(model, EXACT, lambda: step(model, TOKENS, mask))
-    (said,) = (text for text in caplog.messages if "run whole" in text)
-    assert said.endswith("it is called with a tensor that has other positions, as a mask has")
-    assert set(attention_of(lambda: step(model, TOKENS, mask))) == {(8, 8)}
-    assert attention_of(lambda: step(model)) == 2 * ONCE + 2 * ONCE[::-1]
 
 
 def test_attention_of_later_positions_is_not_tiled() -> None:
