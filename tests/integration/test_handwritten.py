@@ -69,6 +69,16 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
         TOKENS,
         [("blocks", ["parallel + attention + mlp"] * 3)],
     ),
+    "exchanging": (
+        lambda: hand.TwoEmbeddings(*blocks(hand.Exchanging, 3)),
+        TOKENS,
+        [("blocks", ["parallel + attention"] * 3)],
+    ),
+    "at once": (
+        lambda: hand.TwoEmbeddings(*blocks(hand.AtOnce, 3)),
+        TOKENS,
+        [("blocks", ["attention + mlp"] * 3)],
+    ),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),
         TOKENS,
@@ -117,6 +127,13 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
     ),
     "batch norm": (hand.PreActivationResNet, IMAGES, hand.PreActivation, "buffer-write", 5),
     "in place": (lambda: hand.stack_of(hand.InPlace), TOKENS, hand.InPlace, "in-place-add", 3),
+    "exchanging in place": (
+        lambda: hand.TwoEmbeddings(*blocks(hand.ExchangingInPlace, 3)),
+        TOKENS,
+        hand.ExchangingInPlace,
+        "in-place-add",
+        3,
+    ),
     "widened": (
         lambda: hand.HalfPrecision(*blocks(hand.Widening, 3)).bfloat16(),
         TOKENS,
@@ -187,6 +204,12 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
         lambda: hand.MaskedStack(*blocks(hand.WritingItsMask, 3)),
         TOKENS,
         hand.WritingItsMask,
+        "argument-write",
+    ),
+    "AddingToItsSide": (
+        lambda: hand.Unheard(*blocks(hand.AddingToItsSide, 3)),
+        TOKENS,
+        hand.AddingToItsSide,
         "argument-write",
     ),
     "Remembering": (
@@ -353,6 +376,7 @@ def _codes_in_source() -> set[str]:
 OWN_WAYS: dict[str, dict[str, Any]] = {
     "single": {"blocks": ["blocks.0"]},
     "subtracting": {"granularity": "block"},  # torch adds up a Python list, on one line, from 0
+    "exchanging in place": {"granularity": "block"},  # step by step, only one stream is reversed
 }
 
 
