@@ -12,6 +12,7 @@ from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
+from autorev.engine.mode import is_written_down
 from autorev.engine.owned import is_fake
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import first_line
@@ -99,7 +100,7 @@ def compile_whole(model: nn.Module) -> None:
     graph: Any = torch.compile(plain, options=ROUNDING)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return graph(*args, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
+        return graph(*args, **kwargs) if torch.is_grad_enabled() and not is_written_down() else plain(*args, **kwargs)
 
     home[_CALL] = _compiled[model] = call
 
@@ -109,4 +110,4 @@ def leave_uncompiled(model: nn.Module) -> None:
     for module in model.modules():
         call = _compiled.pop(module, None)
         if call is not None and module.__dict__.get(_CALL) is call:
-            module.__dict__[_CALL] = None
+            del module.__dict__[_CALL]

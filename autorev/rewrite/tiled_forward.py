@@ -29,7 +29,7 @@ from autorev.detect.tokenwise import (
     same_positions,
     token_wise,
 )
-from autorev.engine.mode import ORACLE, mode
+from autorev.engine.mode import ORACLE, is_written_down, mode
 from autorev.engine.past import Past
 from autorev.engine.replay import branch_run_here
 from autorev.engine.tile_nodes import cut
@@ -82,6 +82,7 @@ class TiledForward(CompilingReplacement):
             or inputs[0].dim() != self.found.dims
             or torch._C._functorch.peek_interpreter_stack() is not None
             or hasattr(inputs[0], "placements")  # spread over processes
+            or is_written_down()
         )
         size = 0 if whole else self._size(inputs[0].shape[axis])
         if whole or inputs[0].shape[axis] <= size or isinstance(found := self._judged(args, kwargs), Mixing):
