@@ -20,7 +20,7 @@ from autorev.integrations.transformers import without_cache
 from autorev.keeps import NOTHING
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
-from autorev.rewrite.traced_block import TracedBlock
+from autorev.rewrite.traced_block import TracedBlock, dynamo_bypassing_wrapper
 from autorev.workload import Call
 
 _CALL = "_compiled_call_impl"
@@ -41,6 +41,9 @@ def compile_branches(forwards: Iterable[ReversibleForward]) -> None:
 
 def why_no_graph(model: nn.Module, built: list[BuiltChain], call: Call) -> str | None:
     """Why a training pass of the converted `model` is no single graph; None: it is one."""
+    if dynamo_bypassing_wrapper is None:
+        name = "torch._higher_order_ops.dynamo_bypassing_wrapper"
+        return f"torch {torch.__version__} has no {name}, which torch 2.9 to 2.13 have; install one of these"
     for item in built:
         if why := _cannot_be_traced(item):
             return f"{item.chain.name}: {why}"
