@@ -18,6 +18,7 @@ from autorev.detect.ways import reaches
 
 _norm_functions = {F.layer_norm, F.rms_norm, F.batch_norm, F.group_norm, F.instance_norm, F.normalize}
 _norm_functions |= {torch.layer_norm, torch.rms_norm, torch.batch_norm, torch.group_norm}
+NORM_NAMES = {function.__name__ for function in _norm_functions}
 _activations = {"relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "leaky_relu", "elu", "mish"}
 _activations |= {"hardswish", "softplus", "relu6", "selu", "celu", "prelu", "quick_gelu", "hardtanh", "hardtanh_"}
 # Not called activations, but as little to be undone.

@@ -297,6 +297,23 @@ def test_a_refusal_names_the_line(name: str) -> None:
         assert split(block.reasons[0]) in {(code, line) for line in marked_lines(where, code)}
 
 
+class _RmsNorm(nn.Module):
+    """The user's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize(("norm", "named"), [(nn.LayerNorm(hand.WIDTH), True), (_RmsNorm(), True), (nn.Tanh(), False)])
+def test_a_norm_behind_each_block_is_called_post_norm(norm: nn.Module, named: bool) -> None:
+    """Outside of the blocks it is the loop that stands in the way, and what to do is to move the norm."""
+    model = hand.Between(*blocks(hand.Block, 3))
+    model.norm = norm
+    for block in analyze(model, TOKENS).refused:
+        assert ("this is post-norm" in block.reasons[0]) is named
+        assert ("put it into the branch, x + f(norm(x))" in block.reasons[0]) is named
+
+
 @pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])
 def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
     """Nothing is made up where no block adds its input to something."""
