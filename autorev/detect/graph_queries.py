@@ -231,6 +231,20 @@ def is_projection(node: fx.Node, block: CapturedBlock) -> bool:
     return any(word in name for word in _projections)
 
 
+def mixed_streams(node: fx.Node, view: BlockView) -> int:
+    """How many parts of the stream a product mixes by learned weights, all features of each alike; 0 for any other."""
+    features = view.stream.start.meta["val"].shape[-1]
+    for matrix in node.all_input_nodes if node.op != "call_module" else ():
+        value = matrix.meta.get("val")
+        shape: tuple[int, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        if carries(matrix, view) or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == features:
+            continue
+        made_by = [n for n in node.graph.nodes if n.op == "get_attr" and n.meta["val"].requires_grad]
+        if any(n is matrix or reaches(n, matrix) for n in made_by):
+            return shape[-1]
+    return 0
+
+
 def is_norm(node: fx.Node, block: CapturedBlock) -> bool:
     if any(_norm_name.search(name.lower()) for name in node.meta.get("inside", ())):
         return True

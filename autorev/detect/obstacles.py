@@ -24,6 +24,7 @@ from autorev.detect.graph_queries import (
     is_projection,
     is_scaling,
     is_written_out_norm,
+    mixed_streams,
     operands,
     scaling_of_carrier,
     shortcut,
@@ -156,11 +157,14 @@ def projected_shortcut(view: BlockView) -> Obstacle | None:
     for node in sums(view):
         for through in shortcut(node, view):
             if is_projection(through, view.block):
-                return Obstacle(
-                    "projected-shortcut",
-                    f"the skip runs through {title(through, view.block)} before the branch is added",
-                    through.meta["source"],
-                )
+                text = f"the skip runs through {title(through, view.block)} before the branch is added"
+                if streams := mixed_streams(through, view):
+                    text = (
+                        f"learned weights mix {streams} parts of the stream (`{title(through, view.block)}`) before "
+                        "the branch is added, as hyper-connections do with their streams: undoing a layer would invert "
+                        "that matrix, which may have no inverse; checkpoint the blocks"
+                    )
+                return Obstacle("projected-shortcut", text, through.meta["source"])
     return None
 
 

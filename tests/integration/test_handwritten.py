@@ -314,6 +314,46 @@ def test_a_norm_behind_each_block_is_called_post_norm(norm: nn.Module, named: bo
         assert ("put it into the branch, x + f(norm(x))" in block.reasons[0]) is named
 
 
+class _Mixing(hand.Parts):
+    """Hyper-connections, whose weights depend on the streams: these have an axis of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.beta = nn.Parameter(torch.eye(2)), nn.Parameter(torch.ones(2, 1))
+        self.dynamic = nn.Linear(hand.WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mix = self.mix + torch.tanh(self.dynamic(self.norm1(x)))
+        return mix @ x + self.mlp(self.norm2(x.mean(-2, keepdim=True))) * self.beta
+
+
+class _Mixed(hand.Stack):
+    """Hands two streams on in one tensor."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens).unsqueeze(-2).expand(-1, -1, 2, -1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.sum(-2))
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (lambda: hand.stack_of(hand.HyperConnected), True),
+        (lambda: _Mixed(*blocks(_Mixing, 3)), True),
+        (lambda: hand.stack_of(hand.ProjectedShortcut), False),
+    ],
+)
+def test_hyper_connections_are_called_so(model: Any, named: bool) -> None:
+    """A matrix that mixes streams is another thing than one that mixes features."""
+    refused = analyze(model(), TOKENS).refused
+    assert len(refused) >= 2
+    for block in refused:
+        assert split(block.reasons[0])[0] == "projected-shortcut"
+        assert ("learned weights mix 2 parts of the stream" in block.reasons[0]) is named
+
+
 @pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])
 def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
     """Nothing is made up where no block adds its input to something."""
