@@ -136,7 +136,10 @@ def scaled_shortcut(view: BlockView) -> Obstacle | None:
 def _by_what(product: fx.Node) -> str:
     """Constants are no obstacle (`scaling`)."""
     learned = [n for n in product.all_input_nodes if n.op == "get_attr" and n.meta["val"].requires_grad]
-    return f"by {learned[0].target}, which is learned," if learned else "by a tensor, not by a constant,"
+    if not learned:
+        return "by a tensor, not by a constant,"
+    frozen = " (frozen, it would be a constant)" if learned[0].meta["val"].numel() == 1 else ""
+    return f"by {learned[0].target}, which is learned{frozen},"
 
 
 def doubled_stream(view: BlockView) -> Obstacle | None:

@@ -354,6 +354,16 @@ def test_hyper_connections_are_called_so(model: Any, named: bool) -> None:
         assert ("learned weights mix 2 parts of the stream" in block.reasons[0]) is named
 
 
+def test_a_learned_factor_says_that_it_would_be_a_constant_if_it_were_frozen() -> None:
+    """And so it is."""
+    model = hand.stack_of(hand.LearnedShortcut)
+    for block in analyze(model, TOKENS).refused:
+        assert "by gain, which is learned (frozen, it would be a constant)" in block.reasons[0]
+    for block in model.blocks:
+        block.gain.requires_grad_(False)
+    assert [len(chain) for chain in analyze(model, TOKENS).chains] == [3]
+
+
 @pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])
 def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
     """Nothing is made up where no block adds its input to something."""
