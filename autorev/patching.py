@@ -66,7 +66,7 @@ def _found() -> _Thread | None:
     return found
 
 
-_remove: Callable[[str], None] = getattr(torch._C, "_remove_obj_from_tls", lambda key: None)  # torch 2.9 has none
+_remove: Callable[[str], None] = getattr(torch._C, "_remove_obj_from_tls", lambda key: None)  # torch 2.12 has none
 
 
 @contextmanager

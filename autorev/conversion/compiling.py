@@ -12,6 +12,7 @@ from torch import nn
 
 from autorev.couplings.arithmetic import FixedPoint
 from autorev.couplings.velocity import Velocity
+from autorev.engine.mode import is_written_down
 from autorev.engine.owned import is_fake
 from autorev.engine.undisturbed import undisturbed
 from autorev.errors import first_line
@@ -19,7 +20,7 @@ from autorev.integrations.transformers import without_cache
 from autorev.keeps import NOTHING
 from autorev.rewrite.block_forward import ReversibleForward
 from autorev.rewrite.built import BuiltChain
-from autorev.rewrite.traced_block import TracedBlock
+from autorev.rewrite.traced_block import TracedBlock, dynamo_bypassing_wrapper
 from autorev.workload import Call
 
 _CALL = "_compiled_call_impl"
@@ -40,6 +41,9 @@ def compile_branches(forwards: Iterable[ReversibleForward]) -> None:
 
 def why_no_graph(model: nn.Module, built: list[BuiltChain], call: Call) -> str | None:
     """Why a training pass of the converted `model` is no single graph; None: it is one."""
+    if dynamo_bypassing_wrapper is None:
+        name = "torch._higher_order_ops.dynamo_bypassing_wrapper"
+        return f"torch {torch.__version__} has no {name}, which torch 2.9 to 2.13 have; install one of these"
     for item in built:
         if why := _cannot_be_traced(item):
             return f"{item.chain.name}: {why}"
@@ -99,7 +103,7 @@ def compile_whole(model: nn.Module) -> None:
     graph: Any = torch.compile(plain, options=ROUNDING)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return graph(*args, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
+        return graph(*args, **kwargs) if torch.is_grad_enabled() and not is_written_down() else plain(*args, **kwargs)
 
     home[_CALL] = _compiled[model] = call
 
@@ -109,4 +113,4 @@ def leave_uncompiled(model: nn.Module) -> None:
     for module in model.modules():
         call = _compiled.pop(module, None)
         if call is not None and module.__dict__.get(_CALL) is call:
-            module.__dict__[_CALL] = None
+            del module.__dict__[_CALL]

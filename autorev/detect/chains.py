@@ -243,7 +243,12 @@ def _keep_what_is_handed_on(findings: list[Finding]) -> None:
     sums = {entry_of(finding) for finding in findings} & {exit_of(finding) for finding in findings}
     for number, finding in enumerate(findings):
         if not finding.deferred:
-            finding.beside = [lane for lane in finding.beside if enters(lane) in given or leaves(lane) in taken]
+            every, finding.beside = finding.beside, []
+            for lane in every:
+                if enters(lane) in given or leaves(lane) in taken:
+                    finding.beside.append(lane)
+                else:
+                    finding.leave_out(lane)
         elif sums.isdisjoint((entry_of(finding), exit_of(finding))):
             other = judge(finding.call, deferred=False)
             findings[number] = other if other.residual else finding

@@ -53,6 +53,21 @@ class Finding:
         """This stream, and those beside it."""
         return self, *self.beside
 
+    def leave_out(self, lane: Finding) -> None:
+        """`lane` is not reversed beside this one: what is written to it is written to an argument."""
+        for caveat in lane.caveats:
+            if caveat.code == "in-place-add" and lane.start is not None:
+                text = (
+                    f"it adds to its argument {argument_of(lane.start)} in place, which is no stream that this chain "
+                    "carries, and would do so once more in backward"
+                )
+                self.obstacles.append(Obstacle("argument-write", text, caveat.source))
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Does it write to the tensor that it is given for this stream?"""
+        return any(caveat.code == "in-place-add" for caveat in self.caveats)
+
     @property
     def multiplies(self) -> bool:
         """Does it multiply a stream by a constant?"""

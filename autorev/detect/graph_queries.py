@@ -18,6 +18,7 @@ from autorev.detect.ways import reaches
 
 _norm_functions = {F.layer_norm, F.rms_norm, F.batch_norm, F.group_norm, F.instance_norm, F.normalize}
 _norm_functions |= {torch.layer_norm, torch.rms_norm, torch.batch_norm, torch.group_norm}
+NORM_NAMES = {function.__name__ for function in _norm_functions}
 _activations = {"relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "leaky_relu", "elu", "mish"}
 _activations |= {"hardswish", "softplus", "relu6", "selu", "celu", "prelu", "quick_gelu", "hardtanh", "hardtanh_"}
 # Not called activations, but as little to be undone.
@@ -228,6 +229,20 @@ def is_projection(node: fx.Node, block: CapturedBlock) -> bool:
         return isinstance(module, _weighted) or any(word in name for word in words)
     name = getattr(node.target, "__name__", str(node.target))
     return any(word in name for word in _projections)
+
+
+def mixed_streams(node: fx.Node, view: BlockView) -> int:
+    """How many parts of the stream a product mixes by learned weights, all features of each alike; 0 for any other."""
+    features = view.stream.start.meta["val"].shape[-1]
+    for matrix in node.all_input_nodes if node.op != "call_module" else ():
+        value = matrix.meta.get("val")
+        shape: tuple[int, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        if carries(matrix, view) or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == features:
+            continue
+        made_by = [n for n in node.graph.nodes if n.op == "get_attr" and n.meta["val"].requires_grad]
+        if any(n is matrix or reaches(n, matrix) for n in made_by):
+            return shape[-1]
+    return 0
 
 
 def is_norm(node: fx.Node, block: CapturedBlock) -> bool:

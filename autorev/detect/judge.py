@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,7 +85,11 @@ def judge(call: ModuleCall, deferred: bool = True) -> Finding:
         if found := _on_streams(call, captured, streams, outputs):
             first = next((finding for finding in found if finding.reversible), found[0])
             first.obstacles += filter(None, [changed_argument(call, before)])
-            first.beside = [finding for finding in found if finding is not first and finding.reversible]
+            for finding in found:
+                if finding.reversible and finding is not first:
+                    first.beside.append(finding)
+                elif finding is not first:
+                    first.leave_out(finding)
             if first is not found[0]:
                 first.caveats += found[0].obstacles  # why that stream is not reversed beside it
             return first
@@ -130,20 +136,49 @@ def _on_streams(
     streams: dict[fx.Node, Stream],
     outputs: list[tuple[tuple[Any, ...], fx.Node]],
 ) -> list[Finding]:
-    """Every output that is an input plus something, in order; no input is taken twice."""
-    found: list[Finding] = []
-    for at, output in outputs:
-        for start, stream in streams.items():
-            if start in (finding.start for finding in found) or output not in stream or stream.within(output):
-                continue
-            steps = stream.steps_to(output)
-            reads = any(step.reads_stream() for step in steps) or any(
-                step.reads(finding.start) for finding in found for step in steps if finding.start is not None
-            )
-            if reads or (steps and captured.lost):
-                found.append(_on_stream(call, captured, stream, steps, at, output))
-                break
-    return found
+    """Every output that is an input plus something; no input is taken twice.
+
+    The something reads that input, or another that is taken: of RevNet's two streams each adds a function of the other.
+    """
+    lanes = [
+        _Lane(stream, at, output, steps)
+        for at, output in outputs
+        for stream in streams.values()
+        if output in stream and not stream.within(output) and (steps := stream.steps_to(output))
+    ]
+    found: list[_Lane] = []
+    while True:
+        free = [lane for lane in lanes if all(lane.is_beside(other) for other in found)]
+        known = [lane.stream.start for lane in found]
+        reading = [lane for lane in free if captured.lost or lane.reads(known)]
+        reading = reading or [lane for lane in free if lane.crosses(free)]
+        if not reading:
+            break
+        found.append(reading[0])
+    paths = [lane.stream.path_to(lane.output) for lane in found]
+    return [_on_stream(call, captured, lane.stream, lane.steps, lane.at, lane.output, paths) for lane in found]
+
+
+@dataclass(frozen=True, eq=False)
+class _Lane:
+    """A stream that may be one of the block's."""
+
+    stream: Stream
+    at: tuple[Any, ...]
+    output: fx.Node
+    steps: list[ResidualStep]
+
+    def is_beside(self, other: _Lane) -> bool:
+        return self.at != other.at and self.stream.start is not other.stream.start
+
+    def reads(self, others: list[fx.Node]) -> bool:
+        """Does what it adds depend on the stream itself, or on one of `others`?"""
+        return any(step.reads_stream() or any(map(step.reads, others)) for step in self.steps)
+
+    def crosses(self, others: list[_Lane]) -> bool:
+        """Does it read one of `others` that reads it?"""
+        beside = (other for other in others if self.is_beside(other))
+        return any(self.reads([other.stream.start]) and other.reads([self.stream.start]) for other in beside)
 
 
 def _deferred(
@@ -180,9 +215,11 @@ def _on_stream(
     steps: list[ResidualStep],
     at: tuple[Any, ...],
     output: fx.Node,
+    paths: Sequence[list[fx.Node]] = (),
 ) -> Finding:
+    """`paths`: those of all of the block's streams."""
     path = stream.path_to(output)
-    obstacles = obstacles_on_stream(captured, stream, path) + _aux_obstacles(captured, path, at)
+    obstacles = obstacles_on_stream(captured, stream, path, paths) + _aux_obstacles(captured, path, at)
     if not keeps_order(stream, output):
         text = "the skip comes out with its axes permuted, so the block adds to a rearranged stream"
         obstacles.append(Obstacle("permuted-shortcut", text, output.meta["source"]))

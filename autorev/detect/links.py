@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch.utils._pytree import tree_leaves
 
 from autorev.capture.record import RecordedCall
 from autorev.capture.source import definition_line
 from autorev.detect.ends import argument_of
 from autorev.detect.finding import Finding
+from autorev.detect.graph_queries import NORM_NAMES, is_norm_module
 from autorev.detect.obstacles import Obstacle
 
 State = tuple[int, int]
@@ -64,6 +66,12 @@ def link(findings: list[Finding], recorded: RecordedCall) -> None:
             f"between {before.path} and {after.path} the model replaces the stream (`{name}`), so the one does not "
             "receive what the other returned"
         )
+        if _is_normed(replaced, name, recorded):
+            text = (
+                f"between {before.path} and {after.path} the stream passes through a norm (`{name}`): this is "
+                "post-norm, outside of the blocks, and mean and scale of what a norm is given are lost; put it into "
+                "the branch, x + f(norm(x)), or checkpoint the blocks"
+            )
         broken[id(before)] = broken[id(after)] = Obstacle("stream-replaced", text, line)
     receivers = {id(lane.stream_in): f for f in reversed(findings) if f.reversible and not f.inline for lane in f.lanes}
     for finding in findings:
@@ -82,6 +90,12 @@ def link(findings: list[Finding], recorded: RecordedCall) -> None:
         if finding.reversible and parent is not None and parent.scalar_draws:
             text = "the model may drop whole layers at random; a dropped layer is simply not part of that step's chain"
             finding.caveats.append(Obstacle("layer-drop", text, definition_line(parent.module)))
+
+
+def _is_normed(replaced: torch.Tensor | None, name: str, recorded: RecordedCall) -> bool:
+    """Has a norm returned it, a module or a function called `name`?"""
+    norms = (call for call in recorded.root.walk() if is_norm_module(call.module))
+    return name in NORM_NAMES or any(call.output is replaced for call in norms)
 
 
 def _other_streams(before: Finding, after: Finding) -> Obstacle:

@@ -24,6 +24,7 @@ from autorev.detect.graph_queries import (
     is_projection,
     is_scaling,
     is_written_out_norm,
+    mixed_streams,
     operands,
     scaling_of_carrier,
     shortcut,
@@ -135,7 +136,10 @@ def scaled_shortcut(view: BlockView) -> Obstacle | None:
 def _by_what(product: fx.Node) -> str:
     """Constants are no obstacle (`scaling`)."""
     learned = [n for n in product.all_input_nodes if n.op == "get_attr" and n.meta["val"].requires_grad]
-    return f"by {learned[0].target}, which is learned," if learned else "by a tensor, not by a constant,"
+    if not learned:
+        return "by a tensor, not by a constant,"
+    frozen = " (frozen, it would be a constant)" if learned[0].meta["val"].numel() == 1 else ""
+    return f"by {learned[0].target}, which is learned{frozen},"
 
 
 def doubled_stream(view: BlockView) -> Obstacle | None:
@@ -156,11 +160,14 @@ def projected_shortcut(view: BlockView) -> Obstacle | None:
     for node in sums(view):
         for through in shortcut(node, view):
             if is_projection(through, view.block):
-                return Obstacle(
-                    "projected-shortcut",
-                    f"the skip runs through {title(through, view.block)} before the branch is added",
-                    through.meta["source"],
-                )
+                text = f"the skip runs through {title(through, view.block)} before the branch is added"
+                if streams := mixed_streams(through, view):
+                    text = (
+                        f"learned weights mix {streams} parts of the stream (`{title(through, view.block)}`) before "
+                        "the branch is added, as hyper-connections do with their streams: undoing a layer would invert "
+                        "that matrix, which may have no inverse; checkpoint the blocks"
+                    )
+                return Obstacle("projected-shortcut", text, through.meta["source"])
     return None
 
 

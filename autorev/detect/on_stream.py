@@ -6,7 +6,7 @@ As in `obstacles`, each reason is one `Obstacle`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -18,15 +18,17 @@ from autorev.detect.scaling import LEAST, MOST, is_held
 from autorev.detect.stream import Add, Stream, storage_of
 
 
-def obstacles_on_stream(block: CapturedBlock, stream: Stream, path: list[fx.Node]) -> list[Obstacle]:
+def obstacles_on_stream(
+    block: CapturedBlock, stream: Stream, path: list[fx.Node], paths: Sequence[list[fx.Node]] = ()
+) -> list[Obstacle]:
     """What forbids reversing a block although its output is the stream; empty when nothing does.
 
-    `path` holds the stream nodes between start and output.
+    `path` holds the stream nodes between start and output, `paths` those of every stream that the block carries.
     """
     return [
         *_decisions(block),
         *unseen_code(block),
-        *_overwritten_values(block, stream, path),
+        *_overwritten_values(block, stream, path, paths),
         *_unheld_factors(block, stream, path),
     ]
 
@@ -44,7 +46,9 @@ def unseen_code(block: CapturedBlock) -> list[Obstacle]:
     return [Obstacle("unseen-code", text, source) for source in block.lost]
 
 
-def _overwritten_values(block: CapturedBlock, stream: Stream, path: list[fx.Node]) -> Iterator[Obstacle]:
+def _overwritten_values(
+    block: CapturedBlock, stream: Stream, path: list[fx.Node], paths: Sequence[list[fx.Node]]
+) -> Iterator[Obstacle]:
     own = {storage_of(n.meta.get("val")) for n in stream.nodes}
     given = {
         storage_of(n.meta.get("val")): n for n in block.graph.nodes if "argument" in n.meta and n is not stream.start
@@ -53,6 +57,8 @@ def _overwritten_values(block: CapturedBlock, stream: Stream, path: list[fx.Node
         changed = {storage_of(target.meta.get("val")) for target in node.meta.get("mutates", ())} - {None}
         if changed & own and not (node in path and isinstance(stream.nodes[node], Add)):
             yield in_place(node, block)
+        if any(node in other for other in paths):
+            continue  # an add to a stream beside this one, which is given as a copy too
         for argument in (given[storage] for storage in changed - own if storage in given):
             name = argument.meta["argument"]
             text = f"`{title(node, block)}` overwrites its argument {name}, and would do so once more in backward"

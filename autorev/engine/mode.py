@@ -48,3 +48,8 @@ def mode() -> str:
 def is_traced() -> bool:
     """Is this code a part of what Dynamo compiles, to be run reversibly? It is asked by that code, and guards it."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not otherwise
+
+
+def is_written_down() -> bool:
+    """Are the operators that run now written down, to be run elsewhere (torch.export, torch.jit.trace)?"""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()

@@ -25,11 +25,13 @@ from autorev.errors import ReconstructionError
 class SavedTensors:
     """The tensors that one run of a branch saved, dropped and made again."""
 
-    def __init__(self, path: str, comparison: Comparison, modules: ModuleStates) -> None:
+    def __init__(self, path: str, comparison: Comparison, modules: ModuleStates, mutates_input: bool = False) -> None:
         """What `modules` compares (parameters), or the branch writes to after it saved it (running statistics, which
         backward does not read), is left out of the `comparison`."""
         # The frame must not refer to this object, which refers to it: only the garbage collector would free them.
-        self.frame = frame = _CheckpointFrame(partial(_still_running, path), False, partial(_explain, path), None)
+        self.frame = frame = _CheckpointFrame(
+            partial(_still_running, path), False, partial(_explain, path, mutates_input), None
+        )
         reference = weakref.ref(frame)
 
         def look(tensor: torch.Tensor) -> _Look:
@@ -86,12 +88,18 @@ def _still_running(path: str) -> None:
     )
 
 
-def _explain(path: str, error: CheckpointError) -> None:
+def _explain(path: str, mutates_input: bool, error: CheckpointError) -> None:
     text = str(error)
     if "unpacked once" in text:
         raise error
     places = re.findall(r"tensor at position (\d+)", text)
     what = f"what it saved is not the same (number {', '.join(places[:4])})" if places else "it saved other tensors"
+    if places and mutates_input:
+        raise ReconstructionError(
+            f"{path} adds to its stream in place, and {what}: most likely the stream was saved before that, and what "
+            "was saved has been overwritten since (the model's own backward fails on that, too). Let it make a new "
+            "tensor: x = x + f(x)"
+        ) from error
     raise ReconstructionError(
         f"{path} computed something else in backward than in forward: {what}, so no gradient of it may be "
         "trusted; look for a decision that its Python code takes anew each time (a counter or random numbers "

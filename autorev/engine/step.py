@@ -136,7 +136,7 @@ class Step:
                 inputs = tuple(InputLike.of(x, dtype) for x, dtype in zip(self.xs, self.through, strict=True))
                 self.replay = Replay(branch.path, inputs, branch.mutates_input)
                 self.replay.kept = KeptOutputs(self._host_for("attention")) if self.keeps.attention else None
-                self.saved = SavedTensors(branch.path, self.tape.comparison, self.replay.modules)
+                self.saved = SavedTensors(branch.path, self.tape.comparison, self.replay.modules, branch.mutates_input)
             if branch.module is not None:
                 self.add_module(branch.module, branch.path)
 

@@ -20,12 +20,13 @@ from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.scaling import Factor, is_held
 from autorev.engine.carried import pass_of
 from autorev.engine.chain import ReversibleChain
+from autorev.engine.mode import is_written_down
 from autorev.engine.plain_data import without_history
 from autorev.engine.step import Branch, Step
 from autorev.errors import ConversionError
 from autorev.integrations.transformers import is_asked_for, is_cache, is_checkpointed
 from autorev.rewrite.compiled import compiler_of
-from autorev.rewrite.replacement import CompilingReplacement
+from autorev.rewrite.replacement import TO_BE_EXPORTED, CompilingReplacement
 
 Places = tuple[tuple[Any, ...], ...]
 """In nested tuples, lists, dicts and dataclasses, one for each lane."""
@@ -79,11 +80,10 @@ class ReversibleForward(CompilingReplacement):
         return super().own()
 
     def _refuse_transforms(self) -> None:
-        if torch._C._get_tracing_state() is not None:
+        if is_written_down():
             raise ConversionError(
-                f"{self.path} is reversible: a trace (torch.jit.trace, torch.onnx.export) holds operators, and neither "
-                "the checks between them nor a way back; call autorev.revert(model) first, or export a copy that is "
-                "reverted: where gamma trained the model, that is another function, and autorev.verify says by how much"
+                f"{self.path} is reversible: a trace (torch.export, torch.jit.trace, torch.onnx.export) holds "
+                f"operators, and neither the checks between them nor a way back; {TO_BE_EXPORTED}"
             )
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             raise ConversionError(

@@ -51,6 +51,12 @@ class BuiltChain:
                 f"{findings[0].path} leaves the last of its residual adds to the next block, so it is no step by step; "
                 "use granularity='block', and a coupling of one stream"
             )
+        beside = next((lane for f in findings for lane in f.beside if lane.adds_in_place), None) if pieces else None
+        if beside is not None and beside.start is not None:
+            raise ConversionError(
+                f"{beside.path} adds in place to {argument_of(beside.start)}, its second stream, and step by step only "
+                "one is reversed; use granularity='block', and a coupling of one stream"
+            )
         self.kept = kept
         if pieces and inline:
             kept = sum(len(finding.steps) for finding in findings[len(findings) - kept :])
@@ -106,7 +112,7 @@ class BuiltChain:
                 "argument": argument_of(finding.start),
                 "output_at": finding.output_at,
                 "written": finding.call.buffers_written,
-                "mutates_input": any(o.code == "in-place-add" for lane in finding.lanes for o in lane.caveats),
+                "mutates_input": any(lane.adds_in_place for lane in finding.lanes),
             }
             beside = tuple(("" if f.start is None else argument_of(f.start), f.output_at) for f in finding.beside)
             factors = tuple(lane.factor for lane in finding.lanes) if finding.multiplies else ()

@@ -27,7 +27,7 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 WHY_NOT = (
     "a forward that autorev converted runs outside of compiled code, and calls its compiled branch from there; leave "
     "fullgraph=True out, or compile the blocks one by one: for block in blocks: block.compile(fullgraph=True); or "
-    "convert with compile='graph'"
+    "convert with compile='graph'. To export the model, call autorev.revert(model) first"
 )
 
 IN_STEPS = (

@@ -24,6 +24,14 @@ from autorev.rewrite.compiled import CompiledBlock, inside_of, never_compiled
 HANDLE = "_autorev_replacements"
 """Where a module keeps its replaced forwards, the first one first: other libraries may wrap `forward` afterwards."""
 _REPLICATE = "_replicate_for_data_parallel"
+TO_BE_EXPORTED = (
+    "call autorev.revert(model) first, or export a copy that is reverted: where gamma trained the model, that is "
+    "another function, and autorev.verify says by how much"
+)
+
+
+class _NoCodeError(ConversionError, AttributeError):
+    """To who asks whether it has code it has none, as it always was."""
 
 
 @dataclass(eq=False)
@@ -106,6 +114,20 @@ class Replacement(ABC):
     @property
     def __func__(self) -> Callable[..., Any]:
         return self.on
+
+    @property
+    def __code__(self) -> Any:
+        raise self._no_code()
+
+    @property
+    def __globals__(self) -> Any:
+        raise self._no_code()
+
+    def _no_code(self) -> _NoCodeError:
+        return _NoCodeError(
+            f"{self.path or 'the model itself'} is converted by autorev, and its forward has no code that torch.export "
+            f"or torch.jit.script could read; {TO_BE_EXPORTED}"
+        )
 
     def on(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of `module`: who knows it for a method (accelerate) binds it to a shallow copy of the module."""

@@ -31,7 +31,7 @@ from autorev.detect.tokenwise import (
     token_wise,
 )
 from autorev.engine.mask import is_causal
-from autorev.engine.mode import ORACLE, mode
+from autorev.engine.mode import ORACLE, is_written_down, mode
 from autorev.engine.owned import is_fake
 from autorev.engine.replay import branch_run_here
 from autorev.engine.tiles import Tiling, in_a_tile, run_tiled
@@ -83,6 +83,7 @@ class TiledForward(CompilingReplacement):
             or inputs[0].dim() != self.found.dims
             or torch._C._functorch.peek_interpreter_stack() is not None
             or hasattr(inputs[0], "placements")  # spread over processes
+            or is_written_down()
         )
         size = 0 if whole else self._size(inputs[0].shape[axis])
         if whole or inputs[0].shape[axis] <= size or isinstance(found := self._judged(args, kwargs), Mixing):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._higher_order_ops import dynamo_bypassing_wrapper
+import torch._higher_order_ops as operators
 
 from autorev.detect.ends import find_stream, replace_leaf
 from autorev.engine.mode import is_traced
@@ -22,6 +22,9 @@ from autorev.integrations.transformers import is_asked_for, is_cache
 from autorev.rewrite.block_forward import WholeBlock
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+dynamo_bypassing_wrapper: Any = getattr(operators, "dynamo_bypassing_wrapper", None)
+"""An internal of torch, in 2.9 to 2.13. Without it, no pass is one graph (`why_no_graph`); all else works."""
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import autorev
 from autorev.engine.mode import running
-from autorev.errors import ConversionError
+from autorev.errors import ConversionError, ReconstructionError
 from tests.engine.test_summary import measured
 from tests.helpers import handwritten as hand
 from tests.helpers.blocks import DOUBLE, EXACT, Setting, assert_like_oracle, assert_same, converted, gradients_of
@@ -134,6 +134,31 @@ class FedByTheOther(hand.Parts):
         return image + self.attention(self.norm1(image)), text
 
 
+class AtOnce(hand.Parts):
+    """Each is given what depends on the other alone."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        words = text + self.mlp(self.norm2(image)).mean(1, keepdim=True)
+        return image + self.attention(self.norm1(text)).mean(1, keepdim=True), words
+
+
+class Exchanging(hand.Parts):
+    """The same one after the other: RevNet's."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image = image + self.attention(self.norm1(text)).mean(1, keepdim=True)
+        return image, text + self.mlp(self.norm2(image)).mean(1, keepdim=True)
+
+
+class ExchangingInPlace(hand.Parts):
+    """The same in place: it trains, as its branches save nothing of what they are given."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image += self.attention(torch.tanh(text)).mean(1, keepdim=True)
+        text.add_(self.mlp(torch.tanh(image)).mean(1, keepdim=True))
+        return image, text
+
+
 class Exchanged(hand.Parts):
     """Returns the text first, which the next block is given as its image."""
 
@@ -217,6 +242,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "split inside": partial(Both, Split),
     "exchanged": partial(Both, Exchanged),
     "fed by the other": partial(Both, FedByTheOther),
+    "exchanging": partial(Both, Exchanging),
+    "at once": partial(Both, AtOnce),
+    "exchanging in place": partial(Both, ExchangingInPlace),
     "frozen text": partial(FrozenText, hand.Joint),
     "three": partial(InThrees, Three),
 }
@@ -261,6 +289,28 @@ def test_that_steps_reverse_the_first_stream_alone_is_said() -> None:
         notes = autorev.convert(MODELS["both are read"](), batch=batch(), **options).notes
         assert any("only the stream image is reversed; text beside it keeps" in note for note in notes)
     assert not any("beside it" in note for note in autorev.convert(MODELS["both are read"](), batch=batch()).notes)
+
+
+def test_steps_of_one_stream_write_to_no_other() -> None:
+    """Step by step the second stream is an argument, which a second run would add to once more."""
+    with pytest.raises(ConversionError, match=r"blocks\.0 adds in place to image, its second stream.*granularity"):
+        converted(EXACT, MODELS["exchanging in place"], *batch(), granularity="sublayer")
+
+
+def test_what_was_saved_before_an_add_in_place_is_named() -> None:
+    """PyTorch's own backward fails on it, too."""
+
+    class Saved(hand.Parts):
+        def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            image += self.attention(self.norm1(text)).mean(1, keepdim=True)
+            text += self.mlp(self.norm2(image)).mean(1, keepdim=True)
+            return image, text
+
+    model = converted(EXACT, partial(Both, Saved), *batch(), keep_last=0)
+    with running("original"), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step(model)
+    with pytest.raises(ReconstructionError, match=r"blocks\.3 adds to its stream in place.*saved before that"):
+        step(model)
 
 
 def test_streams_of_two_dtypes() -> None:

@@ -146,6 +146,62 @@ def test_function_transforms_are_refused(transform: Callable[[nn.Module], Any], 
     step(model, states(setting))
 
 
+class Within(nn.Module):
+    """Another model around a converted one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.inner(tokens)
+
+
+EXPORTS: dict[str, Callable[[nn.Module], Any]] = {
+    "export": lambda model: torch.export.export(model, (TOKENS,)),
+    "export of a model around it": lambda model: torch.export.export(Within(model), (TOKENS,)),
+    "strict export": lambda model: torch.export.export(model, (TOKENS,), strict=True),
+    "script": torch.jit.script,
+    "trace": lambda model: torch.jit.trace(model, (TOKENS,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+@pytest.mark.parametrize("options", [{}, {"granularity": "sublayer"}], ids=str)
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_converted_model_says_how_it_is_exported(name: str, options: dict[str, Any]) -> None:
+    """Of a reversible forward neither operators nor code can be written down; of the reverted model both can."""
+    model = converted(EXACT, lambda: small(2), keep_last=0, **options).eval()
+    kind = torch._dynamo.exc.Unsupported if "strict" in name else AutorevError
+    with pytest.raises(kind, match=r"autorev\.revert\(model\)"):
+        EXPORTS[name](model)
+    assert not hasattr(model.forward, "__code__")  # as compilers ask
+    step(model)
+    autorev.revert(model)
+    EXPORTS[name](model)
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_a_model_that_is_one_graph_is_not_traced_either() -> None:
+    """The error is ours, before the compiler's."""
+    model = converted(EXACT, lambda: small(2), keep_last=0, compile="graph")
+    with pytest.raises(AutorevError, match=r"autorev\.revert\(model\)"):
+        EXPORTS["trace"](model)
+    autorev.revert(model)
+    EXPORTS["script"](model)  # which reads every attribute that is left
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+@pytest.mark.parametrize("options", [{"method": "checkpoint"}, {"method": "plain", "tile": 4}], ids=str)
+@pytest.mark.parametrize("name", ["export", "trace"])
+def test_what_only_runs_otherwise_is_exported_as_it_is(name: str, options: dict[str, Any]) -> None:
+    """Checkpoints and tiles compute the model's own function."""
+    model = converted(EXACT, lambda: small(2), **options).eval()
+    exported = EXPORTS[name](model)
+    run = exported.module() if name == "export" else exported
+    assert torch.allclose(run(TOKENS), model(TOKENS), atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets in itself
 @each_setting
 def test_a_compiled_model_is_right(setting: Setting) -> None:

@@ -503,6 +503,31 @@ class Alternating(Stack):
         return self.head(self.norm(left + right))
 
 
+class Exchanging(Parts):
+    """RevNet's: each stream is given a function of the other."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + self.attention(self.norm1(y))
+        return x, y + self.mlp(self.norm2(x))
+
+
+class AtOnce(Parts):
+    """The same of the streams as they came in, so that neither reads itself."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + self.attention(self.norm1(y)), y + self.mlp(self.norm2(x))
+
+
+class TwoEmbeddings(Stack):
+    """Two streams from the beginning, which hold different tensors."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, y = self.embedding(tokens), self.embedding(tokens.flip(1))
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.head(self.norm(x + y))
+
+
 class OnlyOne(Parts):
     """Stands alone in its model."""
 
@@ -520,6 +545,15 @@ class InPlace(Parts):
         x += self.attention(self.norm1(x))  # here: in-place-add
         x += self.mlp(self.norm2(x))  # here: in-place-add
         return x
+
+
+class ExchangingInPlace(Parts):
+    """RevNet's in place: it trains, as its branches save nothing of what they are given."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x += self.attention(torch.tanh(y))  # here: in-place-add
+        y.add_(self.mlp(torch.tanh(x)))  # here: in-place-add
+        return x, y
 
 
 class Widening(Block):
@@ -793,6 +827,25 @@ class MaskedStack(Stack):
         mask = torch.ones_like(x)
         for block in self.blocks:
             x = block(x, mask)
+        return self.head(self.norm(x))
+
+
+class AddingToItsSide(Parts):
+    """Adds in place to a second stream, which `Unheard` does not hand on."""
+
+    def forward(self, x: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + self.attention(self.norm1(x))
+        side += self.mlp(torch.tanh(x))  # here: argument-write
+        return x, side
+
+
+class Unheard(Stack):
+    """Gives every block the same side."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, side = self.embedding(tokens), self.embedding(tokens.flip(1))
+        for block in self.blocks:
+            x, _ = block(x, side + 0)
         return self.head(self.norm(x))
 
 

@@ -69,6 +69,16 @@ ELIGIBLE: dict[str, tuple[Any, torch.Tensor, list[tuple[str, list[str]]]]] = {
         TOKENS,
         [("blocks", ["parallel + attention + mlp"] * 3)],
     ),
+    "exchanging": (
+        lambda: hand.TwoEmbeddings(*blocks(hand.Exchanging, 3)),
+        TOKENS,
+        [("blocks", ["parallel + attention"] * 3)],
+    ),
+    "at once": (
+        lambda: hand.TwoEmbeddings(*blocks(hand.AtOnce, 3)),
+        TOKENS,
+        [("blocks", ["attention + mlp"] * 3)],
+    ),
     "two streams": (
         lambda: hand.Alternating(*blocks(hand.Block, 6)),
         TOKENS,
@@ -117,6 +127,13 @@ CAVEATS: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str, int]] = {
     ),
     "batch norm": (hand.PreActivationResNet, IMAGES, hand.PreActivation, "buffer-write", 5),
     "in place": (lambda: hand.stack_of(hand.InPlace), TOKENS, hand.InPlace, "in-place-add", 3),
+    "exchanging in place": (
+        lambda: hand.TwoEmbeddings(*blocks(hand.ExchangingInPlace, 3)),
+        TOKENS,
+        hand.ExchangingInPlace,
+        "in-place-add",
+        3,
+    ),
     "widened": (
         lambda: hand.HalfPrecision(*blocks(hand.Widening, 3)).bfloat16(),
         TOKENS,
@@ -187,6 +204,12 @@ REFUSED: dict[str, tuple[Any, torch.Tensor, type[nn.Module], str]] = {
         lambda: hand.MaskedStack(*blocks(hand.WritingItsMask, 3)),
         TOKENS,
         hand.WritingItsMask,
+        "argument-write",
+    ),
+    "AddingToItsSide": (
+        lambda: hand.Unheard(*blocks(hand.AddingToItsSide, 3)),
+        TOKENS,
+        hand.AddingToItsSide,
         "argument-write",
     ),
     "Remembering": (
@@ -274,6 +297,73 @@ def test_a_refusal_names_the_line(name: str) -> None:
         assert split(block.reasons[0]) in {(code, line) for line in marked_lines(where, code)}
 
 
+class _RmsNorm(nn.Module):
+    """The user's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize(("norm", "named"), [(nn.LayerNorm(hand.WIDTH), True), (_RmsNorm(), True), (nn.Tanh(), False)])
+def test_a_norm_behind_each_block_is_called_post_norm(norm: nn.Module, named: bool) -> None:
+    """Outside of the blocks it is the loop that stands in the way, and what to do is to move the norm."""
+    model = hand.Between(*blocks(hand.Block, 3))
+    model.norm = norm
+    for block in analyze(model, TOKENS).refused:
+        assert ("this is post-norm" in block.reasons[0]) is named
+        assert ("put it into the branch, x + f(norm(x))" in block.reasons[0]) is named
+
+
+class _Mixing(hand.Parts):
+    """Hyper-connections, whose weights depend on the streams: these have an axis of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.beta = nn.Parameter(torch.eye(2)), nn.Parameter(torch.ones(2, 1))
+        self.dynamic = nn.Linear(hand.WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mix = self.mix + torch.tanh(self.dynamic(self.norm1(x)))
+        return mix @ x + self.mlp(self.norm2(x.mean(-2, keepdim=True))) * self.beta
+
+
+class _Mixed(hand.Stack):
+    """Hands two streams on in one tensor."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens).unsqueeze(-2).expand(-1, -1, 2, -1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.sum(-2))
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (lambda: hand.stack_of(hand.HyperConnected), True),
+        (lambda: _Mixed(*blocks(_Mixing, 3)), True),
+        (lambda: hand.stack_of(hand.ProjectedShortcut), False),
+    ],
+)
+def test_hyper_connections_are_called_so(model: Any, named: bool) -> None:
+    """A matrix that mixes streams is another thing than one that mixes features."""
+    refused = analyze(model(), TOKENS).refused
+    assert len(refused) >= 2
+    for block in refused:
+        assert split(block.reasons[0])[0] == "projected-shortcut"
+        assert ("learned weights mix 2 parts of the stream" in block.reasons[0]) is named
+
+
+def test_a_learned_factor_says_that_it_would_be_a_constant_if_it_were_frozen() -> None:
+    """And so it is."""
+    model = hand.stack_of(hand.LearnedShortcut)
+    for block in analyze(model, TOKENS).refused:
+        assert "by gain, which is learned (frozen, it would be a constant)" in block.reasons[0]
+    for block in model.blocks:
+        block.gain.requires_grad_(False)
+    assert [len(chain) for chain in analyze(model, TOKENS).chains] == [3]
+
+
 @pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])
 def test_a_model_without_residual_blocks_has_neither_chains_nor_refusals(block: type[nn.Module]) -> None:
     """Nothing is made up where no block adds its input to something."""
@@ -353,6 +443,7 @@ def _codes_in_source() -> set[str]:
 OWN_WAYS: dict[str, dict[str, Any]] = {
     "single": {"blocks": ["blocks.0"]},
     "subtracting": {"granularity": "block"},  # torch adds up a Python list, on one line, from 0
+    "exchanging in place": {"granularity": "block"},  # step by step, only one stream is reversed
 }
 
 
