@@ -26,7 +26,9 @@ such a row (zeros, and no gradient): a tile calls the same one, with the same ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -38,13 +40,25 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from autorev.engine.autograd import apply
 from autorev.engine.mask import rows
-from autorev.engine.owned import is_fake
 from autorev.errors import ConversionError
 
 AXIS = -2
 """Of queries, keys and values: their positions."""
 FEW = 64
 """Queries that a CPU's kernel is given at a time."""
+
+
+_as_a_gpu: ContextVar[bool] = ContextVar("autorev attends as a GPU", default=False)
+
+
+@contextmanager
+def attending_as_a_gpu() -> Iterator[None]:
+    """While it lasts, tensors without values that are said to be on a CPU stand for a GPU's."""
+    token = _as_a_gpu.set(True)
+    try:
+        yield
+    finally:
+        _as_a_gpu.reset(token)
 
 
 class Past:
@@ -151,7 +165,7 @@ class _Attending(TorchFunctionMode):
         shown = None
         if attn_mask is not None and self.mask is not None:
             shown = rows(self.mask, key.shape[AXIS] - own, own).to(attn_mask.dtype)
-        if query.device.type == "cpu" and not is_fake(query) and query.shape[AXIS] == own:
+        if query.device.type == "cpu" and not _as_a_gpu.get() and query.shape[AXIS] == own:
             return _on_a_cpu(query, key, value, shown, **how)
         if shown is not None:
             return F.scaled_dot_product_attention(query, key, value, shown, **how)

@@ -15,6 +15,7 @@ from autorev.analysis import Category, DeviceInfo, Prediction
 from autorev.capture.fake import every_layer_kept, fused_attention_dropout
 from autorev.capture.record import record
 from autorev.detect.chains import detect
+from autorev.engine.past import attending_as_a_gpu
 from autorev.errors import ConversionError, SettingError
 from autorev.methods import PREDICTED, Method
 from autorev.optimizers import Optimizer
@@ -111,6 +112,7 @@ class Forecaster:
             loss = loss_function(self.twin, self.setting.loss)
             with (
                 fused_attention_dropout() if self.device_kind == "cuda" else nullcontext(),
+                attending_as_a_gpu() if self.device_kind == "cuda" else nullcontext(),
                 attention if degree > 1 else nullcontext(),
             ):
                 autocast = DTYPES[self.setting.autocast] if self.setting.autocast else None

@@ -158,6 +158,26 @@ def test_what_is_predicted_is_what_convert_does(
     assert predicted.peak_bytes == pytest.approx(truth, rel=0.02)
 
 
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_attention_in_tiles_peaks_where_it_is_predicted(granularity: str) -> None:
+    """On a CPU, whose kernel is given a mask for a few queries at a time."""
+    model_cls, config_cls, sizes, _, _ = FAMILIES["llama"]
+    workload = workload_of(model_cls, config_cls(**sizes | {"vocab_size": 99, "max_position_embeddings": 512}))
+    how = {"trains": "lora", "lora_rank": 4, "loss": "chunked"}
+    analysis, forecaster = prepare(workload, batch=1, sequence=512, dtype="fp32", device="cpu", **how)
+    method = Method.parse(f"momentum:k=3,granularity={granularity},keep_last=0,tile=128")
+    predicted = forecaster.prediction(method, forecaster.trace(method, 1, 512))
+
+    def convert(model: nn.Module) -> None:
+        call = workload.example(1, 512)
+        conversion = autorev.convert(model, call, granularity=granularity, keep_last=0, tile=128)
+        assert not conversion.not_tiled
+        autorev.chunk_loss(model)
+
+    truth = allocator_peak(workload, analysis, None, 1, 512, prepared=convert)
+    assert predicted.peak_bytes == pytest.approx(truth, rel=0.025)
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_a_chunked_loss_takes_the_logits_off_the_peak(family: str) -> None:
     """With a wide vocabulary the full loss holds several copies of the logits, and the chunked one none."""
