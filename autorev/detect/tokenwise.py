@@ -25,12 +25,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from autorev.capture.record import ModuleCall
 from autorev.detect.causal import CausalAttention
 from autorev.detect.masks import OperatorsAndMask, mask_among
+from autorev.detect.own_gradients import refuse_own_gradients
 from autorev.detect.positions import LAYOUT, MixesError, Operators, Positions
 from autorev.errors import one_line
 from autorev.hush import logs_hushed
@@ -277,7 +277,7 @@ def _computed(call: ModuleCall, like: _Given, length: int, masked: bool = True) 
     kept = found == Positions(like.axis) or (length == 1 and found is not None)
     if not kept or result.shape[: like.axis + 1] != given[0].shape[: like.axis + 1]:
         raise MixesError("its result has no value for each position")
-    _refuse_own_gradients(result, watch)
+    refuse_own_gradients(result, watch)
     if like.causal and length == 2:  # autograd itself says whether what it saved was written to since
         torch.autograd.grad(result, [tensor for tensor in given if tensor.requires_grad], torch.ones_like(result))
     return watch.computed, returned
@@ -296,50 +296,6 @@ def _without_layout(computed: Computed) -> Computed:
     """Products of matrices are by one operator or by another as their memory lies."""
     alike = {"bmm": "mm", "baddbmm": "addmm"}
     return [(alike.get(name, name), numbers) for name, numbers in computed if name not in LAYOUT]
-
-
-def _refuse_own_gradients(result: torch.Tensor, watch: Operators) -> None:
-    """Operators show what forward does. Torch's own backward of them keeps positions apart as they do; others' may not.
-
-    Raises:
-        MixesError: a backward of somebody else looks across positions, or may, or there is a hook.
-    """
-    tensors = [leaf for leaf in [result, *tree_leaves(watch.alive)] if isinstance(leaf, torch.Tensor)]
-    if any(tensor._backward_hooks for tensor in tensors):
-        raise MixesError("its forward puts a hook on a tensor, which may look across positions")
-    made = {(tensor.grad_fn, tensor.output_nr): tensor for tensor in tensors if tensor.grad_fn is not None}
-    seen, todo = set(), [result.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo += [following for following, _ in node.next_functions]
-        if isinstance(node, BackwardCFunction) and not _keeps_apart(node, made, watch):
-            name = type(node).__name__.removesuffix("Backward")
-            raise MixesError(f"{name} has a backward of its own, which may look across positions")
-
-
-def _keeps_apart(node: Any, made: dict[Any, torch.Tensor], watch: Operators) -> bool:
-    """Are the gradients that the backward of an `autograd.Function` returns laid out by position, as its inputs are?"""
-    grads = []
-    for number, _ in enumerate(node._input_metadata):
-        out = made.get((node, number))
-        where = None if out is None else watch.positions(out)
-        if out is None or where is None:
-            return False
-        grads.append(torch.empty_like(out, requires_grad=False))
-        watch.note(grads[-1], where)
-    with torch.no_grad(), watch:
-        returned = node.apply(*grads)
-    returned = returned if isinstance(returned, tuple) else (returned,)
-    for grad, following in zip(returned, node.next_functions, strict=False):
-        if grad is None or following[0] is None or watch.length == 1:
-            continue
-        given = made.get(following)
-        if given is None or watch.positions(given) is None or watch.positions(grad) != watch.positions(given):
-            return False
-    return watch.refused is None
 
 
 def _saved(call: ModuleCall) -> int:
