@@ -17,7 +17,7 @@ from autorev.detect.ends import drop_unread_items
 from autorev.detect.finding import Finding
 from autorev.detect.graph_queries import BlockView
 from autorev.detect.judge import own_backward
-from autorev.detect.obstacles import Obstacle, between_sums
+from autorev.detect.obstacles import Obstacle, between_sums, projected_shortcut, scaled_shortcut
 from autorev.detect.on_stream import obstacles_on_stream
 from autorev.detect.runs import Run, residual_runs, stream_like_sums
 from autorev.detect.stream import ResidualStep, follow, is_stream_like
@@ -144,21 +144,33 @@ def common_start(paths: list[list[str]]) -> list[str]:
 
 
 def _refused_loop(call: ModuleCall) -> list[Finding]:
-    """Sums `x + f(x)` of a loop that do something to the sum before the next turn: post-norm and its kin."""
+    """Sums `x + f(x)` of a loop that do something to the sum before the next turn, as post-norm does, or to x before
+    they add: a learned factor, a matrix."""
     captured = _captured(call)
     if captured is None:
         return []
     findings: list[Finding] = []
     for node in stream_like_sums(captured.graph):
-        for skip in node.all_input_nodes:
-            others = [n for n in node.all_input_nodes if n is not skip]
-            if not (is_stream_like(skip.meta.get("val")) and others and all(reaches(skip, other) for other in others)):
-                continue
-            stream = follow(skip)
-            obstacle: Obstacle | None = between_sums(BlockView(captured, stream, node), node)
-            if node in stream and obstacle is not None:
-                finding = Finding(call, captured, skip, [], [obstacle], end=node, inline=True)
-                finding.path = _path(call, stream.steps_to(node), len(findings))
-                findings.append(finding)
-            break
+        skip = _skip_of(node)
+        if skip is None:
+            continue
+        stream = follow(skip)
+        view = BlockView(captured, stream, node)
+        free = skip in node.all_input_nodes
+        obstacle = between_sums(view, node) if free else scaled_shortcut(view) or projected_shortcut(view)
+        if free == (node in stream) and obstacle is not None:
+            finding = Finding(call, captured, skip, [], [obstacle], end=node, inline=True)
+            finding.path = _path(call, stream.steps_to(node) if free else [], len(findings))
+            findings.append(finding)
     return findings if len(findings) > 1 else []
+
+
+def _skip_of(total: fx.Node) -> fx.Node | None:
+    """What a sum adds to a function of it, or to a function of what that is made of."""
+    for operand in total.all_input_nodes:
+        others = [n for n in total.all_input_nodes if n is not operand]
+        behind: list[fx.Node] = [] if operand.op == "call_module" else operand.all_input_nodes
+        for skip in (operand, *behind):
+            if is_stream_like(skip.meta.get("val")) and others and all(reaches(skip, other) for other in others):
+                return skip
+    return None

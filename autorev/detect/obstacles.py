@@ -135,11 +135,19 @@ def scaled_shortcut(view: BlockView) -> Obstacle | None:
 
 def _by_what(product: fx.Node) -> str:
     """Constants are no obstacle (`scaling`)."""
-    learned = [n for n in product.all_input_nodes if n.op == "get_attr" and n.meta["val"].requires_grad]
+    origins = map(_origin, product.all_input_nodes)
+    learned = [n for n in origins if n.op == "get_attr" and n.meta["val"].requires_grad]
     if not learned:
         return "by a tensor, not by a constant,"
-    frozen = " (frozen, it would be a constant)" if learned[0].meta["val"].numel() == 1 else ""
-    return f"by {learned[0].target}, which is learned{frozen},"
+    single = learned[0].meta["val"].numel() == 1 and learned[0] in product.all_input_nodes
+    return f"by {learned[0].target}, which is learned{' (frozen, it would be a constant)' if single else ''},"
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What `node` is computed from, if it is one thing (`self.factors[3]`, `self.factor.exp()`)."""
+    while len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node
 
 
 def doubled_stream(view: BlockView) -> Obstacle | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,48 @@ def test_a_learned_factor_says_that_it_would_be_a_constant_if_it_were_frozen() -
     for block in model.blocks:
         block.gain.requires_grad_(False)
     assert [len(chain) for chain in analyze(model, TOKENS).chains] == [3]
+
+
+class _Loop(hand.Stack):
+    """Blocks without modules of their own; `code` makes a turn of the loop."""
+
+    def __init__(self, code: Callable[[_Loop, int, torch.Tensor], torch.Tensor], streams: int = 0) -> None:
+        super().__init__(*(nn.Linear(hand.WIDTH, hand.WIDTH) for _ in range(3)))
+        self.code, self.streams = code, streams
+        self.gains = nn.Parameter(torch.ones(3))
+        self.mixing = nn.Parameter(torch.eye(2).repeat(3, 1, 1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        x = x.unsqueeze(-2).expand(-1, -1, self.streams, -1) if self.streams else x
+        for turn in range(3):
+            x = self.code(self, turn, x)
+        return self.head(x.sum(-2) if self.streams else x)
+
+
+@pytest.mark.parametrize(
+    ("code", "streams", "reason"),
+    [
+        (
+            lambda m, n, x: m.gains[n] * x + m.blocks[n](x),
+            0,
+            "scaled-shortcut: the skip is multiplied (`mul`) by gains",
+        ),
+        (lambda m, n, x: x.sigmoid() * x + m.blocks[n](x), 0, "scaled-shortcut: the skip is multiplied (`mul`) by a"),
+        (
+            lambda m, n, x: m.mixing[n] @ x + m.blocks[n](x.mean(-2, keepdim=True)),
+            2,
+            "projected-shortcut: learned weights mix 2 parts of the stream (`matmul`)",
+        ),
+        (lambda m, n, x: torch.relu(m.blocks[n](x) + m.blocks[n](x.tanh())), 0, None),
+    ],
+)
+def test_a_loop_says_what_it_does_to_its_skip(code: Any, streams: int, reason: str | None) -> None:
+    """As blocks that are modules do; where nothing is skipped, there is nothing to say."""
+    analysis = analyze(_Loop(code, streams), TOKENS)
+    assert analysis.chains == ()
+    assert len(analysis.refused) == (3 if reason else 0)
+    assert all(block.reasons[0].startswith(str(reason)) for block in analysis.refused)
 
 
 @pytest.mark.parametrize("block", [hand.NotResidual, hand.Concatenating, hand.FirstTokenCut])

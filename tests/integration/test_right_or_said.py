@@ -350,11 +350,6 @@ NEAREST = {
         TOKENS,
         r"3 residual adds were seen by autograd, .*they stand in the code of AddingBetween, between its modules",
     ),
-    "in a module that weighs the skip": (
-        Weighing,
-        TOKENS,
-        r"3 residual adds were seen by autograd, .*the nearest is sums\.0",
-    ),
     "once": (OneAdd, torch.zeros(2, 8), "1 residual add was seen by autograd, .*it stands in the code of OneAdd"),
     "nowhere": (Convolutions, torch.zeros(2, 8, 8), "it has no residual block$"),
     "nowhere, with an activation written out": (
@@ -376,6 +371,13 @@ def test_no_residual_block_is_said_only_where_that_is_so(name: str) -> None:
     assert not analysis.chains
     assert not analysis.refused
     assert bool(analysis.notes) == (not name.startswith("nowhere"))
+
+
+def test_a_module_that_weighs_the_skip_is_named() -> None:
+    """It is no block, and what it does is the reason."""
+    with pytest.raises(ConversionError, match=r"by sums\.0\.scale, which is learned"):
+        autorev.convert(Weighing(), TOKENS)
+    assert len(autorev.analyze(Weighing(), TOKENS).refused) == 3
 
 
 class Scriptable(nn.Module):
