@@ -27,6 +27,8 @@ OF_THE_PROCESS = {
     "engine/mode.py otherwise": "how many threads run converted models otherwise: compiled code is guarded by it",
     "capture/fake.py _numbers": "the numbers that fake tensors stand for, as long as they live",
     "detect/scaling.py _numbers": "a cache: the number in a tensor of one element, by its version",
+    "detect/tokenwise.py _answers": "a cache: what is proved of a recorded call, as long as it lives",
+    "engine/mask.py _known": "a cache: whether a mask is causal, by its values",
     "models/weights.py _said": "log messages that are not repeated",
     "couplings/fused.py _said": "likewise",
     "rewrite/block_forward.py _left_empty": "a mark on a key-value cache, whichever model is given it",
