@@ -40,6 +40,7 @@ def asked(method: str | Method, **options: Any) -> Method:
 
 
 def check_patterns(method: Method, chosen: Chosen) -> None:
+    """Raises ConversionError where a pattern of `gamma` or `c` matches none of the blocks."""
     paths = [finding.path for chain in chosen.chains for finding in chain]
     for name in ("gamma", "c"):
         numbers = getattr(method, name)

@@ -33,6 +33,8 @@ def attention_as_written(
     """The arguments of `scaled_dot_product_attention`, which has no signature of its own."""
 
 
+ATTENTION = "attention"
+"""What a call is noted as, among operators."""
 ARGUMENTS = inspect.signature(attention_as_written)
 
 
@@ -64,7 +66,7 @@ class CausalAttention(TorchFunctionMode):
             self._refuse(f"attention at {where} looks at later positions, too")
         elif watch.length > 1 and any(watch.positions(tensor) != at for tensor in (query, key, value)):
             self._refuse(f"attention at {where} is not over the positions of the input")
-        watch.computed.append(("attention", f"{named['scale']}, {named['enable_gqa']}, {named['attn_mask'] is None}"))
+        watch.computed.append((ATTENTION, f"{named['scale']}, {named['enable_gqa']}, {named['attn_mask'] is None}"))
         watch.aside = True
         try:
             result: torch.Tensor = func(*args, **kwargs)

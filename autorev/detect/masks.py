@@ -59,7 +59,7 @@ class OperatorsAndMask(Operators):
 
     def __init__(self, given: Iterable[torch.Tensor], axis: int, length: int, mask: torch.Tensor | None) -> None:
         super().__init__(given, axis, length)
-        self.masks = {id(mask)}
+        self.masks, self.dtype = {id(mask)}, None if mask is None else mask.dtype
         self.alive.append(mask)
 
     def is_mask(self, tensor: torch.Tensor) -> bool:
@@ -74,16 +74,15 @@ class OperatorsAndMask(Operators):
         result = func(*args, **(kwargs or {}))
         self.alive.append((args, kwargs, result))
         self.computed.append((name, "of the mask"))
-        if len(read) == 1 and name in CARRIES and _is_the_same(read[0], result, name):
+        if len(read) == 1 and name in CARRIES and self._is_the_same(read[0], result, name):
             self.masks.add(id(result))
         else:
             self.refuse(MixesError(f"`{name}` at {caller_line()} reads the mask, which only attention may"))
         return result
 
-
-def _is_the_same(mask: torch.Tensor, result: torch.Tensor, name: str) -> bool:
-    """Does it show the same keys to the same queries?"""
-    shape = result.shape[-mask.dim() :] if name == "expand" else result.shape
-    alike = all(new == old or (name == "expand" and old == 1) for new, old in zip(shape, mask.shape, strict=True))
-    numbers = mask.is_floating_point() and result.is_floating_point()
-    return alike and (numbers or result.dtype is mask.dtype) and result.shape[-2:] == mask.shape[-2:]
+    def _is_the_same(self, mask: torch.Tensor, result: torch.Tensor, name: str) -> bool:
+        """Does it show the same keys to the same queries? Numbers may be cast once: a tile's rows are, too."""
+        shape = result.shape[-mask.dim() :] if name == "expand" else result.shape
+        alike = all(new == old or (name == "expand" and old == 1) for new, old in zip(shape, mask.shape, strict=True))
+        once = mask.dtype is self.dtype and mask.is_floating_point() and result.is_floating_point()
+        return alike and (once or result.dtype is mask.dtype) and result.shape[-2:] == mask.shape[-2:]

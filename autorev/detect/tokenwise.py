@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from autorev.capture.record import ModuleCall
-from autorev.detect.causal import CausalAttention
+from autorev.detect.causal import ATTENTION, CausalAttention
 from autorev.detect.masks import OperatorsAndMask, mask_among
 from autorev.detect.own_gradients import refuse_own_gradients
 from autorev.detect.positions import LAYOUT, MixesError, Operators, Positions
@@ -121,13 +121,14 @@ def _proved(call: ModuleCall, axis: int | None, causal: bool) -> TokenWise:
             raise MixesError(f"its code does something else for {'more' if other == MANY else 'fewer'} positions")
     saved, dims = _saved(call) / max(_bytes(given.first), 1), given.first.dim()
     unmasked = given.mask is not None and _attends_without_it(call, given)
-    return TokenWise(call.path, given.axis, saved, call.draws_random, dims, causal, given.mask, unmasked, returned)
+    attends = any(name == ATTENTION for name, _ in whole)
+    return TokenWise(call.path, given.axis, saved, call.draws_random, dims, attends, given.mask, unmasked, returned)
 
 
 def _attends_without_it(call: ModuleCall, given: _Given) -> bool:
     try:
         return bool(_computed(call, given, 2, masked=False))
-    except Exception:
+    except Exception:  # its code may need the mask, whatever it says then
         return False
 
 
@@ -159,7 +160,7 @@ def _plain_of(home: Any) -> Iterator[tuple[str, Any]]:
 def _set_to(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf.dim(), None if leaf.is_floating_point() else leaf.dtype
-    return leaf if isinstance(leaf, bool | str | torch.dtype) else type(leaf)
+    return leaf if isinstance(leaf, _PLAIN) else type(leaf)
 
 
 def _held(module: nn.Module) -> list[Any]:

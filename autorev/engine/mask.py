@@ -17,7 +17,7 @@ from autorev.engine.digest import digest, waited_for
 from autorev.engine.owned import is_fake, memory_of
 
 QUERIES, KEYS = -2, -1
-FEW = 64
+AT_ONCE = 64
 """Queries whose rows are looked at together, so that a mask is not held a second time."""
 
 
@@ -53,8 +53,8 @@ def is_causal(mask: torch.Tensor) -> bool:
 
 def _shows_nothing_later(mask: torch.Tensor) -> torch.Tensor:
     answer = torch.ones((), dtype=torch.bool, device=mask.device)
-    for start in range(0, mask.shape[QUERIES], FEW):
-        few = mask.narrow(QUERIES, start, min(FEW, mask.shape[QUERIES] - start))
+    for start in range(0, mask.shape[QUERIES], AT_ONCE):
+        few = mask.narrow(QUERIES, start, min(AT_ONCE, mask.shape[QUERIES] - start))
         later = torch.ones(few.shape[QUERIES:], dtype=torch.bool, device=mask.device).triu(start + 1)
         answer &= (_hidden(few, later) if mask.is_floating_point() else ~(few & later)).all()
     return answer

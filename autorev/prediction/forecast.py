@@ -69,7 +69,7 @@ class Forecaster:
     def methods(self) -> tuple[Method, ...]:
         """The methods that say something about this model, with `keep_last` chosen."""
         chosen = [Method.parse(name) for name in (PREDICTED if self.layout.sites else PREDICTED[:1])]
-        tiled, findings = [method for method in chosen if method.tile is not None], self.layout.run
+        tiled, findings = [method for method in chosen if method.tile is not None], self.layout.run_findings
         try:
             _ = tiled and tiled_forwards(self.twin, findings, "auto", as_long=False)
         except ConversionError:

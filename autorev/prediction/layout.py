@@ -75,8 +75,8 @@ class Layout:
         return frozenset(n for group in self.groups.values() for n in {*group[:2], group[-1]})
 
     @property
-    def run(self) -> list[Finding]:
-        """Of the modules that are run."""
+    def run_findings(self) -> list[Finding]:
+        """Those of the modules that are run."""
         modules = {self.sites[number].module for number in self.active}
         return [finding for finding in self.findings if finding.call.module in modules]
 

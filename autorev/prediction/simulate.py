@@ -103,7 +103,7 @@ def simulate(
         if method.tile is not None:
             twice = blocks_run_twice(method, layout.chains, layout.stored, layout.refused)
             tile, pieces = method.tile, method.in_pieces
-            tiled = tiled_forwards(twin, layout.run, tile, pieces, False, () if whole_attention else twice)
+            tiled = tiled_forwards(twin, layout.run_findings, tile, pieces, False, () if whole_attention else twice)
             stack.enter_context(installed(tiled.forwards))
         host = HostStore()
         chains = Chains(layout, method, host)

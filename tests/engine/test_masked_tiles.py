@@ -250,6 +250,7 @@ def test_tiles_of_one_position() -> None:
 
 READ: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "numbers of its truths": (lambda mask: mask.to(torch.float32), "`_to_copy` at"),
+    "rounded": (lambda mask: mask.to(torch.bfloat16).to(torch.float32), "`_to_copy` at"),
     "one text's": (lambda mask: mask[:1], "`slice` at"),
     "turned": (lambda mask: mask.mT & mask, "`transpose` at"),
     "moved": (lambda mask: mask.roll(1, -1), "`roll` at"),
@@ -278,7 +279,7 @@ def test_masks_that_are_read_otherwise_are_not_tiled(name: str) -> None:
 
         attending = Attention
 
-    found = proof_of(Odd(), RIGHT)
+    found = proof_of(Odd(), numbers(RIGHT) if name == "rounded" else RIGHT)
     assert isinstance(found, Mixing)
     assert reason in found.reason
 

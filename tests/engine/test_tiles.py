@@ -395,6 +395,38 @@ def test_an_adapter_that_comes_after_the_conversion_is_tiled() -> None:
     assert calls_of(model, lambda: step(model)) == 2 * 8
 
 
+def test_another_number_is_analysed_by_itself() -> None:
+    """A call with one by which the module looks at other positions."""
+
+    class Block(hand.Block):
+        def forward(self, x: torch.Tensor, by: int = 0) -> torch.Tensor:
+            return x + self.mlp(self.norm1(x), by)
+
+    class Shifting(hand.MLP):
+        def forward(self, x: torch.Tensor, by: int) -> torch.Tensor:
+            return super().forward(x.roll(by, 1) if by else x)
+
+    class Model(hand.Stack):
+        def forward(self, tokens: torch.Tensor, by: int = 0) -> torch.Tensor:
+            x = self.embedding(tokens)
+            for block in self.blocks:
+                x = block(x, by)
+            return self.head(x)
+
+    def shifting() -> Block:
+        block = Block()
+        block.mlp = Shifting()
+        return block
+
+    torch.manual_seed(0)
+    plain = Model(*(shifting() for _ in range(3)))
+    model = copy.deepcopy(plain)
+    tokens = torch.arange(16).reshape(2, 8)
+    autorev.convert(model, (tokens,), method="checkpoint:tile=4")
+    for by in (0, 1):
+        torch.testing.assert_close(model(tokens, by), plain(tokens, by))
+
+
 def test_another_mode_is_analysed_by_itself() -> None:
     """Converted in training, trained in eval mode, in which the module looks at all positions."""
 
