@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
+from autorev import metadata_cache
 from autorev.patching import patched_here
 
 
@@ -50,7 +52,9 @@ class OwnFakeMode(FakeTensorMode, OwnMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
             return func(*args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        asked = partial(super().__torch_dispatch__, func, types, args, kwargs)
+        return metadata_cache.answer(self, func, args, kwargs, asked)
 
 
 def _uncompiled() -> ExitStack:

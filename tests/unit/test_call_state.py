@@ -25,6 +25,7 @@ OF_THE_PROCESS = {
     "conversion/compiling.py _compiled": "a mark on a model that `convert` has compiled",
     "engine/chain.py _called": "the chains that compiled code calls by name, as long as they live",
     "engine/mode.py otherwise": "how many threads run converted models otherwise: compiled code is guarded by it",
+    "metadata_cache.py _known": "a cache: what an operation returns, by the shapes that it is given; of bounded size",
     "capture/fake.py _numbers": "the numbers that fake tensors stand for, as long as they live",
     "detect/scaling.py _numbers": "a cache: the number in a tensor of one element, by its version",
     "detect/tokenwise.py _answers": "a cache: what is proved of a recorded call, as long as it lives",

@@ -12,6 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
     alike errors format given patching
+    metadata_cache
     own_mode
     couplings devices files hush keeps lock optimizers packages workload
     integrations known_methods method_options setting
