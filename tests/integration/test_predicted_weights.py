@@ -36,6 +36,7 @@ from autorev.rewrite.tiled_forward import tiled_forwards
 from autorev.setting import CHOICES, Setting
 from autorev.words import setting_facts
 from tests.helpers.allocator import highest
+from tests.helpers.comparing import comparing
 from tests.integration.test_prediction import checkpointed
 
 pytestmark = [
@@ -202,8 +203,10 @@ def test_the_same_as_its_config_says(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "said.json").write_text(json.dumps({**config, "quantization_config": WEIGHTS["nf4"]}))
     found = []
     for model, weights in ((tmp_path / "said.json", None), (tmp_path / "said.json", "nf4"), (folder, "nf4")):
-        analysis = autorev.predict(model, weights=weights, sequence=64, lora_rank=4, device="cpu")
-        found.append([p.peak_bytes for p in analysis.predictions])
+        how = {"weights": weights, "sequence": 64, "lora_rank": 4, "device": "cpu"}
+        analysis, forecaster = prepare(resolve(str(model)), **how)
+        methods = [forecaster.settled(Method.parse(name)) for name in ("plain", "momentum", "checkpoint:tile=auto")]
+        found.append([forecaster.prediction(each, forecaster.trace(each, 1, 64)).peak_bytes for each in methods])
         assert sum("weights quantised as" in note for note in analysis.notes) == 1
     assert found[0] == found[1] == found[2]
 
@@ -222,7 +225,8 @@ def test_it_is_told() -> None:
 def test_the_command_line_takes_it(folder: Path) -> None:
     """`analyze` and `fit`; 4 bits fit where 16 do not."""
     of = [str(folder), "--lora-rank", "4", "--sequence", "64"]
-    done = CliRunner().invoke(main, ["analyze", *of, "--weights", "nf4-double", "--json"])
+    with comparing("plain"):
+        done = CliRunner().invoke(main, ["analyze", *of, "--weights", "nf4-double", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["setting"]["weights"] == "nf4-double"
     fitting = [CliRunner().invoke(main, ["fit", *of, "--memory", "1.6MiB", *w]) for w in ([], ["--weights", "nf4"])]
     assert [done.exit_code for done in fitting] == [1, 0], [done.output for done in fitting]
