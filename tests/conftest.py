@@ -1,5 +1,6 @@
 """Stands here so that pytest puts the folder above on the path: tests import `tests.helpers`."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # glibc then gives a 
 # The newest instructions differ between machines, and with them what a product in bf16 takes beside its result.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
+# On its first import it looks for referrers of generators, and does not find those that `_frozen_garbage` freezes.
+import hypothesis  # noqa: F401
 import pytest
 
 # Inductor and the quantising libraries ask for distutils in whatever order: after setuptools, all get the same one.
@@ -24,3 +27,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_garbage() -> None:
+    """What is alive before a module's tests is left out of its garbage collections: the libraries alone are a million
+    objects, through which each collection would go."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from autorev.capture.source import caller_line
 from autorev.detect.positions import MixesError, Operators
+from autorev.operands import tensors_of
 
 CARRIES = frozenset({"slice", "expand", "_to_copy", "clone", "alias", "detach"})
 """Operators behind which a mask may be the same mask."""
@@ -67,7 +67,7 @@ class OperatorsAndMask(Operators):
         return id(tensor) in self.masks
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        read = tensors_of(args, kwargs)
         space, _, name = func._schema.name.partition("::")
         if self.aside or space == "prim" or not any(map(self.is_mask, read)):
             return super().__torch_dispatch__(func, types, args, kwargs)

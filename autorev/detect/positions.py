@@ -11,13 +11,14 @@ import ctypes
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
 from autorev.capture.source import caller_line
+from autorev.operands import leaves_of
 from autorev.own_mode import OwnMode
 
 
@@ -69,9 +70,9 @@ class Operators(OwnMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         space, _, name = func._schema.name.partition("::")
-        named = {a.name: a.default_value for a in func._schema.arguments}
-        named |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-        leaves = tree_leaves((args, kwargs))
+        names, defaults = _schema(func)
+        named = dict(zip(names, (*args, *defaults[len(args) :]), strict=True)) | kwargs
+        leaves = [*leaves_of(args), *leaves_of(kwargs.values())]
         read = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         result = func(*args, **kwargs)
         self.alive.append((args, kwargs, result))
@@ -94,7 +95,7 @@ class Operators(OwnMode):
         except MixesError as error:  # torch's own code around an operator may not be left by an exception
             self.refuse(error)
             return result
-        for number, leaf in enumerate(tree_leaves(result)):
+        for number, leaf in enumerate(leaves_of((result,))):
             where = found[number] if isinstance(found, list) else found
             if isinstance(leaf, torch.Tensor) and where is not None:
                 self.note(leaf, where)
@@ -103,6 +104,13 @@ class Operators(OwnMode):
     def refuse(self, error: MixesError) -> None:
         """The first reason counts."""
         self.refused = self.refused or error
+
+
+@cache
+def _schema(func: Any) -> tuple[list[str], list[Any]]:
+    """The names of an operator's arguments, and their defaults."""
+    arguments = func._schema.arguments
+    return [argument.name for argument in arguments], [argument.default_value for argument in arguments]
 
 
 SMALL = 4096
@@ -163,7 +171,7 @@ Answer = Positions | None | list[Positions | None]
 
 def _pointwise(op: _Asked) -> Answer:
     """Element by element, with broadcasting."""
-    result = next(leaf for leaf in tree_leaves(op.result) if isinstance(leaf, torch.Tensor))
+    result = next(leaf for leaf in leaves_of((op.result,)) if isinstance(leaf, torch.Tensor))
     found = set()
     for tensor in op.read:
         at = op.where(tensor)

@@ -16,17 +16,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from autorev.alike import standing_for
 from autorev.analysis import Category
 from autorev.capture.quantised import held_by
+from autorev.operands import tensors_of
 from autorev.own_mode import OwnMode
 
 aten = torch.ops.aten
@@ -238,7 +239,7 @@ class MemoryTracker(OwnMode):
             parts = [self._live_of(part) for part in args]
             self._forget(args[0])
         result = func(*args, **kwargs)
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        made = tensors_of((result,))
         if func is aten._to_copy.default and self._is_parameter(args[0]):
             self.see(result, Category.PARAMETERS)  # autocast's copy of a weight
         for tensor in made:
@@ -281,7 +282,7 @@ class MemoryTracker(OwnMode):
             self.died(live)
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[torch.Tensor]) -> None:
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        read = tensors_of(args, kwargs)
         inputs = {t.untyped_storage()._cdata for t in read}
         if made and all(t.untyped_storage()._cdata in inputs for t in made) and not _writes(func):
             return  # a view moves nothing
@@ -294,6 +295,7 @@ class MemoryTracker(OwnMode):
             self.current.other_bytes += moved
 
 
+@cache
 def _writes(func: Any) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
 

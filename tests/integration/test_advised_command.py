@@ -24,6 +24,7 @@ from autorev.finetuning.record import FineTuning
 from autorev.report.shared import advice_on_screen
 from autorev.report.terminal import print_sections
 from autorev.setting import Setting
+from tests.helpers.comparing import comparing
 from tests.helpers.tiny_llm import tiny_llm
 
 SETTING = Setting(4, 96, "fp32", "adamw", "lora", 4, "full", "cpu")
@@ -33,7 +34,8 @@ def test_the_advised_command_has_the_predicted_peak(tmp_path: Path, monkeypatch:
     """Model, sizes, adapters and `keep_last` are those of the prediction, and so is the allocator's peak."""
     monkeypatch.chdir(tmp_path)
     tiny_llm(tmp_path / "a model", blocks=6)
-    found = autorev.predict("a model", batch=4, sequence=96, dtype="fp32", device="cpu", trains="lora", lora_rank=4)
+    with comparing("plain", "momentum", "bdia"):
+        found = autorev.predict("a model", batch=4, sequence=96, dtype="fp32", device="cpu", trains="lora", lora_rank=4)
     assert found.setting == SETTING
     momentum = found.prediction("momentum")
     assert momentum is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "autorev"
 LAYERS = """
-    alike errors format given patching
+    alike errors format given operands patching
     metadata_cache
     own_mode
     couplings devices files hush keeps lock optimizers packages workload
