@@ -79,8 +79,7 @@ def in_place(
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
-        twice = dict.fromkeys(blocks.paths, method.keeps(0, 1))
-        if not method.reversible and (method.tile or method.keep or method.host or method.keep_last != "auto"):
+        if method.tile is not None or method.name in CHECKPOINTS:
             detection, _ = detect_in(model, *call)
             if method.tile is not None:
                 stack.enter_context(_tiled(model, blocks, detection, method))
@@ -92,7 +91,7 @@ def in_place(
         elif method.name in CHECKPOINTS:
             if blocks.inline:
                 raise NotApplicable("its blocks are turns of a loop: there is no module to put a checkpoint around")
-            forwards, placed.host = checkpointed_forwards(model, twice, method)
+            forwards, placed.host = checkpointed_forwards(model, twice, detection.chains, method)
             stack.enter_context(installed(forwards))
         yield placed
 

@@ -35,8 +35,10 @@ def baseline(model: nn.Module, chosen: Chosen, method: Method, planned: bool) ->
     others = [finding.call.path for finding in chosen.others if finding.can_be_checkpointed]
     blocks = run_twice(method, chosen.chains, others)
     if not blocks:
-        raise ConversionError(
-            f"there is no block to put a {method.name} around: all are turns of loops, run once, or stored"
-        )
-    forwards, _ = checkpointed_forwards(model, blocks, method)
+        why = "all are turns of loops, run once, or stored"
+        if chosen.left_out:
+            path, reason = chosen.left_out[0]
+            why = f"{path}: {reason}"
+        raise ConversionError(f"there is no block to put a {method.name} around: {why}")
+    forwards, _ = checkpointed_forwards(model, blocks, chosen.chains, method)
     return Baseline(forwards, tuple(blocks))

@@ -69,6 +69,11 @@ class Finding:
         return any(caveat.code == "in-place-add" for caveat in self.caveats)
 
     @property
+    def overwritten(self) -> tuple[str, ...]:
+        """The arguments that it adds to in place, of the streams of a block that is a module."""
+        return tuple(argument_of(lane.start) for lane in self.lanes if lane.adds_in_place and lane.start is not None)
+
+    @property
     def multiplies(self) -> bool:
         """Does it multiply a stream by a constant?"""
         return any(lane.factor != Factor() for lane in self.lanes)

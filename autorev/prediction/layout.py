@@ -41,6 +41,8 @@ class Site:
     stored: bool = False
     """Is it left as it is?"""
     keeps: Keeps = NOTHING
+    overwritten: tuple[str, ...] = ()
+    """The arguments that it adds to in place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,7 @@ def layout_of(chains: list[list[Finding]], refused: list[Finding], twin: nn.Modu
             from_end=from_end,
             kind=_kind(f),
             turn=turns.get(id(f)),
+            overwritten=() if f.inline else f.overwritten,
         )
         for n, (f, chain, from_end) in enumerate(found)
     )

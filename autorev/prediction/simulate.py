@@ -35,7 +35,7 @@ from autorev.methods import Method
 from autorev.prediction.chains import Chains, Run
 from autorev.prediction.layout import Layout, Site
 from autorev.prediction.tracker import MemoryTracker, Segment
-from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of
+from autorev.rewrite.checkpointed_forward import CHECKPOINTS, checkpoint_of, on_copies
 from autorev.rewrite.replacement import installed
 from autorev.rewrite.tiled_forward import blocks_run_twice, tiled_forwards
 from autorev.workload import Call
@@ -187,9 +187,12 @@ class _Steps:
             blank = replace_leaf((args, kwargs), place, None)
             del args, kwargs, named, found
 
+            checkpointed = self.method.name in CHECKPOINTS and not site.stored
+            own = on_copies(site.module, forward, site.overwritten) if checkpointed else forward
+
             def run(value: torch.Tensor) -> Any:
                 args, kwargs = replace_leaf(blank, place, value)
-                return (self.chains.forward_of(site) or forward)(*args, **kwargs)
+                return (self.chains.forward_of(site) or own)(*args, **kwargs)
 
             return self._block(site, run, stream, *(tensor for _, tensor in beside))
 

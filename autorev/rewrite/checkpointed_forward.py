@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from autorev.capture.record import named_arguments
+from autorev.detect.ends import find_stream, flatten_with_path, replace_leaf
 from autorev.detect.finding import Finding
 from autorev.engine.host_store import HostStore
 from autorev.engine.kept import ATTENTION, KeptOutputs
@@ -33,29 +35,59 @@ class CheckpointedForward(Replacement):
     """Runs a forward under a checkpoint."""
     host: HostStore
     """What that moves to the host."""
+    overwritten: tuple[str, ...] = ()
+    """The arguments that are streams, and that it adds to in place: it is given copies of them."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward.
 
         Raises:
-            ConversionError: it is to fill a key-value cache, and would fill it once more in backward.
+            ConversionError: it is to fill a key-value cache, or has written to an argument, and would do so once more
+                in backward.
         """
         if torch.is_grad_enabled() and any(is_cache(value) for value in (*args, *kwargs.values())):
             raise ConversionError(
                 f"{self.path} is checkpointed and is given a key-value cache, which its second run would fill once "
                 "more; train with use_cache=False, or model.config.use_cache = False"
             )
-        return self.around(self.own(), *args, **kwargs)
+        given = [leaf for _, leaf in flatten_with_path((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        before = [tensor._version for tensor in given if not tensor.is_inference()]
+        returned = self.around(on_copies(self.block, self.own(), self.overwritten), *args, **kwargs)
+        if torch.is_grad_enabled() and before != [tensor._version for tensor in given if not tensor.is_inference()]:
+            raise ConversionError(
+                f"{self.path} writes to a tensor that it is given, and is to run on it once more in backward; leave it "
+                "out (exclude=), or let it write to a copy"
+            )
+        return returned
+
+
+def on_copies(module: nn.Module, forward: Callable[..., Any], overwritten: Sequence[str]) -> Callable[..., Any]:
+    """`module`'s forward, which adds in place to copies of those of its arguments."""
+    if not overwritten:
+        return forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for argument in overwritten:
+            place, stream = find_stream(named_arguments(module, args, kwargs), argument, args, kwargs)
+            args, kwargs = replace_leaf((args, kwargs), place, stream.clone())
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def checkpointed_forwards(
-    model: nn.Module, blocks: Mapping[str, Keeps], method: Method
+    model: nn.Module, blocks: Mapping[str, Keeps], chains: Iterable[Sequence[Finding]], method: Method
 ) -> tuple[tuple[CheckpointedForward, ...], HostStore]:
-    """What checkpoints `blocks` as `method` does (checkpoint, sac or offload), and the host's memory that it uses;
-    nothing is installed."""
+    """What checkpoints `blocks`, those of `chains` among them, as `method` does (checkpoint, sac or offload), and the
+    host's memory that it uses; nothing is installed."""
     host = HostStore()
+    overwritten = {
+        finding.call.path: finding.overwritten for chain in chains for finding in chain if not finding.inline
+    }
     made = (
-        CheckpointedForward(model.get_submodule(path), path, checkpoint_of(method, keeps, host), host)
+        CheckpointedForward(
+            model.get_submodule(path), path, checkpoint_of(method, keeps, host), host, overwritten.get(path, ())
+        )
         for path, keeps in blocks.items()
     )
     return tuple(made), host
