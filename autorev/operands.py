@@ -1,5 +1,7 @@
-"""What an operator is given and returns: its schema nests tensors and numbers in lists alone, so that torch's pytrees,
-which know every kind of container, are not asked."""
+"""What an operator is given and returns, looked through.
+
+Its schema nests tensors and numbers in lists alone: torch's pytrees, which know every kind of container, are slow.
+"""
 
 from __future__ import annotations
 
