@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.types import IntLikeType
 
-MOST_ENTRIES = 2**16
+MOST_ENTRIES = 2**15
 """Then all of it is forgotten, and the next answers come from torch."""
 
 
@@ -107,7 +107,7 @@ def _described(mode: FakeTensorMode, values: Iterable[Any], key: list[Any], tens
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.fake_mode is not mode or value.constant is not None or value.layout is not torch.strided:
+            if value.fake_mode is not mode or not _is_plain(value):
                 return False
             tensors.append(value)
             key += (value.shape, value.stride(), value.storage_offset(), value.dtype, value._fake_device)
@@ -134,6 +134,8 @@ def _remembered(result: Any, tensors: list[FakeTensor]) -> tuple[_Sequence | Non
             continue
         if type(value) is not FakeTensor or not _is_plain(value):
             return None
+        if value.requires_grad or value.is_conj() or value.is_neg():
+            return None
         memory = value.untyped_storage()._cdata
         if memory in own or given.count(memory) > 1:
             return None  # of whose memory it is cannot be told
@@ -151,11 +153,7 @@ def _remembered(result: Any, tensors: list[FakeTensor]) -> tuple[_Sequence | Non
 
 
 def _is_plain(tensor: FakeTensor) -> bool:
-    return (
-        tensor.constant is None
-        and tensor.layout is torch.strided
-        and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
-    )
+    return tensor.constant is None and tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _is_like(again: FakeTensor, first: FakeTensor) -> bool:

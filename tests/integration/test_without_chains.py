@@ -113,7 +113,7 @@ def test_blocks_that_run_once_are_not_run_twice() -> None:
     plan = autorev.analyze(model, TOKENS).recommendation
     assert plan is not None and plan.method is None
     assert "must not run twice" in plan.why
-    with pytest.raises(autorev.AutorevError, match="blocks.0: argument-write: it changes its argument cache"):
+    with pytest.raises(autorev.AutorevError, match=r"blocks\.0: argument-write: it changes its argument cache"):
         autorev.convert(model, TOKENS, method="checkpoint")
     plan = autorev.analyze(hand.PostNormLoop(), torch.ones(2, 8, hand.WIDTH)).recommendation
     assert plan is not None and plan.method is None and "turns of a loop" in plan.why

@@ -5,6 +5,7 @@ python -m pytest tests/unit/test_metadata_cache.py
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,44 @@ def test_the_answer_is_torchs(name: str, device: str, grad: bool, monkeypatch: p
     assert theirs == ours
 
 
+GIVEN: dict[str, Callable[[], torch.Tensor]] = {
+    "as it is": lambda: torch.empty(4, 6),
+    "another dtype": lambda: torch.empty(4, 6, dtype=torch.float64),
+    "whole numbers": lambda: torch.empty(4, 6, dtype=torch.long),
+    "transposed": lambda: torch.empty(6, 4).t(),
+    "a part": lambda: torch.empty(6, 6).narrow(0, 2, 4),
+    "another part": lambda: torch.empty(6, 6).narrow(0, 1, 4),
+    "expanded": lambda: torch.empty(1, 6).expand(4, 6),
+    "complex": lambda: torch.empty(4, 6, dtype=torch.complex64),
+    "conjugated": lambda: torch.empty(4, 6, dtype=torch.complex64).conj(),
+}
+ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "whole": lambda x: x * 2,
+    "fraction": lambda x: x * 2.0,
+    "truth": lambda x: x * True,
+    "quotient": lambda x: x / 3,
+    "part": lambda x: x.narrow(1, 2, 3),
+    "first": lambda x: x.select(0, 0),
+    "copy": lambda x: x.clone(),
+    "in a row": lambda x: x.contiguous(),
+    "materialised": lambda x: x.resolve_conj(),
+    "flat": lambda x: x.reshape(-1),
+    "sum": lambda x: x.sum(0),
+}
+
+
+def test_no_two_calls_are_taken_for_one() -> None:
+    """Whatever was asked before: all shapes are the same here, and the cache is, too."""
+    for _ in range(2):
+        for given, operation in itertools.product(GIVEN.values(), ASKED.values()):
+            found = []
+            for mode in (FakeTensorMode(), OwnFakeMode()):
+                with mode:
+                    x = given()
+                    found.append(seen(operation(x), (x,)))
+            assert found[0] == found[1]
+
+
 def test_it_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch is asked once."""
     monkeypatch.setattr(metadata_cache, "_known", {})
@@ -146,17 +185,18 @@ def test_known_numbers_stay_known() -> None:
 def test_what_is_set_for_a_thread_matters() -> None:
     """The default dtype, and inference mode."""
     with OwnFakeMode():
-        one = [torch.zeros(2, dtype=torch.long) / 3 for _ in range(2)]
+        whole = torch.zeros(2, dtype=torch.long)
+        one = [(whole / 3).dtype for _ in range(2)]
         torch.set_default_dtype(torch.float64)
         try:
-            other = torch.zeros(2, dtype=torch.long) / 3
+            other = (whole / 3).dtype
         finally:
             torch.set_default_dtype(torch.float32)
-        with torch.inference_mode():
-            inside = [torch.zeros(2) + 1 for _ in range(2)]
-        outside = [torch.zeros(2) + 1 for _ in range(2)]
-    assert [t.dtype for t in (*one, other)] == [torch.float32, torch.float32, torch.float64]
-    assert all(t.is_inference() for t in inside) and not any(t.is_inference() for t in outside)
+        for _ in range(2):
+            with torch.inference_mode():
+                assert (whole + 1).is_inference() and torch.zeros(2).is_inference()
+            assert not (whole + 1).is_inference() and not torch.zeros(2).is_inference()
+    assert [*one, other] == [torch.float32, torch.float32, torch.float64]
 
 
 def test_it_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
