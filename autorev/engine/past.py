@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -169,12 +169,19 @@ class _Attending(TorchFunctionMode):
             return _on_a_cpu(query, key, value, shown, **how)
         if shown is not None:
             return F.scaled_dot_product_attention(query, key, value, shown, **how)
-        with _disable_current_modes():  # a bias is a tensor of a class of its own, which no mode can make
-            bias = causal_lower_right(query.shape[AXIS], key.shape[AXIS])
+        bias = lower_right(query.shape[AXIS], key.shape[AXIS])
         return F.scaled_dot_product_attention(query, key, value, bias, **how)
 
     def _is_mine(self, attn_mask: torch.Tensor, own: int) -> bool:
         return self.mask is not None and attn_mask.shape[-2:] == (own, own)
+
+
+def lower_right(queries: int, keys: int) -> CausalBias:
+    """Torch's `causal_lower_right`; its own takes 2 x queries x keys numbers of the host's memory, and uses none."""
+    with _disable_current_modes():  # a bias is a tensor of a class of its own, which no mode can make
+        bias: CausalBias = torch.Tensor._make_subclass(CausalBias, torch.empty(0))
+    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, queries, keys
+    return bias
 
 
 def _on_a_cpu(

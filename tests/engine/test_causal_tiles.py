@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 import autorev
+from autorev.engine.past import attending_as_a_gpu, lower_right
 from autorev.errors import ConversionError
 from autorev.in_place import Blocks, in_place
 from autorev.methods import Method
@@ -159,6 +161,14 @@ def test_gradients_are_those_of_the_original_code(block: Callable[[], nn.Module]
     model = model or tiled(setting, block)
     assert_like_oracle(model, setting)
     assert autorev.drift(model) == {"blocks": 0.0} or "float" in setting.name
+
+
+@with_tiles
+def test_a_gpu_is_told_where_the_queries_are(setting: Setting) -> None:
+    """The same gradients; what it is told is no mask, which the CPU's kernel makes of it here."""
+    with attending_as_a_gpu():
+        model = tiled(setting)
+        assert_like_oracle(model, setting)
 
 
 @with_tiles
@@ -328,3 +338,15 @@ def test_a_step_holds_keys_and_values_and_one_tile() -> None:
     # masks that the kernel makes on a CPU.
     assert peak(16) < 12.5 * unit
     assert peak(None) > 18 * unit
+
+
+def test_what_tells_the_kernel_takes_no_memory() -> None:
+    """Torch's own takes 128 TiB of it here; the kernel hears the same from both."""
+    assert lower_right(2**20, 2**24).numel() == 0
+    found = []
+    for bias in (lower_right(5, 9), causal_lower_right(5, 9)):
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(1, 2, length, 8, requires_grad=True) for length in (5, 9, 9))
+        out = F.scaled_dot_product_attention(query, key, value, bias)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), (query, key, value))))
+    assert all(map(torch.equal, *found))
