@@ -79,7 +79,7 @@ def in_place(
                     placed.side_bits = max(bits for chain in done.chains for bits in chain.side_bits)
         except ConversionError as error:
             raise NotApplicable(str(error)) from error
-        if method.tile is not None or method.name in CHECKPOINTS:
+        if not method.reversible and (method.tile is not None or method.name in CHECKPOINTS):
             detection, _ = detect_in(model, *call)
             if method.tile is not None:
                 stack.enter_context(_tiled(model, blocks, detection, method))
