@@ -105,7 +105,7 @@ def run(*specs: str) -> pytest.MarkDecorator:
     )
 
 
-@run(*ALL, "momentum:arithmetic=float", "leapfrog:granularity=sublayer")
+@run(*ALL, "momentum:arithmetic=float", "leapfrog:granularity=sublayer", "momentum:k=3,keep_last=0,tile=3")
 def test_a_method_trains_the_model_and_leaves_it_as_it_was(spec: str) -> None:
     """Gradients are those of plain training, or of the coupling under ordinary autograd; then nothing is left."""
     method = Method.parse(spec)
