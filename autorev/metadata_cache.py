@@ -2,8 +2,8 @@
 
 A fake tensor is a shape, strides, a dtype and a device, and so is all that decides what an operation makes of it. Torch
 remembers that, too, but takes 100 microseconds for an answer, and a simulated training step asks a thousand times: this
-takes a quarter. What is remembered is what torch answered the first time; what it does beside that (writing into an
-argument, values that are known, kernels of other libraries) is never remembered.
+takes a third. What is remembered is what torch answered the first time. Torch is asked each time where more than that
+decides or changes: values that are known, an argument of another size afterwards (`out=`), kernels of other libraries.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # glibc then gives a 
 # The newest instructions differ between machines, and with them what a product in bf16 takes beside its result.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
-# On its first import it looks for referrers of generators, and does not find those that `_frozen_garbage` freezes.
-import hypothesis  # noqa: F401
+import hypothesis  # noqa: F401  # its first import looks for referrers, and finds none that `_frozen_garbage` froze
 import pytest
 
 # Inductor and the quantising libraries ask for distutils in whatever order: after setuptools, all get the same one.

@@ -37,6 +37,8 @@ class CheckpointedForward(Replacement):
     """What that moves to the host."""
     overwritten: tuple[str, ...] = ()
     """The arguments that are streams, and that it adds to in place: it is given copies of them."""
+    moved: bool = False
+    """Do its inputs wait on the host, where what it writes to the originals does not reach them?"""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward.
@@ -53,7 +55,8 @@ class CheckpointedForward(Replacement):
         given = [leaf for _, leaf in flatten_with_path((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         before = [tensor._version for tensor in given if not tensor.is_inference()]
         returned = self.around(on_copies(self.block, self.own(), self.overwritten), *args, **kwargs)
-        if torch.is_grad_enabled() and before != [tensor._version for tensor in given if not tensor.is_inference()]:
+        after = [tensor._version for tensor in given if not tensor.is_inference()]
+        if torch.is_grad_enabled() and before != after and not self.moved:
             raise ConversionError(
                 f"{self.path} writes to a tensor that it is given, and is to run on it once more in backward; leave it "
                 "out (exclude=), or let it write to a copy"
@@ -86,7 +89,12 @@ def checkpointed_forwards(
     }
     made = (
         CheckpointedForward(
-            model.get_submodule(path), path, checkpoint_of(method, keeps, host), host, overwritten.get(path, ())
+            model.get_submodule(path),
+            path,
+            checkpoint_of(method, keeps, host),
+            host,
+            overwritten.get(path, ()),
+            "inputs" in keeps.on_host,
         )
         for path, keeps in blocks.items()
     )

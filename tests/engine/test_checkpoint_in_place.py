@@ -36,6 +36,13 @@ class TwoStreams(Block):
         return x, y
 
 
+class PostNorm(Block):
+    """What it returns is not what it was given, so that nobody may take the one for the other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(super().forward(x)) * 1.0  # a new one: the next block writes to it
+
+
 class Counting(Block):
     """May write to something that is no stream."""
 
@@ -48,7 +55,7 @@ class Counting(Block):
 
 
 class Model(nn.Module):
-    def __init__(self, block: type[Block] = Block, depth: int = 3) -> None:
+    def __init__(self, block: type[Block], depth: int) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
@@ -64,9 +71,9 @@ class Model(nn.Module):
         return (x + y).mean()  # saves neither
 
 
-def make(**how: object) -> Model:
+def make(block: type[Block] = Block, depth: int = 3) -> Model:
     torch.manual_seed(0)
-    return Model(**how).double()  # type: ignore[arg-type]  # the test's own keywords
+    return Model(block, depth).double()
 
 
 def gradients(model: Model) -> list[torch.Tensor]:
@@ -89,6 +96,18 @@ def test_gradients_are_those_of_plain_autograd(block: type[Block], depth: int, m
         assert torch.equal(model(X), make(block=block, depth=depth)(X))
     autorev.revert(model)
     assert all(map(torch.equal, gradients(model), expected))
+
+
+def test_a_block_that_is_no_residual_one() -> None:
+    """A copy on the host is as it was; where there is none, it is an error that names the block."""
+    model = make(PostNorm)
+    expected = gradients(model)
+    autorev.convert(model, (X,), method="offload")
+    assert all(map(torch.equal, gradients(model), expected))
+    autorev.revert(model)
+    autorev.convert(model, (X,), method="checkpoint")
+    with pytest.raises(ConversionError, match=r"blocks\.0 writes to a tensor that it is given"):
+        model(X)
 
 
 def test_a_step_is_simulated() -> None:
